@@ -1,0 +1,64 @@
+# Each target makes .venv and installs what it needs by itself; nothing is done again while pyproject.toml and
+# constraints.txt are unchanged.
+#
+#   make quickstart              fine-tune a real model on this machine and see it get better
+#   make test                    the tests;   make test-peers   the comparisons with other installed libraries
+#   make lint                    style, types, layers
+#   make bench                   speed and memory of training beside the transformers Trainer
+#   make clean                   remove .venv, caches and runs/
+#
+# PYTHON    the interpreter to make .venv with (3.11 or newer): make quickstart PYTHON=python3.12
+# PIP_ARGS  more arguments for pip: another index for torch's CPU-only or CUDA build, a folder of wheels, a proxy:
+#           make quickstart PIP_ARGS="--extra-index-url URL"      make test PIP_ARGS="--find-links FOLDER"
+# ARGS      more arguments for the command itself: make quickstart ARGS="--max_steps 20", make test ARGS="-k rope"
+
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+WORKERS ?= 2
+
+BIN := .venv/bin
+RUNTIME := .venv/.installed-runtime
+DEV := .venv/.installed-dev
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-peers lint bench clean
+
+help:
+	@sed -n 's/^#  \{0,1\}//p' Makefile
+
+$(RUNTIME): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "arriero needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	@if [ ! -x $(BIN)/pip ]; then echo "== making .venv"; rm -rf .venv; $(PYTHON) -m venv .venv; fi
+	@echo "== installing arriero and its dependencies into .venv (once; torch takes a few minutes)"
+	@$(PIP_INSTALL) --editable '.[gguf,plot]'
+	@touch $@
+
+$(DEV): $(RUNTIME)
+	@echo "== installing what the tests and checks need into .venv (once)"
+	@$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+
+quickstart: $(RUNTIME)
+	@$(BIN)/arriero quickstart $(ARGS)
+
+test: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not peers" -n $(WORKERS) $(ARGS)
+
+test-peers: $(DEV)
+	$(BIN)/python -m pytest -m peers $(ARGS)
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(DEV)
+	$(BIN)/python benchmarks/train.py $(ARGS)
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist src/*.egg-info runs
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

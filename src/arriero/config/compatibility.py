@@ -1,0 +1,164 @@
+"""Combinations of options across groups: the impossible ones are refused, those without effect are told.
+
+`parser.parse` calls `check` on every command line, before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from arriero.config.adapter import AdapterOptions
+from arriero.config.checkpoint import CheckpointOptions
+from arriero.config.data import DataOptions
+from arriero.config.generation import GenerationOptions
+from arriero.config.model import ModelOptions
+from arriero.config.optimization import OptimizationOptions
+from arriero.config.option import specs_of
+from arriero.config.parallel import ParallelOptions
+from arriero.config.precision import PrecisionOptions
+from arriero.config.quantization import QuantizationOptions
+from arriero.errors import ConfigError
+
+Group = TypeVar("Group")
+
+
+def find(groups: Sequence[Any], kind: type[Group]) -> Group | None:
+    """The instance of a group (or of a subclass of it) among several, or None."""
+    return next((group for group in groups if isinstance(group, kind)), None)
+
+
+def check(groups: Sequence[Any], given: frozenset[str] = frozenset()) -> list[str]:
+    """Refuse impossible combinations of options and settle defaults that depend on another group.
+
+    Args:
+        groups: the instances of one command.
+        given: names of the options that the user set himself, on the command line or in a file.
+
+    Returns:
+        Warnings, one line each, about given options that have no effect here.
+
+    Raises:
+        ConfigError: naming both options and the way out.
+    """
+    warnings: list[str] = []
+    for rule in _RULES:
+        rule(groups, given, warnings)
+    return warnings
+
+
+def _changed(group: Any, name: str, given: frozenset[str]) -> bool:
+    """Whether the user set an option to something else than its default (a file written by a run sets every option)."""
+    spec = next(spec for spec in specs_of(type(group)) if spec.name == name)
+    return name in given and getattr(group, name) != spec.default
+
+
+def _without_effect(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
+    """A given option whose `only_with` options are all off."""
+    values = {spec.name: getattr(group, spec.name) for group in groups for spec in specs_of(type(group))}
+    for group in groups:
+        for spec in specs_of(type(group)):
+            switches = [name for name in spec.only_with if name in values]
+            if switches and not any(values[name] for name in switches) and _changed(group, spec.name, given):
+                warnings.append(f"--{spec.name} has no effect without --{' or --'.join(switches)}")
+
+
+def _evaluation(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
+    """Settle when to evaluate: `--do_eval` and `--evaluation_strategy` each imply the other."""
+    checkpoint, optimization = find(groups, CheckpointOptions), find(groups, OptimizationOptions)
+    if checkpoint is None or optimization is None:
+        return
+    if checkpoint.evaluation_strategy is None:
+        if not optimization.do_eval:
+            checkpoint.evaluation_strategy = "no"
+        elif checkpoint.eval_steps is not None:
+            checkpoint.evaluation_strategy = "steps"
+        else:
+            checkpoint.evaluation_strategy = "epoch" if checkpoint.save_strategy == "no" else checkpoint.save_strategy
+    if checkpoint.evaluation_strategy == "steps":
+        checkpoint.eval_steps = checkpoint.eval_steps or checkpoint.save_steps
+    elif _changed(checkpoint, "eval_steps", given):
+        warnings.append(f"--eval_steps has no effect with --evaluation_strategy {checkpoint.evaluation_strategy}")
+    if checkpoint.save_strategy != "steps" and _changed(checkpoint, "save_steps", given):
+        warnings.append(f"--save_steps has no effect with --save_strategy {checkpoint.save_strategy}")
+    if checkpoint.evaluation_strategy != "no":
+        optimization.do_eval = True
+    if not optimization.do_train and not optimization.do_eval:
+        raise ConfigError("--do_train and --do_eval are both off, so there is nothing to do: switch one on")
+
+
+def _schedule(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
+    optimization = find(groups, OptimizationOptions)
+    if optimization is None:
+        return
+    schedule = optimization.lr_scheduler_type
+    if optimization.max_steps > 0 and _changed(optimization, "num_train_epochs", given):
+        warnings.append(f"--num_train_epochs has no effect with --max_steps {optimization.max_steps}")
+    if optimization.warmup_steps > 0 and _changed(optimization, "warmup_ratio", given):
+        warnings.append(f"--warmup_ratio has no effect with --warmup_steps {optimization.warmup_steps}")
+    if schedule.startswith("constant"):
+        idle = ["min_learning_rate", "decay_steps"] + (
+            ["warmup_steps", "warmup_ratio"] if schedule == "constant" else []
+        )
+        for name in idle:
+            if _changed(optimization, name, given):
+                instead = " (constant_with_warmup has a warm-up)" if name.startswith("warmup") else ""
+                warnings.append(f"--{name} has no effect with --lr_scheduler_type {schedule}{instead}")
+
+
+def _precision(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
+    model, precision = find(groups, ModelOptions), find(groups, PrecisionOptions)
+    if model is None or precision is None or model.dtype == "auto":
+        return
+    wanted = precision.weight_dtype
+    if (precision.fp16 or precision.bf16) and model.dtype not in (wanted, precision.compute_dtype):
+        flag = "fp16" if precision.fp16 else "bf16"
+        raise ConfigError(f"--dtype {model.dtype} and --{flag} ask for different number formats: drop one of them")
+
+
+def _quantization(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
+    adapter, quantization = find(groups, AdapterOptions), find(groups, QuantizationOptions)
+    if adapter is None or quantization is None or not quantization.qat:
+        return
+    if adapter.prefix_tuning:
+        raise ConfigError(
+            "--qat and --prefix_tuning do not go together: a prefix has no weights to quantize; drop one of them"
+        )
+    if adapter.lora and adapter.lora_dropout > 0:
+        raise ConfigError(
+            f"--qat with --lora needs --lora_dropout 0 (it is {adapter.lora_dropout:g}): "
+            "the sum of both weights is quantized"
+        )
+
+
+def _pipeline(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
+    parallel, data = find(groups, ParallelOptions), find(groups, DataOptions)
+    if parallel is None:
+        return
+    if parallel.pipeline_parallel_config and parallel.pipeline_parallel_degree == 1:
+        warnings.append("--pipeline_parallel_config has no effect without --pipeline_parallel_degree above 1")
+    if data is not None and data.eval_with_do_generation and parallel.pipeline_parallel_degree > 1:
+        raise ConfigError(
+            "--eval_with_do_generation does not work with --pipeline_parallel_degree above 1: "
+            "drop the first and score with arriero evaluate afterwards"
+        )
+
+
+def _sampling(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
+    generation = find(groups, GenerationOptions)
+    if generation is None or generation.do_sample:
+        return
+    for name in ("temperature", "top_k", "top_p", "min_p"):
+        if _changed(generation, name, given) and not (name == "top_k" and generation.top_k == 1):
+            warnings.append(f"--{name} has no effect with --do_sample no")
+
+
+_RULES: tuple[Callable[[Sequence[Any], frozenset[str], list[str]], None], ...] = (
+    _without_effect,
+    _evaluation,
+    _schedule,
+    _precision,
+    _quantization,
+    _pipeline,
+    _sampling,
+)

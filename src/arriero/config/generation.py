@@ -1,0 +1,65 @@
+"""How text is generated, and batch prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from arriero.config.option import OptionGroup, option
+from arriero.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class GenerationOptions(OptionGroup):
+    """Generation."""
+
+    max_new_tokens: int = option(256, "longest answer in tokens", aliases=("tgt_length", "max_length"), minimum=1)
+    min_new_tokens: int = option(0, "no end of text before this many tokens", aliases=("min_length",), minimum=0)
+    do_sample: bool | None = option(
+        None,
+        "draw tokens at random; no: always the likeliest (default: yes if temperature, top_k, top_p or min_p is set)",
+    )
+    temperature: float = option(1.0, "below 1: more sure of itself; 0: the likeliest token", minimum=0.0, maximum=100.0)
+    top_k: int = option(0, "draw from the k likeliest tokens only; 0: all", minimum=0)
+    top_p: float = option(
+        1.0, "draw from the likeliest tokens that together have this probability", above=0.0, maximum=1.0
+    )
+    min_p: float = option(
+        0.0, "drop tokens below this share of the likeliest one's probability", minimum=0.0, maximum=1.0
+    )
+    repetition_penalty: float = option(1.0, "above 1: tokens already seen are made less likely", above=0.0)
+    stop: list[str] = option([], "stop before any of these strings", aliases=("stop_strings",), split=False)
+    batch_size: int = option(8, "prompts generated together at most", minimum=1)
+    seed: int | None = option(None, "seed of the random draws; the same seed gives the same text", minimum=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature == 0.0:
+            if self.do_sample:
+                raise ConfigError(
+                    "--do_sample and --temperature 0 contradict each other: raise the second or drop the first"
+                )
+            self.do_sample = False
+            self.temperature = 1.0
+        if self.do_sample is None:
+            self.do_sample = self.temperature != 1.0 or self.top_k > 1 or self.top_p < 1.0 or self.min_p > 0.0
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ConfigError(
+                f"--min_new_tokens {self.min_new_tokens} is above --max_new_tokens {self.max_new_tokens}: "
+                "lower the first"
+            )
+        if "" in self.stop:
+            raise ConfigError("--stop holds an empty string, which would stop every answer at once: leave it out")
+
+
+@dataclass(kw_only=True)
+class PredictOptions(OptionGroup):
+    """Prediction."""
+
+    data_file: str | None = option(
+        None, "jsonl rows to answer (src, instruction, context or messages); without it, the two built-in prompts"
+    )
+    predict_file: str = option("prediction.json", "where the answers go, one JSON line each", aliases=("output_file",))
+    src_length: int = option(1024, "longest prompt in tokens; a longer one is cut, counted and reported", minimum=1)
+    merge_tensor_parallel_path: str | None = option(
+        None, "also write the model, its shards joined, as one folder there"
+    )

@@ -1,0 +1,86 @@
+"""The `--help` page of a verb: its options, grouped by concern, each with its type and default."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from arriero.config.option import OptionSpec, specs_of, title
+
+_INDENT = 26
+_METAVARS: dict[type, str] = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
+
+
+def default_text(value: Any) -> str:
+    """A default as the user would type it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return ",".join(str(item) for item in value)
+    return str(value)
+
+
+def metavar(spec: OptionSpec) -> str:
+    """What stands after the flag: the choices, or the kind of value."""
+    if spec.kind is bool:
+        return ""
+    if spec.choices is not None and len(spec.choices) <= 8:
+        word = "{" + ",".join(spec.choices) + "}"
+    else:
+        word = _METAVARS[spec.kind]
+    return f"{word} ..." if spec.is_list else word
+
+
+def _usage(prog: str, specs: Sequence[OptionSpec]) -> str:
+    parts = [f"usage: {prog}", "[RUN.yaml]" if not any(spec.positional for spec in specs) else "", "[options]"]
+    for spec in specs:
+        if spec.positional:
+            word = spec.name.upper() + (" ..." if spec.is_list else "")
+            parts.append(word if spec.required else f"[{word}]")
+        elif spec.required:
+            parts.append(f"--{spec.name} {metavar(spec)}")
+    return " ".join(part for part in parts if part)
+
+
+def _entry(spec: OptionSpec, width: int) -> list[str]:
+    left = f"  --{spec.name} {metavar(spec)}".rstrip()
+    if spec.positional:
+        left = f"  {spec.name.upper()}" + (" ..." if spec.is_list else "")
+    text = spec.help
+    if spec.aliases:
+        text += f" [also --{', --'.join(spec.aliases)}]"
+    if spec.required:
+        text += " (required)"
+    elif spec.default is not None and spec.default != "" and spec.default != []:
+        text += f" (default: {default_text(spec.default)})"
+    wrapped = textwrap.wrap(text, max(width - _INDENT, 30), break_on_hyphens=False)
+    if len(left) > _INDENT - 2:
+        return [left, *(" " * _INDENT + line for line in wrapped)]
+    return [left.ljust(_INDENT) + wrapped[0], *(" " * _INDENT + line for line in wrapped[1:])]
+
+
+def format_help(prog: str, description: str, groups: Sequence[type]) -> str:
+    """The whole page, as wide as the terminal (at most 120 columns)."""
+    width = min(shutil.get_terminal_size().columns, 120)
+    specs = [spec for group in groups for spec in specs_of(group)]
+    lines = textwrap.wrap(_usage(prog, specs), width, subsequent_indent="       ", break_on_hyphens=False)
+    if description:
+        lines += ["", *textwrap.wrap(description, width)]
+    for group in groups:
+        if specs_of(group):
+            lines += ["", f"{title(group)}:"]
+            for spec in specs_of(group):
+                lines += _entry(spec, width)
+    lines += [
+        "",
+        "Every command:",
+        f"{'  --config PATH':<{_INDENT}}a YAML or JSON file that sets any of these; flags win over it",
+        f"{'  --debug':<{_INDENT}}show the traceback of an error",
+        f"{'  -h, --help':<{_INDENT}}this page",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,78 @@
+"""How the weights are trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from arriero.config.option import OptionGroup, option
+from arriero.errors import ConfigError
+
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+
+
+@dataclass(kw_only=True)
+class OptimizationOptions(OptionGroup):
+    """Optimization."""
+
+    do_train: bool = option(True, "train; no: only evaluate")
+    do_eval: bool = option(
+        False, "evaluate on the held-out part, during training as --evaluation_strategy says and at the end"
+    )
+    per_device_train_batch_size: int = option(8, "rows of one micro-batch on each device", minimum=1)
+    per_device_eval_batch_size: int = option(8, "rows of one evaluation batch on each device", minimum=1)
+    gradient_accumulation_steps: int = option(1, "micro-batches of one optimizer step", minimum=1)
+    learning_rate: float = option(5e-5, "peak learning rate", minimum=0.0)
+    min_learning_rate: float = option(
+        0.0,
+        "the learning rate never falls below this after warm-up (linear and cosine)",
+        aliases=("lr_end",),
+        minimum=0.0,
+    )
+    lr_scheduler_type: str = option("linear", "shape of the learning rate after warm-up", SCHEDULES)
+    warmup_steps: int = option(0, "steps in which the learning rate rises from 0; wins over --warmup_ratio", minimum=0)
+    warmup_ratio: float = option(0.0, "the same as a share of all steps", minimum=0.0, maximum=1.0)
+    decay_steps: int | None = option(
+        None, "step at which the learning rate reaches its floor (default: the last step)", minimum=1
+    )
+    num_train_epochs: float = option(3.0, "passes over the data; a fraction stops within one", above=0.0)
+    max_steps: int = option(-1, "optimizer steps; if positive, it wins over --num_train_epochs", minimum=-1)
+    optim: str = option(
+        "adamw",
+        "the optimizer (the three names mean the same fused AdamW)",
+        ("adamw", "adamw_torch", "adamw_torch_fused"),
+    )
+    weight_decay: float = option(0.0, "decoupled weight decay of AdamW; norms and biases are left out", minimum=0.0)
+    adam_beta1: float = option(0.9, "beta1 of AdamW", minimum=0.0, below=1.0)
+    adam_beta2: float = option(0.999, "beta2 of AdamW", minimum=0.0, below=1.0)
+    adam_epsilon: float = option(1e-8, "epsilon of AdamW", above=0.0)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never", minimum=0.0)
+    label_smoothing: float = option(
+        0.0,
+        "share of the target spread over the vocabulary",
+        aliases=("label_smoothing_factor",),
+        minimum=0.0,
+        below=1.0,
+    )
+    seed: int = option(42, "seed of the data order, dropout and fresh weights", minimum=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.optim.startswith("adamw_torch"):
+            self.optim = "adamw"
+        if self.max_steps == 0:
+            raise ConfigError("--max_steps is 0: give a positive number, or -1 to train for --num_train_epochs")
+        if self.min_learning_rate > self.learning_rate:
+            raise ConfigError(
+                f"--min_learning_rate {self.min_learning_rate:g} is above --learning_rate {self.learning_rate:g}: "
+                f"lower the first or raise the second"
+            )
+        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
+            raise ConfigError(
+                f"--decay_steps {self.decay_steps} is not after --warmup_steps {self.warmup_steps}: "
+                f"raise the first or lower the second"
+            )
+        if 0 < self.max_steps < self.warmup_steps:
+            raise ConfigError(
+                f"--warmup_steps {self.warmup_steps} is longer than the run, --max_steps {self.max_steps}: "
+                f"lower the first or raise the second"
+            )

@@ -1,0 +1,204 @@
+"""The decoder. Parameter names and layouts are those of an HF folder."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arriero.models.attention import AttentionInfo, attention
+from arriero.models.cache import KVCacheView
+from arriero.models.config import LlamaConfig
+from arriero.models.rope import RotaryEmbedding, rotate
+
+# cos and signed sin, (B or 1, S, 1, head_dim) each.
+Rotary = tuple[Tensor, Tensor]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (https://arxiv.org/abs/1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # One dtype: under autocast queries and keys are bf16 and the weight fp32, which no fused kernel takes.
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.sliding_window = config.layer_sliding_window(layer)
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, rotary: Rotary, info: AttentionInfo, cache: KVCacheView | None) -> Tensor:
+        """(B, S, hidden) -> (B, S, hidden)."""
+        batch, size, _ = x.shape
+        # The head count is left to view: under tensor parallelism it is a part of the configured one.
+        query = self.q_proj(x).view(batch, size, -1, self.head_dim)
+        key = self.k_proj(x).view(batch, size, -1, self.head_dim)
+        value = self.v_proj(x).view(batch, size, -1, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotate(query, *rotary).transpose(1, 2), rotate(key, *rotary).transpose(1, 2)
+        value = value.transpose(1, 2)
+        if cache is not None:
+            key, value = cache.update(self.layer, key, value)
+        heads = attention(query, key, value, info, scale=self.scale, sliding_window=self.sliding_window)
+        output: Tensor = self.o_proj(heads.transpose(1, 2).reshape(batch, size, -1))
+        return output
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward (https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, hidden) -> (B, S, hidden)."""
+        output: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return output
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and feed-forward, each with a residual."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, hidden: Tensor, rotary: Rotary, attention: AttentionInfo, cache: KVCacheView | None = None
+    ) -> Tensor:
+        """(B, S, hidden) -> (B, S, hidden)."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, attention, cache)
+        output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return output
+
+
+class LlamaModel(nn.Module):
+    """Token embedding, decoder layers, final norm."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = RotaryEmbedding(config)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        attention: AttentionInfo | None = None,
+        cache: KVCacheView | None = None,
+    ) -> Tensor:
+        """(B, S) int64 -> (B, S, hidden) after the final norm; see `LlamaForCausalLM.hidden_states`."""
+        attention = attention or AttentionInfo.causal()
+        if positions is None:
+            positions = attention.positions(input_ids.shape[1], input_ids.device)
+        hidden = self.embed_tokens(input_ids)
+        lengths = attention.sequence_lengths(positions.device) if self.rotary.is_dynamic else None
+        rotary = self.rotary(positions, hidden.dtype, lengths)
+        for layer in self.layers:
+            hidden = layer(hidden, rotary, attention, cache)
+        output: Tensor = self.norm(hidden)
+        return output
+
+
+class LlamaForCausalLM(nn.Module):
+    """A decoder with an output head, for every family of `LlamaConfig`.
+
+    Construction leaves torch's default values in the parameters: load a checkpoint or call `init_weights`. Under
+    `torch.device("meta")` nothing is allocated.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the output head the embedding's parameter again where the configuration ties them.
+
+        Needed after anything that replaces parameters one by one: `to_empty`, `load_state_dict(assign=True)`.
+        """
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Fresh weights as HF draws them: N(0, initializer_range) for matrices, 1 for norms, 0 for biases.
+
+        Args:
+            generator: of the parameters' device; the same seed gives the same weights.
+        """
+        self.tie_weights()
+        for module in self.modules():
+            if isinstance(module, RotaryEmbedding):
+                module.reset()
+            elif isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+            elif isinstance(module, nn.Embedding) or (
+                isinstance(module, nn.Linear) and not (module is self.lm_head and self.config.tie_word_embeddings)
+            ):
+                module.weight.normal_(0.0, self.config.initializer_range, generator=generator)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    module.bias.zero_()
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        attention: AttentionInfo | None = None,
+        cache: KVCacheView | None = None,
+    ) -> Tensor:
+        """The hidden states after the final norm.
+
+        Args:
+            input_ids: (B, S) int64.
+            positions: (B or 1, S) int64; default 0 to S-1, or counted in each document.
+            attention: default causal.
+            cache: a view that stores the new keys and values and gives those to attend over; `positions` and
+                `attention` must then be the view's.
+
+        Returns:
+            (B, S, hidden_size).
+        """
+        output: Tensor = self.model(input_ids, positions, attention, cache)
+        return output
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        attention: AttentionInfo | None = None,
+        cache: KVCacheView | None = None,
+    ) -> Tensor:
+        """Logits (B, S, vocab_size); arguments as in `hidden_states`."""
+        output: Tensor = self.lm_head(self.hidden_states(input_ids, positions, attention, cache))
+        return output

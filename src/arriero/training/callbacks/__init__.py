@@ -1,0 +1,1 @@
+"""What surrounds the training loop: logging, evaluation, checkpoints, plots."""

@@ -1,0 +1,62 @@
+"""Checkpoints while training: when they are due, on Ctrl-C, and which one was best."""
+
+from __future__ import annotations
+
+from arriero.errors import TrainingError
+from arriero.training.callbacks.evaluation import is_due
+from arriero.training.checkpoint import load_checkpoint, prune, save_checkpoint
+from arriero.training.trainer import Callback, StepRecord, Trainer
+
+
+class Checkpointing(Callback):
+    """Saves when due, keeps the best and the newest, and puts the best back at the end if asked.
+
+    Args:
+        metric: name of the evaluation metric that decides, with or without "eval_"; None keeps no best.
+        greater_is_better: the metric's direction.
+        keep: how many checkpoints stay; None keeps all.
+        load_best: whether the best weights are loaded after the last step.
+    """
+
+    def __init__(
+        self,
+        strategy: str,
+        every: int,
+        *,
+        keep: int | None = None,
+        metric: str | None = None,
+        greater_is_better: bool = False,
+        load_best: bool = False,
+    ) -> None:
+        self.strategy, self.every, self.keep, self.load_best = strategy, every, keep, load_best
+        self.metric = None if metric is None else "eval_" + metric.removeprefix("eval_")
+        self.sign = 1.0 if greater_is_better else -1.0
+
+    def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
+        if is_due(trainer, self.strategy, self.every):
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Write a checkpoint now and delete what is no longer kept."""
+        state = trainer.state
+        self._note_best(trainer)
+        state.scaler = trainer.precision.state()
+        save_checkpoint(trainer.run_folder, trainer.weights, trainer.optimizer.state(), state)
+        prune(trainer.run_folder, self.keep, state.best_checkpoint)
+
+    def _note_best(self, trainer: Trainer) -> None:
+        if self.metric is None or not trainer.metrics:
+            return
+        if self.metric not in trainer.metrics:
+            known = ", ".join(name.removeprefix("eval_") for name in trainer.metrics)
+            raise TrainingError(f"metric_for_best_model '{self.metric[5:]}' is not computed here: one of {known}")
+        value, best = trainer.metrics[self.metric], trainer.state.best_metric
+        if best is None or self.sign * value > self.sign * best:
+            trainer.state.best_metric = value
+            trainer.state.best_checkpoint = f"checkpoint-{trainer.state.step}"
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        best = trainer.state.best_checkpoint
+        if self.load_best and best and trainer.state.step == trainer.total_steps:
+            load_checkpoint(trainer.run_folder / best, trainer.weights)
+            print(f"best checkpoint: {best} ({(self.metric or '')[5:]} {trainer.state.best_metric:.4f}), loaded", flush=True)

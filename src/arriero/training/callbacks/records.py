@@ -1,0 +1,81 @@
+"""Records kept on disk: JSON lines, TensorBoard, and a plot of the loss."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from arriero.errors import require
+from arriero.training.trainer import Callback, Trainer
+
+LOG = "train_log.jsonl"
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a `train_log.jsonl`; a last line cut short by a kill is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class JsonLines(Callback):
+    """Every record as a line of `train_log.jsonl`; a resumed run drops the lines after its checkpoint."""
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        self.path = trainer.run_folder / LOG
+        kept = [record for record in read_log(self.path) if record["step"] <= trainer.state.step]
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+
+    def on_log(self, trainer: Trainer, record: dict[str, float]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class TensorBoard(Callback):
+    """Every number of every record as a TensorBoard scalar."""
+
+    def __init__(self, folder: Path) -> None:
+        self.module = require("torch.utils.tensorboard", "track")
+        self.folder = folder
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        self.writer = self.module.SummaryWriter(str(self.folder), purge_step=trainer.state.step + 1)
+
+    def on_log(self, trainer: Trainer, record: dict[str, float]) -> None:
+        group = "train" if "loss" in record else "eval"
+        for key, value in record.items():
+            if key != "step":
+                self.writer.add_scalar(f"{group}/{key.removeprefix('eval_')}", value, int(record["step"]))
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        self.writer.close()
+
+
+class LossPlot(Callback):
+    """`loss.png`: training and evaluation loss over the steps, and the learning rate."""
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        records = read_log(trainer.run_folder / LOG)
+        train = [(r["step"], r["loss"], r["learning_rate"]) for r in records if "loss" in r]
+        if len(train) < 2:
+            return
+        figure_module = require("matplotlib.figure", "plot")
+        figure = figure_module.Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        steps, losses, rates = zip(*train, strict=True)
+        axes.plot(steps, losses, color="tab:blue", label="training loss")
+        evaluated = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
+        if evaluated:
+            axes.plot(*zip(*evaluated, strict=True), "o-", color="tab:red", label="evaluation loss")
+        axes.set(xlabel="optimizer step", ylabel="cross-entropy (nats / token)", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper right")
+        twin = axes.twinx()
+        twin.plot(steps, rates, color="tab:gray", alpha=0.5, linewidth=1)
+        twin.set(ylabel="learning rate", ylim=(0, None))
+        figure.savefig(trainer.run_folder / "loss.png", dpi=120)

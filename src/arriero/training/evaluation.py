@@ -1,0 +1,44 @@
+"""Loss, perplexity and token accuracy on labelled rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from arriero.data.batch import pack
+from arriero.data.sft import Example
+from arriero.training.precision import Precision
+from arriero.training.trainer import batch_loss
+
+
+@torch.no_grad()
+def evaluate_loss(
+    model: nn.Module,
+    examples: Sequence[Example],
+    precision: Precision,
+    batch_size: int,
+    on_rows: Callable[[int], object] | None = None,
+) -> dict[str, float]:
+    """Metrics over every labelled token of the rows, each token weighing the same.
+
+    Returns:
+        `loss` (nats a token), `ppl` (its exponential) and `accuracy` (share of labels that are the model's first choice).
+    """
+    device = next(model.parameters()).device
+    loss, correct, tokens = 0.0, 0, 0
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(examples), batch_size):
+        batch = pack(examples[start : start + batch_size]).to(device)
+        if batch.label_tokens:
+            with precision.context():
+                sums = batch_loss(model, batch)
+            loss, correct, tokens = loss + float(sums.loss), correct + int(sums.correct), tokens + sums.tokens
+        if on_rows:
+            on_rows(len(batch.lengths))
+    model.train(was_training)
+    mean = loss / max(1, tokens)
+    return {"loss": mean, "ppl": math.exp(min(mean, 700.0)), "accuracy": correct / max(1, tokens)}

@@ -1,0 +1,95 @@
+"""How much arithmetic a training step needs, and how much the machine could do: the two halves of MFU.
+
+Model FLOPs utilisation (Chowdhery et al. 2022, PaLM, arXiv:2204.02311, appendix B) counts what the model needs, never what
+is recomputed. Counted here, for one token: 2 FLOPs a weight forward, 2 for the gradient of the input, 2 for the gradient
+of the weight where it is trained; so 6N for full training and about 4N for LoRA. The output head counts only for labelled
+positions, since only those are projected.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+# Dense tensor-core peaks in TFLOP/s from the vendors' data sheets, by a part of the device name: (fp32 as TF32, bf16 / fp16)
+DEVICE_PEAKS = {
+    "H200": (495.0, 989.0),
+    "H100 PCIe": (378.0, 756.0),
+    "H100": (495.0, 989.0),
+    "A100": (156.0, 312.0),
+    "L40S": (183.0, 362.0),
+    "RTX 4090": (82.6, 165.2),
+    "A10": (62.5, 125.0),
+    "V100": (15.7, 125.0),
+    "T4": (8.1, 65.0),
+}
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Coefficients of a model's training cost.
+
+    Attributes:
+        per_token: FLOPs of every linear layer but the head, for a token, forward and backward.
+        per_label: FLOPs of the head, for a labelled token.
+        per_pair: FLOPs of attention, for a query-key pair under the causal mask.
+    """
+
+    per_token: float
+    per_label: float
+    per_pair: float
+
+    def __call__(self, lengths: Sequence[int], label_tokens: int) -> float:
+        """FLOPs of one batch of documents of these lengths."""
+        pairs = sum(length * (length + 1) / 2 for length in lengths)
+        return self.per_token * sum(lengths) + self.per_label * label_tokens + self.per_pair * pairs
+
+
+def step_cost(model: nn.Module) -> StepCost:
+    """The training cost of a model as it stands (adapters and frozen weights included)."""
+    config = model.config
+    head = model.get_submodule("lm_head").weight
+    body = 0.0
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "embed_tokens" not in name and not name.startswith("lm_head"):
+            body += parameter.numel() * (6.0 if parameter.requires_grad else 4.0)
+    head_cost = head.numel() * (6.0 if head.requires_grad else 4.0)
+    # QK^T and PV, 2 FLOPs a multiply-add each, once forward and twice backward
+    pair_cost = 3 * 2 * 2.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    return StepCost(body, head_cost, pair_cost)
+
+
+@lru_cache(maxsize=4)
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """FLOP/s the device can reach, and where the figure comes from.
+
+    A known GPU has its data sheet's figure; any other device is measured by a matrix product.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, (single, low) in DEVICE_PEAKS.items():
+            if part in name:
+                return (low if half else single) * 1e12, f"{name} data sheet"
+    return _measured_peak(device, dtype), "measured matrix product"
+
+
+def _measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    size, rounds = (1024, 6) if device.type == "cpu" else (4096, 20)
+    if device.type == "cpu":
+        dtype = torch.float32  # half precision is emulated on most CPUs: a peak of it would flatter
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        b = a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    del b
+    return 2.0 * size**3 / best

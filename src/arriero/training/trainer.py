@@ -1,0 +1,192 @@
+"""The one training loop.
+
+A method (full, LoRA, ...) is a set of trainable parameters and a way to store them; what surrounds the loop (logging,
+evaluation, checkpoints, plots) is callbacks. Every loss is a sum over labelled tokens divided by their number in the whole
+step, so that accumulation and packing change nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from arriero.data.batch import Batch, pack
+from arriero.data.order import StepOrder
+from arriero.data.sft import Example
+from arriero.errors import TrainingError
+from arriero.models.attention import AttentionInfo
+from arriero.training.checkpoint import TrainState, WeightStore, load_checkpoint, restore_random_state
+from arriero.training.flops import step_cost
+from arriero.training.loss import LossSums, linear_cross_entropy
+from arriero.training.optimizer import Optimizer
+from arriero.training.precision import Precision, first_non_finite
+from arriero.training.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one optimizer step did. `loss` is the mean over its labelled tokens, in nats."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    label_tokens: int
+    rows: int
+    flops: float
+    seconds: float
+    skipped: bool = False
+
+
+class Callback:
+    """Something that watches a run. The hooks are called in the order of the trainer's list."""
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Before the first step, after a resume."""
+
+    def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
+        """After each optimizer step."""
+
+    def on_log(self, trainer: Trainer, record: dict[str, float]) -> None:
+        """When there is something to write down: training averages or evaluation metrics."""
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """After the last step, also when training is interrupted."""
+
+
+def batch_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> LossSums:
+    """The summed cross-entropy of one packed batch."""
+    hidden = model.hidden_states(
+        batch.input_ids, positions=batch.positions, attention=AttentionInfo.documents(batch.lengths)
+    )
+    return linear_cross_entropy(hidden, model.lm_head.weight, batch.labels, label_smoothing=label_smoothing)
+
+
+@dataclass
+class Trainer:
+    """Trains `model` on `examples`.
+
+    Args:
+        total_steps: optimizer steps of the whole run.
+        max_grad_norm: gradient norm above which gradients are scaled down; 0 turns clipping off.
+        run_folder: where callbacks write.
+    """
+
+    model: nn.Module
+    examples: Sequence[Example]
+    order: StepOrder
+    optimizer: Optimizer
+    schedule: Schedule
+    precision: Precision
+    weights: WeightStore
+    total_steps: int
+    run_folder: Path
+    device: torch.device
+    max_grad_norm: float = 1.0
+    label_smoothing: float = 0.0
+    callbacks: list[Callback] = field(default_factory=list)
+    state: TrainState = field(default_factory=TrainState)
+    metrics: dict[str, float] = field(default_factory=dict)
+    should_stop: bool = False
+
+    def __post_init__(self) -> None:
+        self.cost = step_cost(self.model)
+        self.state.total_steps = self.total_steps
+        self.state.data = self._data_fingerprint()
+
+    def _data_fingerprint(self) -> dict[str, int]:
+        return {"rows": self.order.rows, "rows_per_step": self.order.rows_per_step, "seed": self.order.seed}
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data done so far."""
+        return self.state.step / self.order.steps_per_epoch
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint as if the run had never stopped.
+
+        Raises:
+            FormatError: if the checkpoint is damaged or of another run.
+            TrainingError: if the data would come in another order.
+        """
+        optimizer, generators, state = load_checkpoint(checkpoint, self.weights)
+        if state.data != self._data_fingerprint():
+            raise TrainingError(
+                f"{checkpoint} was trained on {state.data}, this run has {self._data_fingerprint()}: "
+                "give the same data, batch and seed, or start anew in another --output_dir"
+            )
+        self.optimizer.load(optimizer)
+        self.precision.load(state.scaler)
+        state.total_steps = self.total_steps
+        self.state = state
+        restore_random_state(generators)
+
+    def train(self) -> TrainState:
+        """Run to the last step."""
+        self.model.train()
+        self._notify(lambda callback: callback.on_train_begin(self))
+        try:
+            while self.state.step < self.total_steps and not self.should_stop:
+                record = self.step()
+                self._notify(lambda callback: callback.on_step_end(self, record))
+        finally:
+            self._notify(lambda callback: callback.on_train_end(self))
+        return self.state
+
+    def step(self) -> StepRecord:
+        """One optimizer step: all its micro-batches, one clipping, one update."""
+        start = time.perf_counter()
+        batches = [pack([self.examples[row] for row in rows]).to(self.device) for rows in self.order(self.state.step)]
+        label_tokens = sum(batch.label_tokens for batch in batches)
+        learning_rate = self.schedule(self.state.step)
+        loss, norm, skipped = 0.0, 0.0, False
+        if label_tokens:
+            total = torch.zeros((), device=self.device)
+            for batch in batches:
+                with self.precision.context():
+                    sums = batch_loss(self.model, batch, label_smoothing=self.label_smoothing)
+                part = sums.loss / label_tokens
+                self.precision.backward(part)
+                total += part.detach()
+            self.precision.unscale(self.optimizer)
+            loss, norm = float(total), float(self.optimizer.clip(self.max_grad_norm))
+            skipped = self._check_finite(loss, norm)
+            if not skipped:
+                self.optimizer.step(learning_rate)
+            self.precision.update()
+            self.optimizer.zero_grad()
+        tokens = sum(batch.tokens for batch in batches)
+        flops = sum(self.cost(batch.lengths, batch.label_tokens) for batch in batches)
+        seconds = time.perf_counter() - start
+        self.state.step += 1
+        self.state.tokens += tokens
+        self.state.label_tokens += label_tokens
+        self.state.seconds += seconds
+        rows = sum(len(batch.lengths) for batch in batches)
+        return StepRecord(self.state.step, loss, norm, learning_rate, tokens, label_tokens, rows, flops, seconds, skipped)
+
+    def _check_finite(self, loss: float, norm: float) -> bool:
+        """Whether the step must be skipped (an fp16 overflow); raises if the numbers are really broken."""
+        if all(abs(value) != float("inf") and value == value for value in (loss, norm)):
+            return False
+        if self.precision.forgives_overflow and loss == loss and abs(loss) != float("inf"):
+            return True
+        culprit = first_non_finite(self.optimizer, self.model)
+        raise TrainingError(
+            f"step {self.state.step + 1}: loss {loss}, gradient norm {norm}; the first bad tensor is {culprit}: "
+            "lower --learning_rate, or use bf16 or fp32 in place of fp16"
+        )
+
+    def log(self, record: dict[str, float]) -> None:
+        """Hand a record to every callback."""
+        self._notify(lambda callback: callback.on_log(self, record))
+
+    def _notify(self, call: Callable[[Callback], None]) -> None:
+        for callback in self.callbacks:
+            call(callback)
