@@ -43,8 +43,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def arriero(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the real command line: `arriero("finetune", "--help")` -> its exit code, stdout and stderr."""
 
-    def call(*arguments: str, cwd: Path = tmp_path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
-        variables = {**os.environ, "PYTHONPATH": str(SOURCE), "COLUMNS": "100", **env}
+    def call(
+        *arguments: str, cwd: Path = tmp_path, timeout: float = 120, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        variables = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")]),
+            "COLUMNS": "100",
+            **env,
+        }
         return subprocess.run(
             [sys.executable, "-m", "arriero", *arguments],
             cwd=cwd,

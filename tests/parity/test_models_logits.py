@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
@@ -87,7 +88,7 @@ def family_values(family: str, seed: int, *, window: int | None = None) -> dict[
 
 def oracle(values: dict[str, Any], seed: int, implementation: str = "eager") -> Any:
     """transformers' model of a config.json with every parameter random, norms and biases too."""
-    values = dict(values)
+    values = copy.deepcopy(values)  # transformers fills in the rope dictionary that it is given
     config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()

@@ -108,7 +108,9 @@ def test_masked_slots_do_not_reach_the_result() -> None:
     assert torch.isfinite(both).all()
 
 
-@pytest.mark.parametrize("rows", [[0, 2, 3], [1, 3], [3], [3, 0], [2, 1, 0], [1, 1, 0], [], [0, 1, 2, 3]])
+@pytest.mark.parametrize(
+    "rows", [[0, 2, 3], [1, 3], [3], [3, 0], [2, 0, 1], [1, 0, 2], [2, 1, 0], [1, 1, 0], [], [0, 1, 2, 3]]
+)
 def test_select(rows: list[int]) -> None:
     cache, prompts = filled([3, 1, 4, 2])
     cache.select(rows)

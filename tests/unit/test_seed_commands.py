@@ -1,4 +1,4 @@
-"""Every command of the seed's README (copied verbatim into fixtures/seed_commands.txt), its script swapped for the verb."""
+"""Every command of the seed's README (verbatim in fixtures/seed_commands.txt), its script swapped for the verb."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def seed_commands() -> list[list[str]]:
         block = re.sub(r'^\w+="\w+"$\n?', "", block, flags=re.MULTILINE)
         for name, value in variables.items():
             block = block.replace(f"${name}", value)
-        # Two of them lack the backslash before their indented second line, and one line in the middle of another ends in "20\".
+        # Some lack the backslash before an indented line, and some have it straight after a value ("20\").
         words = shlex.split(re.sub(r"\\?\n\s*", " ", block))
         assert words.pop(0) == "python"
         while words[0] in ("-u", "-m"):
@@ -205,7 +205,9 @@ def test_the_launcher_part() -> None:
     ]
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if LATER & set(command)], ids=lambda c: " ".join(c[:3]))
+@pytest.mark.parametrize(
+    "command", [command for command in COMMANDS if LATER & set(command)], ids=lambda c: " ".join(c[:3])
+)
 def test_a_verb_of_a_later_version_answers_one_line(
     command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

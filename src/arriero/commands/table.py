@@ -1,7 +1,7 @@
 """The verbs: name -> (module that holds HELP, OPTIONS and run, one line for `arriero --help`).
 
-`LATER` are those whose work comes in a later version, `ONE_PROCESS` those that run in a single process in this one. A verb's
-module is imported only when the verb is called, and torch only inside its `run`.
+`LATER` are those whose work comes in a later version, `ONE_PROCESS` those that run in a single process in this one.
+A verb's module is imported only when the verb is called, and torch only inside its `run`.
 """
 
 from __future__ import annotations

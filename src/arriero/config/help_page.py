@@ -12,6 +12,11 @@ from arriero.config.option import OptionSpec, specs_of, title
 
 _INDENT = 26
 _METAVARS: dict[type, str] = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
+_COMMON = (
+    ("  --config PATH", "a YAML or JSON file that sets any of these; flags win over it"),
+    ("  --debug", "show the traceback of an error"),
+    ("  -h, --help", "this page"),
+)
 
 
 def default_text(value: Any) -> str:
@@ -58,6 +63,10 @@ def _entry(spec: OptionSpec, width: int) -> list[str]:
         text += " (required)"
     elif spec.default is not None and spec.default != "" and spec.default != []:
         text += f" (default: {default_text(spec.default)})"
+    return _columns(left, text, width)
+
+
+def _columns(left: str, text: str, width: int) -> list[str]:
     wrapped = textwrap.wrap(text, max(width - _INDENT, 30), break_on_hyphens=False)
     if len(left) > _INDENT - 2:
         return [left, *(" " * _INDENT + line for line in wrapped)]
@@ -76,11 +85,7 @@ def format_help(prog: str, description: str, groups: Sequence[type]) -> str:
             lines += ["", f"{title(group)}:"]
             for spec in specs_of(group):
                 lines += _entry(spec, width)
-    lines += [
-        "",
-        "Every command:",
-        f"{'  --config PATH':<{_INDENT}}a YAML or JSON file that sets any of these; flags win over it",
-        f"{'  --debug':<{_INDENT}}show the traceback of an error",
-        f"{'  -h, --help':<{_INDENT}}this page",
-    ]
+    lines += ["", "Every command:"]
+    for left, text in _COMMON:
+        lines += _columns(left, text, width)
     return "\n".join(lines) + "\n"

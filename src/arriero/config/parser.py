@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from arriero.config import compatibility
@@ -24,15 +23,6 @@ _CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 class HelpRequested(Exception):
     """The user asked for the help page of a verb."""
-
-
-@dataclass
-class _Scan:
-    """What stands on a command line, not typed yet."""
-
-    flags: dict[str, Any] = field(default_factory=dict)  # option name -> str, list[str] or True
-    config_files: list[str] = field(default_factory=list)
-    positionals: list[str] = field(default_factory=list)
 
 
 def option_table(groups: Sequence[type]) -> dict[str, OptionSpec]:
@@ -56,95 +46,105 @@ def _is_flag(token: str) -> bool:
     return token.startswith("--") and len(token) > 2
 
 
-def _unknown(name: str, shown: str, table: dict[str, OptionSpec], help_hint: str) -> ConfigError:
-    suggestion = nearest(name, [*table, "config", "help", "debug"])
-    hint = f"did you mean {'--' if shown.startswith('--') else ''}{suggestion}?" if suggestion else help_hint
-    return ConfigError(f"unknown option {shown}: {hint}")
+class _Scanner:
+    """Reads a command line into names and untyped values.
 
+    Attributes:
+        flags: option name -> a string, a list of strings, or True (a bool without a value).
+        config_files: the files named by `--config` or standing alone.
+        positionals: the arguments without a name.
+    """
 
-def _scan(argv: Sequence[str], table: dict[str, OptionSpec], prog: str) -> _Scan:
-    scan = _Scan()
-    takes_positionals = any(spec.positional for spec in table.values())
-    remainder = any(spec.remainder for spec in table.values())
-    tokens = list(argv)
-    position = 0
-    while position < len(tokens):
-        token = tokens[position]
-        position += 1
-        if token in ("-h", "--help"):
-            raise HelpRequested
-        if token == "--":
-            scan.positionals += tokens[position:]
-            break
-        if not _is_flag(token):
-            if not takes_positionals and token.lower().endswith(_CONFIG_SUFFIXES):
-                scan.config_files.append(token)
-                continue
-            if not takes_positionals:
-                kind = "unknown option" if token.startswith("-") and len(token) > 1 else "unexpected argument"
-                raise ConfigError(f"{kind} {show(token)}: options are given as --name value; see {prog} --help")
-            scan.positionals.append(token)
-            if remainder:
-                scan.positionals += tokens[position:]
-                break
-            continue
+    def __init__(self, argv: Sequence[str], table: dict[str, OptionSpec], prog: str) -> None:
+        self.tokens = list(argv)
+        self.table = table
+        self.prog = prog
+        self.takes_positionals = any(spec.positional for spec in table.values())
+        self.takes_remainder = any(spec.remainder for spec in table.values())
+        self.flags: dict[str, Any] = {}
+        self.config_files: list[str] = []
+        self.positionals: list[str] = []
 
+    def scan(self) -> None:
+        while self.tokens:
+            token = self.tokens.pop(0)
+            if token in ("-h", "--help"):
+                raise HelpRequested
+            if token == "--":
+                self.positionals += self.tokens
+                self.tokens = []
+            elif _is_flag(token):
+                self._flag(token)
+            else:
+                self._argument(token)
+        self._place_positionals()
+
+    def _next_value(self) -> str | None:
+        """The next token if it can be a value, taken; else None."""
+        if not self.tokens or _is_flag(self.tokens[0]) or self.tokens[0] == "--":
+            return None
+        return self.tokens.pop(0)
+
+    def _argument(self, token: str) -> None:
+        if self.takes_positionals:
+            self.positionals.append(token)
+            if self.takes_remainder:
+                self.positionals += self.tokens
+                self.tokens = []
+        elif token.lower().endswith(_CONFIG_SUFFIXES):
+            self.config_files.append(token)
+        else:
+            kind = "unknown option" if token.startswith("-") and len(token) > 1 else "unexpected argument"
+            raise ConfigError(f"{kind} {show(token)}: options are given as --name value; see {self.prog} --help")
+
+    def _flag(self, token: str) -> None:
         written, equals, attached = token[2:].partition("=")
         name = written.replace("-", "_")
         if name == "config":
-            if not equals:
-                attached = tokens[position] if position < len(tokens) else ""
-                position += 1
-            if not attached or _is_flag(attached):
+            path = attached if equals else self._next_value()
+            if not path:
                 raise ConfigError("--config needs the path of a YAML or JSON file")
-            scan.config_files.append(attached)
-            continue
-        spec = table.get(name)
+            self.config_files.append(path)
+            return
+        spec = self.table.get(name)
         if spec is None:
-            raise _unknown(name, f"--{written}", table, f"see {prog} --help")
-        if equals:
-            scan.flags[spec.name] = attached
-        elif spec.kind is bool and not spec.is_list:
-            following = tokens[position] if position < len(tokens) else None
-            if following is not None and following.strip().lower() in _BOOL_WORDS:
-                scan.flags[spec.name] = following
-                position += 1
+            suggestion = nearest(name, [*self.table, "config", "help", "debug"])
+            hint = f"did you mean --{suggestion}?" if suggestion else f"see {self.prog} --help"
+            raise ConfigError(f"unknown option --{written[:80]}: {hint}")
+        value: Any = attached
+        if not equals and spec.is_list:
+            value = list(iter(self._next_value, None))
+        elif not equals and spec.kind is bool:
+            value = self._bool_value()
+        elif not equals:
+            value = self._next_value()
+        if value is None or value == []:
+            several = "one or more of " if spec.is_list else ""
+            raise ConfigError(f"--{written} needs a value ({several}{KIND_NAMES[spec.kind]}): --{written} VALUE")
+        self.flags[spec.name] = value
+
+    def _bool_value(self) -> str | bool:
+        """A bool takes the next token only if it is yes or no, or if that token could be nothing else."""
+        following = self.tokens[0] if self.tokens else "--"
+        if following.strip().lower() in _BOOL_WORDS:
+            return self.tokens.pop(0)
+        stands_alone = self.takes_positionals or following.lower().endswith(_CONFIG_SUFFIXES)
+        if _is_flag(following) or following in ("--", "-h") or stands_alone:
+            return True
+        return self.tokens.pop(0)
+
+    def _place_positionals(self) -> None:
+        """Give the arguments without a name to the positional options that have no value yet, in order."""
+        waiting = self.positionals
+        for name, spec in self.table.items():
+            if name != spec.name or not spec.positional or not waiting or name in self.flags:
+                continue
+            if spec.is_list:
+                self.flags[name], waiting = waiting, []
             else:
-                is_value = following is not None and not (
-                    _is_flag(following)
-                    or following in ("-h", "--")
-                    or takes_positionals
-                    or following.lower().endswith(_CONFIG_SUFFIXES)
-                )
-                scan.flags[spec.name] = following if is_value else True
-        elif spec.is_list:
-            values = []
-            while position < len(tokens) and not _is_flag(tokens[position]) and tokens[position] != "--":
-                values.append(tokens[position])
-                position += 1
-            scan.flags[spec.name] = values
-            if not values:
-                raise ConfigError(f"--{written} needs a value: one or more of {KIND_NAMES[spec.kind]}")
-        else:
-            if position >= len(tokens) or _is_flag(tokens[position]) or tokens[position] == "--":
-                raise ConfigError(f"--{written} needs a value ({KIND_NAMES[spec.kind]}): --{written} VALUE")
-            scan.flags[spec.name] = tokens[position]
-            position += 1
-    return scan
-
-
-def _place_positionals(scan: _Scan, table: dict[str, OptionSpec], prog: str) -> None:
-    """Give the arguments without a name to the positional options that have no value yet, in order."""
-    waiting = list(scan.positionals)
-    for name, spec in table.items():
-        if name != spec.name or not spec.positional or not waiting or name in scan.flags:
-            continue
-        if spec.is_list:
-            scan.flags[spec.name], waiting = waiting, []
-        else:
-            scan.flags[spec.name] = waiting.pop(0)
-    if waiting:
-        raise ConfigError(f"unexpected argument {show(waiting[0])}: see {prog} --help")
+                self.flags[name], waiting = waiting[0], waiting[1:]
+        if waiting:
+            raise ConfigError(f"unexpected argument {show(waiting[0])}: see {self.prog} --help")
 
 
 def _from_file(path: str, table: dict[str, OptionSpec]) -> dict[str, Any]:
@@ -180,12 +180,12 @@ def parse(groups: Sequence[type], argv: Sequence[str], prog: str, *, warn: bool 
         HelpRequested: `--help` or `-h` was given.
     """
     table = option_table(groups)
-    scan = _scan(argv, table, prog)
-    _place_positionals(scan, table, prog)
+    scanner = _Scanner(argv, table, prog)
+    scanner.scan()
     values: dict[str, Any] = {}
-    for path in scan.config_files:
+    for path in scanner.config_files:
         values.update(_from_file(path, table))
-    for name, raw in scan.flags.items():
+    for name, raw in scanner.flags.items():
         spec = table[name]
         where = name.upper() if spec.positional else f"--{name}"
         values[name] = raw if spec.remainder else convert(spec, raw, where)

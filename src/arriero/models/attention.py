@@ -5,6 +5,7 @@ Every backend is tested against "reference", which writes the softmax out.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -22,7 +23,8 @@ try:
 except ImportError:  # a torch without it; documents then go through SDPA
     HAS_VARLEN = False
 else:
-    HAS_VARLEN = True
+    # Earlier torch has it with fewer arguments: without windows and grouped heads it is of no use here.
+    HAS_VARLEN = {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen.varlen_attn).parameters.keys()
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,13 +171,19 @@ def lower_right_causal(queries: int, keys: int, sliding_window: int | None, devi
 
 
 def choose_backend(query: Tensor, info: AttentionInfo) -> Backend:
-    """The fastest backend that can do it: varlen flash attention for packed half-precision rows on CUDA, else SDPA."""
+    """The fastest backend that can do it: SDPA, or for packed half-precision rows on CUDA flash attention with lengths.
+
+    Flash attention wants an Ampere GPU or newer and a head of at most 256, in steps of 8.
+    """
     if (
         info.kind == "documents"
         and len(info.lengths) > 1
         and query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
         and HAS_VARLEN
+        and query.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
     ):
         return "varlen"
     return "sdpa"

@@ -1,0 +1,18 @@
+"""Recompute activations in the backward pass instead of keeping them (Chen et al. 2016, arXiv:1604.06174)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def apply_activation_checkpointing(layers: nn.ModuleList, granularity: str = "full") -> None:
+    """Keep only the input of each decoder layer ("full") or of each attention block ("core_attn"), in place.
+
+    Parameter names do not change.
+    """
+    for layer in layers:
+        module = layer if granularity == "full" else layer.self_attn
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)

@@ -1,0 +1,56 @@
+"""How the trained weights of each method are stored: a whole HF folder, or an adapter in PEFT's format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from arriero.adapters.lora import LoRAConfig, adapter_state, load_adapter_state
+from arriero.adapters.peft_config import to_peft
+from arriero.errors import FormatError
+from arriero.formats import hf, peft
+
+
+@dataclass
+class FullWeights:
+    """Every parameter, as an HF folder; configuration, tokenizer and licence files come along from `source`."""
+
+    model: nn.Module
+    source: Path
+    max_shard_size: str = "5GB"
+
+    def save(self, folder: Path) -> None:
+        hf.save_model(
+            self.model, self.model.config, folder, max_shard_size=self.max_shard_size, extra_files_from=self.source
+        )
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        own = dict(self.model.named_parameters())
+        seen = set()
+        for name, tensor in hf.load_state(folder):
+            if name not in own or own[name].shape != tensor.shape:
+                raise FormatError(f"{folder}: tensor {name} {tuple(tensor.shape)} does not fit this model")
+            own[name].copy_(tensor)
+            seen.add(name)
+        for name in own.keys() - seen:
+            raise FormatError(f"{folder}: tensor {name} is missing")
+
+
+@dataclass
+class AdapterWeights:
+    """The LoRA tensors, as PEFT's `adapter_config.json` and `adapter_model.safetensors`."""
+
+    model: nn.Module
+    config: LoRAConfig
+    base_model: str
+
+    def save(self, folder: Path) -> None:
+        peft.save_adapter(folder, adapter_state(self.model), to_peft(self.config, self.base_model))
+
+    def load(self, folder: Path) -> None:
+        _, state = peft.load_adapter(folder)
+        load_adapter_state(self.model, state)

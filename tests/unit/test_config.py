@@ -1,0 +1,338 @@
+"""The option groups: defaults, impossible combinations, options without effect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arriero.config.adapter import AdapterOptions
+from arriero.config.checkpoint import CheckpointOptions
+from arriero.config.compatibility import find
+from arriero.config.data import DataOptions
+from arriero.config.files import effective, write_config
+from arriero.config.generation import GenerationOptions, PredictOptions
+from arriero.config.logging import LoggingOptions
+from arriero.config.model import ModelOptions
+from arriero.config.optimization import OptimizationOptions
+from arriero.config.option import specs_of
+from arriero.config.parallel import ParallelOptions
+from arriero.config.parser import parse
+from arriero.config.precision import PrecisionOptions
+from arriero.config.pretraining import CorpusOptions, PretrainOptimizationOptions
+from arriero.config.quantization import QuantizationOptions
+from arriero.errors import ConfigError
+
+TRAINING = (
+    ModelOptions,
+    DataOptions,
+    OptimizationOptions,
+    PrecisionOptions,
+    AdapterOptions,
+    QuantizationOptions,
+    ParallelOptions,
+    CheckpointOptions,
+    LoggingOptions,
+)
+
+
+def settle(argv: str, groups: tuple[type, ...] = TRAINING) -> dict[str, Any]:
+    words = argv.split()
+    if CheckpointOptions in groups:
+        words += ["--output_dir", "run"]
+    return effective(parse(groups, words, "arriero test"))
+
+
+# Each: the command line, and what its one line must name (both options, or the option and its value).
+IMPOSSIBLE = [
+    ("--fp16 --bf16", ("--fp16", "--bf16")),
+    ("--dtype bfloat16 --fp16", ("--dtype", "--fp16")),
+    ("--learning_rate nan", ("--learning_rate", "finite")),
+    ("--learning_rate -1", ("--learning_rate", "at least 0")),
+    ("--adam_beta1 1", ("--adam_beta1", "less than 1")),
+    ("--adam_beta2 -0.1", ("--adam_beta2", "at least 0")),
+    ("--adam_epsilon 0", ("--adam_epsilon", "more than 0")),
+    ("--max_steps 0", ("--max_steps", "--num_train_epochs")),
+    ("--num_train_epochs 0", ("--num_train_epochs",)),
+    ("--warmup_ratio 1.5", ("--warmup_ratio", "at most 1")),
+    ("--warmup_steps 20 --max_steps 10", ("--warmup_steps", "--max_steps")),
+    ("--warmup_steps 20 --decay_steps 10", ("--warmup_steps", "--decay_steps")),
+    ("--learning_rate 1e-5 --min_learning_rate 1e-4", ("--min_learning_rate", "--learning_rate")),
+    ("--label_smoothing 1", ("--label_smoothing",)),
+    ("--per_device_train_batch_size 0", ("--per_device_train_batch_size",)),
+    ("--do_train no", ("--do_train", "--do_eval")),
+    ("--data_name squad", ("--data_name", "--task_name")),
+    ("--data_name a --task_name squad --dataset_path b", ("--data_name", "--dataset_path")),
+    ("--max_seq_length 100 --tgt_length 200", ("--max_seq_length", "--tgt_length")),
+    ("--lora --prefix_tuning", ("--lora", "--prefix_tuning")),
+    ("--lora_path a --prefix_path b", ("--lora_path", "--prefix_path")),
+    ("--prefix_tuning --lora_path a", ("--prefix_tuning", "--lora_path")),
+    ("--lora --lora_rank 0", ("--lora_rank",)),
+    ("--lora --lora_dropout 1", ("--lora_dropout",)),
+    ("--lora --lora_target_modules=", ("--lora_target_modules",)),
+    ("--qat --prefix_tuning", ("--qat", "--prefix_tuning")),
+    ("--qat --lora --lora_dropout 0.1", ("--qat", "--lora_dropout")),
+    ("--load_best_model_at_end --evaluation_strategy epoch", ("--load_best_model_at_end", "--save_strategy")),
+    ("--load_best_model_at_end --save_strategy no", ("--load_best_model_at_end", "--save_strategy")),
+    ("--load_best_model_at_end --eval_steps 3 --save_steps 10", ("--save_steps", "--eval_steps")),
+    ("--resume_from_checkpoint auto --overwrite_output_dir", ("--resume_from_checkpoint", "--overwrite_output_dir")),
+    ("--sharding offload", ("--sharding", "stage")),
+    ("--sharding stage1,stage2", ("stage1", "stage2")),
+    ("--virtual_pp_degree 2", ("--virtual_pp_degree", "--pipeline_parallel_degree")),
+    ("--tensor_parallel_degree 0", ("--tensor_parallel_degree",)),
+    ("--pipeline_parallel_config enable_magic", ("--pipeline_parallel_config",)),
+    (
+        "--pipeline_parallel_degree 2 --eval_with_do_generation",
+        ("--eval_with_do_generation", "--pipeline_parallel_degree"),
+    ),
+    ("--report_to none,tensorboard", ("--report_to", "none", "tensorboard")),
+    ("--device tpu", ("--device", "tpu")),
+]
+
+
+@pytest.mark.parametrize(("argv", "named"), IMPOSSIBLE, ids=[argv for argv, _ in IMPOSSIBLE])
+def test_an_impossible_combination_is_one_line_that_names_it(argv: str, named: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as error:
+        settle(argv)
+    message = str(error.value)
+    assert "\n" not in message
+    for name in named:
+        assert name in message
+
+
+IDLE = [
+    ("--lora_rank 4", "--lora_rank has no effect without --lora"),
+    ("--fp16_opt_level O2", "--fp16_opt_level has no effect without --fp16 or --bf16"),
+    ("--bf16 --scale_loss 8", "--scale_loss has no effect without --fp16"),
+    ("--recompute_granularity core_attn", "--recompute_granularity has no effect without --recompute"),
+    ("--qat_type W4", "--qat_type has no effect without --qat"),
+    ("--num_prefix_tokens 5", "--num_prefix_tokens has no effect without --prefix_tuning"),
+    ("--max_steps 5 --num_train_epochs 2", "--num_train_epochs has no effect with --max_steps 5"),
+    ("--warmup_steps 5 --warmup_ratio 0.1", "--warmup_ratio has no effect with --warmup_steps 5"),
+    ("--lr_scheduler_type constant --warmup_steps 5", "--warmup_steps has no effect with --lr_scheduler_type constant"),
+    ("--save_strategy epoch --save_steps 7", "--save_steps has no effect with --save_strategy epoch"),
+    ("--eval_steps 7", "--eval_steps has no effect with --evaluation_strategy no"),
+    ("--metric_for_best_model accuracy", "--metric_for_best_model has no effect without --load_best_model_at_end"),
+    ("--sharding_parallel_degree 2", "--sharding_parallel_degree has no effect without --sharding"),
+]
+
+
+@pytest.mark.parametrize(("argv", "warning"), IDLE, ids=[argv for argv, _ in IDLE])
+def test_an_option_without_effect_is_told(argv: str, warning: str, capsys: pytest.CaptureFixture[str]) -> None:
+    settle(argv)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert warning in lines[0]
+
+
+def test_a_plain_command_warns_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    settle("--lora --lora_rank 4 --bf16 --fp16_opt_level O2 --do_eval --eval_steps 5 --max_steps 10 --warmup_steps 2")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "strategy", "steps", "do_eval"),
+    [
+        ("", "no", None, False),
+        ("--do_eval", "steps", 500, True),
+        ("--do_eval --eval_steps 7", "steps", 7, True),
+        ("--do_eval --save_strategy epoch", "epoch", None, True),
+        ("--do_eval --save_strategy no", "epoch", None, True),
+        ("--do_eval --evaluation_strategy no", "no", None, True),
+        ("--evaluation_strategy epoch", "epoch", None, True),
+        ("--eval_strategy steps --save_steps 9", "steps", 9, True),
+        ("--load_best_model_at_end --save_strategy epoch", "epoch", None, True),
+        ("--load_best_model_at_end --eval_steps 5 --save_steps 10", "steps", 5, True),
+    ],
+)
+def test_when_to_evaluate(argv: str, strategy: str, steps: int | None, do_eval: bool) -> None:
+    options = settle(argv)
+    assert (options["evaluation_strategy"], options["eval_steps"], options["do_eval"]) == (strategy, steps, do_eval)
+
+
+@pytest.mark.parametrize(
+    ("argv", "metric", "greater"),
+    [
+        ("--load_best_model_at_end", "loss", False),
+        ("--load_best_model_at_end --metric_for_best_model accuracy", "accuracy", True),
+        ("--load_best_model_at_end --metric_for_best_model eval_loss", "eval_loss", False),
+        ("--load_best_model_at_end --metric_for_best_model x --greater_is_better no", "x", False),
+    ],
+)
+def test_what_is_best(argv: str, metric: str, greater: bool) -> None:
+    options = settle(argv)
+    assert (options["metric_for_best_model"], options["greater_is_better"]) == (metric, greater)
+
+
+def test_effective_training_options_read_back_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = "--lora --lora_rank 4 --bf16 --do_eval --save_strategy epoch --max_steps 7 --report_to visualdl --dtype bf16"
+    for line in (argv, "--do_eval --load_best_model_at_end --evaluation_strategy epoch --save_strategy epoch", ""):
+        groups = parse(TRAINING, [*line.split(), "--output_dir", "run"], "arriero test")
+        write_config(tmp_path / "config.yaml", groups)
+        assert parse(TRAINING, ["--config", str(tmp_path / "config.yaml")], "arriero test") == groups
+    assert capsys.readouterr().err == ""
+
+
+def test_adapter_defaults() -> None:
+    assert settle("--lora --lora_rank 4")["lora_alpha"] == 8.0
+    assert settle("")["lora_alpha"] is None
+    going_on = settle("--lora_path adapter")
+    assert (going_on["lora"], going_on["lora_alpha"]) == (True, None)
+    assert settle("--lora --lora_target_modules q_proj v_proj")["lora_target_modules"] == ["q_proj", "v_proj"]
+    assert len(settle("--lora --lora_target_modules all-linear")["lora_target_modules"]) == 7
+
+
+def test_precision_names_the_types() -> None:
+    def types(**values: Any) -> tuple[str, str]:
+        precision = PrecisionOptions(**values)
+        return precision.compute_dtype, precision.weight_dtype
+
+    assert types() == ("float32", "float32")
+    assert types(fp16=True) == ("float16", "float32")
+    assert types(fp16=True, fp16_opt_level="O2") == ("float16", "float16")
+    assert types(bf16=True) == ("bfloat16", "float32")
+    assert types(bf16=True, fp16_opt_level="O2") == ("bfloat16", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("values", "length"),
+    [
+        ({}, 768),
+        ({"src_length": 10, "tgt_length": 5}, 15),
+        ({"src_length": 10, "tgt_length": 5, "max_seq_length": 12}, 12),
+        ({"src_length": 10, "tgt_length": 5, "max_seq_length": 100}, 15),
+    ],
+)
+def test_sequence_length(values: dict[str, int], length: int) -> None:
+    assert DataOptions(**values).sequence_length == length
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [("auto", "auto"), ("cpu", "cpu"), ("gpu", "cuda"), ("CUDA", "cuda"), ("cuda:1", "cuda:1"), ("gpu:0", "cuda:0")],
+)
+def test_device_names(word: str, name: str) -> None:
+    assert ModelOptions(device=word).device == name
+
+
+@pytest.mark.parametrize("word", ["", "cpu:0", "cuda:", "cuda:x", "tpu", "auto:1"])
+def test_device_names_that_are_none(word: str) -> None:
+    with pytest.raises(ConfigError, match="--device"):
+        ModelOptions(device=word)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sample"),
+    [
+        ("", False),
+        ("--temperature 0.7", True),
+        ("--temperature 0", False),
+        ("--top_k 1", False),
+        ("--top_k 5", True),
+        ("--top_p 0.9", True),
+        ("--min_p 0.1", True),
+        ("--do_sample", True),
+        ("--do_sample no", False),
+    ],
+)
+def test_sampling_follows_from_its_options(argv: str, sample: bool) -> None:
+    assert settle(argv, (GenerationOptions,))["do_sample"] is sample
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ("--do_sample --temperature 0", ("--do_sample", "--temperature")),
+        ("--min_new_tokens 9 --max_new_tokens 5", ("--min_new_tokens", "--max_new_tokens")),
+        ("--top_p 0", ("--top_p",)),
+        ("--top_p 1.1", ("--top_p",)),
+        ("--temperature -1", ("--temperature",)),
+        ("--repetition_penalty 0", ("--repetition_penalty",)),
+        ("--batch_size 0", ("--batch_size",)),
+        ("--stop=", ("--stop",)),
+    ],
+)
+def test_impossible_generation_options(argv: str, named: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as error:
+        settle(argv, (GenerationOptions,))
+    for name in named:
+        assert name in str(error.value)
+
+
+def test_sampling_options_without_sampling_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    settle("--do_sample no --temperature 0.5", (GenerationOptions,))
+    assert "--temperature has no effect with --do_sample no" in capsys.readouterr().err
+
+
+def test_prediction_takes_the_names_of_the_seed_and_of_later_versions() -> None:
+    groups = (PredictOptions, GenerationOptions)
+    assert settle("--tgt_length 7", groups)["max_new_tokens"] == 7
+    assert settle("--max_length 7 --output_file x", groups)["predict_file"] == "x"
+    # Beside DataOptions, --tgt_length is that group's own option.
+    both = settle("--tgt_length 7", (DataOptions, GenerationOptions))
+    assert (both["tgt_length"], both["max_new_tokens"]) == (7, 256)
+
+
+def test_sharding_words() -> None:
+    for words in (
+        ["--sharding", "stage2 offload"],
+        ["--sharding", "stage2", "offload"],
+        ["--sharding", "stage2,offload"],
+    ):
+        (parallel,) = parse((ParallelOptions,), words, "arriero test")
+        assert (parallel.sharding, parallel.sharding_stage) == (["stage2", "offload"], 2)
+    assert ParallelOptions().sharding_stage == 0
+    assert ParallelOptions(tensor_parallel_degree=-1).tensor_parallel_degree == 1
+
+
+def test_degrees_must_fit_the_processes() -> None:
+    parallel = ParallelOptions(tensor_parallel_degree=2, pipeline_parallel_degree=2)
+    parallel.check_world_size(4)
+    parallel.check_world_size(8)
+    with pytest.raises(ConfigError) as error:
+        parallel.check_world_size(6)
+    assert "--tensor_parallel_degree 2 x --pipeline_parallel_degree 2 needs a multiple of 4 processes" in str(
+        error.value
+    )
+    with pytest.raises(ConfigError, match="this run has 1"):
+        ParallelOptions(tensor_parallel_degree=4).check_world_size(1)
+
+
+def test_the_word_of_a_resumed_run() -> None:
+    def resume(word: str) -> str | None:
+        return CheckpointOptions(output_dir="run", resume_from_checkpoint=word).resume_from_checkpoint
+
+    assert [resume(word) for word in ("auto", "True", "false", "none", "run/checkpoint-5")] == [
+        "auto",
+        "auto",
+        None,
+        None,
+        "run/checkpoint-5",
+    ]
+
+
+def test_corpus_split() -> None:
+    def parts(split: str) -> tuple[float, float, float]:
+        return CorpusOptions(input_dir=["data"], split=split).split_parts()
+
+    assert parts("949,50,1") == pytest.approx((0.949, 0.05, 0.001))
+    assert parts("98/2") == pytest.approx((0.98, 0.02, 0.0))
+    for split in ("", "a,b", "1,2,3,4", "0,0,0", "-1,2", "nan,1", "inf"):
+        with pytest.raises(ConfigError, match="--split"):
+            parts(split)
+
+
+def test_subclassed_groups_keep_the_place_of_an_option() -> None:
+    names = [spec.name for spec in specs_of(PretrainOptimizationOptions)]
+    assert names == [spec.name for spec in specs_of(OptimizationOptions)]
+    assert isinstance(find([PretrainOptimizationOptions()], OptimizationOptions), PretrainOptimizationOptions)
+
+
+def test_optimizer_names_mean_one() -> None:
+    assert {OptimizationOptions(optim=name).optim for name in ("adamw", "adamw_torch", "adamw_torch_fused")} == {
+        "adamw"
+    }
+    assert PretrainOptimizationOptions(optim="muon").optim == "muon"
