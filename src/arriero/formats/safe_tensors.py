@@ -1,0 +1,220 @@
+"""Reading and writing `.safetensors` files, one or a sharded set with its index.
+
+The safetensors library checks the header (its length, the offsets, their overlap) and maps the file, so a tensor read here
+is a view of the page cache and takes no memory of its own until it is written to. Only safetensors is read: a pickle
+(`.bin`, `.pt`) can run code, so none is ever opened.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from arriero.errors import FormatError
+from arriero.formats.staging import write_error
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# What a newly written set of weights makes obsolete in a folder.
+WEIGHT_FILES = (SINGLE_FILE, INDEX_FILE, "model-*-of-*.safetensors")
+MAX_INDEX_BYTES = 256 * 2**20
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", re.IGNORECASE)
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is made when it is written, so that a conversion never holds the whole model.
+
+    Attributes:
+        shape: of what `load` returns.
+        dtype: of what `load` returns.
+        load: makes the tensor.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+
+State = Mapping[str, Tensor] | Mapping[str, LazyTensor] | Mapping[str, Tensor | LazyTensor]
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of "5GB" (decimal, as transformers reads it), "5GiB" (binary), "500MB" or a plain number.
+
+    Raises:
+        FormatError: for anything else.
+    """
+    if isinstance(size, int):
+        if size < 1:
+            raise FormatError(f"the size {size} must be at least 1 byte")
+        return size
+    match = _SIZE.fullmatch(size)
+    if match is None:
+        raise FormatError(f"the size {size!r} is not understood; write for example '5GB' or '500MB'")
+    number, prefix, binary = match.groups()
+    value = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+    if value < 1:
+        raise FormatError(f"the size {size!r} must be at least 1 byte")
+    return value
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a model folder, in order.
+
+    Raises:
+        FormatError: when there is none, the index is broken, or it names a file that is absent or lies elsewhere.
+    """
+    folder = Path(folder)
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
+        if pickles:
+            raise FormatError(
+                f"{folder}: has only pickled weights ({pickles[0]}), which can run code and are never opened; "
+                "get the safetensors files of this model"
+            )
+        raise FormatError(f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; this is not a model folder")
+    return [folder / name for name in sorted(set(_read_index(index).values()))]
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name, every file name checked to be a plain one that exists beside the index."""
+    try:
+        if path.stat().st_size > MAX_INDEX_BYTES:
+            raise FormatError(f"{path}: is larger than {MAX_INDEX_BYTES} bytes; this is not an index")
+        values: Any = json.loads(path.read_bytes())
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: is not valid JSON; fetch it again") from error
+    names = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise FormatError(f"{path}: has no weight_map; fetch it again")
+    for name in set(map(str, names.values())):
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise FormatError(f"{path}: names the file {name!r}; only plain .safetensors names beside it are allowed")
+        if not (path.parent / name).is_file():
+            raise FormatError(f"{path}: names the file {name!r}, which is missing; fetch it again")
+    return {str(key): str(value) for key, value in names.items()}
+
+
+def read_tensors(path: str | Path, device: str | torch.device = "cpu") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of one file, in the file's order; on the CPU each is a view of the mapped file.
+
+    Raises:
+        FormatError: when the file is missing, truncated or corrupt in any way.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size == 0:
+            raise FormatError(f"{path}: the file is empty; fetch it again")
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            for name in file.offset_keys():
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise FormatError(f"{path}: is not a valid safetensors file ({_one_line(error)}); fetch it again") from error
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror or _one_line(error)})") from error
+
+
+def read_shapes(path: str | Path) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
+    """Dtype (None for one that is no floating-point weight) and shape of every tensor of a file, without its data."""
+    path = Path(path)
+    try:
+        if path.stat().st_size == 0:
+            raise FormatError(f"{path}: the file is empty; fetch it again")
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return {name: (_DTYPES.get(part.get_dtype()), tuple(part.get_shape())) for name, part in slices.items()}
+    except SafetensorError as error:
+        raise FormatError(f"{path}: is not a valid safetensors file ({_one_line(error)}); fetch it again") from error
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror or _one_line(error)})") from error
+
+
+def write_tensors(
+    state: State, folder: Path, *, max_shard_size: int, dtype: torch.dtype | None = None
+) -> dict[str, str]:
+    """Write weights as `model.safetensors`, or as shards with an index when they exceed `max_shard_size`.
+
+    At most one shard's tensors are made at a time. Only floating-point tensors are cast.
+
+    Args:
+        state: by name; no two may share memory.
+        folder: an existing folder.
+        max_shard_size: of a file's tensors in bytes; a single larger tensor gets a file of its own.
+        dtype: to cast to; None keeps each tensor's.
+
+    Returns:
+        The file of each tensor.
+
+    Raises:
+        FormatError: when a file cannot be written.
+    """
+    sizes = {}
+    for name, tensor in state.items():
+        kind = dtype if dtype is not None and tensor.dtype.is_floating_point else tensor.dtype
+        sizes[name] = torch.Size(tensor.shape).numel() * kind.itemsize
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if shards[-1] and used + size > max_shard_size:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    files: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file({name: _materialise(state[name], dtype) for name in names}, folder / file)
+        files |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(files.items()))}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return files
+
+
+def _write_file(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except OSError as error:
+        raise write_error(path, error) from error
+    except SafetensorError as error:
+        # The library keeps the system's error as text only.
+        match = re.search(r"os error (\d+)", str(error))
+        if match is not None:
+            raise OSError(int(match[1]), _one_line(error)) from error
+        raise FormatError(f"{path}: cannot be written ({_one_line(error)})") from error
+
+
+def _materialise(value: Tensor | LazyTensor, dtype: torch.dtype | None) -> Tensor:
+    tensor = value.load() if isinstance(value, LazyTensor) else value.detach()
+    tensor = tensor.to(dtype=dtype if dtype is not None and tensor.dtype.is_floating_point else None, device="cpu")
+    # A view of a larger storage would be written with the wrong extent by the library's own check.
+    if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.itemsize:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.contiguous()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,86 @@
+"""A folder that is written as a whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from arriero.errors import FormatError
+
+
+@contextlib.contextmanager
+def staged_folder(folder: str | Path, *, replaces: tuple[str, ...] = ()) -> Iterator[Path]:
+    """A temporary folder beside `folder`; what is in it moves there when the block ends without an error.
+
+    Every file is synced to disk first. A folder that does not exist yet (or is empty) appears by one rename. Into an
+    existing one the files move one by one, each by an atomic replacement, in the order of their names reversed by the
+    caller's needs: `config.json` last, so that a reader never finds a configuration before its weights.
+
+    Args:
+        folder: the destination; its other files stay.
+        replaces: glob patterns of files of the destination that the new ones stand for: those not written anew are deleted.
+
+    Raises:
+        FormatError: when a file cannot be written, with the reason (a full disk, say). Nothing half-written remains.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise FormatError(f"{folder}: exists and is not a folder; choose another place")
+    staging: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+        yield staging
+        _publish(staging, folder, replaces)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_error(path: Path, error: OSError) -> FormatError:
+    """The one line for a failed write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return FormatError(f"{path}: the disk is full; free some space or choose another place (nothing was written)")
+    if error.errno == errno.EFBIG:
+        return FormatError(f"{path}: a file would exceed the limit on file sizes; use a smaller max_shard_size")
+    return FormatError(f"{path}: cannot be written ({error.strerror or error})")
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file's (or folder's) content to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _publish(staging: Path, folder: Path, replaces: tuple[str, ...]) -> None:
+    files = sorted((path for path in staging.iterdir()), key=lambda path: (path.suffix == ".json", path.name))
+    # mkdtemp makes a private folder; a model folder has the usual permissions.
+    mask = os.umask(0)
+    os.umask(mask)
+    staging.chmod(0o777 & ~mask)
+    for path in files:
+        sync_file(path)
+    sync_file(staging)
+    if not folder.exists() or not any(folder.iterdir()):
+        os.replace(staging, folder)
+    else:
+        written = {path.name for path in files}
+        config = [path for path in files if path.name == "config.json"]
+        for path in [path for path in files if path.name != "config.json"] + config:
+            os.replace(path, folder / path.name)
+        for pattern in replaces:
+            for stale in folder.glob(pattern):
+                if stale.name not in written:
+                    stale.unlink()
+        sync_file(folder)
+    sync_file(folder.parent)
