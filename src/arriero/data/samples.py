@@ -180,7 +180,7 @@ def read_samples(path: Path, task: str | None) -> list[Sample]:
     if _is_squad(path):
         samples = [SQUAD_TASKS[task or "squad"](question) for question in read_squad(path)]
     elif task == "squad_qa":
-        samples = [question_answering(_question(row, where)) for where, row in read_jsonl(path)]
+        samples = [question_answering(question_from_row(row, where)) for where, row in read_jsonl(path)]
     else:
         samples = [sample_from_row(row, where) for where, row in read_jsonl(path)]
     if not samples:
@@ -188,7 +188,8 @@ def read_samples(path: Path, task: str | None) -> list[Sample]:
     return samples
 
 
-def _question(row: Any, where: str) -> Question:
+def question_from_row(row: Any, where: str) -> Question:
+    """A row with `context`, `question` and `answers` as a question."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: a JSON object is expected, found {type(row).__name__}")
     return Question(

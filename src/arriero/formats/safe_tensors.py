@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from arriero.errors import FormatError
-from arriero.formats.staging import write_error
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -169,7 +168,7 @@ def write_tensors(
         The file of each tensor.
 
     Raises:
-        FormatError: when a file cannot be written.
+        OSError: when a file cannot be written.
     """
     sizes = {}
     for name, tensor in state.items():
@@ -186,7 +185,7 @@ def write_tensors(
     files: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file({name: _materialise(state[name], dtype) for name in names}, folder / file)
+        write_tensor_file({name: state[name] for name in names}, folder / file, dtype)
         files |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(files.items()))}
@@ -194,11 +193,15 @@ def write_tensors(
     return files
 
 
-def _write_file(tensors: dict[str, Tensor], path: Path) -> None:
+def write_tensor_file(state: State, path: Path, dtype: torch.dtype | None = None) -> None:
+    """Write one safetensors file (not synced, not atomic: see `staged_folder`).
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    tensors = {name: _materialise(value, dtype) for name, value in state.items()}
     try:
         save_file(tensors, path, metadata={"format": "pt"})
-    except OSError as error:
-        raise write_error(path, error) from error
     except SafetensorError as error:
         # The library keeps the system's error as text only.
         match = re.search(r"os error (\d+)", str(error))

@@ -64,11 +64,12 @@ def sync_file(path: Path) -> None:
 
 def _publish(staging: Path, folder: Path, replaces: tuple[str, ...]) -> None:
     files = sorted((path for path in staging.iterdir()), key=lambda path: (path.suffix == ".json", path.name))
-    # mkdtemp makes a private folder; a model folder has the usual permissions.
+    # mkdtemp and the safetensors library make private files; a model folder has the usual permissions.
     mask = os.umask(0)
     os.umask(mask)
     staging.chmod(0o777 & ~mask)
     for path in files:
+        path.chmod(0o666 & ~mask)
         sync_file(path)
     sync_file(staging)
     if not folder.exists() or not any(folder.iterdir()):

@@ -1,0 +1,297 @@
+"""The HF model folder: config.json, safetensors weights, tokenizer and licence beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arriero.errors import FormatError
+from arriero.formats.safe_tensors import (
+    WEIGHT_FILES,
+    LazyTensor,
+    State,
+    parse_size,
+    read_shapes,
+    read_tensors,
+    weight_files,
+    write_tensors,
+)
+from arriero.formats.staging import staged_folder
+from arriero.models.config import LlamaConfig
+from arriero.models.llama import LlamaForCausalLM
+from arriero.models.rope import RotaryEmbedding
+
+__all__ = ["check_state", "copy_side_files", "load_model", "load_state", "parse_dtype", "parse_size", "save_model"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+# Files beside the weights that a derived model keeps.
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "COPYING*",
+    "USE_POLICY*",
+)
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_SHOWN = 5
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A floating-point dtype by its name ("bfloat16"); None stays None.
+
+    Raises:
+        FormatError: for another name.
+    """
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found = DTYPES.get(dtype.removeprefix("torch."))
+    if found is None:
+        raise FormatError(f"the dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    return found
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` -> "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def load_state(
+    folder: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of a model folder, by name, one at a time.
+
+    On the CPU without a cast, a tensor is a view of the mapped file (copy-on-write): it takes no memory of its own.
+
+    Args:
+        dtype: to cast floating-point tensors to; None keeps the file's.
+
+    Raises:
+        FormatError: for a missing, truncated or corrupt file, or a tensor that two files hold.
+    """
+    wanted = parse_dtype(dtype)
+    seen: dict[str, Path] = {}
+    for path in weight_files(folder):
+        for name, tensor in read_tensors(path, device):
+            if name in seen:
+                raise FormatError(f"{path}: holds {name}, which {seen[name].name} holds too; fetch the model again")
+            seen[name] = path
+            yield name, tensor.to(wanted) if wanted is not None and tensor.dtype.is_floating_point else tensor
+
+
+def load_model(
+    folder: str | Path,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    config: LlamaConfig | None = None,
+) -> LlamaForCausalLM:
+    """The model of an HF folder, in evaluation mode.
+
+    It is built without memory and the mapped tensors become its parameters, so nothing is held twice; on the CPU without a
+    cast the weights are read from disk only as they are used.
+
+    Args:
+        dtype: of all parameters; None keeps the file's (that of config.json if the file mixes several).
+        config: instead of the folder's config.json.
+
+    Raises:
+        FormatError: naming every tensor that is missing, unexpected, or of a wrong shape or dtype.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FormatError(f"{folder}: is not a folder; give a model folder or see `arriero download --help`")
+    config = config or LlamaConfig.from_file(folder)
+    wanted = parse_dtype(dtype)
+    shapes: dict[str, tuple[int, ...]] = {}
+    stored: set[torch.dtype] = set()
+    for path in weight_files(folder):
+        for name, (kind, shape) in read_shapes(path).items():
+            if kind is None and not _ignored(name, config):
+                raise FormatError(f"{path}: {name} is not a float16, bfloat16, float32 or float64 tensor")
+            shapes[name] = shape
+            if kind is not None:
+                stored.add(kind)
+    check_state(config, shapes, str(folder))
+    _check_vocabulary(folder, config)
+    if wanted is None and len(stored) > 1:
+        wanted = parse_dtype(config.dtype) or torch.float32
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    state = {name: tensor for name, tensor in load_state(folder, wanted, device) if not _ignored(name, config)}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    for module in model.modules():
+        if isinstance(module, RotaryEmbedding):
+            module.to_empty(device=device)
+            module.reset()
+    leftover = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if leftover:
+        raise FormatError(f"{folder}: {_listed(leftover)} got no value; fetch the model again")
+    return model.eval()
+
+
+def check_state(config: LlamaConfig, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Compare the names and shapes of a set of weights with those that a configuration needs.
+
+    Raises:
+        FormatError: naming what is missing, unexpected or mis-shaped.
+    """
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        expected.pop(_HEAD, None)
+    missing = [name for name in expected if name not in shapes]
+    if missing:
+        hint = "; set tie_word_embeddings in config.json if the head is the embedding" if missing == [_HEAD] else ""
+        raise FormatError(f"{source}: missing {_listed(missing)} (config.json needs it){hint}")
+    unexpected = [name for name in shapes if name not in expected and not _ignored(name, config)]
+    if unexpected:
+        raise FormatError(f"{source}: unexpected {_listed(unexpected)}; config.json does not describe these weights")
+    for name, shape in expected.items():
+        if tuple(shapes[name]) != shape:
+            raise FormatError(
+                f"{source}: {name} has the shape {list(shapes[name])}, config.json asks for {list(shape)}"
+            )
+
+
+def save_model(
+    model_or_state: nn.Module | State,
+    config: LlamaConfig,
+    folder: str | Path,
+    max_shard_size: str | int = "5GB",
+    dtype: str | torch.dtype | None = None,
+    extra_files_from: str | Path | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write an HF folder that transformers and this package read, as a whole or not at all.
+
+    Weights of the folder that the new ones stand for are removed; its other files stay.
+
+    Args:
+        model_or_state: a model, or its weights by name. A tied output head is left out.
+        max_shard_size: largest size of one weight file, e.g. "5GB".
+        dtype: to cast to; None keeps each tensor's.
+        extra_files_from: a model folder whose tokenizer, generation defaults and licence are copied.
+        extra_files: more files by name, e.g. a tokenizer's; they win over copied ones.
+
+    Raises:
+        FormatError: when the weights do not fit the configuration, or something cannot be written (a full disk, say).
+    """
+    folder = Path(folder)
+    limit, wanted = parse_size(max_shard_size), parse_dtype(dtype)
+    state: dict[str, Tensor | LazyTensor]
+    state = dict(model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state)
+    if config.tie_word_embeddings and _HEAD in state:
+        _check_tied(state)
+        del state[_HEAD]
+    check_state(config, {name: tuple(tensor.shape) for name, tensor in state.items()}, "the weights to save")
+    kinds = {wanted if wanted is not None else tensor.dtype for tensor in state.values()}
+    # One file must state one dtype; of a mixture the widest describes it best.
+    config = dataclasses.replace(config, dtype=dtype_name(max(kinds, key=lambda kind: kind.itemsize)))
+    with staged_folder(folder, replaces=WEIGHT_FILES) as staging:
+        write_tensors(state, staging, max_shard_size=limit, dtype=wanted)
+        if extra_files_from is not None:
+            copy_side_files(extra_files_from, staging)
+        for name, content in (extra_files or {}).items():
+            (staging / name).write_bytes(content)
+        if not (staging / "generation_config.json").exists() and not (folder / "generation_config.json").exists():
+            (staging / "generation_config.json").write_text(_json(_generation_config(config)), encoding="utf-8")
+        (staging / "config.json").write_text(_json(config.to_dict()), encoding="utf-8")
+
+
+def copy_side_files(source: str | Path, destination: str | Path) -> list[str]:
+    """Copy tokenizer, generation and licence files from one model folder to another.
+
+    Returns:
+        The names of the files copied.
+
+    Raises:
+        FormatError: when one cannot be copied.
+    """
+    source, destination = Path(source), Path(destination)
+    copied: list[str] = []
+    if source.resolve() == destination.resolve():
+        return copied
+    for pattern in SIDE_FILES:
+        for path in sorted(source.glob(pattern)):
+            if not path.is_file():
+                continue
+            try:
+                shutil.copyfile(path, destination / path.name)
+            except OSError as error:
+                if error.filename == str(path):
+                    raise FormatError(f"{path}: cannot be copied ({error.strerror})") from error
+                raise
+            copied.append(path.name)
+    return copied
+
+
+def _generation_config(config: LlamaConfig) -> dict[str, Any]:
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    ids["pad_token_id"] = config.pad_token_id
+    return {"_from_model_config": True} | {key: value for key, value in ids.items() if value is not None}
+
+
+def _check_tied(state: Mapping[str, Tensor | LazyTensor]) -> None:
+    head, embedding = state[_HEAD], state.get(_EMBEDDING)
+    if isinstance(head, Tensor) and isinstance(embedding, Tensor) and head.data_ptr() != embedding.data_ptr():
+        if head.shape != embedding.shape or not torch.equal(head, embedding):
+            raise FormatError(
+                f"{_HEAD} differs from {_EMBEDDING}, but tie_word_embeddings is set; the head would be lost"
+            )
+
+
+def _check_vocabulary(folder: Path, config: LlamaConfig) -> None:
+    """Refuse a tokenizer that produces ids the embedding does not have."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    try:
+        values: Any = json.loads(path.read_bytes())
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: is not valid JSON; fetch it again") from error
+    model = values.get("model") if isinstance(values, dict) else None
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    added = values.get("added_tokens") if isinstance(values, dict) else None
+    ids = [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    ids += list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1] if isinstance(vocab, list) else []
+    largest = max((index for index in ids if isinstance(index, int)), default=-1)
+    if largest >= config.vocab_size:
+        raise FormatError(
+            f"{path}: has a token with the id {largest}, but the model's vocab_size is {config.vocab_size}; "
+            "this tokenizer belongs to another model"
+        )
+
+
+def _ignored(name: str, config: LlamaConfig) -> bool:
+    """Tensors that carry nothing: RoPE frequencies of old checkpoints, the second copy of a tied head."""
+    return name.endswith("rotary_emb.inv_freq") or (name == _HEAD and config.tie_word_embeddings)
+
+
+def _listed(names: list[str]) -> str:
+    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + rest
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"

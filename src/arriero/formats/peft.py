@@ -1,0 +1,211 @@
+"""LoRA adapters in the files of the PEFT library: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arriero.errors import FormatError
+from arriero.formats.safe_tensors import read_tensors, write_tensor_file
+from arriero.formats.staging import staged_folder
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 4 * 2**20
+
+_PREFIX = "base_model.model."
+_ADAPTER = re.compile(r"(.+)\.lora_[AB]\.weight")
+# Keys that change nothing in how a saved adapter is applied, whatever they hold.
+_HARMLESS = frozenset(
+    {
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "revision",
+        "inference_mode",
+        "megatron_core",
+        "megatron_config",
+        "runtime_config",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "layers_pattern",
+        "qalora_group_size",
+        "ensure_weight_tying",
+        "init_lora_weights",
+    }
+)
+
+
+@dataclass(frozen=True)
+class PeftLoraConfig:
+    """The part of PEFT's `LoraConfig` that decides what an adapter computes.
+
+    Attributes:
+        r: rank.
+        lora_alpha: strength; the update is scaled by lora_alpha / r (lora_alpha / sqrt(r) with `use_rslora`).
+        lora_dropout: probability of dropping an input of the adapter in training.
+        target_modules: last name parts of the adapted layers, or one regular expression.
+        bias: "none", "all" or "lora_only": which biases were trained too.
+        use_rslora: rank-stabilised scaling.
+        base_model_name_or_path: the model it was trained on.
+        extra: every other key of the file, written back.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] | str = ()
+    bias: str = "none"
+    use_rslora: bool = False
+    base_model_name_or_path: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = ADAPTER_CONFIG) -> PeftLoraConfig:
+        """Read the content of an adapter_config.json.
+
+        Raises:
+            FormatError: for a missing or impossible value, a method that is not LoRA, or a variant of it that is not
+                supported (DoRA, rank patterns, trained embeddings, …), naming the key.
+        """
+        if values.get("peft_type") != "LORA":
+            raise FormatError(f"{source}: peft_type {str(values.get('peft_type'))[:40]!r} is not supported; 'LORA' is")
+        rank, alpha, dropout = values.get("r"), values.get("lora_alpha"), values.get("lora_dropout", 0.0)
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise FormatError(f"{source}: r must be a whole number of at least 1, got {rank!r}")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+            raise FormatError(f"{source}: lora_alpha must be a number, got {alpha!r}")
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise FormatError(f"{source}: lora_dropout must be a number in [0, 1), got {dropout!r}")
+        targets = values.get("target_modules")
+        if isinstance(targets, list) and targets and all(isinstance(target, str) for target in targets):
+            targets = tuple(targets)
+        elif not isinstance(targets, str) or not targets:
+            raise FormatError(f"{source}: target_modules must be a list of layer names or a pattern, got {targets!r}")
+        bias, rslora = values.get("bias", "none"), values.get("use_rslora", False)
+        if bias not in ("none", "all", "lora_only"):
+            raise FormatError(f"{source}: bias must be none, all or lora_only, got {bias!r}")
+        if not isinstance(rslora, bool):
+            raise FormatError(f"{source}: use_rslora must be true or false, got {rslora!r}")
+        base = values.get("base_model_name_or_path")
+        own = set(cls.__dataclass_fields__) - {"extra"}
+        extra = {key: value for key, value in values.items() if key not in own}
+        # PiSSA, OLoRA and the like change the base weights when the adapter is set up, so they are no plain LoRA.
+        if extra.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
+            raise FormatError(
+                f"{source}: init_lora_weights {str(extra['init_lora_weights'])[:40]!r} changes the base model; "
+                "convert the adapter to plain LoRA with PEFT first"
+            )
+        for key, value in extra.items():
+            if key not in _HARMLESS and value not in (None, False, 0) and value != {} and value != []:
+                raise FormatError(f"{source}: {key} is {str(value)[:60]}, which is not supported; only plain LoRA is")
+        return cls(rank, alpha, float(dropout), targets, bias, rslora, base if isinstance(base, str) else None, extra)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of an adapter_config.json for PEFT."""
+        return {
+            "task_type": "CAUSAL_LM",
+            "inference_mode": True,
+            "fan_in_fan_out": False,
+            "init_lora_weights": True,
+            "modules_to_save": None,
+            "use_dora": False,
+            **self.extra,
+            "peft_type": "LORA",
+            "base_model_name_or_path": self.base_model_name_or_path,
+            "r": self.r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "target_modules": self.target_modules
+            if isinstance(self.target_modules, str)
+            else sorted(self.target_modules),
+            "bias": self.bias,
+            "use_rslora": self.use_rslora,
+        }
+
+
+def save_adapter(folder: str | Path, state: Mapping[str, Tensor], config: PeftLoraConfig) -> None:
+    """Write an adapter that PEFT loads, as a whole or not at all.
+
+    Args:
+        state: the adapter's tensors under the names of the adapted model, e.g.
+            `model.layers.0.self_attn.q_proj.lora_A.weight`; trained biases under their usual names.
+
+    Raises:
+        FormatError: when there is nothing to write or it cannot be written.
+    """
+    adapted = {match[1] for name in state if (match := _ADAPTER.fullmatch(name))}
+    if not adapted:
+        raise FormatError(f"{folder}: there are no LoRA tensors to save")
+    # PEFT keeps an adapted layer's own bias one level deeper.
+    named = {}
+    for name, tensor in state.items():
+        layer, _, leaf = name.rpartition(".")
+        named[_PREFIX + (f"{layer}.base_layer.{leaf}" if layer in adapted else name)] = tensor
+    with staged_folder(folder) as staging:
+        write_tensor_file(named, staging / ADAPTER_WEIGHTS)
+        text = json.dumps(config.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        (staging / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+
+
+def load_adapter(folder: str | Path) -> tuple[PeftLoraConfig, dict[str, Tensor]]:
+    """Read an adapter written by PEFT or by `save_adapter`.
+
+    Returns:
+        Its configuration, and its tensors under the names of the adapted model (without PEFT's prefix).
+
+    Raises:
+        FormatError: when a file is missing or broken, or a tensor is none of a LoRA adapter.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        hint = "; the pickled adapter_model.bin is never opened" if (folder / "adapter_model.bin").exists() else ""
+        raise FormatError(f"{folder}: holds no {ADAPTER_WEIGHTS}{hint}")
+    state = {}
+    for name, tensor in read_tensors(path):
+        if not name.startswith(_PREFIX):
+            raise FormatError(f"{path}: {name} is not a tensor of a PEFT adapter (it does not start with {_PREFIX})")
+        plain = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+        match = _ADAPTER.fullmatch(plain)
+        if match is None and not plain.endswith(".bias"):
+            raise FormatError(f"{path}: {name} is neither a LoRA matrix nor a bias; only plain LoRA is supported")
+        if match is not None and (tensor.dim() != 2 or tensor.shape[0 if ".lora_A." in plain else 1] != config.r):
+            raise FormatError(f"{path}: {name} has the shape {list(tensor.shape)}, which does not fit the rank {config.r}")
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise FormatError(f"{path}: {name} has the dtype {str(tensor.dtype).removeprefix('torch.')}")
+        state[plain] = tensor.clone(memory_format=torch.contiguous_format)  # small, and the file may be replaced
+    for layer in {match[1] for name in state if (match := _ADAPTER.fullmatch(name))}:
+        for part in ("A", "B"):
+            if f"{layer}.lora_{part}.weight" not in state:
+                raise FormatError(f"{path}: {layer} has no lora_{part} matrix; the file is incomplete")
+    return config, state
+
+
+def _read_config(folder: Path) -> PeftLoraConfig:
+    path = folder / ADAPTER_CONFIG
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror}); an adapter folder needs it") from error
+    if len(text) > MAX_CONFIG_BYTES:
+        raise FormatError(f"{path}: is larger than {MAX_CONFIG_BYTES} bytes; this is not an adapter's configuration")
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: is not valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise FormatError(f"{path}: must hold a JSON object, got {type(values).__name__}")
+    return PeftLoraConfig.from_dict(values, str(path))
