@@ -1,244 +1,281 @@
-"""Chat templates: somebody else's code, run in a box.
+"""Chat templates: a conversation as the one text that a model was trained on.
 
-A template comes with the model and is never trusted. It is rendered in Jinja's immutable sandbox, in a thread whose every
-line of Python is counted against a deadline, with caps on the source, on ranges and on the output.
+Templates are Jinja programs that come with a model's files and are not trusted: they are rendered in a sandbox, in a
+process apart that has limits of time, memory and output (see `template_worker`). Nor is the conversation trusted: the
+names of special tokens in it are marked before rendering, so that they can be told from those the template writes.
 """
 
 from __future__ import annotations
 
-import datetime
+import atexit
+import contextlib
 import json
+import os
+import re
+import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from types import FrameType
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
-
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
-from jinja2.visitor import NodeTransformer
 
 from arriero.errors import TemplateError
 
-Message = Mapping[str, Any]
-
-MAX_SOURCE = 256 * 1024
-MAX_OUTPUT = 16 << 20
-MAX_SECONDS = 2.0
-MAX_RANGE = 100_000
-MAX_REPEAT = 1 << 20
-
-
-class _TooLong(BaseException):
-    """Raised inside a template that outlived its deadline; no `except Exception` of a filter can hold it back."""
+SOURCE_LIMIT = 512 * 2**10
+OUTPUT_LIMIT = 8 * 2**20
+CPU_SECONDS = 2.0
+# Only if the worker's own timer fails or does not exist; long, since it also runs while the machine is busy elsewhere.
+WALL_SECONDS = 20.0
+KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "model")
+# What the worker may know of this process's environment: nothing secret.
+INHERITED_VARIABLES = ("PATH", "TZ", "LANG", "LC_ALL", "SYSTEMROOT")
 
 
-def _concat(pieces: Iterable[Any]) -> str:
-    """`"".join` that refuses to build what would not fit the cap."""
-    texts = [str(piece) for piece in pieces]
-    if sum(map(len, texts)) > MAX_OUTPUT:
-        raise SecurityError(f"a string of more than {MAX_OUTPUT} characters")
-    return "".join(texts)
+class TemplateWorker:
+    """The process that renders. Started when first needed; started anew after a template made it end."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+
+    def render(self, source: str, variables: Mapping[str, Any], seconds: float = CPU_SECONDS) -> str:
+        """The text of a template.
+
+        Raises:
+            TemplateError: with the bare reason.
+        """
+        request = {"source": source, "variables": variables, "seconds": seconds, "output_limit": OUTPUT_LIMIT}
+        try:
+            line = json.dumps(request).encode("ascii") + b"\n"
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TemplateError(f"the messages hold what JSON cannot ({error})") from error
+        with self._lock:
+            answer = self._exchange(line)
+        if not answer:
+            raise TemplateError(f"it ran longer than {seconds:g} s, or used up the renderer's memory")
+        reply = json.loads(answer)
+        if "error" in reply:
+            raise TemplateError(" ".join(str(reply["error"]).split())[:500])
+        text: str = reply["text"]
+        return text
+
+    def close(self) -> None:
+        """End the process."""
+        # After a fork the parent's worker is not ours to end, nor may its pipes be shared.
+        process, self._process = self._process, None
+        if process is None or self._owner != os.getpid():
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+    def _exchange(self, line: bytes) -> bytes:
+        """One request and its answer; b"" if the process died over it."""
+        if self._process is not None and (self._owner != os.getpid() or self._process.poll() is not None):
+            self.close()
+        if self._process is None:
+            self._process = self._start()
+            self._owner = os.getpid()
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        timer = threading.Timer(WALL_SECONDS, process.kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except OSError:  # it died while the request was written
+            answer = b""
+        finally:
+            timer.cancel()
+        if not answer.endswith(b"\n"):
+            self.close()
+            return b""
+        return answer
+
+    @staticmethod
+    def _start() -> subprocess.Popen[bytes]:
+        environment = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
+        # -P: this folder must not shadow other modules; the parent's path, so that its jinja2 is found.
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        program = Path(__file__).with_name("template_worker.py")
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-P", str(program)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                # Its own group: Ctrl-C in the terminal is for the parent.
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise TemplateError(f"the renderer cannot be started ({error})") from error
 
 
-def _join(value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
-    texts: list[str] = []
-    for item in value:
-        if attribute is not None:
-            item = item[attribute] if isinstance(item, Mapping | list) else ""
-        texts += [d, str(item)] if texts else [str(item)]
-    return _concat(texts)
+_worker = TemplateWorker()
+atexit.register(_worker.close)
 
 
-def _replace(text: Any, old: str, new: str, count: int | None = None) -> str:
-    text, old, new = str(text), str(old), str(new)
-    found = text.count(old) if count is None else min(count, text.count(old))
-    if len(text) + found * len(new) > MAX_OUTPUT:
-        raise SecurityError(f"a string of more than {MAX_OUTPUT} characters")
-    return text.replace(old, new) if count is None else text.replace(old, new, count)
+def _new_lock_after_fork() -> None:
+    # The child may have been forked while another thread held the lock.
+    _worker._lock = threading.Lock()
 
 
-class _ConcatToFilter(NodeTransformer):
-    """`a ~ b` becomes `[a, b] | concat`, so that it passes the size check."""
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        items = nodes.List(node.nodes, lineno=node.lineno)
-        return nodes.Filter(items, "concat", [], [], None, None, lineno=node.lineno)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock_after_fork)
 
 
-class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, with everything guarded that can make much out of little."""
+@dataclass(frozen=True)
+class MarkedChat:
+    """A rendered conversation in which special tokens' names that came from a message stand between two marks."""
 
-    intercepted_binops = frozenset({"*", "**", "%", "+"})
-    concat = staticmethod(_concat)  # type: ignore[assignment]
+    rendered: str
+    marks: tuple[str, str] | None
 
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree: nodes.Template = _ConcatToFilter().visit(super()._parse(source, name, filename))
-        tree.set_environment(self)
-        return tree
+    @property
+    def marked(self) -> bool:
+        """Whether any message held the name of a special token."""
+        return self.marks is not None
 
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**":
-            raise SecurityError("powers are not allowed in a template")
-        if operator == "%" and isinstance(left, str):
-            raise SecurityError("string formatting by % is not allowed in a template")
-        if operator == "*":
-            for sequence, count in ((left, right), (right, left)):
-                if isinstance(sequence, str | list | tuple) and isinstance(count, int) and len(sequence) * count > MAX_REPEAT:
-                    raise SecurityError(f"a repetition of more than {MAX_REPEAT} items")
-            if isinstance(left, int) and isinstance(right, int) and max(abs(left), abs(right)) > 1 << 64:
-                raise SecurityError("a product of huge numbers")
-        if operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
-            limit = MAX_OUTPUT if isinstance(left, str) else MAX_REPEAT
-            if len(left) + len(right) > limit:
-                raise SecurityError(f"a sequence of more than {limit} items")
-        return super().call_binop(context, operator, left, right)
+    @property
+    def text(self) -> str:
+        """The conversation without marks."""
+        return self.rendered if self.marks is None else self._unmarked(self.rendered)
 
-    def call(self, context: Any, callee: Any, *arguments: Any, **keywords: Any) -> Any:
-        """Calls of a string's own `replace` and `join` go through the guarded ones."""
-        owner, name = getattr(callee, "__self__", None), getattr(callee, "__name__", "")
-        if isinstance(owner, str) and name == "replace":
-            return _replace(owner, *arguments, **keywords)
-        if isinstance(owner, str) and name == "join":
-            return _join(arguments[0], owner)
-        return super().call(context, callee, *arguments, **keywords)
+    def split(self, special_tokens: Collection[str]) -> list[tuple[str, bool]]:
+        """(text, whether it is a control token that the template wrote), in order; no empty texts."""
+        opening, closing = self.marks or ("", "")
+        names = "|".join(re.escape(token) for token in sorted(special_tokens, key=len, reverse=True)) or "(?!)"
+        quoted = f"{opening}(?:{names}){closing}" if self.marks else "(?!)"
+        parts: list[tuple[str, bool]] = []
+        position = 0
+        for match in re.finditer(f"{quoted}|({names})", self.rendered):
+            if match.group(1) is not None:
+                parts.append((self._unmarked(self.rendered[position : match.start()]), False))
+                parts.append((match.group(1), True))
+                position = match.end()
+        parts.append((self._unmarked(self.rendered[position:]), False))
+        return [part for part in parts if part[0]]
 
-    def wrap_str_format(self, value: Any) -> None:
-        """Leave `str.format` to `is_safe_attribute`, which refuses it (Jinja would run it with its fields guarded)."""
-
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        # padding methods and str.format build strings of any width from a small number
-        if isinstance(obj, str) and attr in {"format", "format_map", "center", "ljust", "rjust", "zfill", "expandtabs", "translate"}:
-            return False
-        return super().is_safe_attribute(obj, attr, value)
-
-
-def _range(*bounds: int) -> range:
-    made = range(*bounds)
-    if len(made) > MAX_RANGE:
-        raise SecurityError(f"a range of more than {MAX_RANGE} items")
-    return made
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    if indent is not None and not 0 <= int(indent) <= 16:
-        raise SecurityError("an indent of more than 16")
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=bool(options.get("sort_keys", False)))
-
-
-def _now(pattern: str) -> str:
-    return datetime.datetime.now().strftime(pattern[:100])
-
-
-def _environment() -> _Environment:
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    # filters that pad, repeat or sum without a bound
-    for name in ("batch", "center", "format", "indent", "pprint", "slice", "sum", "wordwrap", "xmlattr"):
-        environment.filters.pop(name, None)
-    environment.filters.update(tojson=_to_json, concat=_concat, join=_join, replace=_replace)
-    environment.globals.update(range=_range, raise_exception=_raise_exception, strftime_now=_now)
-    environment.globals.pop("lipsum", None)
-    return environment
+    def _unmarked(self, text: str) -> str:
+        for mark in self.marks or ():
+            text = text.replace(mark, "")
+        return text
 
 
 class ChatTemplate:
-    """A compiled template.
+    """A template's source; nothing is parsed before it is first rendered."""
 
-    Args:
-        source: Jinja source.
-        special: values a template may use by name, such as `bos_token` and `eos_token`.
-
-    Raises:
-        TemplateError: if the source is too long or malformed.
-    """
-
-    def __init__(self, source: str, special: Mapping[str, str] | None = None) -> None:
-        if len(source) > MAX_SOURCE:
-            raise TemplateError(f"chat template of {len(source)} characters: at most {MAX_SOURCE} are accepted")
-        self.source, self.special = source, dict(special or {})
-        try:
-            self._template = _guarded(lambda: _environment().from_string(source))
-        except jinja2.TemplateSyntaxError as error:
-            raise TemplateError(f"chat template, line {error.lineno}: {error.message}") from error
-        except (RecursionError, MemoryError, ValueError, OverflowError, SyntaxError, TypeError, jinja2.TemplateError) as error:
-            raise TemplateError(f"chat template cannot be compiled: {_one_line(error)}") from error
-
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
-        """The conversation as text.
+    def __init__(self, source: str, name: str = "chat template") -> None:
+        """
+        Args:
+            source: the Jinja program.
+            name: where it is from, for messages.
 
         Raises:
-            TemplateError: if the template refuses the conversation, does something unsafe or outgrows a limit.
+            TemplateError: an oversized source.
         """
+        if len(source) > SOURCE_LIMIT:
+            raise TemplateError(f"{name}: the chat template is longer than {SOURCE_LIMIT:,} characters")
+        self.source = source
+        self.name = name
 
-        def run() -> str:
-            pieces, size = [], 0
-            for piece in self._template.generate(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                **self.special,
-                **variables,
-            ):
-                size += len(piece)
-                if size > MAX_OUTPUT:
-                    raise SecurityError(f"an output of more than {MAX_OUTPUT} characters")
-                pieces.append(piece)
-            return "".join(pieces)
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        named: Mapping[str, str] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The conversation as text.
 
+        Args:
+            messages: {"role", "content"} each; keys whose value is None count as absent.
+            named: bos_token, eos_token ..., which templates write.
+
+        Raises:
+            TemplateError: in one line, what the template refused or why it was stopped.
+        """
+        if not messages:
+            raise TemplateError("a conversation needs at least one message")
+        for message in messages:
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise TemplateError("every message must be an object with a string `role` and a `content`")
+        variables = {
+            **(named or {}),
+            "messages": [{key: value for key, value in m.items() if value is not None} for m in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            return str(_guarded(run))
-        except TemplateError:
-            raise
-        except SecurityError as error:
-            raise TemplateError(f"chat template does something unsafe: {_one_line(error)}") from error
-        except jinja2.TemplateError as error:
-            raise TemplateError(f"chat template: {_one_line(error)}") from error
-        except Exception as error:  # whatever a foreign template provokes is the template's error
-            raise TemplateError(f"chat template failed: {type(error).__name__}: {_one_line(error)}") from error
+            return _worker.render(self.source, variables)
+        except TemplateError as error:
+            raise TemplateError(f"{self.name}: the chat template failed: {error}") from error
+
+    def render_marked(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        special_tokens: Collection[str],
+        named: Mapping[str, str] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> MarkedChat:
+        """`render`, with special tokens' names in the messages marked as text."""
+        for message in messages:
+            self._check_role(message, special_tokens)
+        if not any(_holds(message, special_tokens) for message in messages):
+            return MarkedChat(self.render(messages, named=named, add_generation_prompt=add_generation_prompt), None)
+        opening, closing = _unused_marks(messages, self.source)
+        names = re.compile("|".join(re.escape(token) for token in sorted(special_tokens, key=len, reverse=True)))
+        marked = [_marked(message, names, f"{opening}\\g<0>{closing}") for message in messages]
+        rendered = self.render(marked, named=named, add_generation_prompt=add_generation_prompt)
+        return MarkedChat(rendered, (opening, closing))
+
+    def _check_role(self, message: Mapping[str, Any], special_tokens: Collection[str]) -> None:
+        # Some templates write '<|' + role + '|>': a role may complete no token but those of the known roles.
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if isinstance(role, str) and role not in KNOWN_ROLES and any(role in token for token in special_tokens):
+            raise TemplateError(f"{self.name}: unknown role {role!r}; the roles are {', '.join(KNOWN_ROLES)}")
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for item in value.values() for text in _strings(item)]
+    if isinstance(value, list | tuple):
+        return [text for item in value for text in _strings(item)]
+    return []
 
 
-def _guarded(work: Any) -> Any:
-    """Run `work` in a thread of its own that is ended at the deadline by a trace function.
+def _holds(message: Mapping[str, Any], special_tokens: Collection[str]) -> bool:
+    return any(token in text for text in _strings(message) for token in special_tokens)
 
-    A thread, so that the caller's own tracer (a debugger, a coverage tool) is left alone and it works in any thread.
 
-    Raises:
-        TemplateError: at the deadline.
-    """
-    result: list[Any] = []
-    failure: list[BaseException] = []
-    deadline = time.monotonic() + MAX_SECONDS
+def _marked(value: Any, names: re.Pattern[str], replacement: str) -> Any:
+    if isinstance(value, str):
+        return names.sub(replacement, value)
+    if isinstance(value, Mapping):
+        return {key: _marked(item, names, replacement) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_marked(item, names, replacement) for item in value]
+    return value
 
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        if time.monotonic() > deadline:
-            raise _TooLong
-        return trace
 
-    def target() -> None:
-        sys.settrace(trace)
-        try:
-            result.append(work())
-        except BaseException as error:  # handed to the caller below
-            failure.append(error)
-        finally:
-            sys.settrace(None)
-
-    thread = threading.Thread(target=target, name="chat-template", daemon=True)
-    thread.start()
-    thread.join(MAX_SECONDS + 1.0)
-    if thread.is_alive() or failure and isinstance(failure[0], _TooLong):
-        raise TemplateError(f"chat template ran for more than {MAX_SECONDS:g} seconds")
-    if failure:
-        raise failure[0]
-    return result[0]
+def _unused_marks(messages: Sequence[Mapping[str, Any]], source: str) -> tuple[str, str]:
+    """Two private-use characters that occur nowhere, so that no message can forge a mark."""
+    used = set(source).union(*(set(text) for message in messages for text in _strings(message)))
+    free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
+    try:
+        return next(free), next(free)
+    except StopIteration as error:
+        raise TemplateError("the messages use every private-use character there is") from error

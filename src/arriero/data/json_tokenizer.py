@@ -50,8 +50,8 @@ class JsonTokenizer:
         self.decoding = self._byte_decoding(description.get("decoder"), kinds)
         self._literal: tokenizers.Tokenizer | None = None
         self._literal_lock = threading.Lock()
-        # A token that is matched although special ones are not, and that no text can hold: what follows it is encoded as
-        # it would be after a control token, without the blank that some vocabularies put at the start of a text.
+        # A token that is matched although special ones are not, and that no text can hold: what follows it is encoded
+        # as it would be after a control token, without the blank that some vocabularies put at the start of a text.
         self._seam = f"\U0010fffd{secrets.token_hex(16)}\U0010fffd"
 
     def token_to_id(self, token: str) -> int | None:
@@ -79,9 +79,9 @@ class JsonTokenizer:
         Args:
             after_token: the text follows a control token, rather than beginning a sequence.
         """
-        ids: list[int] = self._literal_tokenizer().encode(
-            self._seam + text if after_token else text, add_special_tokens=False
-        ).ids
+        ids: list[int] = (
+            self._literal_tokenizer().encode(self._seam + text if after_token else text, add_special_tokens=False).ids
+        )
         return ids[1:] if after_token else ids
 
     def offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -98,7 +98,9 @@ class JsonTokenizer:
         for start in range(len(whole) - len(body) + 1):
             if whole[start : start + len(body)] == body:
                 return whole[:start], whole[start + len(body) :]
-        raise FormatError(f"{self._path}: its post_processor does not keep a text's tokens together, which is not supported")
+        raise FormatError(
+            f"{self._path}: its post_processor does not keep a text's tokens together, which is not supported"
+        )
 
     def swallows_blanks(self, token: str) -> tuple[bool, bool]:
         """Whether a special token takes in the blanks before and after it."""
@@ -106,7 +108,7 @@ class JsonTokenizer:
         return bool(added.lstrip), bool(added.rstrip)
 
     def _literal_tokenizer(self) -> tokenizers.Tokenizer:
-        # A second instance and not a switched one: switching would race with other threads. Most processes never need it.
+        # A second instance and not a switched one: switching would race with other threads. Few processes need it.
         with self._literal_lock:
             if self._literal is None:
                 literal = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
@@ -130,7 +132,9 @@ class JsonTokenizer:
             return ByteDecoding(TokenBytes(byte_level), special_ids)
         unsupported = set(kinds) - {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
         if unsupported:
-            raise FormatError(f"{self._path}: decoder {sorted(unsupported)[0]!r} is none that LLaMA-family tokenizers use")
+            raise FormatError(
+                f"{self._path}: decoder {sorted(unsupported)[0]!r} is none that LLaMA-family tokenizers use"
+            )
         spaces, byte_fallback = bool({"Replace", "Metaspace"} & set(kinds)), "ByteFallback" in kinds
 
         def piece(token_id: int) -> bytes:
@@ -171,7 +175,7 @@ def _strips_leading_space(decoder: dict[str, Any] | None) -> bool:
 def _use_llama_metaspace(tokenizer: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
     """Put the leading blank where transformers 5 puts it for its LlamaTokenizer class, whatever tokenizer.json says.
 
-    With `legacy` false, its default, only the very beginning of a sequence gets the blank and not what follows a control
+    With `legacy` false, its default, only the very beginning of a sequence gets the blank, not what follows a control
     token (https://github.com/huggingface/transformers/pull/24565).
     """
     if config.get("add_prefix_space", True) in (True, None):

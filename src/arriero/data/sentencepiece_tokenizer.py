@@ -28,8 +28,8 @@ class SentencePieceTokenizer:
             pieces: int = self._model.get_piece_size()
         except (RuntimeError, TypeError, ValueError) as error:
             raise FormatError(
-                f"{path}: not a SentencePiece model (a tiktoken file, as Meta ships for Llama 3, needs the tokenizer.json "
-                "of the same model beside it)"
+                f"{path}: not a SentencePiece model (for a tiktoken file, as Meta ships for Llama 3, put the "
+                "tokenizer.json of the same model beside it)"
             ) from error
         if pieces == 0:
             raise FormatError(f"{path}: a SentencePiece model without pieces; download or convert it again")
@@ -39,7 +39,9 @@ class SentencePieceTokenizer:
         self.unknown_id: int | None = self._model.unk_id() if self._model.unk_id() >= 0 else None
         self._added: dict[int, AddedTokenSpec] = {}
         self.special: dict[str, int] = {
-            self._model.id_to_piece(i): i for i in range(pieces) if self._model.is_control(i) or self._model.is_unknown(i)
+            self._model.id_to_piece(i): i
+            for i in range(pieces)
+            if self._model.is_control(i) or self._model.is_unknown(i)
         }
         self._ids: dict[str, int] = {self._model.id_to_piece(i): i for i in range(pieces)}
         self.size = pieces

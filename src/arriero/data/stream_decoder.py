@@ -1,8 +1,8 @@
 """Text out of token ids, all at once or one id at a time, by way of bytes.
 
-A token of a LLaMA-family vocabulary stands for bytes, and a character may be spread over several tokens. Text is therefore
-built from the bytes of all tokens, decoded as UTF-8; a sequence that is not complete yet is held back. Bytes that are no
-UTF-8 become U+FFFD, as the Unicode standard advises (one for each maximal part of an ill-formed sequence).
+A token of a LLaMA-family vocabulary stands for bytes, and a character may be spread over several tokens. Text is
+therefore built from the bytes of all tokens, decoded as UTF-8; a sequence that is not complete yet is held back. Bytes
+that are no UTF-8 become U+FFFD, as the Unicode standard advises (one for each maximal part of an ill-formed sequence).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ REPLACEMENT = "▁"  # SentencePiece's stand-in for a space
 
 
 def byte_level_alphabet() -> dict[str, int]:
-    """The printable character that byte-level BPE writes for each byte (GPT-2, https://github.com/openai/gpt-2), inverted."""
+    """Byte-level BPE's printable character -> the byte it is written for (https://github.com/openai/gpt-2, encoder.py)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     alphabet = {chr(byte): byte for byte in printable}
     others = (byte for byte in range(256) if byte not in set(printable))
@@ -71,7 +71,7 @@ class ByteDecoding:
 
 
 class StreamDecoder:
-    """The same text in pieces: the concatenation of every `push` and of `flush` equals `ByteDecoding.decode` of all ids."""
+    """The same text in pieces: every `push` and then `flush`, joined, equal `ByteDecoding.decode` of all ids."""
 
     def __init__(self, decoding: ByteDecoding, skip_special_tokens: bool = True) -> None:
         self._decoding = decoding

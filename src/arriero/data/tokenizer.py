@@ -1,7 +1,7 @@
 """Text to token ids and back, for every LLaMA-family tokenizer folder.
 
-Ids equal those of transformers' AutoTokenizer on the same folder. Text is data: unless `allow_special` is given, a special
-token's name inside a text is encoded as the letters it is made of and never becomes the control token.
+Ids equal those of transformers' AutoTokenizer on the same folder. Text is data: unless `allow_special` is given, a
+special token's name inside a text is encoded as the letters it is made of and never becomes the control token.
 """
 
 from __future__ import annotations
@@ -69,7 +69,11 @@ class Tokenizer:
         named = self._files.named.get(key)
         if named is not None:
             return self._vocabulary.token_to_id(named.content)
-        own = getattr(self._vocabulary, "bos_id" if key == "bos_token" else "eos_id", None) if key != "pad_token" else None
+        own = (
+            getattr(self._vocabulary, "bos_id" if key == "bos_token" else "eos_id", None)
+            if key != "pad_token"
+            else None
+        )
         if isinstance(own, int):
             return own
         ids = [i for i in self._files.token_ids(id_key) if i < self.vocab_size]
@@ -191,7 +195,9 @@ class Tokenizer:
 
     def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> MarkedChat:
         if self._template is None:
-            raise TemplateError(f"{self.folder}: this model has no chat template; use an instruct model, or a plain prompt")
+            raise TemplateError(
+                f"{self.folder}: this model has no chat template; use an instruct model, or a plain prompt"
+            )
         named = {key: token.content for key, token in self._files.named.items()}
         for key, own in (("bos_token", self.bos_token_id), ("eos_token", self.eos_token_id)):
             token = self.id_to_token(own) if own is not None else None
@@ -226,4 +232,6 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     for name in SENTENCEPIECE_NAMES:
         if (folder / name).is_file():
             return Tokenizer(SentencePieceTokenizer(files, folder / name), files)
-    raise FormatError(f"{folder}: no tokenizer.json and no tokenizer.model; copy the tokenizer files of the model there")
+    raise FormatError(
+        f"{folder}: no tokenizer.json and no tokenizer.model; copy the tokenizer files of the model there"
+    )

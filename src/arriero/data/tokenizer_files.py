@@ -94,7 +94,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_bounded(path, SMALL_FILE_LIMIT).decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not valid JSON ({str(error).splitlines()[0]}); download or convert it again") from error
+        raise FormatError(
+            f"{path}: not valid JSON ({str(error).splitlines()[0]}); download or convert it again"
+        ) from error
     if not isinstance(value, dict):
         raise FormatError(f"{path}: a JSON object is expected, not {type(value).__name__}")
     return value
@@ -152,7 +154,7 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedTokenS
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """chat_template.jinja, else tokenizer_config.json (one template, or a list of named ones), else chat_template.json."""
+    """chat_template.jinja, else tokenizer_config.json (one, or a list of named ones), else chat_template.json."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         try:

@@ -1,0 +1,79 @@
+"""`arriero chat`: talk to a model in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from arriero.config.adapter import AdapterPathOptions
+from arriero.config.chat import ChatOptions
+from arriero.config.generation import GenerationOptions
+from arriero.config.model import ModelOptions
+from arriero.errors import GenerationError
+
+HELP = "Talk to a model, or a model with its adapter. An empty line or Ctrl-D ends; /clear starts afresh."
+
+OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, GenerationOptions, ChatOptions)
+
+
+def run(model: ModelOptions, adapter: AdapterPathOptions, generation: GenerationOptions, chat: ChatOptions) -> int:
+    """Read, answer as the tokens come, repeat."""
+    from arriero.engine.generation import Generator
+    from arriero.engine.loading import load_for_inference
+    from arriero.engine.sampling import SamplingParams
+
+    loaded = load_for_inference(model, adapter)
+    params = SamplingParams(
+        max_new_tokens=generation.max_new_tokens,
+        min_new_tokens=generation.min_new_tokens,
+        do_sample=bool(generation.do_sample),
+        temperature=generation.temperature,
+        top_k=generation.top_k,
+        top_p=generation.top_p,
+        min_p=generation.min_p,
+        repetition_penalty=generation.repetition_penalty,
+        stop_strings=tuple(generation.stop),
+        seed=generation.seed,
+    )
+    generator = Generator(loaded.model, loaded.tokenizer, max_batch_size=1)
+    start: list[dict[str, str]] = [{"role": "system", "content": chat.system}] if chat.system else []
+
+    def answer(turns: list[dict[str, str]]) -> str:
+        prompt = _prompt(loaded.tokenizer, turns)
+        pieces = []
+        for piece in generator.stream(prompt, params):
+            print(piece, end="", flush=True)
+            pieces.append(piece)
+        print()
+        return "".join(pieces)
+
+    if chat.prompt is not None:
+        answer([*start, {"role": "user", "content": chat.prompt}])
+        return 0
+    if sys.stdin.isatty():
+        print(f"{loaded.folder} on {loaded.device}. An empty line ends, /clear starts afresh.")
+    turns = list(start)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return 0
+        if not line:
+            return 0
+        if line == "/clear":
+            turns = list(start)
+            continue
+        turns.append({"role": "user", "content": line})
+        try:
+            turns.append({"role": "assistant", "content": answer(turns)})
+        except GenerationError as error:  # the conversation outgrew the context: say so and go on
+            turns.pop()
+            print(f"{error} (/clear starts afresh)")
+
+
+def _prompt(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
+    """The conversation by the model's template; a base model without one continues the plain text."""
+    if tokenizer.has_chat_template():
+        ids: list[int] = tokenizer.chat(turns, add_generation_prompt=True)
+        return ids
+    return list(tokenizer.encode("\n".join(turn["content"] for turn in turns), add_special_tokens=True))
