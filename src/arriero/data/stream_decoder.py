@@ -15,7 +15,7 @@ REPLACEMENT = "▁"  # SentencePiece's stand-in for a space
 
 
 def byte_level_alphabet() -> dict[str, int]:
-    """Byte-level BPE's printable character -> the byte it is written for (https://github.com/openai/gpt-2, encoder.py)."""
+    """Byte-level BPE's printable character -> the byte it stands for (encoder.py of https://github.com/openai/gpt-2)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     alphabet = {chr(byte): byte for byte in printable}
     others = (byte for byte in range(256) if byte not in set(printable))

@@ -117,8 +117,8 @@ def set_limits() -> Callable[[float], None]:
             continue
 
     def arm(seconds: float) -> None:
-        # CPU time and not the clock's: a busy machine must not fail an honest template. The signal's default action ends
-        # the process also while it is inside C code.
+        # CPU time and not the clock's: a busy machine must not fail an honest template. The signal's default action
+        # ends the process also while it is inside C code.
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
     return arm

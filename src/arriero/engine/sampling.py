@@ -1,18 +1,23 @@
-"""From logits to the next token: what the user asked for, row by row.
+"""How the next token is chosen from the logits.
 
-The filters act in the order of transformers' `generate`: repetition penalty, minimum length, temperature, top-k, top-p, min-p.
+The processors are those of transformers' `generate`, in its order: repetition penalty, no early end, temperature, top-k,
+top-p, min-p. Each works on many rows at once with a value for each row.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from arriero.errors import GenerationError
+
+# Top-p needs sorted logits. A nucleus is nearly always within this many, which are much cheaper to get than a full sort.
+NUCLEUS_CANDIDATES = 1024
+MAX_STOP_STRINGS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,117 +25,239 @@ class SamplingParams:
     """How one answer is generated.
 
     Attributes:
-        max_new_tokens: the answer's length at most.
-        min_new_tokens: no stop token before this many.
-        do_sample: draw at random; else the likeliest token is taken and temperature, top_k, top_p, min_p do nothing.
-        temperature: logits are divided by it.
-        top_k: only the k likeliest tokens; 0: all.
-        top_p: only the likeliest tokens that together reach this probability (Holtzman et al. 2020, arXiv:1904.09751).
-        min_p: only tokens of at least this share of the likeliest one's probability (Nguyen et al. 2024, arXiv:2407.01082).
-        repetition_penalty: logits of tokens seen in prompt or answer are divided (if positive, else multiplied) by it
-            (Keskar et al. 2019, arXiv:1909.05858, section 4.1).
-        stop_token_ids: end the answer; None: those of the tokenizer.
-        stop_strings: end the answer before them.
-        seed: of the draws; the same seed and prompt give the same answer, alone or in any batch.
-        ignore_eos: generate on to `max_new_tokens` whatever comes.
+        max_new_tokens: at most so many tokens.
+        min_new_tokens: no stop token or stop string counts before so many tokens.
+        temperature: logits are divided by it; 0 means greedy.
+        top_k: draw among the k likeliest tokens; 0 means all.
+        top_p: draw among the likeliest tokens that together have this probability (https://arxiv.org/abs/1904.09751).
+        min_p: drop tokens below this share of the likeliest one's probability (https://arxiv.org/abs/2407.01082).
+        repetition_penalty: above 1, tokens of prompt and answer become less likely (https://arxiv.org/abs/1909.05858).
+        do_sample: draw at random; false means the likeliest token always, and the five values before have no effect but
+            the penalty's.
+        stop_token_ids: tokens that end the answer, besides the tokenizer's own.
+        stop_strings: texts that end the answer; neither they nor what follows them is part of it.
+        seed: the answer is a function of prompt, parameters and seed, whatever else is generated beside it.
+        ignore_eos: the tokenizer's own stop tokens do not end the answer.
+
+    Raises:
+        GenerationError: a value outside its range.
     """
 
     max_new_tokens: int = 256
     min_new_tokens: int = 0
-    do_sample: bool = False
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    stop_token_ids: tuple[int, ...] | None = None
+    do_sample: bool = False
+    stop_token_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     seed: int | None = None
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        def check(name: str, fine: bool, needed: str) -> None:
-            if not fine:
-                raise GenerationError(f"{name} is {getattr(self, name)!r}: {needed} is needed")
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if isinstance(self.stop_strings, str):
+            object.__setattr__(self, "stop_strings", (self.stop_strings,))
+        object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
+        self._check("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
+        self._check("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "from 0 to max_new_tokens")
+        self._check("temperature", 0.0 <= self.temperature < math.inf, "0 or more")
+        self._check("top_k", self.top_k >= 0, "0 (all) or more")
+        self._check("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1")
+        self._check("min_p", 0.0 <= self.min_p <= 1.0, "from 0 to 1")
+        self._check("repetition_penalty", 0.0 < self.repetition_penalty < math.inf, "above 0")
+        self._check("seed", self.seed is None or 0 <= self.seed < 2**64, "from 0 to 2**64 - 1")
+        self._check("stop_token_ids", all(i >= 0 for i in self.stop_token_ids), "token ids, 0 or more")
+        self._check("stop_strings", all(self.stop_strings), "texts that are not empty")
+        self._check("stop_strings", len(self.stop_strings) <= MAX_STOP_STRINGS, f"at most {MAX_STOP_STRINGS} texts")
 
-        check("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
-        check("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "0 to max_new_tokens")
-        check("temperature", math.isfinite(self.temperature) and self.temperature > 0, "a positive number")
-        check("top_k", self.top_k >= 0, "0 (off) or more")
-        check("top_p", 0 < self.top_p <= 1, "a number in (0, 1]")
-        check("min_p", 0 <= self.min_p <= 1, "a number in [0, 1]")
-        check("repetition_penalty", math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0, "a positive number")
-        check("stop_strings", all(self.stop_strings), "no empty string")
+    def _check(self, name: str, valid: bool, allowed: str) -> None:
+        if not valid:
+            raise GenerationError(f"{name} is {getattr(self, name)!r}: it must be {allowed}")
 
     @property
-    def plain_greedy(self) -> bool:
-        """Whether the likeliest token is taken with nothing changed before."""
-        return not self.do_sample and self.repetition_penalty == 1.0 and self.min_new_tokens == 0
-
-    def generator(self) -> torch.Generator:
-        """A fresh source of the draws. It lives on the CPU, so that every device draws the same."""
-        generator = torch.Generator()
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self.seed)
-        return generator
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return not self.do_sample or self.temperature == 0.0
 
 
-def penalise_repetition(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
-    """(V,) logits with those of the tokens seen made smaller."""
-    index = torch.tensor(sorted(set(seen)), dtype=torch.long, device=logits.device)
-    picked = logits[index]
-    return logits.index_copy(0, index, torch.where(picked < 0, picked * penalty, picked / penalty))
+@dataclass
+class SamplingRow:
+    """One answer's state between its tokens.
+
+    Attributes:
+        stop_ids: tokens that may not come before `min_new_tokens`.
+        generated: how many tokens have been drawn.
+        seen: (V,) bool, the tokens that the repetition penalty counts; None when it is off.
+        generator: the row's own random numbers, so that its draws do not depend on the other rows; None when greedy.
+    """
+
+    params: SamplingParams
+    stop_ids: Tensor
+    generated: int = 0
+    seen: Tensor | None = field(default=None, repr=False)
+    generator: torch.Generator | None = None
+
+    @classmethod
+    def start(
+        cls,
+        params: SamplingParams,
+        prompt: Iterable[int],
+        stop_ids: Iterable[int],
+        vocab_size: int,
+        device: torch.device | str = "cpu",
+    ) -> SamplingRow:
+        """The state before the first token."""
+        stops = torch.tensor(sorted(i for i in set(stop_ids) if i < vocab_size), dtype=torch.long, device=device)
+        row = cls(params, stops)
+        if params.repetition_penalty != 1.0:
+            row.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            row.seen[torch.tensor(sorted(set(prompt)), dtype=torch.long, device=device)] = True
+        if not params.greedy:
+            row.generator = torch.Generator()
+            if params.seed is None:
+                row.generator.seed()
+            else:
+                row.generator.manual_seed(params.seed)
+        return row
 
 
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """(V,) logits, -inf but for the k largest (and ties with the k-th)."""
-    if k <= 0 or k >= logits.numel():
-        return logits
-    return logits.masked_fill(logits < logits.topk(k).values[-1], -math.inf)
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """(V,) logits, -inf but for the smallest set of likeliest tokens of total probability p or more."""
-    if p >= 1.0:
-        return logits
-    ascending, order = logits.sort()
-    remove = ascending.softmax(-1).cumsum(-1) <= 1.0 - p
-    remove[-1] = False
-    return logits.masked_fill(torch.zeros_like(remove).scatter(0, order, remove), -math.inf)
-
-
-def keep_min_p(logits: Tensor, share: float) -> Tensor:
-    """(V,) logits, -inf where the probability is below `share` of the largest."""
-    if share <= 0.0:
-        return logits
-    probabilities = logits.softmax(-1)
-    return logits.masked_fill(probabilities < share * probabilities.max(), -math.inf)
-
-
-def filtered_logits(
-    logits: Tensor, params: SamplingParams, seen: Sequence[int], new_tokens: int, stop_token_ids: Sequence[int]
-) -> Tensor:
-    """One row's logits, (V,) fp32, after everything that `params` asks for.
+def repetition_penalty(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
+    """Divide the positive and multiply the negative logits of seen tokens.
 
     Args:
-        seen: prompt and answer so far.
-        new_tokens: length of the answer so far.
+        logits: (B, V).
+        seen: (B, V) bool.
+        penalty: (B, 1).
     """
-    if params.repetition_penalty != 1.0:
-        logits = penalise_repetition(logits, seen, params.repetition_penalty)
-    if new_tokens < params.min_new_tokens and stop_token_ids:
-        logits = logits.index_fill(0, torch.tensor(list(stop_token_ids), device=logits.device), -math.inf)
-    if params.do_sample:
-        logits = logits / params.temperature
-        logits = keep_min_p(keep_top_p(keep_top_k(logits, params.top_k), params.top_p), params.min_p)
-    return logits
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def draw(logits: Tensor, generator: torch.Generator) -> int:
-    """A token drawn from (V,) logits with a single uniform number, by inversion of the cumulative distribution."""
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    point = torch.rand((), generator=generator, dtype=torch.float64).to(logits.device) * cumulative[-1]
-    token = int(torch.searchsorted(cumulative, point, right=True).clamp_(max=logits.numel() - 1))
-    return token if torch.isfinite(logits[token]) else int(logits.argmax())
+def top_k(logits: Tensor, k: Tensor) -> Tensor:
+    """Keep the k greatest logits of each row, and those equal to the smallest of them; k (B,) int64, 1 or more."""
+    k = k.clamp(max=logits.shape[-1])
+    greatest = logits.topk(int(k.max()), dim=-1).values
+    return logits.masked_fill(logits < greatest.gather(1, k[:, None] - 1), -math.inf)
+
+
+def top_p(logits: Tensor, p: Tensor) -> Tensor:
+    """Keep the smallest set of likeliest tokens whose probability reaches p (B, 1); at least one token."""
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    ordered = logits.topk(min(NUCLEUS_CANDIDATES, logits.shape[-1]), dim=-1).values
+    before = _probability_before(ordered, total)
+    if bool((before[:, -1:] < p).any()) and ordered.shape[-1] < logits.shape[-1]:
+        ordered = logits.sort(dim=-1, descending=True).values
+        before = _probability_before(ordered, total)
+    count = (before < p).sum(dim=-1, keepdim=True).clamp(min=1)
+    return logits.masked_fill(logits < ordered.gather(1, count - 1), -math.inf)
+
+
+def _probability_before(ordered: Tensor, total: Tensor) -> Tensor:
+    """The summed probability of all tokens before each one; in float64, since the sum runs over the whole vocabulary."""
+    probabilities = (ordered - total).double().exp()
+    return probabilities.cumsum(dim=-1) - probabilities
+
+
+def min_p(logits: Tensor, p: Tensor) -> Tensor:
+    """Drop tokens whose probability is below p (B, 1) times the greatest one."""
+    return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + p.log(), -math.inf)
+
+
+class Sampler:
+    """Chooses each row's next token; a row's choice depends on that row alone."""
+
+    def __call__(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+        """Next ids (B,) int64 on the logits' device; the rows' states move on.
+
+        Args:
+            logits: (B, V).
+            rows: B states.
+
+        Raises:
+            GenerationError: logits that are NaN or infinite.
+        """
+        scores = _before_end(_penalised(logits.float(), rows), rows)
+        best = scores.max(dim=-1)
+        # NaN wins a maximum, so one look at it finds any.
+        if not bool(best.values.isfinite().all()):
+            raise GenerationError("the model gives logits that are no finite numbers: its weights are broken or overflow")
+        chosen = best.indices
+        drawn = [i for i, row in enumerate(rows) if row.generator is not None]
+        if drawn:
+            picked = _draw(scores[drawn] if len(drawn) < len(rows) else scores, [rows[i] for i in drawn])
+            chosen[torch.tensor(drawn, device=chosen.device)] = picked
+        for row, token in zip(rows, chosen, strict=True):
+            row.generated += 1
+            if row.seen is not None:
+                row.seen[token] = True
+        return chosen
+
+
+def _on_rows(
+    scores: Tensor, rows: Sequence[SamplingRow], wanted: Callable[[SamplingRow], bool], change: Callable[..., Tensor]
+) -> Tensor:
+    """Apply a processor to those rows that want it, and copy nothing where none does."""
+    chosen = [i for i, row in enumerate(rows) if wanted(row)]
+    if not chosen:
+        return scores
+    states = [rows[i] for i in chosen]
+    if len(chosen) == len(rows):
+        return change(scores, states)
+    index = torch.tensor(chosen, device=scores.device)
+    return scores.index_copy(0, index, change(scores[index], states))
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    """(B, 1) of the logits' type."""
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+
+
+def _penalised(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    def change(part: Tensor, states: list[SamplingRow]) -> Tensor:
+        seen = torch.stack([row.seen for row in states if row.seen is not None])
+        return repetition_penalty(part, seen, _column([row.params.repetition_penalty for row in states], part))
+
+    return _on_rows(scores, rows, lambda row: row.seen is not None, change)
+
+
+def _before_end(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Forbid the stop tokens of rows that are too young to end."""
+    young = [i for i, row in enumerate(rows) if row.generated < row.params.min_new_tokens and len(row.stop_ids)]
+    if young:
+        scores = scores.clone()
+        for i in young:
+            scores[i, rows[i].stop_ids] = -math.inf
+    return scores
+
+
+def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """One token a row by inverting the cumulative distribution at one random number of the row's own."""
+    scores = scores / _column([row.params.temperature for row in rows], scores)
+    scores = _on_rows(
+        scores,
+        rows,
+        lambda row: row.params.top_k > 0,
+        lambda part, states: top_k(part, torch.tensor([row.params.top_k for row in states], device=part.device)),
+    )
+    scores = _on_rows(
+        scores,
+        rows,
+        lambda row: row.params.top_p < 1.0,
+        lambda part, states: top_p(part, _column([row.params.top_p for row in states], part)),
+    )
+    scores = _on_rows(
+        scores,
+        rows,
+        lambda row: row.params.min_p > 0.0,
+        lambda part, states: min_p(part, _column([row.params.min_p for row in states], part)),
+    )
+    uniform = torch.stack([torch.rand((), generator=row.generator, dtype=torch.float64) for row in rows])
+    # In vocabulary order, so that rounding differences between batches cannot swap two tokens; float64, so that a token
+    # of small probability still moves the sum.
+    cumulative = scores.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    target = uniform.to(scores.device)[:, None] * cumulative[:, -1:]
+    # right=True: the first index whose sum exceeds the target, which has a probability above zero.
+    picked = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    return picked.clamp(max=scores.shape[-1] - 1)

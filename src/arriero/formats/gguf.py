@@ -7,6 +7,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 an
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import struct
@@ -176,7 +177,9 @@ class GGUFFile:
         if tensor_count > MAX_TENSORS:
             raise self._fail(f"{tensor_count} tensors announced, at most {MAX_TENSORS} are allowed", 8)
         if entry_count > MAX_METADATA_ENTRIES:
-            raise self._fail(f"{entry_count} metadata entries announced, at most {MAX_METADATA_ENTRIES} are allowed", 16)
+            raise self._fail(
+                f"{entry_count} metadata entries announced, at most {MAX_METADATA_ENTRIES} are allowed", 16
+            )
         for _ in range(entry_count):
             at = self._read_entry(at)
         places: list[tuple[str, tuple[int, ...], int, int]] = []
@@ -278,6 +281,6 @@ class GGUFFile:
             spans.append((begin, begin + nbytes, name))
             self.tensors[name] = GGUFTensor(name, shape, kind, self._type_names[kind], begin, nbytes)
         spans.sort()
-        for (_, end, name), (begin, _, other) in zip(spans, spans[1:], strict=False):
+        for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
             if begin < end:
                 raise self._fail(f"tensors {name!r} and {other!r} overlap", header_end)

@@ -269,23 +269,22 @@ def _rope_scaling(file: GGUFFile, reader: _Metadata, context: int, head_dim: int
 def _llama3_scaling(file: GGUFFile, theta: float, head_dim: int) -> dict[str, Any]:
     """Recover LLaMA 3.1's RoPE scaling from the divisors of the frequencies that the converter stored in its place.
 
-    The published models share everything but the factor, which is the largest divisor; the guess must reproduce the stored
-    divisors, or the file is refused. Formula: `Llama3Model.generate_extra_tensors` of llama.cpp's converter.
+    The published models share everything but the factor, which is the largest divisor; the guess must reproduce the
+    stored divisors, or the file is refused. Formula: `LlamaModel.generate_extra_tensors` of llama.cpp's converter.
     """
     stored = file.dequantize(_ROPE_FREQUENCIES).astype(np.float64).ravel()
-    scaling = {
-        "rope_type": "llama3",
-        "factor": float(str(np.float32(stored.max()))),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    factor, context = scaling["factor"], scaling["original_max_position_embeddings"]
-    if stored.size == head_dim // 2 and np.isfinite(stored).all() and factor >= 1.0:  # type: ignore[operator]
+    factor, context = float(str(np.float32(stored.max()))), 8192
+    if stored.size == head_dim // 2 and np.isfinite(stored).all() and factor >= 1.0:
         wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-        smooth = np.clip((context / wavelength - 1.0) / 3.0, 0.0, 1.0)  # type: ignore[operator]
-        if np.allclose(1 / ((1 - smooth) / factor + smooth), stored, rtol=1e-4):  # type: ignore[operator]
-            return scaling
+        smooth = np.clip((context / wavelength - 1.0) / 3.0, 0.0, 1.0)
+        if np.allclose(1 / ((1 - smooth) / factor + smooth), stored, rtol=1e-4):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": context,
+            }
     raise FormatError(
         f"{file.path}: {_ROPE_FREQUENCIES} is not the RoPE scaling of LLaMA 3.1, the only kind that can be read back"
     )

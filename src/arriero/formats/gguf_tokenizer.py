@@ -1,9 +1,9 @@
 """The tokenizer inside a GGUF file, as the files of an HF folder.
 
-Two kinds exist among LLaMA-family models. `tokenizer.ggml.model` = "gpt2" is a byte-level BPE whose pre-tokenizer is only
-named (`tokenizer.ggml.pre`); the regular expressions are those of the models' own tokenizer.json files, which
-llama.cpp's src/llama-vocab.cpp cites. "llama" is a SentencePiece BPE: pieces with scores, from which both tokenizer.json and
-tokenizer.model are rebuilt.
+Two kinds exist among LLaMA-family models. `tokenizer.ggml.model` = "gpt2" is a byte-level BPE whose pre-tokenizer is
+only named (`tokenizer.ggml.pre`); the regular expressions are those of the models' own tokenizer.json files, which
+llama.cpp's src/llama-vocab.cpp cites. "llama" is a SentencePiece BPE: pieces with scores, from which both tokenizer.json
+and tokenizer.model are rebuilt.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def tokenizer_files(metadata: Mapping[str, Any], embedding_rows: int, source: st
         source: the file's name, for messages.
 
     Raises:
-        FormatError: for a missing or contradictory key, an unsupported tokenizer, or a vocabulary larger than the embedding.
+        FormatError: for a missing or contradictory key, an unsupported tokenizer, or a vocabulary larger than the
+            embedding.
     """
     vocabulary = _read_vocabulary(metadata, embedding_rows, source)
     kind = metadata.get("tokenizer.ggml.model")
@@ -143,7 +144,9 @@ def _read_vocabulary(metadata: Mapping[str, Any], embedding_rows: int, source: s
     scores = metadata.get("tokenizer.ggml.scores", [0.0] * len(tokens))
     for key, values in (("token_type", types), ("scores", scores)):
         if not isinstance(values, list) or len(values) != len(tokens):
-            raise FormatError(f"{source}: tokenizer.ggml.{key} does not have one value for each of {len(tokens)} tokens")
+            raise FormatError(
+                f"{source}: tokenizer.ggml.{key} does not have one value for each of {len(tokens)} tokens"
+            )
     if not all(isinstance(kind, int) and 1 <= kind <= 6 for kind in types):
         raise FormatError(f"{source}: tokenizer.ggml.token_type has values outside 1 to 6")
     if not all(isinstance(score, int | float) and score == score for score in scores):
@@ -165,7 +168,9 @@ def _read_vocabulary(metadata: Mapping[str, Any], embedding_rows: int, source: s
         seen: set[str] = set()
         double = next(token for token in tokens[:count] if token in seen or seen.add(token))  # type: ignore[func-returns-value]
         raise FormatError(f"{source}: tokenizer.ggml.tokens has {double!r} twice")
-    return _Vocabulary(tokens[:count], [int(kind) for kind in types[:count]], [float(score) for score in scores[:count]])
+    return _Vocabulary(
+        tokens[:count], [int(kind) for kind in types[:count]], [float(score) for score in scores[:count]]
+    )
 
 
 def _added_tokens(vocabulary: _Vocabulary, special: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -200,8 +205,8 @@ def _byte_level(
             f"supported are {', '.join(sorted(_PRE_TOKENIZERS))}"
         )
     added = _added_tokens(vocabulary, special)
-    # As in the models' own files, added tokens at the end of the vocabulary stand in added_tokens only: there no merge and
-    # no whole-word match can reach them. Inside the vocabulary they must stay, to hold their ids.
+    # As in the models' own files, added tokens at the end of the vocabulary stand in added_tokens only: there no merge
+    # and no whole-word match can reach them. Inside the vocabulary they must stay, to hold their ids.
     tail = len(vocabulary.tokens)
     added_ids = {token["id"] for token in added}
     while tail and tail - 1 in added_ids:
@@ -257,7 +262,9 @@ def _read_merges(metadata: Mapping[str, Any], vocab: Mapping[str, int], source: 
         at = line.find(" ", 1) if isinstance(line, str) else -1
         left, right = (line[:at], line[at + 1 :]) if at > 0 else ("", "")
         if left not in vocab or right not in vocab or left + right not in vocab:
-            raise FormatError(f"{source}: tokenizer.ggml.merges[{number}] {str(line)[:80]!r} names tokens that are not there")
+            raise FormatError(
+                f"{source}: tokenizer.ggml.merges[{number}] {str(line)[:80]!r} names tokens that are not there"
+            )
         merges.append([left, right])
     return merges
 

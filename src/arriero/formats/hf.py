@@ -105,8 +105,8 @@ def load_model(
 ) -> LlamaForCausalLM:
     """The model of an HF folder, in evaluation mode.
 
-    It is built without memory and the mapped tensors become its parameters, so nothing is held twice; on the CPU without a
-    cast the weights are read from disk only as they are used.
+    It is built without memory and the mapped tensors become its parameters, so nothing is held twice; on the CPU without
+    a cast the weights are read from disk only as they are used.
 
     Args:
         dtype: of all parameters; None keeps the file's (that of config.json if the file mixes several).
@@ -252,11 +252,10 @@ def _generation_config(config: LlamaConfig) -> dict[str, Any]:
 
 def _check_tied(state: Mapping[str, Tensor | LazyTensor]) -> None:
     head, embedding = state[_HEAD], state.get(_EMBEDDING)
-    if isinstance(head, Tensor) and isinstance(embedding, Tensor) and head.data_ptr() != embedding.data_ptr():
-        if head.shape != embedding.shape or not torch.equal(head, embedding):
-            raise FormatError(
-                f"{_HEAD} differs from {_EMBEDDING}, but tie_word_embeddings is set; the head would be lost"
-            )
+    if not isinstance(head, Tensor) or not isinstance(embedding, Tensor) or head.data_ptr() == embedding.data_ptr():
+        return
+    if head.shape != embedding.shape or not torch.equal(head, embedding):
+        raise FormatError(f"{_HEAD} differs from {_EMBEDDING}, but tie_word_embeddings is set; the head would be lost")
 
 
 def _check_vocabulary(folder: Path, config: LlamaConfig) -> None:

@@ -182,7 +182,9 @@ def load_adapter(folder: str | Path) -> tuple[PeftLoraConfig, dict[str, Tensor]]
         if match is None and not plain.endswith(".bias"):
             raise FormatError(f"{path}: {name} is neither a LoRA matrix nor a bias; only plain LoRA is supported")
         if match is not None and (tensor.dim() != 2 or tensor.shape[0 if ".lora_A." in plain else 1] != config.r):
-            raise FormatError(f"{path}: {name} has the shape {list(tensor.shape)}, which does not fit the rank {config.r}")
+            raise FormatError(
+                f"{path}: {name} has the shape {list(tensor.shape)}, which does not fit the rank {config.r}"
+            )
         if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
             raise FormatError(f"{path}: {name} has the dtype {str(tensor.dtype).removeprefix('torch.')}")
         state[plain] = tensor.clone(memory_format=torch.contiguous_format)  # small, and the file may be replaced

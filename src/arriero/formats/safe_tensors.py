@@ -1,8 +1,8 @@
 """Reading and writing `.safetensors` files, one or a sharded set with its index.
 
-The safetensors library checks the header (its length, the offsets, their overlap) and maps the file, so a tensor read here
-is a view of the page cache and takes no memory of its own until it is written to. Only safetensors is read: a pickle
-(`.bin`, `.pt`) can run code, so none is ever opened.
+The safetensors library checks the header (its length, the offsets, their overlap) and maps the file, so a tensor read
+here is a view of the page cache and takes no memory of its own until it is written to. Only safetensors is read: a
+pickle (`.bin`, `.pt`) can run code, so none is ever opened.
 """
 
 from __future__ import annotations

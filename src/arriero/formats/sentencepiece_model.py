@@ -46,8 +46,8 @@ def write_sentencepiece_model(
 
     The pieces' normalisation is the identity, as in every LLaMA tokenizer: nothing is folded, no blank removed.
     """
-    # The generated module of the sentencepiece package registers itself under a name that others register too, so the few
-    # fields are encoded here. https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
+    # The sentencepiece package's own message classes need protobuf, a further dependency, so the few fields are encoded
+    # here. https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
     pieces = b"".join(
         _field(1, _field(1, token.encode("utf-8")) + _float_field(2, score) + _integer_field(3, kind))
         for token, score, kind in zip(tokens, scores, types, strict=True)

