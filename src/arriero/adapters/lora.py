@@ -86,12 +86,19 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         if self.training and self.dropout > 0.0:
-            update = F.linear(F.linear(F.dropout(x, self.dropout).to(self.lora_A.weight.dtype), self.lora_A.weight),
-                              self.lora_B.weight)
+            update = F.linear(
+                F.linear(F.dropout(x, self.dropout).to(self.lora_A.weight.dtype), self.lora_A.weight),
+                self.lora_B.weight,
+            )
             return F.linear(x, self.weight, self.bias) + (update * self.scaling).to(x.dtype)
         shape = x.shape[:-1]
-        y: Tensor = _AdaptedLinear.apply(
-            x.reshape(-1, self.in_features), self.weight, self.bias, self.lora_A.weight, self.lora_B.weight, self.scaling
+        y: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
+            x.reshape(-1, self.in_features),
+            self.weight,
+            self.bias,
+            self.lora_A.weight,
+            self.lora_B.weight,
+            self.scaling,
         )
         return y.view(*shape, self.out_features)
 
@@ -157,7 +164,9 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
         setattr(owner, leaf, LoRALinear(getattr(owner, leaf), config))
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
-        if name.endswith(".bias") and (config.bias == "all" or config.bias == "lora_only" and isinstance(owner, LoRALinear)):
+        if name.endswith(".bias") and (
+            config.bias == "all" or (config.bias == "lora_only" and isinstance(owner, LoRALinear))
+        ):
             parameter.requires_grad_(True)
     return names
 

@@ -11,7 +11,9 @@ from arriero.config.evaluation import EvaluateOptions
 from arriero.config.model import ModelOptions
 from arriero.errors import ConfigError
 
-HELP = "Score a model, or a model with its adapter: loss, perplexity and token accuracy; exact match and F1 for squad_qa."
+HELP = (
+    "Score a model, or a model with its adapter: loss, perplexity and token accuracy; exact match and F1 for squad_qa."
+)
 
 OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, DataOptions, EvaluateOptions)
 
@@ -44,7 +46,9 @@ def run(model: ModelOptions, adapter: AdapterPathOptions, data: DataOptions, eva
                 loaded,
                 samples,
                 src_length=data.src_length,
-                params=SamplingParams(max_new_tokens=min(data.tgt_length, 32) if data.task_name == "squad_qa" else data.tgt_length),
+                params=SamplingParams(
+                    max_new_tokens=min(data.tgt_length, 32) if data.task_name == "squad_qa" else data.tgt_length
+                ),
                 on_done=bar.update,
             )
         metrics |= score(answers)

@@ -33,7 +33,9 @@ def run(model: ModelOptions, adapter: AdapterPathOptions, merge: MergeOptions) -
     apply_lora(loaded.model, from_peft(config))
     load_adapter_state(loaded.model, state)
     loaded.model.eval()
-    probe = torch.randint(loaded.model.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0)).to(loaded.device)
+    probe = torch.randint(loaded.model.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0)).to(
+        loaded.device
+    )
     with torch.inference_mode():
         before = loaded.model(probe).float()
     merge_lora(loaded.model)
@@ -47,6 +49,10 @@ def run(model: ModelOptions, adapter: AdapterPathOptions, merge: MergeOptions) -
     # fp32 differs by the order of additions; a half-precision weight is rounded once more by the merge
     tolerance = 1e-5 if next(loaded.model.parameters()).dtype == torch.float32 else 2e-2
     if not difference <= tolerance * max(1.0, size):
-        raise FormatError(f"{target}: the merged model's logits differ by {difference:.2e} from base + adapter: do not use it")
-    print(f"merged model: {target} (logits differ from base + adapter by at most {difference:.1e}, largest logit {size:.1f})")
+        raise FormatError(
+            f"{target}: the merged model's logits differ by {difference:.2e} from base + adapter: do not use it"
+        )
+    print(
+        f"merged model: {target} (logits differ from base + adapter by at most {difference:.1e}, largest logit {size:.1f})"
+    )
     return 0

@@ -12,7 +12,9 @@ from arriero.config.generation import GenerationOptions, PredictOptions
 from arriero.config.model import ModelOptions
 from arriero.errors import ConfigError, DataError
 
-HELP = "Answer every row of a jsonl file (src, instruction, context or messages) with a model, or a model and its adapter."
+HELP = (
+    "Answer every row of a jsonl file (src, instruction, context or messages) with a model, or a model and its adapter."
+)
 
 OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, PredictOptions, GenerationOptions)
 
@@ -24,7 +26,9 @@ _CONTEXT = (
 BUILT_IN = ("linebacker", "five")  # the answers whose questions PaddleNLP's example asks for
 
 
-def run(model: ModelOptions, adapter: AdapterPathOptions, predict: PredictOptions, generation: GenerationOptions) -> int:
+def run(
+    model: ModelOptions, adapter: AdapterPathOptions, predict: PredictOptions, generation: GenerationOptions
+) -> int:
     """Print every prompt with its answer and write them to --predict_file."""
     from tqdm import tqdm
 
@@ -35,9 +39,13 @@ def run(model: ModelOptions, adapter: AdapterPathOptions, predict: PredictOption
     from arriero.engine.sampling import SamplingParams
 
     if predict.merge_tensor_parallel_path:
-        raise ConfigError("--merge_tensor_parallel_path: this version reads unsharded models only; arriero merge joins an adapter")
+        raise ConfigError(
+            "--merge_tensor_parallel_path: this version reads unsharded models only; arriero merge joins an adapter"
+        )
     if predict.data_file:
-        samples = [sample_from_row(row, where, needs_target=False) for where, row in read_jsonl(Path(predict.data_file))]
+        samples = [
+            sample_from_row(row, where, needs_target=False) for where, row in read_jsonl(Path(predict.data_file))
+        ]
     else:
         samples = [Sample(f"answer: {answer} context: ", _CONTEXT, "", None, ends_prompt=True) for answer in BUILT_IN]
     if not samples:
@@ -61,7 +69,9 @@ def run(model: ModelOptions, adapter: AdapterPathOptions, predict: PredictOption
         repetition_penalty=generation.repetition_penalty,
         stop_strings=tuple(generation.stop),
     )
-    rows = [params if generation.seed is None else replace(params, seed=generation.seed + i) for i in range(len(prompts))]
+    rows = [
+        params if generation.seed is None else replace(params, seed=generation.seed + i) for i in range(len(prompts))
+    ]
     target = Path(predict.predict_file)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")

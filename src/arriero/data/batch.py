@@ -36,7 +36,9 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        move = {name: getattr(self, name).to(device, non_blocking=True) for name in ("input_ids", "labels", "positions")}
+        move = {
+            name: getattr(self, name).to(device, non_blocking=True) for name in ("input_ids", "labels", "positions")
+        }
         return Batch(lengths=self.lengths, label_tokens=self.label_tokens, **move)
 
 

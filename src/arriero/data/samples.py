@@ -86,7 +86,9 @@ def _first(row: Mapping[str, Any], key: str, where: str) -> str:
     if isinstance(value, list) and value:
         value = value[0]
     if not isinstance(value, str):
-        raise DataError(f"{where}: '{key}' must be a string or a list that starts with one, found {type(value).__name__}")
+        raise DataError(
+            f"{where}: '{key}' must be a string or a list that starts with one, found {type(value).__name__}"
+        )
     return value
 
 
@@ -117,7 +119,9 @@ def sample_from_row(row: Any, where: str, *, needs_target: bool = True) -> Sampl
     if "src" in row:
         target = _first(row, "tgt", where) if needs_target or "tgt" in row else None
         return Sample("", _first(row, "src", where), "", target)
-    raise DataError(f"{where}: none of the keys messages, context, instruction, src: found {', '.join(map(str, row)) or 'nothing'}")
+    raise DataError(
+        f"{where}: none of the keys messages, context, instruction, src: found {', '.join(map(str, row)) or 'nothing'}"
+    )
 
 
 def _squad_answer(row: Mapping[str, Any], where: str) -> str:
@@ -131,7 +135,11 @@ def _conversation(messages: Any, where: str, *, needs_target: bool) -> Sample:
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: 'messages' must be a list of turns")
     for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("role"), str)
+            or not isinstance(message.get("content"), str)
+        ):
             raise DataError(f"{where}: messages[{i}] needs the strings 'role' and 'content'")
     turns = [{"role": m["role"], "content": m["content"]} for m in messages]
     target = turns.pop()["content"] if turns[-1]["role"] == "assistant" else None
@@ -225,9 +233,11 @@ def find_splits(dataset_path: str, wanted: Sequence[str]) -> dict[str, Path]:
     """
     path = Path(dataset_path)
     if path.is_file():
-        return {split: path for split in wanted}
+        return dict.fromkeys(wanted, path)
     if not path.is_dir():
-        raise ConfigError(f"--dataset_path {dataset_path}: no such file or folder (a Hub data set is named by --data_name)")
+        raise ConfigError(
+            f"--dataset_path {dataset_path}: no such file or folder (a Hub data set is named by --data_name)"
+        )
     found: dict[str, Path] = {}
     for split in wanted:
         for name in _split_names(split):
@@ -235,7 +245,9 @@ def find_splits(dataset_path: str, wanted: Sequence[str]) -> dict[str, Path]:
                 found[split] = path / name
                 break
         else:
-            raise ConfigError(f"--dataset_path {dataset_path}: the folder has no {' or '.join(_split_names(split)[:2])}")
+            raise ConfigError(
+                f"--dataset_path {dataset_path}: the folder has no {' or '.join(_split_names(split)[:2])}"
+            )
     return found
 
 

@@ -115,11 +115,15 @@ def encode_target(sample: Sample, tokenizer: SFTTokenizer, limit: int) -> tuple[
 
 def _eos(tokenizer: SFTTokenizer) -> int:
     if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no end-of-sequence token: an answer could never end; set eos_token in tokenizer_config.json")
+        raise DataError(
+            "the tokenizer has no end-of-sequence token: an answer could never end; set eos_token in tokenizer_config.json"
+        )
     return tokenizer.eos_token_id
 
 
-def encode_sample(sample: Sample, tokenizer: SFTTokenizer, src_length: int, tgt_length: int) -> tuple[Example, bool, bool]:
+def encode_sample(
+    sample: Sample, tokenizer: SFTTokenizer, src_length: int, tgt_length: int
+) -> tuple[Example, bool, bool]:
     """One training row: prompt (not learned) then answer (learned); earlier assistant turns of a chat are learned too.
 
     Returns:

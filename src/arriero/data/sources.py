@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from arriero.data.samples import SQUAD_TASKS, Sample, find_splits, question_from_row, read_samples, sample_from_row
 from arriero.errors import ConfigError, DataError, require
@@ -21,7 +20,9 @@ def load_samples(
         DataError: if a row cannot be used.
     """
     if task is not None and task not in SQUAD_TASKS and data_name is None:
-        raise ConfigError(f"--task_name {task} is not known: {' or '.join(SQUAD_TASKS)}, or leave it out for jsonl rows")
+        raise ConfigError(
+            f"--task_name {task} is not known: {' or '.join(SQUAD_TASKS)}, or leave it out for jsonl rows"
+        )
     if data_name is not None:
         return {split: _from_hub(data_name, task, split) for split in splits}
     if dataset_path is None:
@@ -39,7 +40,9 @@ def _from_hub(name: str, task: str | None, split: str) -> list[Sample]:
         if candidate in found:
             break
     else:
-        raise ConfigError(f"--data_name {name} has no {' or '.join(HUB_SPLITS[split])} split: it has {', '.join(found)}")
+        raise ConfigError(
+            f"--data_name {name} has no {' or '.join(HUB_SPLITS[split])} split: it has {', '.join(found)}"
+        )
     where = f"{name}[{candidate}]"
     rows = [(f"{where} row {i}", dict(row)) for i, row in enumerate(found[candidate])]
     if task in SQUAD_TASKS:

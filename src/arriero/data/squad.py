@@ -78,7 +78,9 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
 
 def f1_score(prediction: str, references: Sequence[str]) -> float:
     """Harmonic mean of precision and recall over words, the best over the references."""
-    return max(_f1(normalize_answer(prediction).split(), normalize_answer(reference).split()) for reference in references)
+    return max(
+        _f1(normalize_answer(prediction).split(), normalize_answer(reference).split()) for reference in references
+    )
 
 
 def _f1(prediction: list[str], reference: list[str]) -> float:

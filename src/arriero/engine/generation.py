@@ -1,75 +1,135 @@
-"""Answers for many prompts at once.
-
-Prompts wait in a queue; a free row of the cache takes the next one. New prompts are prefilled packed, without padding, and
-start from the longest prefix that some row already holds, so that questions on one passage compute it once. All rows then
-step together, and a finished row makes room at once.
-"""
+"""Text from a model: many prompts at once, or one as a stream."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from queue import SimpleQueue
-from threading import Thread
+from dataclasses import dataclass, field
+from typing import Literal
 
+import psutil
 import torch
 from torch import Tensor
 
-from arriero.data.stream_decoder import StreamDecoder
 from arriero.data.tokenizer import Tokenizer
-from arriero.engine.sampling import SamplingParams, draw, filtered_logits
+from arriero.engine.row_pool import PrefillJob, RowPool, split_jobs
+from arriero.engine.sampling import Sampler, SamplingParams, SamplingRow
+from arriero.engine.text_stream import TextStream
 from arriero.errors import GenerationError
 from arriero.models.cache import ContiguousCache
 from arriero.models.llama import LlamaForCausalLM
 
-PREFILL_TOKENS = 2048  # prompt tokens of one forward pass: bounds the memory of activations
-CACHE_BYTES = 2 << 30  # bounds the number of rows
-SHORTEST_SHARED_PREFIX = 16
+FinishReason = Literal["stop", "length", "stop_string"]
+# The share of the free memory that keys and values may take.
+CACHE_MEMORY_SHARE = 0.4
 
 
-@dataclass
+@dataclass(frozen=True)
 class Generation:
-    """One answer. `finish_reason` is "stop" (a stop token), "stop_string" or "length"."""
+    """An answer.
+
+    Attributes:
+        token_ids: all generated tokens, with the stop token or the stop string's tokens that ended them.
+        text: without special tokens, and ending before a stop string.
+        finish_reason: "stop" by a stop token, "stop_string", or "length" after max_new_tokens.
+        prompt_tokens: the length of the prompt.
+    """
 
     token_ids: list[int]
     text: str
-    finish_reason: str
+    finish_reason: FinishReason
     prompt_tokens: int
 
 
 @dataclass
-class _Row:
-    """A request while it is being answered. `tokens` is prompt + answer; `held` of them are in the cache."""
+class _Request:
+    """A prompt on its way to a `Generation`."""
 
-    number: int
+    index: int
+    prompt: list[int]
     params: SamplingParams
-    tokens: list[int]
-    prompt_tokens: int
-    stops: tuple[int, ...]
-    decoder: StreamDecoder
-    generator: torch.Generator
-    text: str = ""
-    shown: int = 0
-    finish_reason: str = ""
+    stop_ids: frozenset[int]
+    sampling: SamplingRow
+    stream: TextStream | None
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
 
     @property
-    def new_tokens(self) -> int:
-        return len(self.tokens) - self.prompt_tokens
+    def longest(self) -> int:
+        """Tokens of prompt and longest answer together."""
+        return len(self.prompt) + self.params.max_new_tokens
+
+    def take(self, token: int) -> str:
+        """Add the next token; returns the text that it releases."""
+        self.token_ids.append(token)
+        count = len(self.token_ids)
+        may_stop = count >= self.params.min_new_tokens
+        piece = ""
+        if token in self.stop_ids and may_stop:
+            self.finish_reason = "stop"
+        else:
+            if self.stream is not None:
+                piece = self.stream.push(token, may_stop=may_stop)
+            if count >= self.params.max_new_tokens:
+                self.finish_reason = "length"
+        if self.stream is not None:
+            if self.finish_reason is not None:
+                piece += self.stream.finish(may_stop=may_stop)
+            if self.stream.stopped:
+                self.finish_reason = "stop_string"
+        return piece
+
+    def result(self, tokenizer: Tokenizer) -> Generation:
+        """The finished answer."""
+        assert self.finish_reason is not None
+        if self.stream is not None:
+            text = self.stream.text
+        else:
+            text = tokenizer.decode(self.token_ids[:-1] if self.finish_reason == "stop" else self.token_ids)
+        return Generation(self.token_ids, text, self.finish_reason, len(self.prompt))
 
 
-@dataclass
 class Generator:
     """Generates with one model.
 
-    Args:
-        max_batch_size: rows that step together.
+    A batch of rows decodes together; a row whose answer ends takes the next prompt at once, or leaves the batch.
+    Prompts are run in an order that puts common beginnings side by side, and a common beginning is computed once.
     """
 
-    model: LlamaForCausalLM
-    tokenizer: Tokenizer
-    max_batch_size: int = 32
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        tokenizer: Tokenizer,
+        *,
+        max_batch_size: int = 32,
+        device: torch.device | str | None = None,
+        max_prefill_tokens: int = 2048,
+        max_cache_tokens: int | None = None,
+    ) -> None:
+        """
+        Args:
+            max_batch_size: rows that decode together at most.
+            device: moves the model there; default: where it is.
+            max_prefill_tokens: prompt tokens in one forward pass at most, which bounds its memory.
+            max_cache_tokens: room for keys and values, in tokens; default: a share of the free memory.
 
-    @torch.inference_mode()
+        Raises:
+            GenerationError: a limit below 1.
+        """
+        for name, value in (
+            ("max_batch_size", max_batch_size),
+            ("max_prefill_tokens", max_prefill_tokens),
+            ("max_cache_tokens", max_cache_tokens),
+        ):
+            if value is not None and value < 1:
+                raise GenerationError(f"{name} is {value}: it must be at least 1")
+        self.model = model.to(device) if device is not None else model
+        self.tokenizer = tokenizer
+        self.max_batch_size = max_batch_size
+        self.max_prefill_tokens = max_prefill_tokens
+        self._max_cache_tokens = max_cache_tokens
+        self._sampler = Sampler()
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -77,222 +137,195 @@ class Generator:
         on_text: Callable[[int, str], None] | None = None,
         on_done: Callable[[int, Generation], None] | None = None,
     ) -> list[Generation]:
-        """The answers, in the order of the prompts.
+        """Answers in the order of the prompts.
 
         Args:
-            params: for all prompts, or one for each.
-            on_text: called with (prompt number, new text) as text becomes final.
-            on_done: called with (prompt number, answer) as answers end.
+            prompts: token ids each.
+            params: for all, or one for each.
+            on_text: called with (index of the prompt, new text) as text comes.
+            on_done: called with (index of the prompt, answer) as soon as an answer is complete.
 
         Raises:
-            GenerationError: an empty prompt, or one that leaves no room for `max_new_tokens` in the model's context.
+            GenerationError: a prompt that is empty, too long, or holds ids that the model does not have.
         """
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        for number, (prompt, wanted) in enumerate(zip(prompts, each, strict=True)):
-            self._admit(number, prompt, wanted)
-        if not prompts:
-            return []
-        longest = max(len(prompt) + wanted.max_new_tokens for prompt, wanted in zip(prompts, each, strict=True))
-        # neighbours in this order share the longest prefixes; popped from the end
-        waiting = sorted(range(len(prompts)), key=lambda i: list(prompts[i]), reverse=True)
-        cache = self._cache(longest, len(prompts))
-        done: dict[int, Generation] = {}
-        rows: list[_Row] = []
-        while waiting or rows:
-            free = [i for i, row in enumerate(rows) if row.finish_reason]
-            taken: list[int] = []
-            while waiting and (free or len(rows) < self._capacity):
-                number = waiting.pop()
-                row = self._row(number, prompts[number], each[number])
-                if free:
-                    index = free.pop(0)
-                    rows[index] = row
-                else:
-                    index = len(rows)
-                    rows.append(row)
-                    cache.lengths.append(0)
-                    self._held.append([])
-                taken.append(index)
-            if free:  # nobody waits for these rows
-                keep = [i for i in range(len(rows)) if i not in set(free)]
-                cache.select(keep)
-                rows, self._held = [rows[i] for i in keep], [self._held[i] for i in keep]
-            if taken:
-                self._accept(rows, taken, self._prefill(cache, rows, taken), on_text)
-            elif rows:
-                view = cache.decode()
-                last = torch.tensor([[row.tokens[-1]] for row in rows], device=cache.device)
-                hidden = self.model.hidden_states(last, view.positions, view.attention, view)
-                for held, row in zip(self._held, rows, strict=True):
-                    held.append(row.tokens[-1])
-                cache.advance()
-                self._accept(rows, list(range(len(rows))), self.model.lm_head(hidden[:, 0]), on_text)
-            for row in rows:
-                if row.finish_reason and row.number not in done:
-                    done[row.number] = self._finish(row, on_text)
-                    if on_done:
-                        on_done(row.number, done[row.number])
-        return [done[number] for number in range(len(prompts))]
+        requests = self._requests(prompts, params, streaming=on_text is not None)
+        results: dict[int, Generation] = {}
+        for request, piece in self._run(requests):
+            if piece and on_text is not None:
+                on_text(request.index, piece)
+            if request.finish_reason is not None:
+                results[request.index] = request.result(self.tokenizer)
+                if on_done is not None:
+                    on_done(request.index, results[request.index])
+        return [results[index] for index in range(len(prompts))]
 
     def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[str]:
-        """The pieces of one answer's text as they become final."""
-        pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
+        """One answer's text, piece by piece; leave the iterator to stop generating.
 
-        def work() -> None:
-            try:
-                self.generate([prompt], params, on_text=lambda _, text: pieces.put(text))
-                pieces.put(None)
-            except BaseException as error:  # handed to the reader
-                pieces.put(error)
+        Raises:
+            GenerationError: as `generate`, at once.
+        """
+        requests = self._requests([prompt], params, streaming=True)
+        return (piece for _, piece in self._run(requests) if piece)
 
-        Thread(target=work, name="generation", daemon=True).start()
-        while (piece := pieces.get()) is not None:
-            if isinstance(piece, BaseException):
-                raise piece
-            yield piece
-
-    def _admit(self, number: int, prompt: Sequence[int], params: SamplingParams) -> None:
-        limit = self.model.config.max_position_embeddings
-        if not prompt:
-            raise GenerationError(f"prompt {number} is empty: at least one token is needed")
-        if len(prompt) + params.max_new_tokens > limit:
+    def _requests(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], streaming: bool
+    ) -> list[_Request]:
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
             raise GenerationError(
-                f"prompt {number} has {len(prompt)} tokens; with max_new_tokens {params.max_new_tokens} it exceeds the "
-                f"model's context of {limit}: shorten it or lower max_new_tokens"
+                f"{len(prompts)} prompts and {len(each)} sampling parameters: give one for each, or one"
             )
+        config = self.model.config
+        requests = []
+        for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
+            if not prompt:
+                raise GenerationError(f"prompt {index} is empty: give at least one token, such as bos")
+            strange = next((i for i in (min(prompt), max(prompt)) if not 0 <= i < config.vocab_size), None)
+            if strange is not None:
+                raise GenerationError(
+                    f"prompt {index} holds token id {strange} and the model has ids 0 to {config.vocab_size - 1}: "
+                    "the tokenizer is not this model's"
+                )
+            if len(prompt) + own.max_new_tokens > config.max_position_embeddings:
+                raise GenerationError(
+                    f"prompt {index} has {len(prompt)} tokens and max_new_tokens is {own.max_new_tokens}: together "
+                    f"more than max_position_embeddings, {config.max_position_embeddings}; shorten one of them"
+                )
+            stop_ids = frozenset(own.stop_token_ids) | frozenset(
+                () if own.ignore_eos else self.tokenizer.stop_token_ids
+            )
+            stream = None
+            if streaming or own.stop_strings:
+                stream = TextStream(self.tokenizer.stream_decoder(), own.stop_strings)
+            sampling = SamplingRow.start(own, prompt, stop_ids, config.vocab_size, self._device)
+            requests.append(_Request(index, list(prompt), own, stop_ids, sampling, stream))
+        return requests
 
-    def _row(self, number: int, prompt: Sequence[int], params: SamplingParams) -> _Row:
-        stops = tuple(self.tokenizer.stop_token_ids) if params.stop_token_ids is None else params.stop_token_ids
-        decoder = self.tokenizer.stream_decoder()
-        return _Row(number, params, list(prompt), len(prompt), stops, decoder, params.generator())
+    @property
+    def _device(self) -> torch.device:
+        return self._weight.device
 
-    def _cache(self, longest: int, requests: int) -> ContiguousCache:
-        config, weight = self.model.config, self.model.lm_head.weight
-        token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * weight.element_size()
-        self._capacity = max(1, min(self.max_batch_size, requests, CACHE_BYTES // (token_bytes * longest)))
-        cache = ContiguousCache(config, self._capacity, longest, dtype=weight.dtype, device=weight.device)
-        cache.lengths.clear()
-        self._held: list[list[int]] = []  # the tokens whose keys and values each row of the cache holds
-        return cache
+    @property
+    def _weight(self) -> Tensor:
+        # The embedding, since adapters may stand in for any linear layer.
+        return self.model.model.embed_tokens.weight
 
-    def _prefill(self, cache: ContiguousCache, rows: list[_Row], taken: list[int]) -> Tensor:
-        """Put the prompts of the rows `taken` into the cache; logits (len(taken), V) after each prompt's last token."""
-        followers: dict[int, int] = {}  # row -> the row among `taken` whose prefix it will copy
-        starts: dict[int, int] = {}
-        busy = [i for i in range(len(rows)) if i not in set(taken)]
-        for position, index in enumerate(taken):
-            prompt = rows[index].tokens
-            shared, source = max([(_common(prompt, self._held[i]), i) for i in [*busy, index]])
-            leader = taken[position - 1] if position else None
-            if leader is not None:
-                leader = followers.get(leader, leader)
-                if _common(prompt, rows[leader].tokens) > max(shared, SHORTEST_SHARED_PREFIX):
-                    followers[index] = leader
+    def _run(self, requests: list[_Request]) -> Iterator[tuple[_Request, str]]:
+        """Yield (request, released text) for every token, and see that the model is as it was afterwards."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for group, rows in self._groups(requests):
+                yield from self._run_group(group, rows)
+        finally:
+            self.model.train(was_training)
+
+    def _groups(self, requests: list[_Request]) -> Iterator[tuple[list[_Request], int]]:
+        """Requests that share a cache, and its rows: all together if the memory allows, else those of like length.
+
+        Within a group the order is that of the tokens, so that common beginnings meet.
+        """
+        if not requests:
+            return
+        room = self._cache_room()
+        need = max(request.longest for request in requests)
+        if need > room:
+            raise GenerationError(
+                f"{need} tokens of prompt and answer need more memory for keys and values than there is room for "
+                f"({room} tokens); shorten the prompt or lower max_new_tokens"
+            )
+        by_size: dict[int, list[_Request]] = {}
+        if need * min(self.max_batch_size, len(requests)) <= room:
+            by_size[0] = requests
+        else:
+            for request in requests:
+                by_size.setdefault(request.longest.bit_length(), []).append(request)
+        for _, group in sorted(by_size.items()):
+            need = max(request.longest for request in group)
+            yield sorted(group, key=lambda r: r.prompt), min(self.max_batch_size, len(group), room // need)
+
+    def _cache_room(self) -> int:
+        """How many tokens' keys and values the memory holds."""
+        if self._max_cache_tokens is not None:
+            return self._max_cache_tokens
+        config, weight = self.model.config, self._weight
+        if weight.is_cuda:
+            free = torch.cuda.mem_get_info(weight.device)[0]
+        else:
+            free = psutil.virtual_memory().available
+        size = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * weight.element_size()
+        return int(free * CACHE_MEMORY_SHARE) // size
+
+    def _run_group(self, requests: list[_Request], rows: int) -> Iterator[tuple[_Request, str]]:
+        pool = self._pool(rows, max(request.longest for request in requests))
+        waiting = deque(requests)
+        active: list[_Request | None] = [None] * rows
+        while True:
+            free = [row for row, request in enumerate(active) if request is None]
+            if free and waiting:
+                admitted = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
+                for placed, jobs in pool.place([request.prompt for request in admitted], free):
+                    for index, row in placed.items():
+                        active[row] = admitted[index]
+                    for request, token in self._prefill(pool.cache, jobs, active):
+                        yield request, request.take(token)
+                active = [None if r is not None and r.finish_reason is not None else r for r in active]
+                if waiting:
                     continue
-            if shared < SHORTEST_SHARED_PREFIX:
-                shared = 0
-            elif source != index:
-                cache.copy_prefix(source, index, shared)
-            starts[index] = shared
-        logits: dict[int, Tensor] = {}
-        self._prefill_from(cache, rows, starts, logits)
-        for index, leader in followers.items():
-            shared = _common(rows[index].tokens, rows[leader].tokens)
-            cache.copy_prefix(leader, index, shared)
-            starts[index] = shared
-        self._prefill_from(cache, rows, {index: starts[index] for index in followers}, logits)
-        return torch.stack([logits[index] for index in taken])
+            self._drop_free(pool, active)
+            if not active:
+                return
+            for request, token in self._decode(pool.cache, [r for r in active if r is not None]):
+                yield request, request.take(token)
+            active = [None if r is not None and r.finish_reason is not None else r for r in active]
 
-    def _prefill_from(self, cache: ContiguousCache, rows: list[_Row], starts: dict[int, int], logits: dict[int, Tensor]) -> None:
-        """Compute what follows the prefixes, at most `PREFILL_TOKENS` at a time."""
-        todo = dict(starts)
-        while todo:
-            pieces: list[tuple[int, int, int]] = []  # row, first token, tokens
-            budget = PREFILL_TOKENS
-            for index, start in todo.items():
-                length = min(len(rows[index].tokens) - start, budget)
-                if length:
-                    pieces.append((index, start, length))
-                    budget -= length
-            tokens = [token for index, start, length in pieces for token in rows[index].tokens[start : start + length]]
-            numbers, begins, lengths = zip(*pieces, strict=True)
-            view = cache.prefill(numbers, lengths, begins)
-            hidden = self.model.hidden_states(torch.tensor([tokens], device=cache.device), view.positions, view.attention, view)[0]
-            ends = torch.tensor(lengths, device=cache.device).cumsum(0) - 1
-            after = self.model.lm_head(hidden[ends])
-            for (index, start, length), row_logits in zip(pieces, after, strict=True):
-                self._held[index] = rows[index].tokens[: start + length]
-                if start + length == len(rows[index].tokens):
-                    logits[index] = row_logits
-                    del todo[index]
-                else:
-                    todo[index] = start + length
+    @staticmethod
+    def _drop_free(pool: RowPool, active: list[_Request | None]) -> None:
+        """Take rows without a request out of the batch; there is nothing left to fill them with."""
+        for row in range(len(active) - 1, -1, -1):
+            if active[row] is None:
+                active[row] = active[pool.drop(row)]
+                active.pop()
 
-    def _accept(
-        self, rows: list[_Row], indices: list[int], logits: Tensor, on_text: Callable[[int, str], None] | None
-    ) -> None:
-        """Choose each row's next token and see whether it ends the answer."""
-        greedy = logits.argmax(-1).tolist()
-        for i, index in enumerate(indices):
-            row = rows[index]
-            token = greedy[i]
-            if not row.params.plain_greedy:
-                stops = () if row.params.ignore_eos else row.stops
-                filtered = filtered_logits(logits[i].float(), row.params, row.tokens, row.new_tokens, stops)
-                token = draw(filtered, row.generator) if row.params.do_sample else int(filtered.argmax())
-            row.tokens.append(token)
-            if token in row.stops and not row.params.ignore_eos:
-                row.finish_reason = "stop"
-                continue
-            if row.params.stop_strings or on_text:
-                self._read(row, row.decoder.push(token), on_text)
-            if not row.finish_reason and row.new_tokens >= row.params.max_new_tokens:
-                row.finish_reason = "length"
+    @torch.inference_mode()
+    def _pool(self, rows: int, length: int) -> RowPool:
+        return RowPool(ContiguousCache(self.model.config, rows, length, self._weight.dtype, self._device))
 
-    def _read(self, row: _Row, piece: str, on_text: Callable[[int, str], None] | None) -> None:
-        """Add decoded text; look for stop strings; show what can no longer become part of one."""
-        row.text += piece
-        stops = row.params.stop_strings
-        cut = min((at for at in (row.text.find(stop) for stop in stops) if at >= 0), default=-1)
-        if cut >= 0:
-            row.text, row.finish_reason = row.text[:cut], "stop_string"
-        safe = len(row.text) if row.finish_reason else len(row.text) - _overlap(row.text, stops)
-        if on_text and safe > row.shown:
-            on_text(row.number, row.text[row.shown : safe])
-        row.shown = max(row.shown, safe)
+    def _prefill(
+        self, cache: ContiguousCache, jobs: Sequence[PrefillJob], active: Sequence[_Request | None]
+    ) -> Iterator[tuple[_Request, int]]:
+        """Run prompts, many in one packed pass; yields each request's first token."""
+        for batch in split_jobs(jobs, self.max_prefill_tokens):
+            requests = [request for job in batch if job.last and (request := active[job.row]) is not None]
+            yield from zip(requests, self._prefill_step(cache, batch, requests), strict=True)
 
-    def _finish(self, row: _Row, on_text: Callable[[int, str], None] | None) -> Generation:
-        answer = row.tokens[row.prompt_tokens :]
-        if row.params.stop_strings or on_text:
-            if row.finish_reason != "stop_string":
-                reason = row.finish_reason
-                self._read(row, row.decoder.flush(), on_text)
-                row.finish_reason = row.finish_reason if row.finish_reason == "stop_string" else reason
-            text = row.text
-        else:
-            text = self.tokenizer.decode(answer)
-        return Generation(answer, text, row.finish_reason, row.prompt_tokens)
+    @torch.inference_mode()
+    def _prefill_step(
+        self, cache: ContiguousCache, batch: Sequence[PrefillJob], requests: Sequence[_Request]
+    ) -> list[int]:
+        lengths = [len(job.tokens) for job in batch]
+        view = cache.prefill([job.row for job in batch], lengths, [job.start for job in batch])
+        tokens = torch.tensor([[token for job in batch for token in job.tokens]], device=self._device)
+        hidden = self.model.hidden_states(tokens, view.positions, view.attention, view)
+        ends, end = [], 0
+        for job, length in zip(batch, lengths, strict=True):
+            end += length
+            if job.last:
+                ends.append(end - 1)
+        # Logits only where a prompt ends: over a large vocabulary the others would cost more than the layers.
+        return self._next_tokens(hidden[0, ends], requests) if ends else []
 
+    @torch.inference_mode()
+    def _decode(self, cache: ContiguousCache, requests: Sequence[_Request]) -> list[tuple[_Request, int]]:
+        """One more token for every row."""
+        view = cache.decode()
+        tokens = torch.tensor([request.token_ids[-1:] for request in requests], device=self._device)
+        hidden = self.model.hidden_states(tokens, view.positions, view.attention, view)
+        cache.advance()
+        return list(zip(requests, self._next_tokens(hidden[:, -1], requests), strict=True))
 
-def _common(prompt: list[int], held: list[int]) -> int:
-    """Length of the shared prefix, leaving at least one token of the prompt to compute."""
-    limit = min(len(prompt) - 1, len(held))
-    if prompt[:limit] == held[:limit]:
-        return limit
-    low, high = 0, limit  # bisection: prompt[:low] is shared, prompt[:high] is not
-    while high - low > 1:
-        middle = (low + high) // 2
-        if prompt[:middle] == held[:middle]:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def _overlap(text: str, stops: Sequence[str]) -> int:
-    """How many characters at the end of `text` may be the beginning of a stop string."""
-    longest = max((len(stop) for stop in stops), default=1) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in stops):
-            return length
-    return 0
+    def _next_tokens(self, hidden: Tensor, requests: Sequence[_Request]) -> list[int]:
+        chosen = self._sampler(self.model.lm_head(hidden), [request.sampling for request in requests])
+        tokens: list[int] = chosen.tolist()
+        return tokens

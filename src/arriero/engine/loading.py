@@ -56,7 +56,9 @@ def load(options: ModelOptions, dtype: str | None = None) -> LoadedModel:
     device = pick_device(options.device)
     folder = model_folder(options.model_name_or_path, options.cache_dir)
     if (folder / peft.ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-        raise ConfigError(f"--model_name_or_path {folder} is an adapter: give its base there and this folder as --lora_path")
+        raise ConfigError(
+            f"--model_name_or_path {folder} is an adapter: give its base there and this folder as --lora_path"
+        )
     wanted = options.dtype if options.dtype != "auto" else dtype
     model = hf.load_model(folder, dtype=getattr(torch, wanted) if wanted else None, device=device)
     names = options.tokenizer_name_or_path

@@ -52,7 +52,9 @@ class RowPool:
         self.cache = cache
         self._held: list[list[int]] = [[] for _ in range(cache.batch)]
 
-    def place(self, prompts: Sequence[list[int]], free: Sequence[int]) -> Iterator[tuple[dict[int, int], list[PrefillJob]]]:
+    def place(
+        self, prompts: Sequence[list[int]], free: Sequence[int]
+    ) -> Iterator[tuple[dict[int, int], list[PrefillJob]]]:
         """Give each prompt a free row, in rounds: what a round computes, the next one builds on.
 
         The caller must run a round's jobs before it asks for the next round.
@@ -113,6 +115,9 @@ def split_jobs(jobs: Sequence[PrefillJob], budget: int) -> Iterator[list[Prefill
     batch: list[PrefillJob] = []
     room = budget
     for job in jobs:
+        if room < len(job.tokens) <= budget:
+            yield batch
+            batch, room = [], budget
         done = 0
         while done < len(job.tokens):
             count = min(room, len(job.tokens) - done)

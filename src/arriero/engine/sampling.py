@@ -1,7 +1,7 @@
 """How the next token is chosen from the logits.
 
-The processors are those of transformers' `generate`, in its order: repetition penalty, no early end, temperature, top-k,
-top-p, min-p. Each works on many rows at once with a value for each row.
+The processors are those of transformers' `generate`, in its order: repetition penalty, no early end, temperature,
+top-k, top-p, min-p. Each works on many rows at once with a value for each row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from arriero.errors import GenerationError
 
-# Top-p needs sorted logits. A nucleus is nearly always within this many, which are much cheaper to get than a full sort.
+# Top-p needs sorted logits. A nucleus is nearly always within this many, which cost much less than a full sort.
 NUCLEUS_CANDIDATES = 1024
 MAX_STOP_STRINGS = 64
 
@@ -57,9 +57,8 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        # Lists, as JSON gives them, are taken too.
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        if isinstance(self.stop_strings, str):
-            object.__setattr__(self, "stop_strings", (self.stop_strings,))
         object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
         self._check("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
         self._check("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "from 0 to max_new_tokens")
@@ -155,7 +154,7 @@ def top_p(logits: Tensor, p: Tensor) -> Tensor:
 
 
 def _probability_before(ordered: Tensor, total: Tensor) -> Tensor:
-    """The summed probability of all tokens before each one; in float64, since the sum runs over the whole vocabulary."""
+    """The summed probability of all tokens before each one; in float64, since the sum has as many terms as tokens."""
     probabilities = (ordered - total).double().exp()
     return probabilities.cumsum(dim=-1) - probabilities
 
@@ -182,16 +181,18 @@ class Sampler:
         best = scores.max(dim=-1)
         # NaN wins a maximum, so one look at it finds any.
         if not bool(best.values.isfinite().all()):
-            raise GenerationError("the model gives logits that are no finite numbers: its weights are broken or overflow")
+            raise GenerationError(
+                "the model gives logits that are no finite numbers: its weights are broken or overflow"
+            )
         chosen = best.indices
         drawn = [i for i, row in enumerate(rows) if row.generator is not None]
         if drawn:
             picked = _draw(scores[drawn] if len(drawn) < len(rows) else scores, [rows[i] for i in drawn])
             chosen[torch.tensor(drawn, device=chosen.device)] = picked
-        for row, token in zip(rows, chosen, strict=True):
+        for i, row in enumerate(rows):
             row.generated += 1
             if row.seen is not None:
-                row.seen[token] = True
+                row.seen[chosen[i]] = True
         return chosen
 
 
@@ -234,7 +235,8 @@ def _before_end(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """One token a row by inverting the cumulative distribution at one random number of the row's own."""
-    scores = scores / _column([row.params.temperature for row in rows], scores)
+    # Less the maximum, so that a tiny temperature makes the others -inf and not the greatest one inf.
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / _column([row.params.temperature for row in rows], scores)
     scores = _on_rows(
         scores,
         rows,

@@ -2,8 +2,8 @@
 
 Two kinds exist among LLaMA-family models. `tokenizer.ggml.model` = "gpt2" is a byte-level BPE whose pre-tokenizer is
 only named (`tokenizer.ggml.pre`); the regular expressions are those of the models' own tokenizer.json files, which
-llama.cpp's src/llama-vocab.cpp cites. "llama" is a SentencePiece BPE: pieces with scores, from which both tokenizer.json
-and tokenizer.model are rebuilt.
+llama.cpp's src/llama-vocab.cpp cites. "llama" is a SentencePiece BPE: pieces with scores, from which both
+tokenizer.json and tokenizer.model are rebuilt.
 """
 
 from __future__ import annotations

@@ -105,8 +105,8 @@ def load_model(
 ) -> LlamaForCausalLM:
     """The model of an HF folder, in evaluation mode.
 
-    It is built without memory and the mapped tensors become its parameters, so nothing is held twice; on the CPU without
-    a cast the weights are read from disk only as they are used.
+    It is built without memory and the mapped tensors become its parameters, so nothing is held twice; on the CPU
+    without a cast the weights are read from disk only as they are used.
 
     Args:
         dtype: of all parameters; None keeps the file's (that of config.json if the file mixes several).

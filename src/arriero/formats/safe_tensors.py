@@ -27,6 +27,9 @@ INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_FILES = (SINGLE_FILE, INDEX_FILE, "model-*-of-*.safetensors")
 MAX_INDEX_BYTES = 256 * 2**20
 
+# Upper bounds of what a file's header takes beside the tensors' names.
+_HEADER_BYTES, _HEADER_BYTES_PER_TENSOR = 64, 160
+
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", re.IGNORECASE)
 _DTYPES = {
     "F64": torch.float64,
@@ -161,7 +164,7 @@ def write_tensors(
     Args:
         state: by name; no two may share memory.
         folder: an existing folder.
-        max_shard_size: of a file's tensors in bytes; a single larger tensor gets a file of its own.
+        max_shard_size: of a file in bytes; a single larger tensor gets a file of its own.
         dtype: to cast to; None keeps each tensor's.
 
     Returns:
@@ -175,13 +178,14 @@ def write_tensors(
         kind = dtype if dtype is not None and tensor.dtype.is_floating_point else tensor.dtype
         sizes[name] = torch.Size(tensor.shape).numel() * kind.itemsize
     shards: list[list[str]] = [[]]
-    used = 0
+    used = _HEADER_BYTES
     for name, size in sizes.items():
-        if shards[-1] and used + size > max_shard_size:
+        space = size + len(name) + _HEADER_BYTES_PER_TENSOR
+        if shards[-1] and used + space > max_shard_size:
             shards.append([])
-            used = 0
+            used = _HEADER_BYTES
         shards[-1].append(name)
-        used += size
+        used += space
     files: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"

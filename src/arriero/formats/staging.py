@@ -18,7 +18,7 @@ def staged_folder(folder: str | Path, *, replaces: tuple[str, ...] = ()) -> Iter
     """A temporary folder beside `folder`; what is in it moves there when the block ends without an error.
 
     Every file is synced to disk first. A folder that does not exist yet (or is empty) appears by one rename. Into an
-    existing one the files move one by one, each by an atomic replacement, weights before indexes and `config.json` last.
+    existing one the files move one by one, each by an atomic replacement: weights before indexes, `config.json` last.
 
     Args:
         folder: the destination; its other files stay.

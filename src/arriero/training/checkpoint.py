@@ -84,7 +84,7 @@ def restore_random_state(tensors: dict[str, Tensor]) -> None:
     gauss = tensors["python_gauss"].tolist()
     random.setstate((kind, tuple(words), gauss[0] if gauss else None))
     key = tensors["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", key, int(tensors["numpy_position"])))
+    np.random.set_state({"bit_generator": "MT19937", "state": {"key": key, "pos": int(tensors["numpy_position"])}})
     torch.set_rng_state(tensors["torch"])
     for name, state in tensors.items():
         if name.startswith("cuda_") and torch.cuda.is_available() and int(name[5:]) < torch.cuda.device_count():
@@ -128,7 +128,9 @@ def save_checkpoint(run_folder: Path, weights: WeightStore, optimizer: dict[str,
     except (OSError, SafetensorError, ArrieroError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise TrainingError(f"{target}: the checkpoint could not be written ({reason}); earlier checkpoints are intact") from error
+        raise TrainingError(
+            f"{target}: the checkpoint could not be written ({reason}); earlier checkpoints are intact"
+        ) from error
     return target
 
 
@@ -176,7 +178,9 @@ def verify(folder: Path) -> None:
         if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
             raise FormatError(f"{path}: listed in {MANIFEST} but missing: use an earlier checkpoint")
         if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
-            raise FormatError(f"{path}: differs from {MANIFEST} (size or SHA-256): the checkpoint is damaged, use an earlier one")
+            raise FormatError(
+                f"{path}: differs from {MANIFEST} (size or SHA-256): the checkpoint is damaged, use an earlier one"
+            )
 
 
 def load_checkpoint(folder: Path, weights: WeightStore) -> tuple[dict[str, Tensor], dict[str, Tensor], TrainState]:
@@ -197,6 +201,8 @@ def prune(run_folder: Path, keep: int | None, best: str | None) -> None:
         return
     checkpoints = list_checkpoints(run_folder)
     spare = [p for p in checkpoints if p.name != best]
-    kept = keep - (1 if best and any(p.name == best for p in checkpoints) and spare and spare[-1] != checkpoints[-1] else 0)
+    kept = keep - (
+        1 if best and any(p.name == best for p in checkpoints) and spare and spare[-1] != checkpoints[-1] else 0
+    )
     for path in spare[: max(0, len(spare) - max(kept, 1))]:
         shutil.rmtree(path)

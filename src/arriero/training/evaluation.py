@@ -6,17 +6,17 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
 
 from arriero.data.batch import pack
 from arriero.data.sft import Example
+from arriero.models.llama import LlamaForCausalLM
 from arriero.training.precision import Precision
 from arriero.training.trainer import batch_loss
 
 
 @torch.no_grad()
 def evaluate_loss(
-    model: nn.Module,
+    model: LlamaForCausalLM,
     examples: Sequence[Example],
     precision: Precision,
     batch_size: int,

@@ -29,8 +29,8 @@ from arriero.config.parallel import ParallelOptions
 from arriero.config.precision import PrecisionOptions
 from arriero.config.quantization import QuantizationOptions
 from arriero.data.order import StepOrder
-from arriero.data.sources import load_samples
 from arriero.data.sft import Example, encode_all
+from arriero.data.sources import load_samples
 from arriero.engine.loading import LoadedModel, load
 from arriero.errors import ConfigError, FormatError, TrainingError
 from arriero.formats import hf, peft
@@ -79,14 +79,18 @@ def check_supported(options: FinetuneOptions) -> None:
     parallel = options.parallel
     for name in ("tensor_parallel_degree", "pipeline_parallel_degree"):
         if getattr(parallel, name) > 1:
-            raise ConfigError(f"--{name} {getattr(parallel, name)} needs several processes, which this version does not train on: drop it")
+            raise ConfigError(
+                f"--{name} {getattr(parallel, name)} needs several processes, which this version does not train on: drop it"
+            )
     if options.adapter.prefix_tuning:
         raise ConfigError("--prefix_tuning is not in this version yet: --lora trains a small adapter too")
     if options.quantization.qat:
         raise ConfigError("--qat is not in this version yet: fine-tune without it")
     if not (options.data.dataset_path or options.data.data_name):
         task = options.data.task_name or "squad"
-        raise ConfigError(f"no data: give --dataset_path (a folder with train.json and dev.json), e.g. SQuAD v1.1 with --task_name {task}")
+        raise ConfigError(
+            f"no data: give --dataset_path (a folder with train.json and dev.json), e.g. SQuAD v1.1 with --task_name {task}"
+        )
 
 
 def prepare_run_folder(options: CheckpointOptions) -> tuple[Path, Path | None]:
@@ -162,7 +166,9 @@ def build_weights(loaded: LoadedModel, options: FinetuneOptions) -> WeightStore:
         load_adapter_state(loaded.model, state)
     trained = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
     total = loaded.model.config.num_parameters()
-    print(f"LoRA: rank {config.rank} on {len(names)} layers, {trained:,} trained parameters ({trained / total:.2%} of {total:,})")
+    print(
+        f"LoRA: rank {config.rank} on {len(names)} layers, {trained:,} trained parameters ({trained / total:.2%} of {total:,})"
+    )
     return AdapterWeights(loaded.model, config, options.model.model_name_or_path)
 
 
@@ -207,14 +213,22 @@ def build_trainer(
     )
 
 
-def build_callbacks(options: FinetuneOptions, folder: Path, evaluate: partial[dict[str, float]] | None) -> list[Callback]:
+def build_callbacks(
+    options: FinetuneOptions, folder: Path, evaluate: partial[dict[str, float]] | None
+) -> list[Callback]:
     """Averages first (it makes the records), then who reads them; evaluation before the checkpoint that may be the best."""
     checkpoint, logging = options.checkpoint, options.logging
-    callbacks: list[Callback] = [Averages(logging.logging_steps), Console(progress_bar=not logging.disable_tqdm), JsonLines()]
-    if "tensorboard" in logging.report_to or "auto" in logging.report_to and has_tensorboard():
+    callbacks: list[Callback] = [
+        Averages(logging.logging_steps),
+        Console(progress_bar=not logging.disable_tqdm),
+        JsonLines(),
+    ]
+    if "tensorboard" in logging.report_to or ("auto" in logging.report_to and has_tensorboard()):
         callbacks.append(TensorBoard(Path(logging.logging_dir or folder / "runs")))
     if evaluate is not None:
-        callbacks.append(Evaluation(evaluate, checkpoint.evaluation_strategy or "no", checkpoint.eval_steps or checkpoint.save_steps))
+        callbacks.append(
+            Evaluation(evaluate, checkpoint.evaluation_strategy or "no", checkpoint.eval_steps or checkpoint.save_steps)
+        )
     callbacks.append(
         Checkpointing(
             checkpoint.save_strategy,
@@ -256,7 +270,9 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
         if data.eval_with_do_generation:
             evaluate = partial(evaluate_generation, loaded, samples["dev"], data, optim.per_device_eval_batch_size)
         else:
-            evaluate = partial(evaluate_loss, loaded.model, examples["dev"], precision, optim.per_device_eval_batch_size)
+            evaluate = partial(
+                evaluate_loss, loaded.model, examples["dev"], precision, optim.per_device_eval_batch_size
+            )
     results: dict[str, Any] = {}
     if optim.do_train:
         trainer = build_trainer(
@@ -291,7 +307,9 @@ def save_final(
         try:
             weights.save(folder)
         except OSError as error:
-            raise TrainingError(f"{folder}: the final model could not be written ({error.strerror}); the checkpoints are intact") from error
+            raise TrainingError(
+                f"{folder}: the final model could not be written ({error.strerror}); the checkpoints are intact"
+            ) from error
         if isinstance(weights, AdapterWeights):
             loaded.tokenizer.save(folder)
         if options.adapter.lora and options.adapter.merge_weights:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import nn
+
+from arriero.models.llama import LlamaForCausalLM
 
 # Dense tensor-core peaks in TFLOP/s from the vendors' data sheets, by a part of the device name: (fp32 as TF32, bf16 / fp16)
 DEVICE_PEAKS = {
@@ -50,10 +51,10 @@ class StepCost:
         return self.per_token * sum(lengths) + self.per_label * label_tokens + self.per_pair * pairs
 
 
-def step_cost(model: nn.Module) -> StepCost:
+def step_cost(model: LlamaForCausalLM) -> StepCost:
     """The training cost of a model as it stands (adapters and frozen weights included)."""
     config = model.config
-    head = model.get_submodule("lm_head").weight
+    head = model.lm_head.weight
     body = 0.0
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and "embed_tokens" not in name and not name.startswith("lm_head"):

@@ -71,7 +71,7 @@ def score(answers: Sequence[Answer]) -> dict[str, float]:
         }
     rouge_scorer, sacrebleu = require("rouge_score.rouge_scorer", "eval"), require("sacrebleu", "eval")
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"])
-    totals = {name: 0.0 for name in ("rouge1", "rouge2", "rougeL")}
+    totals = dict.fromkeys(("rouge1", "rouge2", "rougeL"), 0.0)
     for text, references in scored:
         for name, value in scorer.score(references[0], text).items():
             totals[name] += value.fmeasure

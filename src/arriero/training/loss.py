@@ -41,7 +41,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, labe
     keep = (labels != IGNORE).nonzero().squeeze(1)
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, keep)
     targets = labels.index_select(0, keep)
-    loss, correct = _LinearCrossEntropy.apply(rows, weight, targets, label_smoothing)
+    loss, correct = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        rows, weight, targets, label_smoothing
+    )
     return LossSums(loss, correct, int(targets.numel()))
 
 
@@ -52,7 +54,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = max(1, CHUNK_ELEMENTS // vocabulary)
         need_rows, need_weight = ctx.needs_input_grad[:2]
         # half-precision inputs are multiplied in half precision, everything after the logits is fp32
-        compute = torch.get_autocast_dtype(rows.device.type) if torch.is_autocast_enabled(rows.device.type) else weight.dtype
+        compute = (
+            torch.get_autocast_dtype(rows.device.type) if torch.is_autocast_enabled(rows.device.type) else weight.dtype
+        )
         head = weight.to(compute)
         loss = torch.zeros((), dtype=torch.float32, device=rows.device)
         correct = torch.zeros((), dtype=torch.int64, device=rows.device)
@@ -73,9 +77,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad -= smoothing / vocabulary
                 grad.scatter_add_(1, target, torch.full_like(target, smoothing - 1.0, dtype=grad.dtype))
                 low = grad.to(compute)
-                if need_rows:
+                if grad_rows is not None:
                     grad_rows[start : start + chunk] = low @ head
-                if need_weight:
+                if grad_weight is not None:
                     if compute == torch.float32:
                         grad_weight.addmm_(low.t(), part)
                     else:
@@ -90,6 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         saved = list(ctx.saved_tensors)
         # the factor (1 / token count, times the loss scale) is applied in fp32, before rounding to the inputs' dtypes
         grads = [
-            (saved.pop(0) * grad_loss).to(dtype) if needed else None for needed, dtype in zip(ctx.needs, ctx.dtypes, strict=True)
+            (saved.pop(0) * grad_loss).to(dtype) if needed else None
+            for needed, dtype in zip(ctx.needs, ctx.dtypes, strict=True)
         ]
         return grads[0], grads[1], None, None

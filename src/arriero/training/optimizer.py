@@ -65,7 +65,7 @@ class Optimizer:
         """Scale the gradients down to `max_norm` (not at all if it is 0) and return their norm before, a scalar."""
         grads = list(self.gradients().values())
         norms = torch._foreach_norm(grads)
-        total = torch.linalg.vector_norm(torch.stack(norms))
+        total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         if max_norm > 0:
             torch._foreach_mul_(grads, torch.clamp(max_norm / (total + 1e-6), max=1.0))
         return total
@@ -104,12 +104,16 @@ class Optimizer:
             entry: dict[str, Any] = {}
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 value = tensors.get(f"{name}.{key}")
-                if value is None or key != "step" and value.shape != stepped.shape:
+                if value is None or (key != "step" and value.shape != stepped.shape):
                     found = "is missing" if value is None else f"is {tuple(value.shape)}, not {tuple(stepped.shape)}"
-                    raise FormatError(f"optimizer state: {name}.{key} {found}: was the checkpoint made with other options?")
+                    raise FormatError(
+                        f"optimizer state: {name}.{key} {found}: was the checkpoint made with other options?"
+                    )
                 entry[key] = value.clone() if key == "step" else value.to(stepped.device, copy=True)
             self.adamw.state[stepped] = entry
             if name in self.masters:
                 if f"{name}.master" not in tensors:
-                    raise FormatError(f"optimizer state: {name}.master is missing: was the checkpoint made in another precision?")
+                    raise FormatError(
+                        f"optimizer state: {name}.master is missing: was the checkpoint made in another precision?"
+                    )
                 self.masters[name].copy_(tensors[f"{name}.master"])

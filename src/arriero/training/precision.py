@@ -42,7 +42,7 @@ class Precision:
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Bring the gradients to their true size."""

@@ -8,18 +8,18 @@ step, so that accumulation and packing change nothing but rounding.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from arriero.data.batch import Batch, pack
 from arriero.data.order import StepOrder
 from arriero.data.sft import Example
 from arriero.errors import TrainingError
 from arriero.models.attention import AttentionInfo
+from arriero.models.llama import LlamaForCausalLM
 from arriero.training.checkpoint import TrainState, WeightStore, load_checkpoint, restore_random_state
 from arriero.training.flops import step_cost
 from arriero.training.loss import LossSums, linear_cross_entropy
@@ -60,7 +60,7 @@ class Callback:
         """After the last step, also when training is interrupted."""
 
 
-def batch_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> LossSums:
+def batch_loss(model: LlamaForCausalLM, batch: Batch, *, label_smoothing: float = 0.0) -> LossSums:
     """The summed cross-entropy of one packed batch."""
     hidden = model.hidden_states(
         batch.input_ids, positions=batch.positions, attention=AttentionInfo.documents(batch.lengths)
@@ -78,7 +78,7 @@ class Trainer:
         run_folder: where callbacks write.
     """
 
-    model: nn.Module
+    model: LlamaForCausalLM
     examples: Sequence[Example]
     order: StepOrder
     optimizer: Optimizer
@@ -130,13 +130,16 @@ class Trainer:
     def train(self) -> TrainState:
         """Run to the last step."""
         self.model.train()
-        self._notify(lambda callback: callback.on_train_begin(self))
+        for callback in self.callbacks:
+            callback.on_train_begin(self)
         try:
             while self.state.step < self.total_steps and not self.should_stop:
                 record = self.step()
-                self._notify(lambda callback: callback.on_step_end(self, record))
+                for callback in self.callbacks:
+                    callback.on_step_end(self, record)
         finally:
-            self._notify(lambda callback: callback.on_train_end(self))
+            for callback in self.callbacks:
+                callback.on_train_end(self)
         return self.state
 
     def step(self) -> StepRecord:
@@ -169,7 +172,9 @@ class Trainer:
         self.state.label_tokens += label_tokens
         self.state.seconds += seconds
         rows = sum(len(batch.lengths) for batch in batches)
-        return StepRecord(self.state.step, loss, norm, learning_rate, tokens, label_tokens, rows, flops, seconds, skipped)
+        return StepRecord(
+            self.state.step, loss, norm, learning_rate, tokens, label_tokens, rows, flops, seconds, skipped
+        )
 
     def _check_finite(self, loss: float, norm: float) -> bool:
         """Whether the step must be skipped (an fp16 overflow); raises if the numbers are really broken."""
@@ -185,8 +190,5 @@ class Trainer:
 
     def log(self, record: dict[str, float]) -> None:
         """Hand a record to every callback."""
-        self._notify(lambda callback: callback.on_log(self, record))
-
-    def _notify(self, call: Callable[[Callback], None]) -> None:
         for callback in self.callbacks:
-            call(callback)
+            callback.on_log(self, record)

@@ -12,13 +12,14 @@ from arriero.adapters.lora import LoRAConfig, adapter_state, load_adapter_state
 from arriero.adapters.peft_config import to_peft
 from arriero.errors import FormatError
 from arriero.formats import hf, peft
+from arriero.models.llama import LlamaForCausalLM
 
 
 @dataclass
 class FullWeights:
     """Every parameter, as an HF folder; configuration, tokenizer and licence files come along from `source`."""
 
-    model: nn.Module
+    model: LlamaForCausalLM
     source: Path
     max_shard_size: str = "5GB"
 

@@ -59,4 +59,7 @@ class Checkpointing(Callback):
         best = trainer.state.best_checkpoint
         if self.load_best and best and trainer.state.step == trainer.total_steps:
             load_checkpoint(trainer.run_folder / best, trainer.weights)
-            print(f"best checkpoint: {best} ({(self.metric or '')[5:]} {trainer.state.best_metric:.4f}), loaded", flush=True)
+            print(
+                f"best checkpoint: {best} ({(self.metric or '')[5:]} {trainer.state.best_metric:.4f}), loaded",
+                flush=True,
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 import psutil
 import torch
@@ -93,12 +94,14 @@ class Console(Callback):
 
     def __init__(self, *, progress_bar: bool) -> None:
         self.progress_bar = progress_bar and sys.stderr.isatty()
-        self.bar: tqdm | None = None
+        self.bar: tqdm[Any] | None = None
 
     def on_train_begin(self, trainer: Trainer) -> None:
         self.started = time.time()
         if self.progress_bar:
-            self.bar = tqdm(total=trainer.total_steps, initial=trainer.state.step, unit="step", leave=False, file=sys.stderr)
+            self.bar = tqdm(
+                total=trainer.total_steps, initial=trainer.state.step, unit="step", leave=False, file=sys.stderr
+            )
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
         if self.bar is not None:
