@@ -117,7 +117,6 @@ class _AdaptedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, x, weight, bias, lora_a, lora_b, scaling):  # type: ignore[no-untyped-def]
         low = x.to(lora_a.dtype) @ lora_a.t()
         y = F.linear(x, weight, bias)
@@ -127,19 +126,20 @@ class _AdaptedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        # every product names its dtype: under autocast (of any device) the backward runs outside of it
         x, weight, lora_a, lora_b, low = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         wide = grad.to(lora_b.dtype)
         grad_low = (wide @ lora_b).mul_(ctx.scaling)
-        grad_b = (wide.t() @ low).mul_(ctx.scaling)
+        grad_b = (wide.t() @ low.to(wide.dtype)).mul_(ctx.scaling)
         grad_a = grad_low.t() @ x.to(lora_a.dtype)
         grad_x = None
         if needs_x:
-            grad_x = grad @ weight
+            grad_x = grad @ weight.to(grad.dtype)
             grad_x.addmm_(grad_low.to(grad.dtype), lora_a.to(grad.dtype))
-        grad_weight = grad.t() @ x if needs_weight else None
+            grad_x = grad_x.to(x.dtype)
+        grad_weight = (grad.t() @ x.to(grad.dtype)).to(weight.dtype) if needs_weight else None
         grad_bias = grad.sum(0) if ctx.has_bias and needs_bias else None
         return grad_x, grad_weight, grad_bias, grad_a, grad_b, None
 
@@ -161,7 +161,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     for name in names:
         parent, _, leaf = name.rpartition(".")
         owner = model.get_submodule(parent)
-        setattr(owner, leaf, LoRALinear(getattr(owner, leaf), config))
+        base = getattr(owner, leaf)
+        setattr(owner, leaf, LoRALinear(base, config).train(base.training))
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
         if name.endswith(".bias") and (

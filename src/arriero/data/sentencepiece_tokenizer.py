@@ -24,7 +24,7 @@ class SentencePieceTokenizer:
         data = read_bounded(path, VOCABULARY_FILE_LIMIT)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
-            self._inner_model = sentencepiece.SentencePieceProcessor(model_proto=data + WITHOUT_DUMMY_PREFIX)
+            self._plain_model = sentencepiece.SentencePieceProcessor(model_proto=data + WITHOUT_DUMMY_PREFIX)
             pieces: int = self._model.get_piece_size()
         except (RuntimeError, TypeError, ValueError) as error:
             raise FormatError(
@@ -33,8 +33,8 @@ class SentencePieceTokenizer:
             ) from error
         if pieces == 0:
             raise FormatError(f"{path}: a SentencePiece model without pieces; download or convert it again")
-        if files.config.get("legacy", False):
-            self._inner_model = self._model  # the old way: a blank also after every control token
+        # The old way puts the leading blank also after every control token.
+        self._always_prefix = bool(files.config.get("legacy", False))
         self._path = path
         self.unknown_id: int | None = self._model.unk_id() if self._model.unk_id() >= 0 else None
         self._added: dict[int, AddedTokenSpec] = {}
@@ -55,8 +55,7 @@ class SentencePieceTokenizer:
         self.decoding = ByteDecoding(
             TokenBytes(self._bytes),
             frozenset(self.special.values()),
-            strip_leading_space=self._model.encode(" ") != self._inner_model.encode(" ")
-            or bool(files.config.get("legacy", False)),
+            strip_leading_space=self._model.encode(" ") != self._plain_model.encode(" "),
         )
 
     def _add_tokens(self, files: TokenizerFiles) -> None:
@@ -124,7 +123,7 @@ class SentencePieceTokenizer:
                 ids.append(token_id)
                 spans.append((start, start + len(part)))
                 continue
-            mapping = (self._inner_model if ids else self._model).encode_as_offset_mapping(part)
+            mapping = self._model_for(part, at_start=not ids).encode_as_offset_mapping(part)
             ids += mapping["ids"]
             spans += [(start + begin, start + end) for begin, end in mapping["offsets"]]
         return ids, spans
@@ -144,9 +143,17 @@ class SentencePieceTokenizer:
             if token_id is not None:
                 ids.append(token_id)
             else:
-                ids += (self._model if at_start else self._inner_model).encode(part)
+                ids += self._model_for(part, at_start).encode(part)
             at_start = False
         return ids
+
+    def _model_for(self, text: str, at_start: bool) -> sentencepiece.SentencePieceProcessor:
+        """The model with or without a leading blank, as transformers 5 decides: a text that has one gets no second one.
+
+        SentencePiece itself would add a second one.
+        """
+        prefix = (at_start or self._always_prefix) and not text.startswith((" ", REPLACEMENT))
+        return self._model if prefix else self._plain_model
 
     def _split(self, text: str, pattern: re.Pattern[str]) -> Iterator[tuple[int, str, int | None]]:
         """(start, text, None) of ordinary stretches, (start, text, id) of matched tokens."""

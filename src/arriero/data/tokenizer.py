@@ -59,8 +59,7 @@ class Tokenizer:
         self.bos_token_id = self._named_id("bos_token", "bos_token_id")
         self.eos_token_id = self._named_id("eos_token", "eos_token_id")
         self.pad_token_id = self._named_id("pad_token", "pad_token_id")
-        # An unknown character gives the unknown token without anyone having typed its name.
-        self._control_ids = frozenset(self.special_tokens.values()) - {vocabulary.unknown_id}
+        self._special_ids = frozenset(self.special_tokens.values())
         self.stop_token_ids = self._stop_ids()
         self._prefix, self._suffix = self._framing()
         self._template = ChatTemplate(files.chat_template, str(files.folder)) if files.chat_template else None
@@ -116,14 +115,16 @@ class Tokenizer:
         ]
 
     def _finish(self, text: str, ids: list[int], add_special_tokens: bool, allow_special: bool) -> list[int]:
-        if not allow_special and not self._control_ids.isdisjoint(ids):
+        if not allow_special and not self._special_ids.isdisjoint(ids):
             ids = self._encode_literal(text)
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 
     def _encode_literal(self, text: str, *, after_token: bool = False) -> list[int]:
         ids = self._vocabulary.encode_literal(text, after_token=after_token)
-        if not self._control_ids.isdisjoint(ids):
-            token = next(self.id_to_token(i) for i in ids if i in self._control_ids)
+        # An unknown character gives the unknown token without anyone having typed its name.
+        strange = self._special_ids.intersection(ids) - {self._vocabulary.unknown_id}
+        if strange:
+            token = self.id_to_token(min(strange))
             raise FormatError(f"{self.folder}: its vocabulary makes the control token {token!r} of ordinary text")
         return ids
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from arriero.models.cache import ContiguousCache
 
 # Below this many tokens in common, computing them again costs less than another forward pass.
@@ -52,6 +54,7 @@ class RowPool:
         self.cache = cache
         self._held: list[list[int]] = [[] for _ in range(cache.batch)]
 
+    @torch.inference_mode()
     def place(
         self, prompts: Sequence[list[int]], free: Sequence[int]
     ) -> Iterator[tuple[dict[int, int], list[PrefillJob]]]:
@@ -99,6 +102,7 @@ class RowPool:
                 best, most = row, shared
         return (best, most) if most >= MIN_SHARED_TOKENS else (best, 0)
 
+    @torch.inference_mode()
     def drop(self, row: int) -> int:
         """Remove a row by moving the last one into its place; returns the index that the last one had."""
         last = self.cache.batch - 1

@@ -154,6 +154,11 @@ def check_state(config: LlamaConfig, shapes: Mapping[str, tuple[int, ...]], sour
     Raises:
         FormatError: naming what is missing, unexpected or mis-shaped.
     """
+    # Before building anything: a hostile number of layers would take minutes even without memory.
+    if config.num_hidden_layers > len(shapes):
+        raise FormatError(
+            f"{source}: {config.num_hidden_layers} layers are announced, but there are only {len(shapes)} tensors"
+        )
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in LlamaForCausalLM(config).state_dict().items()}
     if config.tie_word_embeddings:

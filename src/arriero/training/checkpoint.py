@@ -196,13 +196,9 @@ def load_checkpoint(folder: Path, weights: WeightStore) -> tuple[dict[str, Tenso
 
 
 def prune(run_folder: Path, keep: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints beyond `keep`; the best one is never deleted."""
+    """Delete all checkpoints but the newest `keep`; the best one is never deleted."""
     if keep is None or keep < 1:
         return
-    checkpoints = list_checkpoints(run_folder)
-    spare = [p for p in checkpoints if p.name != best]
-    kept = keep - (
-        1 if best and any(p.name == best for p in checkpoints) and spare and spare[-1] != checkpoints[-1] else 0
-    )
-    for path in spare[: max(0, len(spare) - max(kept, 1))]:
-        shutil.rmtree(path)
+    for path in list_checkpoints(run_folder)[:-keep]:
+        if path.name != best:
+            shutil.rmtree(path)

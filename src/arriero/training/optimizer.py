@@ -66,7 +66,7 @@ class Optimizer:
         grads = list(self.gradients().values())
         norms = torch._foreach_norm(grads)
         total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        if max_norm > 0:
+        if max_norm > 0 and bool(torch.isfinite(total)):  # else one bad gradient would spoil all the others
             torch._foreach_mul_(grads, torch.clamp(max_norm / (total + 1e-6), max=1.0))
         return total
 

@@ -73,11 +73,15 @@ class Precision:
 
 
 def first_non_finite(optimizer: Optimizer, model: nn.Module) -> str:
-    """The first parameter (in model order) that holds, or whose gradient holds, a value that is not finite."""
+    """The first parameter (in model order) that holds a value that is not finite, else the first such gradient.
+
+    A broken parameter spoils the gradients of all the others, so it is looked for first.
+    """
     gradients = optimizer.gradients()
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             return f"parameter {name}"
+    for name, _ in model.named_parameters():
         if name in gradients and not torch.isfinite(gradients[name]).all():
             return f"the gradient of {name}"
     return "no single tensor"
