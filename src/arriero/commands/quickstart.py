@@ -148,7 +148,7 @@ def _finetune(options: QuickstartOptions, model: Path, data: Path, adapter: Path
             max_train_samples=options.max_train_samples,
         ),
         optimization=OptimizationOptions(
-            per_device_train_batch_size=8, learning_rate=1e-3, max_steps=options.max_steps, warmup_steps=5
+            per_device_train_batch_size=8, learning_rate=1e-3, max_steps=options.max_steps, warmup_ratio=0.06
         ),
         precision=PrecisionOptions(),
         adapter=AdapterOptions(lora=True, lora_rank=8),

@@ -170,14 +170,16 @@ def verify(folder: Path) -> None:
         FormatError: naming the first file that is missing, of another size or changed.
     """
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{folder}: {MANIFEST} is missing or unreadable: the checkpoint is not complete") from error
     for name, entry in files.items():
         path = folder / name
+        if not isinstance(entry, dict):
+            raise FormatError(f"{folder}: {MANIFEST} has no size and SHA-256 of {name}: the checkpoint is damaged")
         if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
             raise FormatError(f"{path}: listed in {MANIFEST} but missing: use an earlier checkpoint")
-        if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
+        if path.stat().st_size != entry.get("bytes") or sha256(path) != entry.get("sha256"):
             raise FormatError(
                 f"{path}: differs from {MANIFEST} (size or SHA-256): the checkpoint is damaged, use an earlier one"
             )

@@ -99,6 +99,8 @@ class Optimizer:
         Raises:
             FormatError: naming a tensor that is missing or of another shape.
         """
+        if not any(name.endswith(".exp_avg") for name in tensors):
+            return self._load_masters(tensors)  # no step was taken yet: all of them were skipped
         for name in self.parameters:
             stepped = self._stepped(name)
             entry: dict[str, Any] = {}
@@ -111,9 +113,12 @@ class Optimizer:
                     )
                 entry[key] = value.clone() if key == "step" else value.to(stepped.device, copy=True)
             self.adamw.state[stepped] = entry
-            if name in self.masters:
-                if f"{name}.master" not in tensors:
-                    raise FormatError(
-                        f"optimizer state: {name}.master is missing: was the checkpoint made in another precision?"
-                    )
-                self.masters[name].copy_(tensors[f"{name}.master"])
+        return self._load_masters(tensors)
+
+    def _load_masters(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, master in self.masters.items():
+            if f"{name}.master" not in tensors:
+                raise FormatError(
+                    f"optimizer state: {name}.master is missing: was the checkpoint made in another precision?"
+                )
+            master.copy_(tensors[f"{name}.master"])

@@ -69,6 +69,9 @@ class LossPlot(Callback):
         train = [(r["step"], r["loss"], r["learning_rate"]) for r in records if "loss" in r]
         if len(train) < 2:
             return
+        if importlib.util.find_spec("matplotlib") is None:  # a missing extra must not cost a finished run its model
+            print("loss.png is not drawn: pip install 'arriero[plot]' brings matplotlib", flush=True)
+            return
         figure_module = require("matplotlib.figure", "plot")
         figure = figure_module.Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()

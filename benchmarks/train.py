@@ -1,0 +1,208 @@
+"""Fine-tuning speed and memory, arriero beside the transformers Trainer (with PEFT for LoRA), in the same run.
+
+Both sides train the same model on the same token ids, rows in the same order, same batch, learning rate and precision
+(fp32), each in a process of its own; they take turns, so that a drift of the machine's speed hits both. Useful tokens are
+those of the rows, padding not counted. The first step of each process is left out.
+
+    make bench ARGS="--method lora --steps 6"
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+SIDES = ("arriero", "transformers")
+
+
+def encode(arguments: argparse.Namespace, model: Path) -> list[dict[str, list[int]]]:
+    """The rows both sides train on; labels are shifted (ours), `hf_labels` are not (transformers shifts itself)."""
+    from arriero.data.sft import IGNORE, encode_all
+    from arriero.data.sources import load_samples
+    from arriero.data.tokenizer import load_tokenizer
+
+    samples = load_samples(arguments.dataset_path, None, "squad_qa", ["train"])["train"]
+    count = arguments.steps * arguments.batch
+    stride = max(1, len(samples) // count)  # from all over the file: real data in another order than its own
+    examples, report = encode_all(samples[::stride][:count], load_tokenizer(model), 1024, 32)
+    print(f"data: {report}")
+    rows = []
+    for example in examples:
+        hf_labels = [IGNORE] + example.labels[:-1]
+        ids, labels = example.input_ids, example.labels
+        if arguments.full_rows:  # every row cut or repeated to one length, every position learned: no padding anywhere
+            length = arguments.full_rows
+            ids = (ids * (length // len(ids) + 1))[:length]
+            labels, hf_labels = ids[1:] + [IGNORE], ids
+        rows.append({"input_ids": ids, "labels": labels, "hf_labels": hf_labels})
+    return rows
+
+
+def run_arriero(model: Path, rows: list[dict[str, list[int]]], arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from arriero.adapters.lora import LoRAConfig, apply_lora
+    from arriero.data.order import StepOrder
+    from arriero.data.sft import Example
+    from arriero.formats import hf
+    from arriero.training.optimizer import Optimizer
+    from arriero.training.precision import Precision
+    from arriero.training.schedule import Schedule
+    from arriero.training.trainer import Trainer
+    from arriero.training.weights import FullWeights
+
+    torch.manual_seed(0)
+    network = hf.load_model(model, dtype=torch.float32)
+    if arguments.method == "lora":
+        apply_lora(network, LoRAConfig(rank=8, alpha=16))
+    trainer = Trainer(
+        model=network,
+        examples=[Example(row["input_ids"], row["labels"]) for row in rows],
+        order=StepOrder(len(rows), arguments.batch, 1, 0, shuffle=False),
+        optimizer=Optimizer(network),
+        schedule=Schedule("constant", arguments.learning_rate, 0.0, 0, arguments.steps),
+        precision=Precision(torch.float32, "O1", torch.device("cpu")),
+        weights=FullWeights(network, model),
+        total_steps=arguments.steps,
+        run_folder=Path(tempfile.gettempdir()),
+        device=torch.device("cpu"),
+    )
+    network.train()
+    records = [trainer.step() for _ in range(arguments.steps)]
+    return {
+        "losses": [r.loss for r in records],
+        "tokens": [r.tokens for r in records],
+        "seconds": [r.seconds for r in records],
+    }
+
+
+def run_transformers(model: Path, rows: list[dict[str, list[int]]], arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    from torch.utils.data import SequentialSampler
+    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if arguments.method == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        network = get_peft_model(network, LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
+
+    def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        longest = max(len(row["input_ids"]) for row in batch)
+
+        def pad(key: str, value: int) -> torch.Tensor:
+            return torch.tensor([row[key] + [value] * (longest - len(row[key])) for row in batch])
+
+        mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in batch])
+        return {"input_ids": pad("input_ids", 2), "labels": pad("hf_labels", -100), "attention_mask": mask}
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+            self.losses: list[float] = []
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.start)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+            if "loss" in logs:
+                self.losses.append(float(logs["loss"]))
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_: Any) -> SequentialSampler:
+            return SequentialSampler(rows)
+
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = TrainingArguments(
+            output_dir=scratch, per_device_train_batch_size=arguments.batch, max_steps=arguments.steps, use_cpu=True,
+            learning_rate=arguments.learning_rate, lr_scheduler_type="constant", logging_steps=1, report_to=[],
+            save_strategy="no", disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
+            optim="adamw_torch_fused",
+        )  # fmt: skip
+        InOrder(model=network, args=settings, train_dataset=rows, data_collator=collate, callbacks=[clock]).train()
+    sizes = [len(row["input_ids"]) for row in rows]
+    tokens = [sum(sizes[i : i + arguments.batch]) for i in range(0, len(rows), arguments.batch)]
+    return {"losses": clock.losses, "tokens": tokens, "seconds": clock.seconds}
+
+
+def measure(side: str, data: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One side in a process of its own."""
+    command = [sys.executable, __file__, *arguments.raw, "--side", side, "--data", str(data)]
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    values: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    values["speed"] = sum(values["tokens"][1:]) / sum(values["seconds"][1:])
+    return values
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--method", choices=("full", "lora"), default="full")
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--dataset_path", default=str(Path(__file__).parent.parent / "src/arriero/assets/quickstart"))
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--full_rows", type=int, default=0, help="rows of exactly this length, all positions learned")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--data", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    arguments.raw = sys.argv[1:]
+    from arriero.formats.download import resolve_model
+
+    model = resolve_model(arguments.model)
+    if arguments.side:
+        rows = json.loads(Path(arguments.data).read_text())
+        run = run_arriero if arguments.side == "arriero" else run_transformers
+        values = run(model, rows, arguments)
+        values["memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(json.dumps(values))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        data = Path(scratch) / "rows.json"
+        data.write_text(json.dumps(encode(arguments, model)))
+        runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+        for _ in range(arguments.rounds):
+            for side in SIDES:
+                runs[side].append(measure(side, data, arguments))
+    ours, theirs = runs["arriero"], runs["transformers"]
+    ratios = [a["speed"] / b["speed"] for a, b in zip(ours, theirs, strict=True)]
+    import torch
+
+    print(
+        f"{date.today()}, {platform.machine()}, {torch.get_num_threads()} threads, torch {version('torch')}, "
+        f"transformers {version('transformers')}, peft {version('peft')}, fp32\n"
+        f"{arguments.method} fine-tune of {arguments.model}, {arguments.steps} steps of {arguments.batch} rows"
+        f"{f' of {arguments.full_rows} tokens, all learned' if arguments.full_rows else ''}, "
+        f"median of {arguments.rounds} rounds"
+    )
+    for side in SIDES:
+        speed = statistics.median(r["speed"] for r in runs[side])
+        memory = max(r["memory_gib"] for r in runs[side])
+        losses = runs[side][0]["losses"]
+        print(f"{side:14}{speed:8.1f} useful tok/s   {memory:5.2f} GiB   loss {losses[0]:.4f} -> {losses[-1]:.4f}")
+    print(f"ratio {statistics.median(ratios):.2f} (of each round: {', '.join(f'{r:.2f}' for r in ratios)})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Each sampling processor against transformers' of the same name, and the whole sampler against their chain."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from arriero.engine import sampling
+from arriero.engine.sampling import Sampler, SamplingParams, SamplingRow
+
+transformers = pytest.importorskip("transformers")
+from transformers.generation import logits_process as hf  # noqa: E402
+
+VOCABULARY = 2000  # more than sampling.NUCLEUS_CANDIDATES, so that both ways of top-p run
+
+
+def logits(rows: int, scale: float = 3.0, seed: int = 0) -> Tensor:
+    return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def column(values: list[float]) -> Tensor:
+    return torch.tensor(values)[:, None]
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.1, 1.7])
+def test_repetition_penalty(penalty: float) -> None:
+    scores = logits(3)
+    history = torch.randint(0, VOCABULARY, (3, 50), generator=torch.Generator().manual_seed(1))
+    seen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, history, True)
+    expected = hf.RepetitionPenaltyLogitsProcessor(penalty)(history, scores.clone())
+    torch.testing.assert_close(
+        sampling.repetition_penalty(scores, seen, column([penalty] * 3)), expected, rtol=0, atol=0
+    )
+
+
+def test_top_k_with_a_value_a_row() -> None:
+    values = [1, 7, VOCABULARY + 5]
+    scores = logits(3)
+    ours = sampling.top_k(scores, torch.tensor(values))
+    for row, k in enumerate(values):
+        expected = hf.TopKLogitsWarper(k)(None, scores[row : row + 1].clone())
+        assert torch.equal(ours[row : row + 1], expected)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 8.0])
+def test_top_p_with_a_value_a_row(scale: float) -> None:
+    values = [1e-6, 0.3, 0.9, 0.999]
+    scores = logits(4, scale)
+    ours = sampling.top_p(scores, column(values))
+    for row, p in enumerate(values):
+        expected = hf.TopPLogitsWarper(p)(None, scores[row : row + 1].clone())
+        assert torch.equal(ours[row : row + 1], expected), p
+
+
+def test_min_p_with_a_value_a_row() -> None:
+    values = [1e-4, 0.05, 0.5, 1.0]
+    scores = logits(4)
+    ours = sampling.min_p(scores, column(values))
+    for row, p in enumerate(values):
+        expected = hf.MinPLogitsWarper(p)(None, scores[row : row + 1].clone())
+        assert torch.equal(ours[row : row + 1], expected), p
+
+
+def transformers_scores(params: SamplingParams, history: Tensor, prompt: int, eos: list[int], scores: Tensor) -> Tensor:
+    """What transformers' generate would draw from."""
+    chain = []
+    if params.repetition_penalty != 1.0:
+        chain.append(hf.RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    chain.append(hf.MinNewTokensLengthLogitsProcessor(prompt, params.min_new_tokens, eos))
+    chain.append(hf.TemperatureLogitsWarper(params.temperature))
+    if params.top_k:
+        chain.append(hf.TopKLogitsWarper(params.top_k))
+    if params.top_p < 1.0:
+        chain.append(hf.TopPLogitsWarper(params.top_p))
+    if params.min_p:
+        chain.append(hf.MinPLogitsWarper(params.min_p))
+    for processor in chain:
+        scores = processor(history, scores)
+    return scores
+
+
+def test_the_sampled_distribution() -> None:
+    """20,000 draws of each row of a mixed batch against the probabilities that transformers would draw from."""
+    size, draws, eos = 40, 20_000, [3, 5]
+    prompt = [1, 2, 3, 4]
+    cases = [
+        SamplingParams(do_sample=True, seed=1),
+        SamplingParams(do_sample=True, temperature=0.5, seed=2),
+        SamplingParams(do_sample=True, temperature=1.3, top_k=6, seed=3),
+        SamplingParams(do_sample=True, top_p=0.6, seed=4),
+        SamplingParams(do_sample=True, min_p=0.2, seed=5),
+        SamplingParams(do_sample=True, repetition_penalty=1.8, seed=6),
+        SamplingParams(do_sample=True, min_new_tokens=200, seed=7),
+        SamplingParams(
+            do_sample=True, temperature=0.8, top_k=20, top_p=0.9, min_p=0.05, repetition_penalty=1.2, seed=8
+        ),
+    ]
+    scores = torch.randn(len(cases), size, generator=torch.Generator().manual_seed(3)) * 1.5
+    rows = [SamplingRow.start(params, prompt, eos, size) for params in cases]
+    counts = torch.zeros(len(cases), size)
+    sampler = Sampler()
+    for _ in range(draws):
+        for row in rows:  # every draw is a first one
+            row.generated = 0
+            if row.seen is not None:
+                row.seen.zero_()
+                row.seen[prompt] = True
+        chosen = sampler(scores, rows)
+        counts[torch.arange(len(cases)), chosen] += 1
+    for i, params in enumerate(cases):
+        expected = transformers_scores(params, torch.tensor([prompt]), len(prompt), eos, scores[i : i + 1].clone())
+        probabilities = expected.softmax(-1)[0]
+        assert counts[i][probabilities == 0].sum() == 0
+        likely = probabilities * draws >= 5
+        observed, wanted = counts[i][likely], probabilities[likely] * draws
+        statistic = float(((observed - wanted) ** 2 / wanted).sum())
+        degrees = int(likely.sum()) - 1
+        # The 99.99 % point of chi-square (Wilson and Hilferty's approximation); the seeds are fixed anyway.
+        limit = degrees * (1 - 2 / (9 * degrees) + 3.719 * math.sqrt(2 / (9 * degrees))) ** 3
+        assert statistic < limit, (params, statistic, limit)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_greedy_scores(penalty: float) -> None:
+    params = SamplingParams(repetition_penalty=penalty, min_new_tokens=2)
+    scores, prompt, eos = logits(1), [4, 5, 6], [9]
+    row = SamplingRow.start(params, prompt, eos, VOCABULARY)
+    history = list(prompt)
+    for step in range(4):
+        now = scores.clone()
+        now[0, 9] = 100.0  # the model wants to end
+        chain = [hf.MinNewTokensLengthLogitsProcessor(3, 2, eos)]
+        if penalty != 1.0:
+            chain.insert(0, hf.RepetitionPenaltyLogitsProcessor(penalty))
+        expected = now.clone()
+        for processor in chain:
+            expected = processor(torch.tensor([history]), expected)
+        token = int(Sampler()(now, [row]))
+        assert token == int(expected.argmax())
+        assert (token == 9) == (step >= 2)
+        history.append(token)

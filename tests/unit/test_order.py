@@ -1,0 +1,70 @@
+"""The order of the rows: every row once an epoch, and nothing but (seed, step) decides."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arriero.data.order import StepOrder
+from arriero.errors import DataError
+
+
+@given(
+    rows=st.integers(1, 60),
+    micro=st.integers(1, 9),
+    accumulation=st.integers(1, 5),
+    seed=st.integers(0, 2**32),
+    epoch=st.integers(0, 3),
+)
+def test_every_row_once_an_epoch(rows: int, micro: int, accumulation: int, seed: int, epoch: int) -> None:
+    order = StepOrder(rows, micro, accumulation, seed)
+    start = epoch * order.steps_per_epoch
+    steps = [order(step) for step in range(start, start + order.steps_per_epoch)]
+    assert sorted(row for step in steps for batch in step for row in batch) == list(range(rows))
+    for step in steps:
+        assert 1 <= len(step) <= accumulation
+        assert all(len(batch) == micro for batch in step[:-1])
+        assert 1 <= len(step[-1]) <= micro
+    assert all(len(step) == accumulation for step in steps[:-1]), "only an epoch's last step may be smaller"
+
+
+@given(step=st.integers(0, 500), seed=st.integers(0, 1000))
+def test_a_step_does_not_depend_on_what_was_asked_before(step: int, seed: int) -> None:
+    fresh = StepOrder(17, 2, 3, seed)(step)
+    used = StepOrder(17, 2, 3, seed)
+    for other in (step + 40, 0, step):
+        again = used(other)
+    assert again == fresh
+    again[0].clear()
+    assert used(step) == fresh, "what is handed out is a copy"
+
+
+def test_accumulation_does_not_change_the_rows_of_a_step() -> None:
+    orders = [StepOrder(23, micro, accumulation, 5) for micro, accumulation in ((1, 4), (2, 2), (4, 1))]
+    for step in range(20):
+        rows = [[row for batch in order(step) for row in batch] for order in orders]
+        assert rows[0] == rows[1] == rows[2]
+
+
+def test_epochs_and_seeds_differ_and_processes_do_not() -> None:
+    def epoch(seed: int, number: int) -> list[int]:
+        order = StepOrder(50, 10, 1, seed)
+        return [row for i in range(5) for row in order(number * 5 + i)[0]]
+
+    assert epoch(0, 0) != epoch(0, 1)
+    assert epoch(0, 0) != epoch(1, 0)
+    assert epoch(0, 1) != epoch(1, 0)
+    code = "from arriero.data.order import StepOrder; print(StepOrder(50, 50, 1, 7)(3)[0])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == str(StepOrder(50, 50, 1, 7)(3)[0])
+
+
+def test_file_order_and_an_empty_set() -> None:
+    order = StepOrder(5, 2, 1, 0, shuffle=False)
+    assert [order(i) for i in range(4)] == [[[0, 1]], [[2, 3]], [[4]], [[0, 1]]]
+    with pytest.raises(DataError, match="empty"):
+        StepOrder(0, 1, 1, 0)
