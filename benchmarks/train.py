@@ -35,7 +35,8 @@ def encode(arguments: argparse.Namespace, model: Path) -> list[dict[str, list[in
 
     samples = load_samples(arguments.dataset_path, None, "squad_qa", ["train"])["train"]
     count = arguments.steps * arguments.batch
-    stride = max(1, len(samples) // count)  # from all over the file: real data in another order than its own
+    # spread over the file, so that neighbours are strangers; or, to share beginnings, in the file's own order
+    stride = 1 if arguments.share_prefixes else max(1, len(samples) // count)
     examples, report = encode_all(samples[::stride][:count], load_tokenizer(model), 1024, 32)
     print(f"data: {report}")
     rows = []
@@ -78,6 +79,7 @@ def run_arriero(model: Path, rows: list[dict[str, list[int]]], arguments: argpar
         total_steps=arguments.steps,
         run_folder=Path(tempfile.gettempdir()),
         device=torch.device("cpu"),
+        share_prefixes=arguments.share_prefixes,
     )
     network.train()
     records = [trainer.step() for _ in range(arguments.steps)]
@@ -164,6 +166,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--full_rows", type=int, default=0, help="rows of exactly this length, all positions learned")
+    parser.add_argument("--share_prefixes", action="store_true", help="rows of one passage side by side; ours shares")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--data", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

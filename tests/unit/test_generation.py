@@ -49,9 +49,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
+    """In float64: a batch rounds differently from a lone row, and in fp32 two logits of some answer may be that close.
+
+    In fp32 batches are compared with transformers in tests/parity/test_generation_parity.py.
+    """
     built = LlamaForCausalLM(CONFIG)
-    built.init_weights(torch.Generator().manual_seed(0))
-    return built
+    built.init_weights(torch.Generator().manual_seed(1234))
+    return built.double()
 
 
 def random_prompts(count: int, seed: int = 0, longest: int = 60) -> list[list[int]]:

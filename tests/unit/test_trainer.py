@@ -374,8 +374,7 @@ def fail_on_tensors(monkeypatch: pytest.MonkeyPatch, error: Exception, where: st
     if where == "optimizer":
         monkeypatch.setattr(checkpoint_module, "save_file", full)
     elif where == "weights":
-        monkeypatch.setattr("arriero.formats.safe_tensors.save_file", full, raising=False)
-        monkeypatch.setattr("arriero.formats.hf.write_tensor_file", full, raising=False)
+        monkeypatch.setattr(safe_tensors, "save_file", full)
     else:
         monkeypatch.setattr("os.fsync", full)
 

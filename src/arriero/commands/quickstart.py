@@ -148,7 +148,11 @@ def _finetune(options: QuickstartOptions, model: Path, data: Path, adapter: Path
             max_train_samples=options.max_train_samples,
         ),
         optimization=OptimizationOptions(
-            per_device_train_batch_size=8, learning_rate=1e-3, max_steps=options.max_steps, warmup_ratio=0.06
+            per_device_train_batch_size=8,
+            learning_rate=1e-3,
+            num_train_epochs=1,
+            max_steps=options.max_steps,
+            warmup_ratio=0.05,
         ),
         precision=PrecisionOptions(),
         adapter=AdapterOptions(lora=True, lora_rank=8),
@@ -203,7 +207,7 @@ What to try next:
   talk to it       {program} chat --model_name_or_path {merged}
   score it         {program} evaluate --model_name_or_path {merged} --task_name squad_qa --dataset_path {data}
   your own data    {program} finetune --model_name_or_path {model} --dataset_path YOUR_FOLDER --lora --output_dir runs/mine
-  all weights      {program} finetune --config {adapter / 'config.yaml'} --lora no --learning_rate 5e-5 --output_dir runs/full
+  all weights      {program} finetune --config {adapter / "config.yaml"} --lora no --learning_rate 5e-5 --output_dir runs/full
   the curve        {adapter / "loss.png"}
   every option     {program} finetune --help"""
     )

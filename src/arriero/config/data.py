@@ -26,6 +26,11 @@ class DataOptions(OptionGroup):
     max_seq_length: int | None = option(
         None, "longest prompt + answer in tokens (default: src_length + tgt_length)", minimum=2
     )
+    share_prefixes: bool = option(
+        True,
+        "put rows that begin alike (questions on one passage) into one batch and compute their common part once; "
+        "the loss is the same, the order is shuffled by passage",
+    )
     eval_with_do_generation: bool = option(
         False, "evaluate by generating answers and scoring them, instead of by loss and token accuracy"
     )

@@ -16,7 +16,7 @@ class QuickstartOptions(OptionGroup):
     dataset_path: str | None = option(
         None, "your own questions: a folder with train.json and dev.json in SQuAD format (default: the shipped ones)"
     )
-    max_steps: int = option(80, "training steps of 8 questions each", minimum=1)
+    max_steps: int = option(-1, "training steps of 8 questions each; -1: once through all questions", minimum=-1)
     max_train_samples: int | None = option(None, "use only the first N training questions", minimum=1)
     max_eval_samples: int | None = option(None, "score only the first N held-out questions", minimum=1)
     disable_tqdm: bool = option(False, "no progress bars")

@@ -1,4 +1,8 @@
-"""Rows as one tensor without padding: every row is a document of one packed sequence."""
+"""Rows as one tensor without padding: every row is a document of one packed sequence.
+
+Rows that begin alike (questions about one passage) can share their beginning: it stands once, its continuations after it.
+The loss and its gradient are those of the separate rows; the beginning is computed once instead of once a row.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,9 @@ from torch import Tensor
 
 from arriero.data.sft import IGNORE, Example
 
+# below this many tokens in common, a mask costs more than it saves
+MIN_SHARED_TOKENS = 16
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -18,38 +25,71 @@ class Batch:
     Attributes:
         input_ids: (1, T) int64.
         labels: (1, T) int64, the token to predict at each position or -100.
-        positions: (1, T) int64, counted anew in each row.
-        lengths: tokens of each row; they sum to T.
+        parts: of each document, the tokens of its (shared) beginning and of every continuation; they sum to T.
+        rows: number of rows.
+        row_tokens: tokens of the rows, a shared beginning counted in each: what padding-free separate rows would hold.
         label_tokens: number of labels that are not -100.
     """
 
     input_ids: Tensor
     labels: Tensor
-    positions: Tensor
-    lengths: tuple[int, ...]
+    parts: tuple[tuple[int, ...], ...]
+    rows: int
+    row_tokens: int
     label_tokens: int
-
-    @property
-    def tokens(self) -> int:
-        return int(self.input_ids.numel())
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        move = {
-            name: getattr(self, name).to(device, non_blocking=True) for name in ("input_ids", "labels", "positions")
-        }
-        return Batch(lengths=self.lengths, label_tokens=self.label_tokens, **move)
+        ids, labels = (tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.labels))
+        return Batch(ids, labels, self.parts, self.rows, self.row_tokens, self.label_tokens)
 
 
-def pack(examples: Sequence[Example]) -> Batch:
-    """The examples as one packed batch, in the order given."""
-    lengths = tuple(example.length for example in examples)
-    labels = torch.tensor([label for example in examples for label in example.labels])
+def pack(examples: Sequence[Example], *, share_prefixes: bool = False) -> Batch:
+    """The examples as one packed batch, in the order given (rows that begin alike are brought together)."""
+    groups = group_by_prefix(examples) if share_prefixes else [(0, [example]) for example in examples]
+    ids: list[int] = []
+    labels: list[int] = []
+    parts: list[tuple[int, ...]] = []
+    for shared, members in groups:
+        ids += members[0].input_ids[:shared]
+        labels += members[0].labels[:shared]
+        for member in members:
+            ids += member.input_ids[shared:]
+            labels += member.labels[shared:]
+        lengths = [member.length - shared for member in members]
+        parts.append((shared, *lengths) if shared else (lengths[0],))
+    target = torch.tensor(labels)
     return Batch(
-        input_ids=torch.tensor([token for example in examples for token in example.input_ids]).unsqueeze(0),
-        labels=labels.unsqueeze(0),
-        positions=torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
-        lengths=lengths,
-        label_tokens=int((labels != IGNORE).sum()),
+        input_ids=torch.tensor(ids).unsqueeze(0),
+        labels=target.unsqueeze(0),
+        parts=tuple(parts),
+        rows=len(examples),
+        row_tokens=sum(example.length for example in examples),
+        label_tokens=int((target != IGNORE).sum()),
     )
+
+
+def shared_prefix(first: Example, second: Example) -> int:
+    """Tokens with which both begin and that neither learns: at least one token of each stays outside."""
+    limit = min(first.prompt_length, second.prompt_length) - 1
+    common = 0
+    while common < limit and first.input_ids[common] == second.input_ids[common]:
+        common += 1
+    return common
+
+
+def group_by_prefix(examples: Sequence[Example]) -> list[tuple[int, list[Example]]]:
+    """(shared tokens, rows) of each group; a row that shares nothing is a group of its own with 0 shared tokens."""
+    groups: list[tuple[int, list[Example]]] = []
+    for example in examples:
+        for i, (shared, members) in enumerate(groups):
+            common = shared_prefix(members[0], example)
+            common = min(common, shared) if len(members) > 1 else common
+            # a member that shares much less would shorten the beginning of all
+            if common >= MIN_SHARED_TOKENS and common >= 0.75 * shared:
+                groups[i] = (common, [*members, example])
+                break
+        else:
+            groups.append((0, [example]))
+    return groups

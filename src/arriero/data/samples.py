@@ -225,15 +225,17 @@ def _is_squad(path: Path) -> bool:
 def find_splits(dataset_path: str, wanted: Sequence[str]) -> dict[str, Path]:
     """The files of the wanted splits ("train", "dev").
 
-    A folder holds `train.json` and `dev.json` (or `.jsonl`); a file is the training split, and the dev split too when a
-    sibling `dev.json` is absent and nothing else is asked.
+    A folder holds `train.json` and `dev.json` (or `.jsonl`); a file is the split that is asked for; where both are, it
+    is the training split, and the dev split is the `dev.json` (or so) beside it, or the same file if there is none.
 
     Raises:
         ConfigError: if a wanted split has no file.
     """
     path = Path(dataset_path)
     if path.is_file():
-        return dict.fromkeys(wanted, path)
+        beside = [path.parent / name for name in _split_names("dev")] if "train" in wanted else []
+        dev = next((sibling for sibling in beside if sibling.is_file()), path)
+        return {split: dev if split == "dev" else path for split in wanted}
     if not path.is_dir():
         raise ConfigError(
             f"--dataset_path {dataset_path}: no such file or folder (a Hub data set is named by --data_name)"

@@ -31,7 +31,7 @@ class SFTTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Example:
-    """One row ready for training: `input_ids` and `labels` of equal length, `prompt_length` tokens of prompt first."""
+    """One row ready for training: `input_ids` and `labels` of equal length."""
 
     input_ids: list[int]
     labels: list[int]
@@ -39,6 +39,12 @@ class Example:
     @property
     def length(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the first that is learned (all of them if none is)."""
+        first = next((i for i, label in enumerate(self.labels) if label != IGNORE), len(self.labels) - 1)
+        return first + 1
 
     @property
     def label_count(self) -> int:

@@ -177,7 +177,9 @@ class Sampler:
         Raises:
             GenerationError: logits that are NaN or infinite.
         """
-        scores = _before_end(_penalised(logits.float(), rows), rows)
+        # Half precision would make ties of what the processors tell apart.
+        scores = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        scores = _before_end(_penalised(scores, rows), rows)
         best = scores.max(dim=-1)
         # NaN wins a maximum, so one look at it finds any.
         if not bool(best.values.isfinite().all()):

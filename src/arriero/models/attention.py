@@ -38,6 +38,8 @@ class AttentionInfo:
     # documents: queries of each document, and keys of each (more than queries where a cache holds the beginning).
     lengths: tuple[int, ...] = ()
     kv_lengths: tuple[int, ...] = ()
+    # documents: for each that branches, its shared beginning and its continuations; () for one that does not.
+    branches: tuple[tuple[int, ...], ...] = ()
     # masked: (B, 1, Sq, Skv) bool, True = attend.
     mask: Tensor | None = None
     # masked: (B, Sq) int64, the key index that each query stands at; a sliding window counts back from it.
@@ -65,6 +67,27 @@ class AttentionInfo:
         if not queries or len(keys) != len(queries) or any(not 1 <= q <= k for q, k in zip(queries, keys, strict=True)):
             raise ValueError(f"documents need lengths of at least 1 and no fewer keys than queries: {queries} {keys}")
         return cls("documents", queries, keys)
+
+    @classmethod
+    def branching(cls, parts: Sequence[Sequence[int]]) -> AttentionInfo:
+        """One packed row (B == 1) of documents, some of which begin alike and hold that beginning once.
+
+        Args:
+            parts: of each document, the tokens of its beginning and of every continuation, in the order they stand. A
+                continuation sees the beginning and itself, and its positions count on from the beginning's end.
+
+        Raises:
+            ValueError: a part without a token.
+        """
+        if any(length < 1 for document in parts for length in document):
+            raise ValueError(f"every part of a document needs at least one token: {parts}")
+        lengths = tuple(sum(document) for document in parts)
+        branches = tuple(tuple(document) if len(document) > 2 else () for document in parts)
+        return cls("documents", lengths, lengths, branches if any(branches) else ())
+
+    def parts(self, document: int) -> tuple[int, ...]:
+        """The beginning and the continuations of a document that branches, () of any other."""
+        return self.branches[document] if self.branches else ()
 
     @classmethod
     def masked(cls, mask: Tensor, query_positions: Tensor | None = None) -> AttentionInfo:
@@ -101,15 +124,24 @@ class AttentionInfo:
             return torch.arange(size, device=device)[None]
 
         def build() -> Tensor:
-            spans = zip(self.lengths, self.kv_lengths, strict=True)
-            return torch.cat([torch.arange(k - q, k, device=device) for q, k in spans])[None]
+            spans = []
+            for document, (q, k) in enumerate(zip(self.lengths, self.kv_lengths, strict=True)):
+                parts = self.parts(document)
+                spans += branch_positions(parts, device) if parts else [torch.arange(k - q, k, device=device)]
+            return torch.cat(spans)[None]
 
         return self._once(("positions", device), build)
 
     def sequence_lengths(self, device: torch.device) -> Tensor | None:
-        """documents: (1, S) int64, the length of the document that each token is of; otherwise None."""
+        """documents: (1, S) int64, the length of the document that each token is of; otherwise None.
+
+        Raises:
+            ValueError: a document branches: its beginning is of several lengths.
+        """
         if self.kind != "documents":
             return None
+        if self.branches:
+            raise ValueError("RoPE that depends on the length cannot share a beginning between documents")
         keys, queries = (torch.tensor(lengths, device=device) for lengths in (self.kv_lengths, self.lengths))
         return keys.repeat_interleave(queries)[None]
 
@@ -120,8 +152,14 @@ class AttentionInfo:
             if self.kind == "documents":
                 whole = torch.zeros(queries, keys, dtype=torch.bool, device=device)
                 row = column = 0
-                for q, k in zip(self.lengths, self.kv_lengths, strict=True):
-                    whole[row : row + q, column : column + k] = lower_right_causal(q, k, sliding_window, device)
+                for document, (q, k) in enumerate(zip(self.lengths, self.kv_lengths, strict=True)):
+                    parts = self.parts(document)
+                    block = (
+                        branching_causal(parts, sliding_window, device)
+                        if parts
+                        else lower_right_causal(q, k, sliding_window, device)
+                    )
+                    whole[row : row + q, column : column + k] = block
                     row, column = row + q, column + k
                 return whole[None, None]
             if self.mask is None:
@@ -146,8 +184,19 @@ class AttentionInfo:
 
         return self._once(("offsets", device), build)
 
-    def document_mask(self, queries: int, keys: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
+    def document_mask(
+        self,
+        queries: int,
+        keys: int,
+        sliding_window: int | None,
+        device: torch.device,
+        parts: tuple[int, ...] = (),
+    ) -> Tensor | None:
         """The mask (Sq, Skv) of one document; None where `is_causal` (Sq == Skv) or nothing (Sq == 1) says it all."""
+        if parts:
+            return self._once(
+                ("branches", parts, sliding_window, device), lambda: branching_causal(parts, sliding_window, device)
+            )
         uncut = sliding_window is None or sliding_window >= keys
         if uncut and queries in (1, keys):
             return None
@@ -170,6 +219,21 @@ def lower_right_causal(queries: int, keys: int, sliding_window: int | None, devi
     return mask if sliding_window is None else mask.triu(keys - queries - sliding_window + 1)
 
 
+def branch_positions(parts: Sequence[int], device: torch.device) -> list[Tensor]:
+    """Positions of a beginning and of its continuations, each counted on from the beginning's end."""
+    start = parts[0]
+    return [torch.arange(start, device=device)] + [torch.arange(start, start + n, device=device) for n in parts[1:]]
+
+
+def branching_causal(parts: Sequence[int], sliding_window: int | None, device: torch.device) -> Tensor:
+    """(S, S) bool: causal inside the beginning and inside each continuation, which also sees the beginning."""
+    position = torch.cat(branch_positions(parts, device))
+    branch = torch.arange(len(parts), device=device).repeat_interleave(torch.tensor(parts, device=device))
+    distance = position[:, None] - position[None]
+    mask = (distance >= 0) & ((branch[None] == 0) | (branch[:, None] == branch[None]))
+    return mask if sliding_window is None else mask & (distance < sliding_window)
+
+
 def choose_backend(query: Tensor, info: AttentionInfo) -> Backend:
     """The fastest backend that can do it: SDPA, or for packed half-precision rows on CUDA flash attention with lengths.
 
@@ -178,6 +242,7 @@ def choose_backend(query: Tensor, info: AttentionInfo) -> Backend:
     if (
         info.kind == "documents"
         and len(info.lengths) > 1
+        and not info.branches
         and query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
         and HAS_VARLEN
@@ -246,7 +311,7 @@ def _sdpa(
     if info.kind == "masked":
         dense = info.dense_mask(queries, keys, sliding_window, query.device)
         return F.scaled_dot_product_attention(query, key, value, dense, scale=scale, enable_gqa=grouped)
-    one = info.document_mask(queries, keys, sliding_window, query.device)
+    one = info.document_mask(queries, keys, sliding_window, query.device, info.parts(0))
     causal = one is None and queries > 1
     return F.scaled_dot_product_attention(query, key, value, one, is_causal=causal, scale=scale, enable_gqa=grouped)
 
@@ -264,8 +329,8 @@ def _sdpa_by_document(
         strict=True,
     )
     grouped = query.shape[1] != key.shape[1]
-    for q, k, v in parts:
-        mask = info.document_mask(q.shape[2], k.shape[2], sliding_window, q.device)
+    for document, (q, k, v) in enumerate(parts):
+        mask = info.document_mask(q.shape[2], k.shape[2], sliding_window, q.device, info.parts(document))
         causal = mask is None and q.shape[2] > 1
         output = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
         outputs.append(output.transpose(1, 2))
@@ -275,8 +340,10 @@ def _sdpa_by_document(
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, info: AttentionInfo, scale: float, sliding_window: int | None
 ) -> Tensor:
-    if not HAS_VARLEN or info.kind != "documents":
-        raise ValueError("the varlen backend needs documents and a torch with torch.nn.attention.varlen")
+    if not HAS_VARLEN or info.kind != "documents" or info.branches:
+        raise ValueError(
+            "the varlen backend needs documents that do not branch and a torch with torch.nn.attention.varlen"
+        )
     query_offsets, key_offsets = info.offsets(query.device)
     # Flash counts the keys before the query's own.
     left = -1 if sliding_window is None else sliding_window - 1

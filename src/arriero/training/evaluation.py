@@ -28,17 +28,18 @@ def evaluate_loss(
         `loss` (nats a token), `ppl` (its exponential) and `accuracy` (share of labels that are the model's first choice).
     """
     device = next(model.parameters()).device
+    share = not model.model.rotary.is_dynamic
     loss, correct, tokens = 0.0, 0, 0
     was_training = model.training
     model.eval()
     for start in range(0, len(examples), batch_size):
-        batch = pack(examples[start : start + batch_size]).to(device)
+        batch = pack(examples[start : start + batch_size], share_prefixes=share).to(device)
         if batch.label_tokens:
             with precision.context():
                 sums = batch_loss(model, batch)
             loss, correct, tokens = loss + float(sums.loss), correct + int(sums.correct), tokens + sums.tokens
         if on_rows:
-            on_rows(len(batch.lengths))
+            on_rows(batch.rows)
     model.train(was_training)
     mean = loss / max(1, tokens)
     return {"loss": mean, "ppl": math.exp(min(mean, 700.0)), "accuracy": correct / max(1, tokens)}

@@ -28,7 +28,7 @@ from arriero.config.optimization import OptimizationOptions
 from arriero.config.parallel import ParallelOptions
 from arriero.config.precision import PrecisionOptions
 from arriero.config.quantization import QuantizationOptions
-from arriero.data.order import StepOrder
+from arriero.data.order import StepOrder, prefix_clusters
 from arriero.data.sft import Example, encode_all
 from arriero.data.sources import load_samples
 from arriero.engine.loading import LoadedModel, load
@@ -182,7 +182,11 @@ def build_trainer(
 ) -> Trainer:
     """The trainer of a run."""
     optim = options.optimization
-    order = StepOrder(len(train), optim.per_device_train_batch_size, optim.gradient_accumulation_steps, optim.seed)
+    # RoPE that depends on a row's length gives its beginning other angles than a longer row's
+    share = options.data.share_prefixes and not loaded.model.model.rotary.is_dynamic
+    micro_batch = optim.per_device_train_batch_size
+    clusters = prefix_clusters(train, micro_batch) if share else None
+    order = StepOrder(len(train), micro_batch, optim.gradient_accumulation_steps, optim.seed, clusters=clusters)
     total = optim.max_steps if optim.max_steps > 0 else math.ceil(optim.num_train_epochs * order.steps_per_epoch)
     warmup = optim.warmup_steps or math.ceil(optim.warmup_ratio * total)
     schedule = Schedule(
@@ -209,6 +213,7 @@ def build_trainer(
         device=loaded.device,
         max_grad_norm=optim.max_grad_norm,
         label_smoothing=optim.label_smoothing,
+        share_prefixes=share,
         callbacks=callbacks,
     )
 

@@ -45,10 +45,12 @@ class StepCost:
     per_label: float
     per_pair: float
 
-    def __call__(self, lengths: Sequence[int], label_tokens: int) -> float:
-        """FLOPs of one batch of documents of these lengths."""
-        pairs = sum(length * (length + 1) / 2 for length in lengths)
-        return self.per_token * sum(lengths) + self.per_label * label_tokens + self.per_pair * pairs
+    def __call__(self, parts: Sequence[Sequence[int]], label_tokens: int) -> float:
+        """FLOPs of one batch of documents, given as `AttentionInfo.branching` takes them."""
+        pairs = 0.0
+        for first, *rest in parts:
+            pairs += first * (first + 1) / 2 + sum(length * (length + 1) / 2 + length * first for length in rest)
+        return self.per_token * sum(map(sum, parts)) + self.per_label * label_tokens + self.per_pair * pairs
 
 
 def step_cost(model: LlamaForCausalLM) -> StepCost:
@@ -81,10 +83,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def _measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    size, rounds = (1024, 6) if device.type == "cpu" else (4096, 20)
+    size, rounds = (1024, 10) if device.type == "cpu" else (4096, 20)
     if device.type == "cpu":
         dtype = torch.float32  # half precision is emulated on most CPUs: a peak of it would flatter
-    a = torch.randn(size, size, device=device, dtype=dtype)
+    # no random numbers: a resumed run must find the generators as they were
+    a = torch.linspace(0.0, 1.0, size * size, device=device, dtype=dtype).view(size, size)
     best = float("inf")
     for _ in range(rounds):
         start = time.perf_counter()

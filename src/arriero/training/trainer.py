@@ -62,9 +62,7 @@ class Callback:
 
 def batch_loss(model: LlamaForCausalLM, batch: Batch, *, label_smoothing: float = 0.0) -> LossSums:
     """The summed cross-entropy of one packed batch."""
-    hidden = model.hidden_states(
-        batch.input_ids, positions=batch.positions, attention=AttentionInfo.documents(batch.lengths)
-    )
+    hidden = model.hidden_states(batch.input_ids, attention=AttentionInfo.branching(batch.parts))
     return linear_cross_entropy(hidden, model.lm_head.weight, batch.labels, label_smoothing=label_smoothing)
 
 
@@ -74,6 +72,7 @@ class Trainer:
 
     Args:
         total_steps: optimizer steps of the whole run.
+        share_prefixes: compute the common beginning of a micro-batch's rows once (see `arriero.data.batch`).
         max_grad_norm: gradient norm above which gradients are scaled down; 0 turns clipping off.
         run_folder: where callbacks write.
     """
@@ -90,6 +89,7 @@ class Trainer:
     device: torch.device
     max_grad_norm: float = 1.0
     label_smoothing: float = 0.0
+    share_prefixes: bool = False
     callbacks: list[Callback] = field(default_factory=list)
     state: TrainState = field(default_factory=TrainState)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -101,7 +101,12 @@ class Trainer:
         self.state.data = self._data_fingerprint()
 
     def _data_fingerprint(self) -> dict[str, int]:
-        return {"rows": self.order.rows, "rows_per_step": self.order.rows_per_step, "seed": self.order.seed}
+        return {
+            "rows": self.order.rows,
+            "rows_per_step": self.order.rows_per_step,
+            "seed": self.order.seed,
+            "clusters": len(self.order.clusters or ()),
+        }
 
     @property
     def epoch(self) -> float:
@@ -145,7 +150,10 @@ class Trainer:
     def step(self) -> StepRecord:
         """One optimizer step: all its micro-batches, one clipping, one update."""
         start = time.perf_counter()
-        batches = [pack([self.examples[row] for row in rows]).to(self.device) for rows in self.order(self.state.step)]
+        batches = [
+            pack([self.examples[row] for row in rows], share_prefixes=self.share_prefixes).to(self.device)
+            for rows in self.order(self.state.step)
+        ]
         label_tokens = sum(batch.label_tokens for batch in batches)
         learning_rate = self.schedule(self.state.step)
         loss, norm, skipped = 0.0, 0.0, False
@@ -164,14 +172,14 @@ class Trainer:
                 self.optimizer.step(learning_rate)
             self.precision.update()
             self.optimizer.zero_grad()
-        tokens = sum(batch.tokens for batch in batches)
-        flops = sum(self.cost(batch.lengths, batch.label_tokens) for batch in batches)
+        tokens = sum(batch.row_tokens for batch in batches)
+        flops = sum(self.cost(batch.parts, batch.label_tokens) for batch in batches)
         seconds = time.perf_counter() - start
         self.state.step += 1
         self.state.tokens += tokens
         self.state.label_tokens += label_tokens
         self.state.seconds += seconds
-        rows = sum(len(batch.lengths) for batch in batches)
+        rows = sum(batch.rows for batch in batches)
         return StepRecord(
             self.state.step, loss, norm, learning_rate, tokens, label_tokens, rows, flops, seconds, skipped
         )
