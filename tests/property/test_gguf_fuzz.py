@@ -39,7 +39,13 @@ def sample() -> bytes:
         writer.add_bos_token_id(3)
         writer.add_eos_token_id(3)
         shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
-        shapes |= {"ffn_gate": (32, 32), "ffn_up": (32, 32), "ffn_down": (32, 32), "attn_norm": (32,), "ffn_norm": (32,)}
+        shapes |= {
+            "ffn_gate": (32, 32),
+            "ffn_up": (32, 32),
+            "ffn_down": (32, 32),
+            "attn_norm": (32,),
+            "ffn_norm": (32,),
+        }
         writer.add_tensor("token_embd.weight", np.ones((4, 32), np.float32))
         writer.add_tensor("output_norm.weight", np.ones(32, np.float32))
         for name, shape in shapes.items():

@@ -118,7 +118,9 @@ def test_gguf_file_points_to_convert(tmp_path: Path) -> None:
         resolve_model(tmp_path / "m.bin")
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "../x", "a/b/c", "~nobody-at-all/x", "m.gguf", "a b/c"])
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "/no/such/folder", "../x", "a/b/c", "~nobody-at-all/x", "m.gguf", "a b/c"]
+)
 def test_paths_that_do_not_exist(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ArrieroError) as caught:
@@ -213,9 +215,7 @@ def test_wheel_is_checked_converted_and_not_fetched_again(
     assert lines == []
 
 
-def test_wheels_that_are_not_the_known_one(
-    tmp_path: Path, small_gguf: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wheels_that_are_not_the_known_one(tmp_path: Path, small_gguf: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     names = (wheel_model.GGUF_MEMBER, wheel_model.LICENCE_MEMBER)
 
     def attempt(members: dict[str, bytes]) -> str:
@@ -253,7 +253,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     files: dict[str, bytes] = {}
     requests: list[tuple[str, str, str | None]] = []
-    break_after: int | None = None  # bytes of the next weight file to send before the connection is cut
+    breaks: list[int] = []  # bytes of the weight file after which each coming connection is cut
     status = 200
     lock = threading.Lock()
 
@@ -282,7 +282,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
             code = {401: "GatedRepo", 404: "RepoNotFound"}.get(Hub.status, "")
             self.send(Hub.status, b"{}", {"X-Error-Code": code} if code else {}, body)
         elif path.startswith("/api/models/some/model/tree/"):
-            tree = [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in Hub.files.items()]
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in Hub.files.items()
+            ]
             self.send(200, json.dumps(tree).encode(), {"Content-Type": "application/json"}, body)
         elif path.startswith("/api/models/some/model"):
             info = {"id": "some/model", "sha": COMMIT, "siblings": [{"rfilename": name} for name in Hub.files]}
@@ -295,7 +297,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"}, body)
 
     def send_file(self, content: bytes, body: bool, name: str) -> None:
-        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {
+            "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+            "X-Repo-Commit": COMMIT,
+            "Accept-Ranges": "bytes",
+        }
         asked = self.headers.get("Range")
         part, status = content, 200
         if asked:
@@ -303,8 +309,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             stop = int(end) + 1 if end else len(content)
             part, status = content[int(begin) : stop], 206
             headers["Content-Range"] = f"bytes {begin}-{stop - 1}/{len(content)}"
-        cut = Hub.break_after if name.endswith(".safetensors") else None
-        if body and cut is not None:
+        if body and Hub.breaks and name.endswith(".safetensors"):
+            cut = Hub.breaks.pop(0)
             self.send_response(status)
             for key, value in {"Content-Length": str(len(part)), **headers}.items():
                 self.send_header(key, value)
@@ -328,7 +334,7 @@ def hub(tmp_path: Path) -> Iterator[str]:
         "onnx/model.onnx": b"x",
         "modeling_evil.py": b"raise SystemExit",
     }
-    Hub.requests, Hub.break_after, Hub.status = [], None, 200
+    Hub.requests, Hub.breaks, Hub.status = [], [], 200
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -375,19 +381,19 @@ def test_hub_model(hub: str, tmp_path: Path) -> None:
 
 
 def test_interrupted_hub_download_goes_on(hub: str, tmp_path: Path) -> None:
-    Hub.break_after = 300_000
+    """The second call asks only for what the first did not get (the Hub's library keeps whole chunks of 10 MB)."""
+    Hub.files["model.safetensors"] = os.urandom(25_000_000)
+    Hub.breaks = [12_000_000] + [0] * 20
     result = download(hub, tmp_path / "home", "some/model")
-    received = [span for method, path, span in Hub.requests if method == "GET" and path.endswith("model.safetensors")]
-    assert received
-    if result.returncode != 0:  # newer libraries retry by themselves, each time from where they were
-        assert result.returncode == 2
-        assert len(result.stderr.strip().splitlines()[-1]) < 500
-        Hub.break_after = None
-        Hub.requests.clear()
-        result = download(hub, tmp_path / "home", "some/model")
+    assert result.returncode == 2
+    assert "run it again to go on" in result.stderr.strip().splitlines()[-1]
+    Hub.breaks = []
+    Hub.requests.clear()
+    result = download(hub, tmp_path / "home", "some/model")
     assert result.returncode == 0, result.stderr
     spans = [span for method, path, span in Hub.requests if method == "GET" and path.endswith("model.safetensors")]
-    assert any(span and not span.startswith("bytes=0-") for span in spans)
+    assert spans
+    assert all(span is not None and int(span.removeprefix("bytes=").partition("-")[0]) >= 10_000_000 for span in spans)
     folder = Path(result.stdout.strip())
     assert (folder / "model.safetensors").read_bytes() == Hub.files["model.safetensors"]
 
@@ -408,6 +414,5 @@ def test_hub_failures_are_one_line(hub: str, tmp_path: Path) -> None:
     assert "cannot be reached" in fails("http://127.0.0.1:9")
     Hub.status = 200
     weights = Hub.files.pop("model.safetensors")
-    assert "pickled" in fails() or "holds neither" in fails()
+    assert "never downloaded" in fails()
     Hub.files["model.safetensors"] = weights
-    Hub.files.pop("config.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ class ConvertOptions(OptionGroup):
         aliases=("input",),
         positional=True,
     )
-    output_dir: str = option(REQUIRED, "folder to write", aliases=("output_path",))
+    output_dir: str = option(REQUIRED, "folder to write", aliases=("output_path",), positional=True)
     dtype: str = option(
         "auto",
         "type of the weights written; auto: float32 for a GGUF file, else as they are",
@@ -48,7 +49,7 @@ def run(options: ConvertOptions) -> int:
 
     output = Path(options.output_dir).expanduser()
     size = parse_size(options.max_shard_size)
-    source = Path(options.model_name_or_path).expanduser()
+    source = Path(os.path.expanduser(options.model_name_or_path))
     if (output / "config.json").exists():
         if source.is_dir() and source.resolve() == output.resolve():
             raise ConfigError(f"--output_dir {output} is the input itself; choose another folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def run(options: DownloadOptions) -> int:
     from arriero.formats.download import fetch_model
 
     name = options.model_name_or_path
-    if Path(name).expanduser().is_dir():
+    if Path(os.path.expanduser(name)).is_dir():
         raise ConfigError(f"{name}: is a folder on this machine already; there is nothing to download")
     folder = fetch_model(
         name,

@@ -153,6 +153,21 @@ def _sampling(groups: Sequence[Any], given: frozenset[str], warnings: list[str])
             warnings.append(f"--{name} has no effect with --do_sample no")
 
 
+def _one_process(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
+    """Options of training that do nothing in one process, or not yet."""
+    model, data, parallel = find(groups, ModelOptions), find(groups, DataOptions), find(groups, ParallelOptions)
+    if parallel is None:
+        return
+    for name in ("sharding", "data_parallel_degree"):
+        if _changed(parallel, name, given):
+            warnings.append(f"--{name} has no effect: training runs in one process in this version")
+    if data is not None and _changed(data, "dataloader_num_workers", given):
+        warnings.append("--dataloader_num_workers has no effect: batches are made in the main process")
+    for name in ("use_flash_attention", "use_fused_rms_norm"):
+        if model is not None and _changed(model, name, given):
+            warnings.append(f"--{name} no has no effect: torch chooses the kernel in this version")
+
+
 _RULES: tuple[Callable[[Sequence[Any], frozenset[str], list[str]], None], ...] = (
     _without_effect,
     _evaluation,
@@ -161,4 +176,5 @@ _RULES: tuple[Callable[[Sequence[Any], frozenset[str], list[str]], None], ...] =
     _quantization,
     _pipeline,
     _sampling,
+    _one_process,
 )

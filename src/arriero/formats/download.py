@@ -44,7 +44,7 @@ def resolve_model(name_or_path: str | Path, cache_dir: Path | None = None, repor
         FormatError: when the path is no model folder or the download fails.
         ConfigError: for a name that is not known, with the nearest ones.
     """
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))  # unlike Path.expanduser, lets an unknown ~user pass
     if path.is_dir():
         return path
     if path.is_file():
@@ -139,7 +139,13 @@ def _fetch_hub(hub_id: str, folder: Path | None, cache: Path | None, revision: s
         raise FormatError(f"{hub_id}: the download failed ({reason}); run it again to go on") from error
     if not (found / "config.json").is_file():
         raise FormatError(f"{hub_id}: has no config.json; this is not a model that can be read")
-    weight_files(found)  # one clear line when there are only pickled weights
+    try:
+        weight_files(found)
+    except FormatError as error:
+        raise FormatError(
+            f"{hub_id}: has no usable safetensors weights ({error}); pickled weights are never downloaded, "
+            "as opening them can run code"
+        ) from error
     licences = sorted(path.name for pattern in ("LICENSE*", "LICENCE*") for path in found.glob(pattern))
     if licences:
         report(f"licence of the weights: {found / licences[0]}")

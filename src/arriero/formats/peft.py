@@ -89,7 +89,7 @@ class PeftLoraConfig:
             raise FormatError(f"{source}: lora_dropout must be a number in [0, 1), got {dropout!r}")
         targets = values.get("target_modules")
         if isinstance(targets, list) and targets and all(isinstance(target, str) for target in targets):
-            targets = tuple(targets)
+            targets = tuple(sorted(set(targets)))  # PEFT keeps a set: the order means nothing
         elif not isinstance(targets, str) or not targets:
             raise FormatError(f"{source}: target_modules must be a list of layer names or a pattern, got {targets!r}")
         bias, rslora = values.get("bias", "none"), values.get("use_rslora", False)

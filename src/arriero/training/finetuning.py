@@ -229,7 +229,7 @@ def build_callbacks(
         JsonLines(),
     ]
     if "tensorboard" in logging.report_to or ("auto" in logging.report_to and has_tensorboard()):
-        callbacks.append(TensorBoard(Path(logging.logging_dir or folder / "runs")))
+        callbacks.append(TensorBoard(Path(logging.logging_dir or folder / "runs") / (logging.run_name or "")))
     if evaluate is not None:
         callbacks.append(
             Evaluation(evaluate, checkpoint.evaluation_strategy or "no", checkpoint.eval_steps or checkpoint.save_steps)
