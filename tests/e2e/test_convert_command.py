@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from arriero.cli import main
+from arriero.formats.download import resolve_model
 from arriero.formats.hf import load_model
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
@@ -45,26 +47,27 @@ def test_another_dtype_in_shards(arriero: Call, tmp_path: Path, tiny: Path) -> N
     assert transformers.AutoTokenizer.from_pretrained(out)("To be").input_ids[0] == 1
 
 
-def test_refusals(arriero: Call, tmp_path: Path, tiny: Path) -> None:
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny, out = resolve_model("tiny-random-llama", tmp_path / "home"), tmp_path / "o"
+
     def line(*arguments: str) -> str:
-        result = arriero("convert", *arguments)
-        assert result.returncode == 2
-        assert result.stderr.count("\n") == 1
-        return result.stderr
+        capsys.readouterr()
+        assert main(["convert", *arguments]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
+        return captured.err
 
     assert "is the input itself" in line(str(tiny), "--output_dir", str(tiny))
     (tmp_path / "bad.gguf").write_bytes(b"GGUF")
-    assert "bad.gguf" in line(str(tmp_path / "bad.gguf"), "--output_dir", str(tmp_path / "o"))
-    assert "'many'" in line(str(tiny), "--output_dir", str(tmp_path / "o"), "--max_shard_size", "many")
-    assert "no such folder" in line(str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "o"))
-    assert not (tmp_path / "o").exists()
-    assert arriero("convert", str(tiny), "--output_dir", str(tmp_path / "o")).returncode == 0
-    assert "--overwrite_output_dir" in line(str(tiny), "--output_dir", str(tmp_path / "o"))
-    again = arriero(
-        "convert", str(tiny), "--output_dir", str(tmp_path / "o"), "--overwrite_output_dir", "--dtype", "float16"
-    )
-    assert again.returncode == 0, again.stderr
-    assert {p.dtype for p in load_model(tmp_path / "o").parameters()} == {torch.float16}
+    assert "bad.gguf" in line(str(tmp_path / "bad.gguf"), "--output_dir", str(out))
+    assert "'many'" in line(str(tiny), "--output_dir", str(out), "--max_shard_size", "many")
+    assert "no such folder" in line(str(tmp_path / "nowhere"), "--output_dir", str(out))
+    assert not out.exists()
+    assert main(["convert", str(tiny), "--output_dir", str(out)]) == 0
+    assert "--overwrite_output_dir" in line(str(tiny), "--output_dir", str(out))
+    assert main(["convert", str(tiny), "--output_dir", str(out), "--overwrite_output_dir", "--dtype", "float16"]) == 0
+    assert {parameter.dtype for parameter in load_model(out).parameters()} == {torch.float16}
 
 
 def test_download_of_a_local_folder(arriero: Call, tiny: Path) -> None:

@@ -117,11 +117,9 @@ def test_end_of_text_penalty_and_least_length(tokenizer: Tokenizer) -> None:
     assert ("stop", 0) in seen
 
 
-def test_smollm2(tmp_path: Path) -> None:
-    """The real model, when it has been converted on this machine."""
-    folder = Path("/tmp/arriero/smollm2")
-    if not (folder / "model.safetensors").is_file():
-        pytest.skip("no SmolLM2 at /tmp/arriero/smollm2")
+def test_smollm2(smollm2: Path) -> None:
+    """The real model."""
+    folder = smollm2
     from arriero.formats.hf import load_model
 
     tokenizer = load_tokenizer(folder)

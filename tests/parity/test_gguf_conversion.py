@@ -305,6 +305,16 @@ def test_unsupported_content(tmp_path: Path, extra: Any, words: str) -> None:
         convert_gguf(write(tmp_path / "x.gguf", random_model(KINDS["llama"]), extra=extra), tmp_path / "out")
 
 
+def test_tensor_of_a_type_without_dequantiser(tmp_path: Path) -> None:
+    def add(writer: Any) -> None:
+        writer.add_tensor("output_norm.weight", np.ones(64, np.int8))
+
+    path = write(tmp_path / "x.gguf", random_model(KINDS["llama"]), extra=add, skip=("output_norm.weight",))
+    with pytest.raises(FormatError, match=r"output_norm\.weight has type I8"):
+        convert_gguf(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 CHANGED = {
     "other architecture": ({}, "falcon", "falcon"),
     "partial rotation": ({"rope_dimension_count": 8}, None, "rope.dimension_count"),

@@ -321,7 +321,7 @@ def test_bad_metadata(change: dict[str, Any], words: str) -> None:
 
 
 def test_vocabulary_larger_than_the_embedding() -> None:
-    with pytest.raises(FormatError, match="4 tokens but token_embd.weight only 3 rows"):
+    with pytest.raises(FormatError, match=r"4 tokens but token_embd\.weight only 3 rows"):
         tokenizer_files(GOOD, 3, "x.gguf")
 
 

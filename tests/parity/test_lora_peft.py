@@ -174,9 +174,7 @@ def test_gradients_equal_plain_autograd_and_closed_form() -> None:
     # dL/dB = s g^T (x A^T), worked out by hand
     flat_x, flat_g = x.detach().reshape(-1, 7), upstream.reshape(-1, 5)
     torch.testing.assert_close(layer.lora_B.weight.grad, 4.0 / 3.0 * flat_g.T @ (flat_x @ a_.detach().T))
-    assert torch.autograd.gradcheck(
-        lambda t: layer(t), (noise(3, 7).requires_grad_(),), eps=1e-6, atol=1e-7
-    )
+    assert torch.autograd.gradcheck(lambda t: layer(t), (noise(3, 7).requires_grad_(),), eps=1e-6, atol=1e-7)
 
 
 def test_frozen_base_gets_no_gradient() -> None:

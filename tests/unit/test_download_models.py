@@ -12,7 +12,7 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -251,9 +251,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Hub(http.server.BaseHTTPRequestHandler):
     """The endpoints of huggingface.co that a snapshot download asks for."""
 
-    files: dict[str, bytes] = {}
-    requests: list[tuple[str, str, str | None]] = []
-    breaks: list[int] = []  # bytes of the weight file after which each coming connection is cut
+    files: ClassVar[dict[str, bytes]] = {}
+    requests: ClassVar[list[tuple[str, str, str | None]]] = []
+    breaks: ClassVar[list[int]] = []  # bytes of the weight file after which each coming connection is cut
     status = 200
     lock = threading.Lock()
 
@@ -353,6 +353,7 @@ def download(endpoint: str, home: Path, *arguments: str) -> subprocess.Completed
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_hub_model(hub: str, tmp_path: Path) -> None:
     result = download(hub, tmp_path / "home", "some/model")
     assert result.returncode == 0, result.stderr
@@ -380,24 +381,41 @@ def test_hub_model(hub: str, tmp_path: Path) -> None:
     load_model(tmp_path / "plain")
 
 
+def weight_spans() -> list[str | None]:
+    return [span for method, path, span in Hub.requests if method == "GET" and path.endswith("model.safetensors")]
+
+
+@pytest.mark.slow
 def test_interrupted_hub_download_goes_on(hub: str, tmp_path: Path) -> None:
-    """The second call asks only for what the first did not get (the Hub's library keeps whole chunks of 10 MB)."""
+    """A cut connection is taken up where it stopped (the Hub's library keeps whole chunks of 10 MB)."""
     Hub.files["model.safetensors"] = os.urandom(25_000_000)
-    Hub.breaks = [12_000_000] + [0] * 20
-    result = download(hub, tmp_path / "home", "some/model")
-    assert result.returncode == 2
-    assert "run it again to go on" in result.stderr.strip().splitlines()[-1]
-    Hub.breaks = []
-    Hub.requests.clear()
+    Hub.breaks = [12_000_000]
     result = download(hub, tmp_path / "home", "some/model")
     assert result.returncode == 0, result.stderr
-    spans = [span for method, path, span in Hub.requests if method == "GET" and path.endswith("model.safetensors")]
-    assert spans
-    assert all(span is not None and int(span.removeprefix("bytes=").partition("-")[0]) >= 10_000_000 for span in spans)
+    first, second = weight_spans()
+    assert first is None
+    assert second is not None
+    assert int(second.removeprefix("bytes=").partition("-")[0]) >= 10_000_000
     folder = Path(result.stdout.strip())
     assert (folder / "model.safetensors").read_bytes() == Hub.files["model.safetensors"]
 
 
+@pytest.mark.slow
+def test_failed_hub_download_keeps_finished_files(hub: str, tmp_path: Path) -> None:
+    Hub.breaks = [1000] * 20
+    result = download(hub, tmp_path / "home", "some/model")
+    assert result.returncode == 2
+    assert "run it again" in result.stderr.strip().splitlines()[-1]
+    Hub.breaks = []
+    Hub.requests.clear()
+    result = download(hub, tmp_path / "home", "some/model")
+    assert result.returncode == 0, result.stderr
+    fetched = {path.rpartition("/")[2] for method, path, _ in Hub.requests if method == "GET" and "/resolve/" in path}
+    assert fetched == {"model.safetensors"}
+    load_model(Path(result.stdout.strip()))
+
+
+@pytest.mark.slow
 def test_hub_failures_are_one_line(hub: str, tmp_path: Path) -> None:
     def fails(endpoint: str = hub) -> str:
         result = download(endpoint, tmp_path / "home", "some/model")

@@ -211,7 +211,7 @@ def test_tensor_in_two_shards(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     save_file(state, folder / "model-00001-of-00002.safetensors")
     save_file({"model.norm.weight": torch.zeros(32)}, folder / "model-00002-of-00002.safetensors")
-    names = {name: "model-00001-of-00002.safetensors" for name in state}
+    names = dict.fromkeys(state, "model-00001-of-00002.safetensors")
     names["model.norm.weight"] = "model-00002-of-00002.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     refused(folder, "model.norm.weight", "too")
@@ -352,3 +352,22 @@ def test_no_pickle_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch, "load", fail)
     monkeypatch.setattr(builtins, "eval", fail)
     load_model(folder)
+
+
+def test_two_processes_make_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one finishes between our writing and our renaming."""
+    folder = tmp_path / "m"
+    real, calls = os.replace, 0
+
+    def replace_late(source: Any, destination: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            shutil.copytree(source, folder)
+        real(source, destination)
+
+    monkeypatch.setattr(os, "replace", replace_late)
+    save_model(make(), CONFIG, folder)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert torch.equal(load_model(folder).model.norm.weight, make().model.norm.weight)

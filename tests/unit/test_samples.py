@@ -77,7 +77,7 @@ def test_prediction_rows_need_no_answer() -> None:
     ]
     for row in rows:
         assert sample_from_row(row, "f:1", needs_target=False).target is None
-        with pytest.raises(DataError, match="^f:1: "):
+        with pytest.raises(DataError, match=r"^f:1: "):
             sample_from_row(row, "f:1")
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -93,19 +92,16 @@ def test_exactly_the_answer_and_eos_is_learned(row: dict[str, object], text: str
     assert example.label_count == len(target)
 
 
-def test_labels_are_the_next_token_and_batches_keep_rows_apart(tokenizer: Tokenizer) -> None:
+def test_a_batch_holds_the_rows_end_to_end(tokenizer: Tokenizer) -> None:
     examples, _ = encode_all([sample_from_row(row, "f:1") for row, _ in ROWS], tokenizer, 512, 64)
     batch = pack(examples)
-    assert batch.lengths == tuple(example.length for example in examples)
+    assert batch.parts == tuple((example.length,) for example in examples)
     assert batch.label_tokens == sum(example.label_count for example in examples)
-    assert batch.input_ids.shape == batch.labels.shape == batch.positions.shape == (1, sum(batch.lengths))
-    start = 0
-    for example in examples:
-        end = start + example.length
-        assert batch.positions[0, start:end].tolist() == list(range(example.length))
-        assert int(batch.labels[0, end - 1]) == IGNORE, "the last token of a row never predicts the next row"
-        start = end
-    assert batch.to(torch.device("cpu")) is batch
+    assert (batch.rows, batch.row_tokens) == (len(examples), sum(example.length for example in examples))
+    assert batch.input_ids[0].tolist() == [token for example in examples for token in example.input_ids]
+    assert batch.labels[0].tolist() == [label for example in examples for label in example.labels]
+    ends = [sum(example.length for example in examples[: i + 1]) - 1 for i in range(len(examples))]
+    assert batch.labels[0, ends].tolist() == [IGNORE] * len(examples), "no row predicts the next one's first token"
 
 
 def test_every_assistant_turn_of_a_conversation_is_learned(tokenizer: Tokenizer) -> None:

@@ -98,6 +98,7 @@ def make_trainer(
     loss_scale: float = 2.0**15,
     seed: int = 1,
     model: LlamaForCausalLM | None = None,
+    share: bool = False,
 ) -> Trainer:
     precision = Precision(dtype, level, CPU, loss_scale)
     model = model or make_model(dtype=precision.parameter_dtype)
@@ -119,6 +120,7 @@ def make_trainer(
         run_folder=folder,
         device=CPU,
         callbacks=list(callbacks),
+        share_prefixes=share,
     )
 
 
@@ -150,6 +152,30 @@ def test_four_by_one_equals_one_by_four(tmp_path: Path) -> None:
             assert float((parameter - weights[name]).detach().abs().max()) <= 1e-6, name
 
 
+@pytest.mark.parametrize("lora", [None, LoRAConfig(rank=2)])
+def test_shared_beginnings_change_nothing_but_rounding(lora: LoRAConfig | None, tmp_path: Path) -> None:
+    """Questions on the same passages: their beginning is computed once, losses and weights are those of separate rows."""
+    generator = torch.Generator().manual_seed(2)
+    passages = [torch.randint(3, VOCAB, (20 + 3 * i,), generator=generator).tolist() for i in range(2)]
+    rows = []
+    for i in range(9):
+        own = torch.randint(3, VOCAB, (4 + i % 3,), generator=generator).tolist()
+        ids = [*passages[i % 2], *own]
+        asked = len(passages[i % 2]) + 2
+        rows.append(Example(ids, [IGNORE] * (asked - 1) + ids[asked:] + [IGNORE]))
+    runs = []
+    for share in (False, True):
+        records = Records()
+        trainer = make_trainer(tmp_path, records, rows=rows, micro=4, steps=6, share=share, lora=lora)
+        trainer.train()
+        runs.append((records.records, trainer))
+    assert [r.loss for r in runs[0][0]] == pytest.approx([r.loss for r in runs[1][0]], abs=1e-5)
+    assert [r.label_tokens for r in runs[0][0]] == [r.label_tokens for r in runs[1][0]]
+    other = dict(runs[1][1].model.named_parameters())
+    for name, parameter in runs[0][1].model.named_parameters():
+        assert float((parameter - other[name]).detach().abs().max()) <= 2e-5, name
+
+
 def test_loss_is_the_mean_over_the_labels_of_the_whole_step(tmp_path: Path) -> None:
     """Micro-batches with very different numbers of labels: a mean of means would be wrong."""
     rows = [Example([5, 6, 7], [IGNORE, 7, IGNORE]), Example(list(range(3, 30)), [*range(4, 30), IGNORE])]
@@ -169,6 +195,7 @@ RESUMED: dict[str, dict[str, Any]] = {
     "bf16 O2": {"dtype": torch.bfloat16, "level": "O2"},
     "bf16 O1": {"dtype": torch.bfloat16, "level": "O1"},
     "fp16 O2": {"dtype": torch.float16, "level": "O2", "loss_scale": 1024.0},
+    "shared beginnings": {"share": True, "lora": LoRAConfig(rank=2, dropout=0.2)},
     "LoRA on bf16": {"dtype": torch.bfloat16, "level": "O2", "lora": LoRAConfig(rank=2, dropout=0.1)},
 }
 

@@ -105,7 +105,7 @@ def sample_from_row(row: Any, where: str, *, needs_target: bool = True) -> Sampl
     if "messages" in row:
         return _conversation(row["messages"], where, needs_target=needs_target)
     if "context" in row:
-        answer = _squad_answer(row, where)
+        answer = _squad_answers(row, where)[0]
         target = f"question: {_first(row, 'question', where)}" if needs_target or "question" in row else None
         return Sample(f"answer: {answer} context: ", _first(row, "context", where), "", target, ends_prompt=True)
     if "instruction" in row:
@@ -124,11 +124,13 @@ def sample_from_row(row: Any, where: str, *, needs_target: bool = True) -> Sampl
     )
 
 
-def _squad_answer(row: Mapping[str, Any], where: str) -> str:
+def _squad_answers(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """Every answer of a row: a string, a list of strings, or the Hub's {"text": [...], "answer_start": [...]}."""
     answers = row.get("answers", row.get("answer"))
-    if isinstance(answers, dict):  # the Hub's SQuAD keeps {"text": [...], "answer_start": [...]}
+    if isinstance(answers, dict):
         answers = answers.get("text")
-    return _first({"answers": answers}, "answers", where)
+    first = _first({"answers": answers}, "answers", where)
+    return tuple(answer for answer in answers if isinstance(answer, str)) if isinstance(answers, list) else (first,)
 
 
 def _conversation(messages: Any, where: str, *, needs_target: bool) -> Sample:
@@ -205,7 +207,7 @@ def question_from_row(row: Any, where: str) -> Question:
         title=str(row.get("title", "")),
         context=_first(row, "context", where),
         question=_first(row, "question", where),
-        answers=(_squad_answer(row, where),),
+        answers=_squad_answers(row, where),
     )
 
 

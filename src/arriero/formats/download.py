@@ -109,7 +109,7 @@ def _fetch_hub(hub_id: str, folder: Path | None, cache: Path | None, revision: s
     from huggingface_hub import constants, errors, snapshot_download
 
     try:
-        # An interrupted file goes on where it stopped; a finished one is not asked for again.
+        # The library takes a cut connection up where it stopped, and does not ask for a finished file again.
         found = Path(
             snapshot_download(
                 hub_id,
@@ -136,7 +136,7 @@ def _fetch_hub(hub_id: str, folder: Path | None, cache: Path | None, revision: s
     except Exception as error:
         # What a failing transfer raises (httpx, httpx2, requests, xet, the file system) differs between versions.
         reason = " ".join(str(error).split())[:200]
-        raise FormatError(f"{hub_id}: the download failed ({reason}); run it again to go on") from error
+        raise FormatError(f"{hub_id}: the download failed ({reason}); run it again, finished files are kept") from error
     if not (found / "config.json").is_file():
         raise FormatError(f"{hub_id}: has no config.json; this is not a model that can be read")
     try:

@@ -7,6 +7,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 an
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import mmap
@@ -116,7 +117,9 @@ class GGUFFile:
 
     def close(self) -> None:
         """Unmap the file. Arrays from `dequantize` are copies and stay valid."""
-        self._map.close()
+        # The traceback of a failed `dequantize` may still hold a view; the map then goes with it.
+        with contextlib.suppress(BufferError):
+            self._map.close()
 
     def dequantize(self, name: str) -> NDArray[np.float32]:
         """One tensor in fp32, in PyTorch's order of dimensions.

@@ -71,9 +71,7 @@ def _publish(staging: Path, folder: Path, replaces: tuple[str, ...]) -> None:
         path.chmod(0o666 & ~mask)
         sync_file(path)
     sync_file(staging)
-    if not folder.exists() or not any(folder.iterdir()):
-        os.replace(staging, folder)
-    else:
+    if not _rename_whole(staging, folder):
         written = {path.name for path in files}
         config = [path for path in files if path.name == "config.json"]
         for path in [path for path in files if path.name != "config.json"] + config:
@@ -84,3 +82,14 @@ def _publish(staging: Path, folder: Path, replaces: tuple[str, ...]) -> None:
                     stale.unlink()
         sync_file(folder)
     sync_file(folder.parent)
+
+
+def _rename_whole(staging: Path, folder: Path) -> bool:
+    """Put the staged folder in the place of one that is absent or empty; False if it holds something."""
+    try:
+        os.replace(staging, folder)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # also when another process was first
+            return False
+        raise
+    return True

