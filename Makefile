@@ -2,7 +2,7 @@
 # constraints.txt are unchanged.
 #
 #   make quickstart              fine-tune a real model on this machine and see it get better
-#   make test                    the tests;   make test-peers   the comparisons with other installed libraries
+#   make test                    the tests;   make test-peers   those that take many minutes
 #   make lint                    style, types, layers
 #   make bench                   speed and memory of training beside the transformers Trainer
 #   make clean                   remove .venv, caches and runs/
@@ -45,10 +45,11 @@ quickstart: $(RUNTIME)
 	@$(BIN)/arriero quickstart $(ARGS)
 
 test: $(DEV)
+	@$(BIN)/arriero download smollm2-135m-instruct
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not peers" -n $(WORKERS) $(ARGS)
 
 test-peers: $(DEV)
-	$(BIN)/python -m pytest -m peers $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m peers $(ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .
