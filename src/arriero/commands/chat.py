@@ -20,21 +20,10 @@ def run(model: ModelOptions, adapter: AdapterPathOptions, generation: Generation
     """Read, answer as the tokens come, repeat."""
     from arriero.engine.generation import Generator
     from arriero.engine.loading import load_for_inference
-    from arriero.engine.sampling import SamplingParams
+    from arriero.engine.sampling import params_from_options
 
     loaded = load_for_inference(model, adapter)
-    params = SamplingParams(
-        max_new_tokens=generation.max_new_tokens,
-        min_new_tokens=generation.min_new_tokens,
-        do_sample=bool(generation.do_sample),
-        temperature=generation.temperature,
-        top_k=generation.top_k,
-        top_p=generation.top_p,
-        min_p=generation.min_p,
-        repetition_penalty=generation.repetition_penalty,
-        stop_strings=tuple(generation.stop),
-        seed=generation.seed,
-    )
+    params = params_from_options(generation)
     generator = Generator(loaded.model, loaded.tokenizer, max_batch_size=1)
     start: list[dict[str, str]] = [{"role": "system", "content": chat.system}] if chat.system else []
 

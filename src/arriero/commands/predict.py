@@ -36,7 +36,7 @@ def run(
     from arriero.data.sft import fit_prompt
     from arriero.engine.generation import Generation, Generator
     from arriero.engine.loading import load_for_inference
-    from arriero.engine.sampling import SamplingParams
+    from arriero.engine.sampling import params_from_options
 
     if predict.merge_tensor_parallel_path:
         raise ConfigError(
@@ -58,17 +58,7 @@ def run(
         cut += shortened
     if cut:
         print(f"{cut} of {len(samples)} prompts were cut to --src_length {predict.src_length}")
-    params = SamplingParams(
-        max_new_tokens=generation.max_new_tokens,
-        min_new_tokens=generation.min_new_tokens,
-        do_sample=bool(generation.do_sample),
-        temperature=generation.temperature,
-        top_k=generation.top_k,
-        top_p=generation.top_p,
-        min_p=generation.min_p,
-        repetition_penalty=generation.repetition_penalty,
-        stop_strings=tuple(generation.stop),
-    )
+    params = params_from_options(generation)
     rows = [
         params if generation.seed is None else replace(params, seed=generation.seed + i) for i in range(len(prompts))
     ]

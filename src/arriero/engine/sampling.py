@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from arriero.config.generation import GenerationOptions
 from arriero.errors import GenerationError
 
 # Top-p needs sorted logits. A nucleus is nearly always within this many, which cost much less than a full sort.
@@ -265,3 +266,19 @@ def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     # right=True: the first index whose sum exceeds the target, which has a probability above zero.
     picked = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
     return picked.clamp(max=scores.shape[-1] - 1)
+
+
+def params_from_options(options: GenerationOptions) -> SamplingParams:
+    """The sampling parameters that a command's generation options ask for."""
+    return SamplingParams(
+        max_new_tokens=options.max_new_tokens,
+        min_new_tokens=options.min_new_tokens,
+        do_sample=bool(options.do_sample),
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        stop_strings=tuple(options.stop),
+        seed=options.seed,
+    )
