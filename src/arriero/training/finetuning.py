@@ -299,7 +299,13 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
         }
         print(f"trained {state.step} steps in {duration(state.seconds)}, {state.tokens:,} tokens")
     if evaluate is not None:
-        results |= {f"eval_{key}": value for key, value in evaluate().items()}
+        # the weights are those of the last evaluation, unless it was earlier or the best ones were loaded since
+        known = (
+            optim.do_train
+            and trainer.metrics_step == trainer.state.step
+            and not options.checkpoint.load_best_model_at_end
+        )
+        results |= trainer.metrics if known else {f"eval_{key}": value for key, value in evaluate().items()}
     save_final(loaded, weights, options, folder, results)
     return results
 

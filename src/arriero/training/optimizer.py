@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,8 +67,9 @@ class Optimizer:
         grads = list(self.gradients().values())
         norms = torch._foreach_norm(grads)
         total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        if max_norm > 0 and bool(torch.isfinite(total)):  # else one bad gradient would spoil all the others
-            torch._foreach_mul_(grads, torch.clamp(max_norm / (total + 1e-6), max=1.0))
+        # not finite: one bad gradient would spoil all the others; small enough: a pass over all gradients for nothing
+        if max_norm > 0 and max_norm < float(total) < math.inf:
+            torch._foreach_mul_(grads, max_norm / (total + 1e-6))
         return total
 
     @torch.no_grad()

@@ -92,7 +92,8 @@ class Trainer:
     share_prefixes: bool = False
     callbacks: list[Callback] = field(default_factory=list)
     state: TrainState = field(default_factory=TrainState)
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation, and the step it was made at
+    metrics_step: int = -1
     should_stop: bool = False
 
     def __post_init__(self) -> None:

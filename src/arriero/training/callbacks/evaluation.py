@@ -26,5 +26,6 @@ class Evaluation(Callback):
         if is_due(trainer, self.strategy, self.every):
             trainer.model.eval()
             trainer.metrics = {f"eval_{key}": value for key, value in self.evaluate().items()}
+            trainer.metrics_step = trainer.state.step
             trainer.model.train()
             trainer.log({"step": trainer.state.step, "epoch": round(trainer.epoch, 4), **trainer.metrics})
