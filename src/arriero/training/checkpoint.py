@@ -7,9 +7,7 @@ It is written under a temporary name, flushed to disk and renamed.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import random
 import re
 import shutil
@@ -24,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from arriero.errors import ArrieroError, FormatError, TrainingError
+from arriero.formats.receipt import sha256_of
+from arriero.formats.staging import sync_file
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
@@ -124,7 +124,7 @@ def save_checkpoint(run_folder: Path, weights: WeightStore, optimizer: dict[str,
         if target.exists():  # the same step of an earlier sitting
             shutil.rmtree(target)
         temporary.rename(target)
-        _flush(run_folder)
+        sync_file(run_folder)
     except (OSError, SafetensorError, ArrieroError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) else str(error)
@@ -142,25 +142,11 @@ def _seal(folder: Path) -> None:
     """Flush every file and write the manifest last."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        _flush(path)
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        sync_file(path)
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
-    _flush(folder / MANIFEST)
-    _flush(folder)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sync_file(folder / MANIFEST)
+    sync_file(folder)
 
 
 def verify(folder: Path) -> None:
@@ -179,7 +165,7 @@ def verify(folder: Path) -> None:
             raise FormatError(f"{folder}: {MANIFEST} has no size and SHA-256 of {name}: the checkpoint is damaged")
         if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
             raise FormatError(f"{path}: listed in {MANIFEST} but missing: use an earlier checkpoint")
-        if path.stat().st_size != entry.get("bytes") or sha256(path) != entry.get("sha256"):
+        if path.stat().st_size != entry.get("bytes") or sha256_of(path) != entry.get("sha256"):
             raise FormatError(
                 f"{path}: differs from {MANIFEST} (size or SHA-256): the checkpoint is damaged, use an earlier one"
             )
