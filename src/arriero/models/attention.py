@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -319,22 +319,26 @@ def _sdpa(
 def _sdpa_by_document(
     query: Tensor, key: Tensor, value: Tensor, info: AttentionInfo, scale: float, sliding_window: int | None
 ) -> Tensor:
-    """One call a document: no work across documents, and no mask unless a window or a cached beginning needs one."""
-    outputs = []
-    # split, not slices: its backward is one concatenation instead of one zero-filled tensor a document.
-    parts = zip(
-        torch.split(query, list(info.lengths), dim=2),
-        torch.split(key, list(info.kv_lengths), dim=2),
-        torch.split(value, list(info.kv_lengths), dim=2),
+    """One call for each run of documents of one length: no work across documents, and no mask unless a window, a shared
+    or a cached beginning needs one."""
+    documents = [(q, k, info.parts(i)) for i, (q, k) in enumerate(zip(info.lengths, info.kv_lengths, strict=True))]
+    runs = [(document, len(list(same))) for document, same in groupby(documents)]
+    # split, not slices: its backward is one concatenation instead of one zero-filled tensor a run.
+    pieces = zip(
+        torch.split(query, [q * count for (q, _, _), count in runs], dim=2),
+        torch.split(key, [k * count for (_, k, _), count in runs], dim=2),
+        torch.split(value, [k * count for (_, k, _), count in runs], dim=2),
         strict=True,
     )
     grouped = query.shape[1] != key.shape[1]
-    for document, (q, k, v) in enumerate(parts):
-        mask = info.document_mask(q.shape[2], k.shape[2], sliding_window, q.device, info.parts(document))
-        causal = mask is None and q.shape[2] > 1
+    outputs = []
+    for ((queries, keys, parts), count), run in zip(runs, pieces, strict=True):
+        q, k, v = (t[0].view(t.shape[1], count, -1, t.shape[3]).transpose(0, 1) for t in run)
+        mask = info.document_mask(queries, keys, sliding_window, query.device, parts)
+        causal = mask is None and queries > 1
         output = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
-        outputs.append(output.transpose(1, 2))
-    return torch.cat(outputs, dim=1).transpose(1, 2)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[None].transpose(1, 2) if len(outputs) > 1 else outputs[0][None].transpose(1, 2)
 
 
 def _varlen(

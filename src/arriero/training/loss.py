@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from arriero.data.sft import IGNORE
 
-CHUNK_ELEMENTS = 1 << 24  # logits held at once: 64 MiB in fp32
+CHUNK_ELEMENTS = 1 << 25  # logits held at once: 128 MiB in fp32, and as much again for their softmax
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class LossSums:
     """Sums over labelled positions; divide by `tokens` for the mean."""
 
     loss: Tensor  # scalar fp32; carries the gradient
-    correct: Tensor  # scalar int64: positions whose most likely token is the label
+    correct: Tensor  # scalar int64: positions whose most likely token is the label; counted only without gradients
     tokens: int
 
 
@@ -42,17 +42,19 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, labe
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, keep)
     targets = labels.index_select(0, keep)
     loss, correct = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        rows, weight, targets, label_smoothing
+        rows, weight, targets, label_smoothing, torch.is_grad_enabled()
     )
     return LossSums(loss, correct, int(targets.numel()))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, weight, targets, smoothing):  # type: ignore[no-untyped-def]
+    def forward(ctx, rows, weight, targets, smoothing, grad_enabled):  # type: ignore[no-untyped-def]
         vocabulary = weight.shape[0]
         chunk = max(1, CHUNK_ELEMENTS // vocabulary)
-        need_rows, need_weight = ctx.needs_input_grad[:2]
+        # needs_input_grad does not know of no_grad
+        need_rows, need_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
+        train = need_rows or need_weight
         # half-precision inputs are multiplied in half precision, everything after the logits is fp32
         compute = (
             torch.get_autocast_dtype(rows.device.type) if torch.is_autocast_enabled(rows.device.type) else weight.dtype
@@ -61,29 +63,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=rows.device)
         correct = torch.zeros((), dtype=torch.int64, device=rows.device)
         grad_rows = torch.empty_like(rows, dtype=torch.float32) if need_rows else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_weight = torch.empty_like(weight, dtype=torch.float32) if need_weight else None
+        if grad_weight is not None and not targets.numel():
+            grad_weight.zero_()
         for start in range(0, targets.numel(), chunk):
             part = rows[start : start + chunk].to(compute)
             target = targets[start : start + chunk].unsqueeze(1)
             logits = F.linear(part, head).float()
-            correct += (logits.argmax(1, keepdim=True) == target).sum()
-            log_sum = logits.logsumexp(1, keepdim=True)
-            loss += (log_sum - (1.0 - smoothing) * logits.gather(1, target)).sum()
+            likeliest = logits.amax(1, keepdim=True)
+            target_logits = logits.gather(1, target)
+            if not train:
+                correct += (logits.argmax(1, keepdim=True) == target).sum()
             if smoothing:
                 loss -= smoothing / vocabulary * logits.sum()
-            if need_rows or need_weight:
-                grad = logits.sub_(log_sum).exp_()  # softmax, in the logits' own memory
+            # log sum exp from the softmax: its greatest entry is exp(likeliest) / sum, and never below 1 / vocabulary
+            probabilities = logits.softmax(1)
+            log_sum = likeliest - probabilities.amax(1, keepdim=True).log_()
+            loss += (log_sum - (1.0 - smoothing) * target_logits).sum()
+            del logits
+            if train:
+                grad = probabilities
                 if smoothing:
                     grad -= smoothing / vocabulary
                 grad.scatter_add_(1, target, torch.full_like(target, smoothing - 1.0, dtype=grad.dtype))
                 low = grad.to(compute)
                 if grad_rows is not None:
                     grad_rows[start : start + chunk] = low @ head
-                if grad_weight is not None:
-                    if compute == torch.float32:
-                        grad_weight.addmm_(low.t(), part)
-                    else:
-                        grad_weight += low.t() @ part
+                if grad_weight is None:
+                    continue
+                if compute == torch.float32:
+                    grad_weight.addmm_(low.t(), part, beta=0.0 if start == 0 else 1.0)  # beta 0: not even read
+                elif start == 0:
+                    grad_weight.copy_(low.t() @ part)
+                else:
+                    grad_weight += low.t() @ part
         ctx.save_for_backward(*(g for g in (grad_rows, grad_weight) if g is not None))
         ctx.needs, ctx.dtypes = (need_rows, need_weight), (rows.dtype, weight.dtype)
         ctx.mark_non_differentiable(correct)
@@ -97,4 +110,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             (saved.pop(0) * grad_loss).to(dtype) if needed else None
             for needed, dtype in zip(ctx.needs, ctx.dtypes, strict=True)
         ]
-        return grads[0], grads[1], None, None
+        return grads[0], grads[1], None, None, None

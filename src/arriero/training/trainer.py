@@ -23,6 +23,7 @@ from arriero.models.llama import LlamaForCausalLM
 from arriero.training.checkpoint import TrainState, WeightStore, load_checkpoint, restore_random_state
 from arriero.training.flops import step_cost
 from arriero.training.loss import LossSums, linear_cross_entropy
+from arriero.training.memory import keep_freed_memory
 from arriero.training.optimizer import Optimizer
 from arriero.training.precision import Precision, first_non_finite
 from arriero.training.schedule import Schedule
@@ -97,6 +98,8 @@ class Trainer:
     should_stop: bool = False
 
     def __post_init__(self) -> None:
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.cost = step_cost(self.model)
         self.state.total_steps = self.total_steps
         self.state.data = self._data_fingerprint()
