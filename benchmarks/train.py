@@ -57,6 +57,7 @@ def run_arriero(model: Path, rows: list[dict[str, list[int]]], arguments: argpar
     from arriero.adapters.lora import LoRAConfig, apply_lora
     from arriero.data.order import StepOrder
     from arriero.data.sft import Example
+    from arriero.data.steps import FinetuningSteps
     from arriero.formats import hf
     from arriero.training.optimizer import Optimizer
     from arriero.training.precision import Precision
@@ -70,8 +71,11 @@ def run_arriero(model: Path, rows: list[dict[str, list[int]]], arguments: argpar
         apply_lora(network, LoRAConfig(rank=8, alpha=16))
     trainer = Trainer(
         model=network,
-        examples=[Example(row["input_ids"], row["labels"]) for row in rows],
-        order=StepOrder(len(rows), arguments.batch, 1, 0, shuffle=False),
+        data=FinetuningSteps(
+            [Example(row["input_ids"], row["labels"]) for row in rows],
+            StepOrder(len(rows), arguments.batch, 1, 0, shuffle=False),
+            share_prefixes=arguments.share_prefixes,
+        ),
         optimizer=Optimizer(network),
         schedule=Schedule("constant", arguments.learning_rate, 0.0, 0, arguments.steps),
         precision=Precision(torch.float32, "O1", torch.device("cpu")),
@@ -79,7 +83,6 @@ def run_arriero(model: Path, rows: list[dict[str, list[int]]], arguments: argpar
         total_steps=arguments.steps,
         run_folder=Path(tempfile.gettempdir()),
         device=torch.device("cpu"),
-        share_prefixes=arguments.share_prefixes,
     )
     network.train()
     records = [trainer.step() for _ in range(arguments.steps)]

@@ -22,6 +22,7 @@ transformers = pytest.importorskip("transformers")
 Result = subprocess.CompletedProcess[str]
 Command = Callable[..., Result]
 
+OPTIMIZER = "optimizer/model-00001-of-00001.safetensors"
 TINY = "__internal_testing__/tiny-random-llama"
 SOURCE = Path(__file__).parents[2] / "src"
 ROWS = [{"src": f"what follows {i} ?", "tgt": str(i + 1)} for i in range(12)]
@@ -168,14 +169,14 @@ def test_a_run_that_is_stopped_and_resumed_is_the_same_run(full: Path, work: Pat
     assert (work / "stopped" / "checkpoint-6" / "model.safetensors").read_bytes() == (
         full / "checkpoint-6" / "model.safetensors"
     ).read_bytes()
-    assert (work / "stopped" / "checkpoint-6" / "optimizer.safetensors").read_bytes() == (
-        full / "checkpoint-6" / "optimizer.safetensors"
+    assert (work / "stopped" / "checkpoint-6" / OPTIMIZER).read_bytes() == (
+        full / "checkpoint-6" / OPTIMIZER
     ).read_bytes()
 
 
 def test_the_configuration_of_a_run_reproduces_it(full: Path, work: Path, cli: Command) -> None:
     cli("finetune", "--config", "full/config.yaml", "--output_dir", "again")
-    for name in ("model.safetensors", "config.json", "checkpoint-3/optimizer.safetensors"):
+    for name in ("model.safetensors", "config.json", f"checkpoint-3/{OPTIMIZER}"):
         assert (work / "again" / name).read_bytes() == (full / name).read_bytes(), name
     one, two = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (full, work / "again"))
     assert one.pop("output_dir") == "full"

@@ -75,7 +75,7 @@ def test_a_run_killed_twenty_times_ends_as_the_uninterrupted_one(tmp_path: Path)
     subprocess.run(command(data, torn), check=True, capture_output=True, timeout=300, env=os.environ)
     for name in (
         "adapter_model.safetensors",
-        "checkpoint-60/optimizer.safetensors",
+        "checkpoint-60/optimizer/model-00001-of-00001.safetensors",
         "checkpoint-60/random.safetensors",
     ):
         assert (torn / name).read_bytes() == (whole / name).read_bytes(), name

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arriero.data.order import StepOrder
+from arriero.data.steps import FinetuningSteps
 from arriero.data.sft import IGNORE, Example
 from arriero.errors import ConfigError
 from arriero.models.config import LlamaConfig
@@ -124,8 +125,8 @@ def test_schedule_floor_and_refusals() -> None:
         Schedule("linear", float("nan"), 0.0, 0, 1)
     with pytest.raises(ConfigError, match="above"):
         Schedule("linear", 1e-5, 1e-4, 0, 1)
-    with pytest.raises(ConfigError, match="polynomial"):
-        Schedule("polynomial", 1.0, 0.0, 0, 1)
+    with pytest.raises(ConfigError, match="triangle"):
+        Schedule("triangle", 1.0, 0.0, 0, 1)
 
 
 SHAPE: dict[str, Any] = {
@@ -179,8 +180,7 @@ def test_whole_loop_equals_an_independent_one(tied: bool, smoothing: float, tmp_
     records = Records()
     trainer = Trainer(
         model=ours,
-        examples=rows(),
-        order=order,
+        data=FinetuningSteps(rows(), order),
         optimizer=Optimizer(ours, betas=(0.9, 0.95), eps=1e-8, weight_decay=DECAY),
         schedule=Schedule("linear", LEARNING_RATE, 0.0, WARMUP, STEPS),
         precision=Precision(torch.float32, "O1", CPU),

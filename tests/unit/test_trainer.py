@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from arriero.adapters.lora import LoRAConfig, apply_lora
-from arriero.data.batch import pack
+from arriero.data.batch import pack, packed_batches
 from arriero.data.order import StepOrder
 from arriero.data.sft import IGNORE, Example
+from arriero.data.steps import FinetuningSteps
 from arriero.errors import ArrieroError, FormatError, TrainingError
 from arriero.formats import safe_tensors
 from arriero.models.config import LlamaConfig
@@ -26,11 +27,11 @@ from arriero.training import checkpoint as checkpoint_module
 from arriero.training.callbacks.checkpointing import Checkpointing
 from arriero.training.callbacks.evaluation import Evaluation
 from arriero.training.callbacks.records import JsonLines, read_log
-from arriero.training.checkpoint import TrainState, list_checkpoints, save_checkpoint, verify
+from arriero.training.checkpoint import TrainState, list_checkpoints, take_snapshot, verify, write_checkpoint
 from arriero.training.evaluation import evaluate_loss
-from arriero.training.finetuning import newest_checkpoint
 from arriero.training.optimizer import Optimizer
 from arriero.training.precision import Precision
+from arriero.training.run_folder import newest_checkpoint
 from arriero.training.schedule import Schedule
 from arriero.training.trainer import Callback, StepRecord, Trainer, batch_loss
 from arriero.training.weights import AdapterWeights, FullWeights
@@ -110,8 +111,7 @@ def make_trainer(
     examples = rows or make_rows()
     return Trainer(
         model=model,
-        examples=examples,
-        order=StepOrder(len(examples), micro, accumulation, seed),
+        data=FinetuningSteps(examples, StepOrder(len(examples), micro, accumulation, seed), share_prefixes=share),
         optimizer=Optimizer(model, weight_decay=0.01),
         schedule=Schedule("cosine", rate, 0.0, 2, steps),
         precision=precision,
@@ -120,7 +120,6 @@ def make_trainer(
         run_folder=folder,
         device=CPU,
         callbacks=list(callbacks),
-        share_prefixes=share,
     )
 
 
@@ -206,7 +205,7 @@ def test_ten_steps_are_five_and_five_to_the_bit(options: dict[str, Any], tmp_pat
     straight = make_trainer(tmp_path / "a", straight_records, **options)
     straight.train()
     # 11 rows in steps of 4 (or 3): step 5 is inside an epoch
-    assert 5 % straight.order.steps_per_epoch != 0
+    assert 5 % straight.data.steps_per_epoch != 0
     first = make_trainer(tmp_path / "b", Records(stop=5), Checkpointing("steps", 5), **options)
     first.train()
     assert first.state.step == 5
@@ -234,7 +233,7 @@ def test_resume_before_the_first_real_step(tmp_path: Path) -> None:
 def test_resume_refuses_other_data(tmp_path: Path) -> None:
     make_trainer(tmp_path, Records(stop=1), Checkpointing("steps", 1)).train()
     for changes in ({"rows": make_rows(9)}, {"micro": 1}, {"seed": 2}):
-        with pytest.raises(TrainingError, match="same data, batch and seed"):
+        with pytest.raises(TrainingError, match="same data, batch, seed"):
             make_trainer(tmp_path, **changes).resume(tmp_path / "checkpoint-1")
     with pytest.raises(FormatError, match="master is missing"):
         make_trainer(tmp_path, dtype=torch.bfloat16, level="O2").resume(tmp_path / "checkpoint-1")
@@ -436,7 +435,9 @@ def test_a_partial_folder_of_a_killed_process_is_no_checkpoint(tmp_path: Path) -
     shutil.copytree(tmp_path / "checkpoint-1", tmp_path / ".checkpoint-2.partial")
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-1"]
     trainer.state.step = 2
-    save_checkpoint(tmp_path, trainer.weights, trainer.optimizer.state(), trainer.state)
+    write_checkpoint(
+        tmp_path, take_snapshot(trainer.weights, trainer.optimizer.state(), trainer.state, copy=False)
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
 
 
@@ -493,7 +494,9 @@ def test_evaluation_equals_a_loop_over_single_rows() -> None:
                     count += 1
     model.train()
     for size in (1, 3, 100):
-        metrics = evaluate_loss(model, rows, Precision(torch.float32, "O1", CPU), size)
+        metrics = evaluate_loss(
+            model, packed_batches(rows, size, share_prefixes=True), Precision(torch.float32, "O1", CPU)
+        )
         assert metrics["loss"] == pytest.approx(total / count, abs=1e-5)
         assert metrics["ppl"] == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-5)
         assert metrics["accuracy"] == pytest.approx(right / count)

@@ -15,6 +15,8 @@ HELP = (
     "Score a model, or a model with its adapter: loss, perplexity and token accuracy; exact match and F1 for squad_qa."
 )
 
+SQUAD_ANSWER_TOKENS = 32  # an extracted span is short
+
 OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, DataOptions, EvaluateOptions)
 
 
@@ -22,6 +24,7 @@ def run(model: ModelOptions, adapter: AdapterPathOptions, data: DataOptions, eva
     """Print the scores, and write them with the answers where --output_dir says."""
     from tqdm import tqdm
 
+    from arriero.data.batch import packed_batches
     from arriero.data.sft import encode_all
     from arriero.data.sources import load_samples
     from arriero.engine.loading import load_for_inference
@@ -38,17 +41,18 @@ def run(model: ModelOptions, adapter: AdapterPathOptions, data: DataOptions, eva
     examples, report = encode_all(samples, loaded.tokenizer, data.src_length, data.tgt_length)
     print(f"dev: {report}")
     with tqdm(total=len(samples), unit="row", desc="loss", leave=False) as bar:
-        metrics = evaluate_loss(loaded.model, examples, precision, evaluation.per_device_eval_batch_size, bar.update)
+        share = not loaded.model.model.rotary.is_dynamic
+        batches = packed_batches(examples, evaluation.per_device_eval_batch_size, share_prefixes=share)
+        metrics = evaluate_loss(loaded.model, batches, precision, bar.update)
     answers = []
+    default_length = SQUAD_ANSWER_TOKENS if data.task_name == "squad_qa" else data.tgt_length
     if data.eval_with_do_generation or data.task_name == "squad_qa":
         with tqdm(total=len(samples), unit="row", desc="answers", leave=False) as bar:
             answers = generate_answers(
                 loaded,
                 samples,
                 src_length=data.src_length,
-                params=SamplingParams(
-                    max_new_tokens=min(data.tgt_length, 32) if data.task_name == "squad_qa" else data.tgt_length
-                ),
+                params=SamplingParams(max_new_tokens=evaluation.max_new_tokens or default_length),
                 on_done=bar.update,
             )
         metrics |= score(answers)

@@ -1,45 +1,152 @@
-"""`arriero plan`: memory, time and layout of a run, before it."""
+"""`arriero plan`: memory, work and time of a training run, before it, from the model's configuration alone."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from arriero.commands.unavailable import not_available
-from arriero.config.model import ModelOptions
-from arriero.config.option import OptionGroup, option
+from arriero.config.adapter import AdapterOptions
+from arriero.config.logging import LoggingOptions
 from arriero.config.parallel import ParallelOptions
+from arriero.config.planning import (
+    PlanCheckpointOptions,
+    PlanCorpusOptions,
+    PlanModelOptions,
+    PlanOptimizationOptions,
+    PlanOptions,
+)
 from arriero.config.precision import PrecisionOptions
 
-HELP = "Tell what a training run would need, and what fits into given memory."
+if TYPE_CHECKING:
+    from arriero.training.planning.setup import TrainingSetup
 
-
-@dataclass(kw_only=True)
-class PlanOptions(OptionGroup):
-    """Planning."""
-
-    per_device_train_batch_size: int = option(1, "rows of one micro-batch on each device", minimum=1)
-    gradient_accumulation_steps: int = option(1, "micro-batches of one optimizer step", minimum=1)
-    max_seq_length: int = option(2048, "tokens of one row", minimum=1)
-    num_tokens: float | None = option(None, "tokens of the whole run, for its time", above=0.0)
-    memory: str | None = option(None, "memory of one device, e.g. 80GB (default: that of this machine)")
-    flops: float | None = option(
-        None, "floating-point operations a second of one device (default: measured)", above=0.0
-    )
-
+HELP = (
+    "Tell what a training run would need and what fits. Takes every option of pretrain, so that a run's file can be planned "
+    "as it is (--config run.yaml); those that change neither memory nor time have no effect."
+)
 
 OPTIONS: tuple[type, ...] = (
-    ModelOptions,
     PlanOptions,
+    PlanModelOptions,
+    PlanCorpusOptions,
+    PlanOptimizationOptions,
     PrecisionOptions,
+    AdapterOptions,
     ParallelOptions,
+    PlanCheckpointOptions,
+    LoggingOptions,
 )
 
 
 def run(
-    model: ModelOptions,
     plan: PlanOptions,
+    model: PlanModelOptions,
+    corpus: PlanCorpusOptions,
+    optimization: PlanOptimizationOptions,
+    precision: PrecisionOptions,
+    adapter: AdapterOptions,
+    parallel: ParallelOptions,
+    checkpoint: PlanCheckpointOptions,
+    logging: LoggingOptions,
+) -> int:
+    """Print the plan; a run that does not fit is an error that says what helps."""
+    _refuse(adapter, parallel, plan)
+    from arriero.errors import ConfigError, FormatError
+    from arriero.formats.download import model_config
+    from arriero.formats.safe_tensors import parse_size
+    from arriero.training.planning.machine import DEFAULT_UTILIZATION, find_machine
+    from arriero.training.planning.report import as_dictionary, as_text, make_plan, too_much
+    from arriero.training.planning.setup import model_facts
+
+    try:
+        memory = parse_size(plan.memory) if plan.memory is not None else None
+    except FormatError as error:
+        raise ConfigError(f"--memory: {error}") from error
+    name = model.config_name or model.model_name_or_path
+    config = model_config(name, Path(model.cache_dir).expanduser() if model.cache_dir else None)
+    setup = _setup(plan, model, corpus, optimization, precision, parallel)
+    targets = adapter.lora_target_modules if adapter.lora else []
+    facts = model_facts(config, lora_rank=adapter.lora_rank if adapter.lora else 0, lora_targets=targets)
+    machine = find_machine(setup.device, setup.compute_dtype, gpu=plan.gpu, memory=memory, flops=plan.flops)
+    tokens = plan.num_tokens
+    if tokens is None and optimization.max_steps > 0:
+        tokens = float(optimization.max_steps * setup.tokens * setup.accumulation * setup.devices)
+    made = make_plan(name, facts, setup, machine, plan.mfu or DEFAULT_UTILIZATION[setup.device], tokens)
+    text = json.dumps(as_dictionary(made), indent=1) + "\n"
+    print(text if plan.json else as_text(made), end="")
+    if plan.output_file is not None:
+        _write(Path(plan.output_file).expanduser(), text)
+    if not made.fits:
+        raise ConfigError(too_much(made))
+    return 0
+
+
+def _refuse(adapter: AdapterOptions, parallel: ParallelOptions, plan: PlanOptions) -> None:
+    """What is not planned in this version."""
+    from arriero.errors import ConfigError
+
+    for name in ("tensor_parallel_degree", "pipeline_parallel_degree"):
+        if getattr(parallel, name) > 1:
+            raise ConfigError(
+                f"--{name} {getattr(parallel, name)} is not planned for in this version: --num_devices and --sharding are"
+            )
+    if "offload" in parallel.sharding:
+        raise ConfigError("--sharding offload is not planned for in this version: drop the word offload")
+    for name in ("sharding_parallel_degree", "data_parallel_degree"):
+        degree = getattr(parallel, name)
+        if degree > 1 and (degree != plan.num_devices or (name.startswith("data") and parallel.sharding)):
+            raise ConfigError(
+                f"--{name} {degree} is not planned for with --num_devices {plan.num_devices}: in this version the model's "
+                "state is shared by all devices or by none; leave it out"
+            )
+    if adapter.prefix_tuning:
+        raise ConfigError("--prefix_tuning is not planned for in this version: --lora is")
+
+
+def _setup(
+    plan: PlanOptions,
+    model: PlanModelOptions,
+    corpus: PlanCorpusOptions,
+    optimization: PlanOptimizationOptions,
     precision: PrecisionOptions,
     parallel: ParallelOptions,
-) -> int:
-    """Answer that this comes in a later version."""
-    raise not_available("plan", "the log line of arriero finetune tells its memory and speed")
+) -> TrainingSetup:
+    from arriero.training.planning.setup import TrainingSetup
+
+    if plan.gpu is not None:
+        device = "cuda"
+    elif model.device == "auto":
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    else:
+        device = model.device
+    half = precision.compute_dtype != "float32"
+    weight = precision.weight_dtype if model.dtype == "auto" else model.dtype
+    return TrainingSetup(
+        batch=optimization.per_device_train_batch_size,
+        sequence=corpus.max_seq_length,
+        accumulation=optimization.gradient_accumulation_steps,
+        # without --bf16 or --fp16 nothing is cast: products are in the weights' own type
+        compute_dtype=precision.compute_dtype if half else weight,
+        weight_dtype=weight,
+        recompute=precision.recompute_granularity if precision.recompute else "none",  # type: ignore[arg-type]
+        optimizer=optimization.optim,
+        device="cpu" if device == "cpu" else "cuda",
+        devices=plan.num_devices,
+        sharding=parallel.sharding_stage if plan.num_devices > 1 else 0,
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    from arriero.errors import ConfigError
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ConfigError(f"--output_file {path}: cannot be written ({error.strerror})") from error

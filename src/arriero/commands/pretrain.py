@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from arriero.commands.unavailable import not_available
 from arriero.config.checkpoint import CheckpointOptions
 from arriero.config.logging import LoggingOptions
 from arriero.config.parallel import ParallelOptions
@@ -10,7 +9,6 @@ from arriero.config.precision import PrecisionOptions
 from arriero.config.pretraining import CorpusOptions, PretrainModelOptions, PretrainOptimizationOptions
 
 HELP = "Train a model on a token corpus, from random weights or from those of a model."
-
 
 OPTIONS: tuple[type, ...] = (
     PretrainModelOptions,
@@ -32,5 +30,18 @@ def run(
     checkpoint: CheckpointOptions,
     logging: LoggingOptions,
 ) -> int:
-    """Answer that this comes in a later version."""
-    raise not_available("pretrain", "arriero finetune trains on rows of prompts and answers")
+    """Pre-train."""
+    from arriero.training.pretraining import PretrainOptions, pretrain
+
+    pretrain(
+        PretrainOptions(
+            model=model,
+            corpus=corpus,
+            optimization=optimization,
+            precision=precision,
+            parallel=parallel,
+            checkpoint=checkpoint,
+            logging=logging,
+        )
+    )
+    return 0

@@ -33,8 +33,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "launch": ("arriero.commands.launch", "start a verb on several processes"),
     "completion": ("arriero.commands.completion", "print a completion script for bash, zsh or fish"),
 }
-LATER = frozenset({"preprocess", "plan", "pretrain", "quantize", "export", "infer", "serve", "bench"})
-ONE_PROCESS = frozenset({"quickstart", "download", "convert", "finetune", "evaluate", "predict", "merge", "chat"})
+LATER = frozenset({"quantize", "export", "infer", "serve", "bench"})
+ONE_PROCESS = frozenset(
+    {"quickstart", "download", "convert", "preprocess", "pretrain", "finetune", "evaluate", "predict", "merge", "chat"}
+)
 
 
 @dataclass(frozen=True)

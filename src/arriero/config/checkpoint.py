@@ -34,6 +34,11 @@ class CheckpointOptions(OptionGroup):
     save_total_limit: int | None = option(
         None, "keep only the newest N checkpoints (the best one is always kept)", minimum=1
     )
+    async_save: bool = option(
+        False,
+        "write checkpoints in the background while training goes on; costs a copy of weights and optimizer in host memory",
+        aliases=("use_async_save",),
+    )
     evaluation_strategy: str | None = option(
         None,
         "when to evaluate during training (default: with --do_eval, at each checkpoint)",

@@ -12,11 +12,14 @@ from arriero.config.adapter import AdapterOptions
 from arriero.config.checkpoint import CheckpointOptions
 from arriero.config.data import DataOptions
 from arriero.config.generation import GenerationOptions
+from arriero.config.logging import LoggingOptions
 from arriero.config.model import ModelOptions
 from arriero.config.optimization import OptimizationOptions
 from arriero.config.option import specs_of
 from arriero.config.parallel import ParallelOptions
+from arriero.config.planning import PlanOptions
 from arriero.config.precision import PrecisionOptions
+from arriero.config.pretraining import CorpusOptions
 from arriero.config.quantization import QuantizationOptions
 from arriero.errors import ConfigError
 
@@ -100,10 +103,26 @@ def _schedule(groups: Sequence[Any], given: frozenset[str], warnings: list[str])
         idle = ["min_learning_rate", "decay_steps"] + (
             ["warmup_steps", "warmup_ratio"] if schedule == "constant" else []
         )
-        for name in idle:
-            if _changed(optimization, name, given):
-                instead = " (constant_with_warmup has a warm-up)" if name.startswith("warmup") else ""
-                warnings.append(f"--{name} has no effect with --lr_scheduler_type {schedule}{instead}")
+    else:
+        idle = ["decay_steps"] if schedule == "inverse_sqrt" else []
+    idle += [] if schedule == "wsd" else ["wsd_decay_ratio", "wsd_decay_shape"]
+    idle += [] if schedule == "polynomial" else ["lr_power"]
+    for name in idle:
+        if _changed(optimization, name, given):
+            instead = " (constant_with_warmup has a warm-up)" if name.startswith("warmup") else ""
+            warnings.append(f"--{name} has no effect with --lr_scheduler_type {schedule}{instead}")
+    if optimization.optim != "muon" and _changed(optimization, "muon_momentum", given):
+        warnings.append(f"--muon_momentum has no effect with --optim {optimization.optim}")
+
+
+def _watching(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
+    checkpoint, logging = find(groups, CheckpointOptions), find(groups, LoggingOptions)
+    if logging is None:
+        return
+    if checkpoint is not None and checkpoint.evaluation_strategy == "no" and _changed(logging, "sample_prompts", given):
+        warnings.append("--sample_prompts has no effect with --evaluation_strategy no: it is done when evaluating")
+    if not {"wandb", "trackio"} & set(logging.report_to) and _changed(logging, "project", given):
+        warnings.append(f"--project has no effect with --report_to {','.join(logging.report_to)}")
 
 
 def _precision(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
@@ -155,23 +174,22 @@ def _sampling(groups: Sequence[Any], given: frozenset[str], warnings: list[str])
 
 def _one_process(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
     """Options of training that do nothing in one process, or not yet."""
-    model, data, parallel = find(groups, ModelOptions), find(groups, DataOptions), find(groups, ParallelOptions)
-    if parallel is None:
+    data = find(groups, DataOptions) or find(groups, CorpusOptions)
+    parallel = find(groups, ParallelOptions)
+    if parallel is None or find(groups, PlanOptions) is not None:  # a plan may be of other machines
         return
     for name in ("sharding", "data_parallel_degree"):
         if _changed(parallel, name, given):
             warnings.append(f"--{name} has no effect: training runs in one process in this version")
     if data is not None and _changed(data, "dataloader_num_workers", given):
         warnings.append("--dataloader_num_workers has no effect: batches are made in the main process")
-    for name in ("use_flash_attention", "use_fused_rms_norm"):
-        if model is not None and _changed(model, name, given):
-            warnings.append(f"--{name} no has no effect: torch chooses the kernel in this version")
 
 
 _RULES: tuple[Callable[[Sequence[Any], frozenset[str], list[str]], None], ...] = (
     _without_effect,
     _evaluation,
     _schedule,
+    _watching,
     _precision,
     _quantization,
     _pipeline,

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from arriero.config.option import OptionGroup, option
 from arriero.errors import ConfigError
 
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "wsd")
+DECAY_SHAPES = ("1-sqrt", "linear", "cosine")
+# Other names of the same: transformers' for the schedule and AdamW.
+_SYNONYMS = {"warmup_stable_decay": "wsd", "adamw_torch": "adamw", "adamw_torch_fused": "adamw"}
 
 
 @dataclass(kw_only=True)
@@ -24,24 +27,35 @@ class OptimizationOptions(OptionGroup):
     learning_rate: float = option(5e-5, "peak learning rate", minimum=0.0)
     min_learning_rate: float = option(
         0.0,
-        "the learning rate never falls below this after warm-up (linear and cosine)",
+        "the learning rate never falls below this after warm-up",
         aliases=("lr_end",),
         minimum=0.0,
     )
-    lr_scheduler_type: str = option("linear", "shape of the learning rate after warm-up", SCHEDULES)
+    lr_scheduler_type: str = option(
+        "linear",
+        "shape of the learning rate after warm-up; wsd: constant, then a decay at the end",
+        (*SCHEDULES, "warmup_stable_decay"),
+    )
     warmup_steps: int = option(0, "steps in which the learning rate rises from 0; wins over --warmup_ratio", minimum=0)
     warmup_ratio: float = option(0.0, "the same as a share of all steps", minimum=0.0, maximum=1.0)
     decay_steps: int | None = option(
         None, "step at which the learning rate reaches its floor (default: the last step)", minimum=1
     )
+    wsd_decay_ratio: float = option(
+        0.2, "length of the decay of wsd, as a share of --decay_steps", above=0.0, maximum=1.0
+    )
+    wsd_decay_shape: str = option("1-sqrt", "shape of the decay of wsd", DECAY_SHAPES)
+    lr_power: float = option(1.0, "exponent of the polynomial schedule", above=0.0)
     num_train_epochs: float = option(3.0, "passes over the data; a fraction stops within one", above=0.0)
     max_steps: int = option(-1, "optimizer steps; if positive, it wins over --num_train_epochs", minimum=-1)
     optim: str = option(
         "adamw",
-        "the optimizer (the three names mean the same fused AdamW)",
-        ("adamw", "adamw_torch", "adamw_torch_fused"),
+        "the optimizer: fused AdamW (adamw_torch and adamw_torch_fused mean the same), AdamW with 8-bit moments, or Muon on "
+        "the matrices of the layers and AdamW on the rest",
+        ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "muon"),
     )
-    weight_decay: float = option(0.0, "decoupled weight decay of AdamW; norms and biases are left out", minimum=0.0)
+    muon_momentum: float = option(0.95, "Nesterov momentum of Muon", minimum=0.0, below=1.0)
+    weight_decay: float = option(0.0, "decoupled weight decay; norms and biases are left out", minimum=0.0)
     adam_beta1: float = option(0.9, "beta1 of AdamW", minimum=0.0, below=1.0)
     adam_beta2: float = option(0.999, "beta2 of AdamW", minimum=0.0, below=1.0)
     adam_epsilon: float = option(1e-8, "epsilon of AdamW", above=0.0)
@@ -57,8 +71,8 @@ class OptimizationOptions(OptionGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.optim.startswith("adamw_torch"):
-            self.optim = "adamw"
+        self.optim = _SYNONYMS.get(self.optim, self.optim)
+        self.lr_scheduler_type = _SYNONYMS.get(self.lr_scheduler_type, self.lr_scheduler_type)
         if self.max_steps == 0:
             raise ConfigError("--max_steps is 0: give a positive number, or -1 to train for --num_train_epochs")
         if self.min_learning_rate > self.learning_rate:
@@ -75,4 +89,9 @@ class OptimizationOptions(OptionGroup):
             raise ConfigError(
                 f"--warmup_steps {self.warmup_steps} is longer than the run, --max_steps {self.max_steps}: "
                 f"lower the first or raise the second"
+            )
+        if self.lr_scheduler_type == "wsd" and self.warmup_steps == 0 and self.warmup_ratio + self.wsd_decay_ratio > 1:
+            raise ConfigError(
+                f"--warmup_ratio {self.warmup_ratio:g} and --wsd_decay_ratio {self.wsd_decay_ratio:g} are more than the "
+                "whole run together: lower one of them"
             )

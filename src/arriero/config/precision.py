@@ -33,6 +33,8 @@ class PrecisionOptions(OptionGroup):
         only_with="recompute",
     )
 
+    torch_compile: bool = option(False, "compile each layer (torch.compile); the first step then takes a minute or so")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.fp16 and self.bf16:

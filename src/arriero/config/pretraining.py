@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from arriero.config.model import ModelOptions
@@ -9,6 +10,7 @@ from arriero.config.optimization import SCHEDULES, OptimizationOptions
 from arriero.config.option import REQUIRED, OptionGroup, option
 from arriero.errors import ConfigError
 
+MAX_SKIPPED = 1_000_000
 TINY_MODEL = "__internal_testing__/tiny-random-llama"
 
 
@@ -32,9 +34,10 @@ class PretrainOptimizationOptions(OptimizationOptions):
         1e-5, "the learning rate never falls below this after warm-up", aliases=("lr_end",), minimum=0.0
     )
     lr_scheduler_type: str = option(
-        "cosine", "shape of the learning rate after warm-up", (*SCHEDULES, "wsd", "inverse_sqrt")
+        "cosine",
+        "shape of the learning rate after warm-up; wsd: constant, then a decay at the end",
+        (*SCHEDULES, "warmup_stable_decay"),
     )
-    optim: str = option("adamw", "the optimizer", ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "muon"))
 
 
 @dataclass(kw_only=True)
@@ -52,13 +55,38 @@ class CorpusOptions(OptionGroup):
     reset_attention_mask: bool = option(False, "tokens do not attend across document boundaries")
     best_fit_packing: bool = option(False, "fill samples with whole documents where they fit")
     dataloader_num_workers: int = option(0, "processes that prepare batches; 0: the main process", minimum=0)
+    document_order: str = option(
+        "file",
+        "file: documents follow one another as in the file and samples are shuffled (the seed); shuffled: both are",
+        ("file", "shuffled"),
+    )
+    eval_iters: int = option(
+        10, "batches of the validation part that an evaluation takes, always the same; 0: all of it", minimum=0
+    )
+    do_predict: bool | None = option(
+        None, "score the test part at the end (default: with --do_eval, if --split leaves it documents)"
+    )
+    test_iters: int = option(100, "batches of the test part that are scored at the end; 0: all of it", minimum=0)
     skip_data_intervals: list[str] = option([], "ranges of steps whose data is left out, e.g. 100-120")
-    sample_prompts: str | None = option(None, "file of prompts that are continued at every evaluation")
-    torch_compile: bool = option(False, "compile each layer")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.split_parts()
+        self.skipped_steps()
+
+    def skipped_steps(self) -> frozenset[int]:
+        """The steps of `skip_data_intervals`, counted from 0 (the option counts from 1, both ends included)."""
+        steps: set[int] = set()
+        for interval in self.skip_data_intervals:
+            match = re.fullmatch(r"\s*(\d{1,12})\s*(?:-\s*(\d{1,12})\s*)?", interval)
+            first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+            if not 1 <= first <= last or last - first > MAX_SKIPPED:
+                raise ConfigError(
+                    f"--skip_data_intervals has {interval!r}: give ranges of at most {MAX_SKIPPED:,} steps counted from 1, "
+                    "e.g. 100-120"
+                )
+            steps.update(range(first - 1, last))
+        return frozenset(steps)
 
     def split_parts(self) -> tuple[float, float, float]:
         """The shares of training, validation and test, summing to 1 (missing ones are 0)."""

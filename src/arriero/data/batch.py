@@ -1,4 +1,4 @@
-"""Rows as one tensor without padding: every row is a document of one packed sequence.
+"""Rows as one tensor without padding: rows of one length as a matrix, others as documents of one packed sequence.
 
 Rows that begin alike (questions about one passage) can share their beginning: it stands once, its continuations after it.
 The loss and its gradient are those of the separate rows; the beginning is computed once instead of once a row.
@@ -6,13 +6,14 @@ The loss and its gradient are those of the separate rows; the beginning is compu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from arriero.data.sft import IGNORE, Example
+from arriero.models.attention import AttentionInfo
 
 # below this many tokens in common, a mask costs more than it saves
 MIN_SHARED_TOKENS = 16
@@ -20,11 +21,11 @@ MIN_SHARED_TOKENS = 16
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows end to end.
+    """Rows without padding.
 
     Attributes:
-        input_ids: (1, T) int64.
-        labels: (1, T) int64, the token to predict at each position or -100.
+        input_ids: (1, T) int64, rows end to end; or (B, S), B rows of one length.
+        labels: of the same shape, the token to predict at each position or -100.
         parts: of each document, the tokens of its (shared) beginning and of every continuation; they sum to T.
         rows: number of rows.
         row_tokens: tokens of the rows, a shared beginning counted in each: what padding-free separate rows would hold.
@@ -37,6 +38,15 @@ class Batch:
     rows: int
     row_tokens: int
     label_tokens: int
+
+    def attention(self) -> AttentionInfo:
+        """Which tokens attend to which: every row is causal and alone."""
+        count, length = self.input_ids.shape
+        if self.parts == ((length,),) * count:
+            return AttentionInfo.causal()
+        if count > 1:
+            raise ValueError("rows of several documents must be packed into one sequence")
+        return AttentionInfo.branching(self.parts)
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
@@ -68,6 +78,12 @@ def pack(examples: Sequence[Example], *, share_prefixes: bool = False) -> Batch:
         row_tokens=sum(example.length for example in examples),
         label_tokens=int((target != IGNORE).sum()),
     )
+
+
+def packed_batches(examples: Sequence[Example], size: int, *, share_prefixes: bool) -> Iterator[Batch]:
+    """All rows in order, `size` rows a batch."""
+    for start in range(0, len(examples), size):
+        yield pack(examples[start : start + size], share_prefixes=share_prefixes)
 
 
 def shared_prefix(first: Example, second: Example) -> int:

@@ -136,6 +136,14 @@ class Tokenizer:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
         return self._vocabulary.decoding.decode(ids, skip_special_tokens)
 
+    def byte_lengths(self) -> list[int]:
+        """UTF-8 bytes of text that each id stands for, for ids 0 to vocab_size - 1; 0 for special tokens."""
+        decoding = self._vocabulary.decoding
+        return [
+            0 if token_id in decoding.special_ids else len(decoding.token_bytes[token_id])
+            for token_id in range(self.vocab_size)
+        ]
+
     def stream_decoder(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
         """Decodes id by id; never shows half a character, and adds up to `decode` of all ids."""
         return StreamDecoder(self._vocabulary.decoding, skip_special_tokens)

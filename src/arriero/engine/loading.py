@@ -15,7 +15,7 @@ from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.errors import ConfigError, FormatError
 from arriero.formats import hf, peft
 from arriero.formats.download import resolve_model
-from arriero.models.llama import LlamaForCausalLM
+from arriero.models.llama import Attention, LlamaForCausalLM, RMSNorm
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,27 @@ def load(options: ModelOptions, dtype: str | None = None) -> LoadedModel:
     model = hf.load_model(folder, dtype=getattr(torch, wanted) if wanted else None, device=device)
     names = options.tokenizer_name_or_path
     tokenizer = load_tokenizer(model_folder(names, options.cache_dir) if names else folder)
+    check_vocabulary(tokenizer, model)
+    choose_kernels(model, options)
+    return LoadedModel(model, tokenizer, folder, device)
+
+
+def check_vocabulary(tokenizer: Tokenizer, model: LlamaForCausalLM) -> None:
+    """Raises FormatError where the tokenizer has ids that the model has no embedding for."""
     if tokenizer.vocab_size > model.config.vocab_size:
         raise FormatError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model only {model.config.vocab_size} embeddings: "
             "they do not belong together, check --tokenizer_name_or_path"
         )
-    return LoadedModel(model, tokenizer, folder, device)
+
+
+def choose_kernels(model: LlamaForCausalLM, options: ModelOptions) -> None:
+    """Let the layers use what `--use_flash_attention` and `--use_fused_rms_norm` allow."""
+    for module in model.modules():
+        if isinstance(module, Attention) and not options.use_flash_attention:
+            module.backend = "reference"
+        elif isinstance(module, RMSNorm):
+            module.fused = options.use_fused_rms_norm
 
 
 def load_for_inference(options: ModelOptions, adapter: AdapterPathOptions) -> LoadedModel:

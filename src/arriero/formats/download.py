@@ -12,11 +12,15 @@ from arriero.errors import ConfigError, FormatError
 from arriero.formats import wheel_model
 from arriero.formats.safe_tensors import weight_files
 from arriero.formats.tiny_model import make_tiny_model
+from arriero.models.config import LlamaConfig
 from arriero.models.presets import find_preset, match_preset
 
 # Data only. Pickled weights can run code; the other weight files are copies in formats that are not read.
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*"]
 HUB_IGNORED = ["*/*", "consolidated*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt"]
+# All that a tokenizer needs: a corpus is made without the weights.
+HUB_TOKENIZER_FILES = ["tokenizer*", "*.model", "*.jinja", "added_tokens.json", "special_tokens_map.json"]
+HUB_TOKENIZER_FILES += ["config.json", "generation_config.json", "LICEN[CS]E*"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 Report = Callable[[str], None]
@@ -52,6 +56,44 @@ def resolve_model(name_or_path: str | Path, cache_dir: Path | None = None, repor
             raise FormatError(f"{path}: is a GGUF file; first run `arriero convert {path} --output_dir FOLDER`")
         raise FormatError(f"{path}: is a file; a model is a folder with config.json and safetensors weights")
     return fetch_model(str(name_or_path), cache_dir=cache_dir, report=report)
+
+
+def resolve_tokenizer(name_or_path: str | Path, cache_dir: Path | None = None, report: Report = _to_stderr) -> Path:
+    """The folder of a model's tokenizer: as `resolve_model`, but of a Hub id only the tokenizer's files are downloaded.
+
+    Raises:
+        FormatError, ConfigError: as `resolve_model`.
+    """
+    path = Path(os.path.expanduser(name_or_path))
+    name = str(name_or_path).strip()
+    preset = match_preset(name)
+    if path.exists() or (preset is None and not _HUB_ID.fullmatch(name)):
+        return resolve_model(name_or_path, cache_dir, report)
+    hub_id = name if preset is None else preset.hub_id
+    if hub_id is None or (preset is not None and preset.name == wheel_model.PRESET and name.lower() != hub_id.lower()):
+        return resolve_model(name_or_path, cache_dir, report)
+    shared = cache_dir is None and "ARRIERO_HOME" not in os.environ
+    cache = None if shared else (cache_dir or default_cache_dir()) / "hub"
+    return _snapshot(hub_id, None, cache, None, HUB_TOKENIZER_FILES)
+
+
+def model_config(name_or_path: str | Path, cache_dir: Path | None = None) -> LlamaConfig:
+    """A model's configuration alone: of a folder, a config.json, a named model, or of a Hub id by fetching that one file.
+
+    Raises:
+        FormatError, ConfigError: as `resolve_model`, and for a configuration that no model here can have.
+    """
+    path, name = Path(os.path.expanduser(name_or_path)), str(name_or_path).strip()
+    if path.is_dir() or path.suffix.lower() == ".json":
+        return LlamaConfig.from_file(path)
+    preset = match_preset(name)
+    if preset is not None and not path.exists():
+        return preset.config
+    if path.exists() or not _HUB_ID.fullmatch(name):
+        return LlamaConfig.from_file(resolve_model(name_or_path, cache_dir))  # which says what is wrong with it
+    shared = cache_dir is None and "ARRIERO_HOME" not in os.environ
+    cache = None if shared else (cache_dir or default_cache_dir()) / "hub"
+    return LlamaConfig.from_file(_snapshot(name, None, cache, None, ["config.json"]))
 
 
 def fetch_model(
@@ -105,18 +147,18 @@ def _refuse_revision(revision: str | None, name: str) -> None:
         raise ConfigError(f"--revision {revision} has no meaning for {name}, which does not come from the Hub")
 
 
-def _fetch_hub(hub_id: str, folder: Path | None, cache: Path | None, revision: str | None, report: Report) -> Path:
+def _snapshot(hub_id: str, folder: Path | None, cache: Path | None, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import constants, errors, snapshot_download
 
     try:
         # The library takes a cut connection up where it stopped, and does not ask for a finished file again.
-        found = Path(
+        return Path(
             snapshot_download(
                 hub_id,
                 revision=revision,
                 cache_dir=cache,
                 local_dir=folder,
-                allow_patterns=HUB_FILES,
+                allow_patterns=patterns,
                 ignore_patterns=HUB_IGNORED,
             )
         )
@@ -137,6 +179,10 @@ def _fetch_hub(hub_id: str, folder: Path | None, cache: Path | None, revision: s
         # What a failing transfer raises (httpx, httpx2, requests, xet, the file system) differs between versions.
         reason = " ".join(str(error).split())[:200]
         raise FormatError(f"{hub_id}: the download failed ({reason}); run it again, finished files are kept") from error
+
+
+def _fetch_hub(hub_id: str, folder: Path | None, cache: Path | None, revision: str | None, report: Report) -> Path:
+    found = _snapshot(hub_id, folder, cache, revision, HUB_FILES)
     if not (found / "config.json").is_file():
         raise FormatError(f"{hub_id}: has no config.json; this is not a model that can be read")
     try:

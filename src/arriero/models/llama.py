@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arriero.models.attention import AttentionInfo, attention
+from arriero.models.attention import AttentionInfo, Backend, attention
 from arriero.models.cache import KVCacheView
 from arriero.models.config import LlamaConfig
 from arriero.models.rope import RotaryEmbedding, rotate
@@ -22,8 +22,13 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.fused = True  # torch's kernel, where it has one for the device; else the same written out
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.fused:
+            wide = x.float()
+            normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+            return normed.to(x.dtype) * self.weight.to(x.dtype)
         # One dtype: under autocast queries and keys are bf16 and the weight fp32, which no fused kernel takes.
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
@@ -34,6 +39,7 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
+        self.backend: Backend | None = None  # None: the fastest one there is
         self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5
         self.sliding_window = config.layer_sliding_window(layer)
@@ -59,7 +65,9 @@ class Attention(nn.Module):
         value = value.transpose(1, 2)
         if cache is not None:
             key, value = cache.update(self.layer, key, value)
-        heads = attention(query, key, value, info, scale=self.scale, sliding_window=self.sliding_window)
+        heads = attention(
+            query, key, value, info, scale=self.scale, sliding_window=self.sliding_window, backend=self.backend
+        )
         output: Tensor = self.o_proj(heads.transpose(1, 2).reshape(batch, size, -1))
         return output
 

@@ -1,16 +1,21 @@
 """Checkpoints: written whole or not at all, verified before they are read.
 
-`checkpoint-N/` holds the weights as any tool reads them (an HF folder, or an adapter in PEFT's format), the optimizer and
-random-number states as safetensors, everything else as JSON, and `manifest.json` with the size and SHA-256 of each file.
-It is written under a temporary name, flushed to disk and renamed.
+`checkpoint-N/` holds the weights as any tool reads them (an HF folder, or an adapter in PEFT's format), the optimizer in
+torch's distributed checkpoint format with safetensors files, the random-number states as safetensors, everything else as
+JSON, and `manifest.json` with the size and SHA-256 of each file. It is written under a temporary name, flushed to disk
+and renamed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
 import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +25,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from arriero.errors import ArrieroError, FormatError, TrainingError
 from arriero.formats.receipt import sha256_of
@@ -27,16 +37,29 @@ from arriero.formats.staging import sync_file
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
-OPTIMIZER = "optimizer.safetensors"
+OPTIMIZER = "optimizer"  # a folder
 RANDOM = "random.safetensors"
 NAME = re.compile(r"checkpoint-(\d+)")
+
+
+# DCP serialises a whole file in memory before it writes it
+OPTIMIZER_FILE_BYTES = 256 * 2**20
 
 
 class WeightStore(Protocol):
     """How the trained weights of one method are written and read back."""
 
-    def save(self, folder: Path) -> None: ...
-    def load(self, folder: Path) -> None: ...
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights themselves, not copies, by name."""
+        ...
+
+    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write weights under the names of `tensors`, with what belongs beside them."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Read the weights back in place."""
+        ...
 
 
 @dataclass
@@ -104,38 +127,101 @@ def checkpoint_step(folder: Path) -> int:
     return int(match[1])
 
 
-def save_checkpoint(run_folder: Path, weights: WeightStore, optimizer: dict[str, Tensor], state: TrainState) -> Path:
-    """Write `checkpoint-{state.step}`.
+@dataclass(frozen=True)
+class Snapshot:
+    """A run at the end of one step: all that a checkpoint holds."""
+
+    store: WeightStore
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    generators: dict[str, Tensor]
+    state: TrainState
+
+
+def take_snapshot(store: WeightStore, optimizer: dict[str, Tensor], state: TrainState, *, copy: bool) -> Snapshot:
+    """The run as it stands.
+
+    Args:
+        copy: into host memory of its own, so that training can go on while it is written.
+    """
+    weights = store.tensors()
+    if copy:
+        weights, optimizer = (
+            {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            for tensors in (weights, optimizer)
+        )
+    return Snapshot(store, weights, optimizer, random_state(), deepcopy(state))
+
+
+def write_checkpoint(run_folder: Path, snapshot: Snapshot) -> Path:
+    """Write `checkpoint-{step}`.
 
     Raises:
         TrainingError: if it cannot be written (the disk is full, say); nothing of it is left then and the earlier
             checkpoints are untouched.
     """
-    target = run_folder / f"checkpoint-{state.step}"
+    target = run_folder / f"checkpoint-{snapshot.state.step}"
     temporary = run_folder / f".{target.name}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        weights.save(temporary)
-        _save_tensors(optimizer, temporary / OPTIMIZER)
-        _save_tensors(random_state(), temporary / RANDOM)
-        (temporary / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
+        snapshot.store.write(temporary, snapshot.weights)
+        _save_optimizer(snapshot.optimizer, temporary / OPTIMIZER)
+        save_file({name: tensor.contiguous() for name, tensor in snapshot.generators.items()}, temporary / RANDOM)
+        (temporary / STATE).write_text(json.dumps(asdict(snapshot.state), indent=1) + "\n", encoding="utf-8")
         _seal(temporary)
         if target.exists():  # the same step of an earlier sitting
             shutil.rmtree(target)
         temporary.rename(target)
         sync_file(run_folder)
-    except (OSError, SafetensorError, ArrieroError) as error:
+    except (OSError, SafetensorError, ArrieroError, CheckpointException) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise TrainingError(
-            f"{target}: the checkpoint could not be written ({reason}); earlier checkpoints are intact"
+            f"{target}: the checkpoint could not be written ({_reason(error)}); earlier checkpoints are intact"
         ) from error
     return target
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+def _reason(error: BaseException) -> str:
+    """What went wrong, in the words of the system where there are any."""
+    if isinstance(error, CheckpointException):  # one failure a rank, each an exception with its traceback
+        error = next(iter(error.failures.values()))[0]
+    return str(error.strerror) if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[:300]
+
+
+def _save_optimizer(tensors: dict[str, Tensor], folder: Path) -> None:
+    """As DCP's safetensors storage, which any layout of processes reads its share from."""
+    folder.mkdir()
+    files, used = {}, 0
+    for name, tensor in tensors.items():
+        files[name] = 1 + used // OPTIMIZER_FILE_BYTES
+        used += tensor.nbytes
+    if not tensors:
+        return
+    with _one_process():
+        save_distributed(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), files), no_dist=True)
+
+
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    """One process is meant: there is nothing to warn of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _load_optimizer(folder: Path) -> dict[str, Tensor]:
+    if not any(folder.iterdir()):
+        return {}
+    reader = HuggingFaceStorageReader(str(folder))
+    tensors: dict[str, Tensor] = {}
+    for name, entry in reader.read_metadata().state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            raise FormatError(f"{folder}: {name} is no tensor")
+        tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    with _one_process():
+        load_distributed(tensors, storage_reader=reader, no_dist=True)
+    return tensors
 
 
 def _seal(folder: Path) -> None:
@@ -176,9 +262,9 @@ def load_checkpoint(folder: Path, weights: WeightStore) -> tuple[dict[str, Tenso
     verify(folder)
     try:
         state = TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
-        optimizer, generators = load_file(folder / OPTIMIZER), load_file(folder / RANDOM)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise FormatError(f"{folder}: not a training checkpoint ({error})") from error
+        optimizer, generators = _load_optimizer(folder / OPTIMIZER), load_file(folder / RANDOM)
+    except (OSError, ValueError, TypeError, SafetensorError, CheckpointException) as error:
+        raise FormatError(f"{folder}: not a training checkpoint ({_reason(error)})") from error
     weights.load(folder)
     return optimizer, generators, state
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 
-from arriero.data.batch import pack
-from arriero.data.sft import Example
+from arriero.data.batch import Batch
 from arriero.models.llama import LlamaForCausalLM
 from arriero.training.precision import Precision
 from arriero.training.trainer import batch_loss
@@ -17,23 +16,24 @@ from arriero.training.trainer import batch_loss
 @torch.no_grad()
 def evaluate_loss(
     model: LlamaForCausalLM,
-    examples: Sequence[Example],
+    batches: Iterable[Batch],
     precision: Precision,
-    batch_size: int,
     on_rows: Callable[[int], object] | None = None,
 ) -> dict[str, float]:
-    """Metrics over every labelled token of the rows, each token weighing the same.
+    """Metrics over every labelled token, each weighing the same.
+
+    Args:
+        on_rows: called with the number of rows of each batch when it is done.
 
     Returns:
         `loss` (nats a token), `ppl` (its exponential) and `accuracy` (share of labels that are the model's first choice).
     """
     device = next(model.parameters()).device
-    share = not model.model.rotary.is_dynamic
     loss, correct, tokens = 0.0, 0, 0
     was_training = model.training
     model.eval()
-    for start in range(0, len(examples), batch_size):
-        batch = pack(examples[start : start + batch_size], share_prefixes=share).to(device)
+    for batch in batches:
+        batch = batch.to(device)
         if batch.label_tokens:
             with precision.context():
                 sums = batch_loss(model, batch)

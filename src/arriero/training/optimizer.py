@@ -1,52 +1,93 @@
-"""AdamW with its state keyed by parameter name, and fp32 master weights where the parameters are half precision."""
+"""Optimizers by name, their state keyed by parameter name, with fp32 master weights where parameters are half precision."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from arriero.errors import FormatError, TrainingError
+from arriero.config.optimization import OptimizationOptions
+from arriero.errors import ConfigError, FormatError, TrainingError
+from arriero.training.optimizers.adamw_8bit import AdamW8bit
+from arriero.training.optimizers.update_rule import TorchRule, UpdateRule
+
+NAMES = ("adamw", "adamw_8bit", "muon")
+EMBEDDING, HEAD = "embed_tokens", "lm_head"
+# Smaller tensors keep fp32 moments: nothing is to be gained by them (the paper's and bitsandbytes' limit).
+LEAST_8BIT = 4096
 
 
 class Optimizer:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over the trainable parameters of a model.
+    """Trains the trainable parameters of a model by one of three rules.
+
+    - ``adamw``: AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), torch's fused kernel.
+    - ``adamw_8bit``: AdamW with block-wise 8-bit moments (Dettmers et al. 2022, arXiv:2110.02861). Embeddings, and tensors
+      below 4096 numbers, keep fp32 moments, as the paper advises and transformers does.
+    - ``muon``: torch's Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/) for the matrices of the layers,
+      AdamW for embedding, head, norms and biases. Muon's rate is scaled by ``0.2 * sqrt(max(rows, columns))``, so that its
+      updates are as large as AdamW's and one learning rate and weight decay serve both (Liu et al. 2025, arXiv:2502.16982).
 
     Matrices decay, vectors (norm weights, biases) do not. A half-precision parameter is stepped through an fp32 copy, so
     that updates smaller than its rounding are not lost.
+
+    Raises:
+        ConfigError: an unknown name.
+        TrainingError: a model without trainable parameters.
     """
 
     def __init__(
         self,
         model: nn.Module,
         *,
+        name: str = "adamw",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        momentum: float = 0.95,
     ) -> None:
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if name not in NAMES:
+            raise ConfigError(f"the optimizer is '{name}': one of {', '.join(NAMES)} is needed")
+        named = {key: p for key, p in model.named_parameters() if p.requires_grad}
         if not named:
             raise TrainingError("no parameter of the model is trainable")
         self.parameters = named
         self.masters: dict[str, Tensor] = {
-            name: p.detach().float() for name, p in named.items() if p.dtype in (torch.float16, torch.bfloat16)
+            key: p.detach().float() for key, p in named.items() if p.dtype in (torch.float16, torch.bfloat16)
         }
-        decayed = [name for name, p in named.items() if p.ndim >= 2]
-        plain = [name for name, p in named.items() if p.ndim < 2]
-        groups = [(decayed, weight_decay), (plain, 0.0)]
-        self.adamw = torch.optim.AdamW(
-            [{"params": [self._stepped(n) for n in names], "weight_decay": decay} for names, decay in groups if names],
-            lr=0.0,
-            betas=betas,
-            eps=eps,
-            fused=True,
+        stepped = {key: self._stepped(key) for key in named}
+        special = {key for key, tensor in stepped.items() if name != "adamw" and _takes(name, key, tensor)}
+        by_name = {key: tensor for key, tensor in stepped.items() if key in special}
+        rest = {key: tensor for key, tensor in stepped.items() if key not in special}
+        self.rules: list[UpdateRule] = []
+        if rest:
+            self.rules.append(_adamw(rest, betas, eps, weight_decay))
+        if by_name and name == "adamw_8bit":
+            self.rules.append(AdamW8bit(by_name, betas=betas, eps=eps, weight_decay=weight_decay))
+        elif by_name:
+            self.rules.append(_muon(by_name, momentum, weight_decay))
+
+    @classmethod
+    def from_options(cls, model: nn.Module, options: OptimizationOptions) -> Self:
+        """The optimizer that the command line asks for."""
+        return cls(
+            model,
+            name=options.optim,
+            betas=(options.adam_beta1, options.adam_beta2),
+            eps=options.adam_epsilon,
+            weight_decay=options.weight_decay,
+            momentum=options.muon_momentum,
         )
 
     def _stepped(self, name: str) -> Tensor:
         return self.masters.get(name, self.parameters[name])
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """What is stepped, in the form that `torch.amp.GradScaler.unscale_` reads."""
+        return [{"params": [self._stepped(name) for name in self.parameters]}]
 
     def prepare_gradients(self) -> None:
         """Hand the half-precision gradients to their masters, in fp32; to be called once before clipping."""
@@ -63,20 +104,23 @@ class Optimizer:
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
-        """Scale the gradients down to `max_norm` (not at all if it is 0) and return their norm before, a scalar."""
+        """Scale the gradients down to `max_norm` (not at all if it is 0).
+
+        Returns:
+            Their norm before, a scalar on the CPU: the device is waited for once, here, and not again by who reads it.
+        """
         grads = list(self.gradients().values())
         norms = torch._foreach_norm(grads)
-        total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        total: Tensor = torch.linalg.vector_norm(torch.stack(norms)).cpu()
         # not finite: one bad gradient would spoil all the others; small enough: a pass over all gradients for nothing
         if max_norm > 0 and max_norm < float(total) < math.inf:
-            torch._foreach_mul_(grads, max_norm / (total + 1e-6))
+            torch._foreach_mul_(grads, float(max_norm / (total + 1e-6)))
         return total
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        for group in self.adamw.param_groups:
-            group["lr"] = learning_rate
-        self.adamw.step()
+        for rule in self.rules:
+            rule.step(learning_rate)
         for name, master in self.masters.items():
             self.parameters[name].copy_(master)
 
@@ -87,11 +131,12 @@ class Optimizer:
                 self.masters[name].grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor of the optimizer: ``{parameter}.exp_avg``, ``.exp_avg_sq``, ``.step`` and ``.master``."""
-        tensors = {}
-        for name in self.parameters:
-            for key, value in self.adamw.state.get(self._stepped(name), {}).items():
-                tensors[f"{name}.{key}"] = value
+        """Every tensor of the optimizer, keyed ``{parameter}.{kind}``.
+
+        The kinds: AdamW has ``exp_avg``, ``exp_avg_sq`` and ``step``; 8-bit AdamW these as codes, and ``exp_avg_scale`` and
+        ``exp_avg_sq_scale``; Muon ``momentum_buffer``. Half-precision parameters have ``master``.
+        """
+        tensors = {key: value for rule in self.rules for key, value in rule.state().items()}
         return tensors | {f"{name}.master": master for name, master in self.masters.items()}
 
     @torch.no_grad()
@@ -99,28 +144,47 @@ class Optimizer:
         """Take over a state written by `state`.
 
         Raises:
-            FormatError: naming a tensor that is missing or of another shape.
+            FormatError: naming a tensor that is missing, or of another shape or dtype.
         """
-        if not any(name.endswith(".exp_avg") for name in tensors):
-            return self._load_masters(tensors)  # no step was taken yet: all of them were skipped
-        for name in self.parameters:
-            stepped = self._stepped(name)
-            entry: dict[str, Any] = {}
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                value = tensors.get(f"{name}.{key}")
-                if value is None or (key != "step" and value.shape != stepped.shape):
-                    found = "is missing" if value is None else f"is {tuple(value.shape)}, not {tuple(stepped.shape)}"
-                    raise FormatError(
-                        f"optimizer state: {name}.{key} {found}: was the checkpoint made with other options?"
-                    )
-                entry[key] = value.clone() if key == "step" else value.to(stepped.device, copy=True)
-            self.adamw.state[stepped] = entry
-        return self._load_masters(tensors)
-
-    def _load_masters(self, tensors: Mapping[str, Tensor]) -> None:
+        if any(not name.endswith(".master") for name in tensors):  # else every step so far was skipped
+            for rule in self.rules:
+                rule.load(tensors)
         for name, master in self.masters.items():
             if f"{name}.master" not in tensors:
                 raise FormatError(
                     f"optimizer state: {name}.master is missing: was the checkpoint made in another precision?"
                 )
             master.copy_(tensors[f"{name}.master"])
+
+
+def _takes(rule: str, name: str, tensor: Tensor) -> bool:
+    """Whether "muon" or "adamw_8bit" steps a tensor itself, instead of leaving it to AdamW."""
+    if rule == "muon":
+        return tensor.ndim == 2 and EMBEDDING not in name and HEAD not in name
+    return tensor.numel() >= LEAST_8BIT and EMBEDDING not in name
+
+
+def _adamw(tensors: dict[str, Tensor], betas: tuple[float, float], eps: float, weight_decay: float) -> TorchRule:
+    matrices = [tensor for tensor in tensors.values() if tensor.ndim >= 2]
+    vectors = [tensor for tensor in tensors.values() if tensor.ndim < 2]
+    groups = [(matrices, weight_decay), (vectors, 0.0)]
+    optimizer = torch.optim.AdamW(
+        [{"params": members, "weight_decay": decay} for members, decay in groups if members],
+        lr=0.0,
+        betas=betas,
+        eps=eps,
+        fused=True,
+    )
+    return TorchRule(optimizer, tensors, ("step", "exp_avg", "exp_avg_sq"))
+
+
+def _muon(tensors: dict[str, Tensor], momentum: float, weight_decay: float) -> TorchRule:
+    optimizer = torch.optim.Muon(
+        list(tensors.values()),
+        lr=0.0,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        nesterov=True,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return TorchRule(optimizer, tensors, ("momentum_buffer",))

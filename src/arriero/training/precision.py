@@ -48,7 +48,7 @@ class Precision:
         """Bring the gradients to their true size."""
         optimizer.prepare_gradients()
         if self.scaler.is_enabled():
-            self.scaler.unscale_(optimizer.adamw)
+            self.scaler.unscale_(optimizer)  # type: ignore[arg-type]  # it reads param_groups only
 
     def update(self) -> None:
         """Adapt the loss scale after a step: down after an overflow, up after a long run without."""

@@ -8,17 +8,14 @@ step, so that accumulation and packing change nothing but rounding.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from arriero.data.batch import Batch, pack
-from arriero.data.order import StepOrder
-from arriero.data.sft import Example
+from arriero.data.batch import Batch
+from arriero.data.steps import StepSource
 from arriero.errors import TrainingError
-from arriero.models.attention import AttentionInfo
 from arriero.models.llama import LlamaForCausalLM
 from arriero.training.checkpoint import TrainState, WeightStore, load_checkpoint, restore_random_state
 from arriero.training.flops import step_cost
@@ -62,25 +59,24 @@ class Callback:
 
 
 def batch_loss(model: LlamaForCausalLM, batch: Batch, *, label_smoothing: float = 0.0) -> LossSums:
-    """The summed cross-entropy of one packed batch."""
-    hidden = model.hidden_states(batch.input_ids, attention=AttentionInfo.branching(batch.parts))
+    """The summed cross-entropy of one batch."""
+    hidden = model.hidden_states(batch.input_ids, attention=batch.attention())
     return linear_cross_entropy(hidden, model.lm_head.weight, batch.labels, label_smoothing=label_smoothing)
 
 
 @dataclass
 class Trainer:
-    """Trains `model` on `examples`.
+    """Trains `model` on what `data` gives for each step.
 
     Args:
         total_steps: optimizer steps of the whole run.
-        share_prefixes: compute the common beginning of a micro-batch's rows once (see `arriero.data.batch`).
+        skip_steps: numbers (from 0) of steps that pass without training on their data.
         max_grad_norm: gradient norm above which gradients are scaled down; 0 turns clipping off.
         run_folder: where callbacks write.
     """
 
     model: LlamaForCausalLM
-    examples: Sequence[Example]
-    order: StepOrder
+    data: StepSource
     optimizer: Optimizer
     schedule: Schedule
     precision: Precision
@@ -90,32 +86,26 @@ class Trainer:
     device: torch.device
     max_grad_norm: float = 1.0
     label_smoothing: float = 0.0
-    share_prefixes: bool = False
+    skip_steps: frozenset[int] = frozenset()
     callbacks: list[Callback] = field(default_factory=list)
     state: TrainState = field(default_factory=TrainState)
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation, and the step it was made at
     metrics_step: int = -1
-    should_stop: bool = False
+    should_stop: bool = False  # end after this step
+    save_now: bool = False  # a checkpoint is due at this step, whatever the strategy says
+    stopped_by: str | None = None  # the signal that ended the run early
 
     def __post_init__(self) -> None:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.cost = step_cost(self.model)
         self.state.total_steps = self.total_steps
-        self.state.data = self._data_fingerprint()
-
-    def _data_fingerprint(self) -> dict[str, int]:
-        return {
-            "rows": self.order.rows,
-            "rows_per_step": self.order.rows_per_step,
-            "seed": self.order.seed,
-            "clusters": len(self.order.clusters or ()),
-        }
+        self.state.data = self.data.fingerprint()
 
     @property
     def epoch(self) -> float:
         """Passes over the data done so far."""
-        return self.state.step / self.order.steps_per_epoch
+        return self.state.step / self.data.steps_per_epoch
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint as if the run had never stopped.
@@ -125,10 +115,13 @@ class Trainer:
             TrainingError: if the data would come in another order.
         """
         optimizer, generators, state = load_checkpoint(checkpoint, self.weights)
-        if state.data != self._data_fingerprint():
+        changed = [key for key in {**state.data, **self.state.data} if state.data.get(key) != self.state.data.get(key)]
+        if changed:
+            here = {key: self.state.data.get(key) for key in changed}
+            then = {key: state.data.get(key) for key in changed}
             raise TrainingError(
-                f"{checkpoint} was trained on {state.data}, this run has {self._data_fingerprint()}: "
-                "give the same data, batch and seed, or start anew in another --output_dir"
+                f"{checkpoint} was trained on other data: {', '.join(changed)} was {str(then)[:500]} and is {str(here)[:500]}: "
+                "give the same data, batch, seed and length of the run, or start anew in another --output_dir"
             )
         self.optimizer.load(optimizer)
         self.precision.load(state.scaler)
@@ -154,10 +147,8 @@ class Trainer:
     def step(self) -> StepRecord:
         """One optimizer step: all its micro-batches, one clipping, one update."""
         start = time.perf_counter()
-        batches = [
-            pack([self.examples[row] for row in rows], share_prefixes=self.share_prefixes).to(self.device)
-            for rows in self.order(self.state.step)
-        ]
+        left_out = self.state.step in self.skip_steps
+        batches = [] if left_out else [batch.to(self.device) for batch in self.data(self.state.step)]
         label_tokens = sum(batch.label_tokens for batch in batches)
         learning_rate = self.schedule(self.state.step)
         loss, norm, skipped = 0.0, 0.0, False
@@ -196,8 +187,9 @@ class Trainer:
             return True
         culprit = first_non_finite(self.optimizer, self.model)
         raise TrainingError(
-            f"step {self.state.step + 1}: loss {loss}, gradient norm {norm}; the first bad tensor is {culprit}: "
-            "lower --learning_rate, or use bf16 or fp32 in place of fp16"
+            f"step {self.state.step + 1}: loss {loss}, gradient norm {norm}; the first bad tensor is {culprit}; "
+            f"{self.data.describe(self.state.step)}: lower --learning_rate, use bf16 or fp32 in place of fp16, "
+            "or leave this data out"
         )
 
     def log(self, record: dict[str, float]) -> None:

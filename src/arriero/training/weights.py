@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from arriero.adapters.lora import LoRAConfig, adapter_state, load_adapter_state
 from arriero.adapters.peft_config import to_peft
@@ -23,9 +24,12 @@ class FullWeights:
     source: Path
     max_shard_size: str = "5GB"
 
-    def save(self, folder: Path) -> None:
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         hf.save_model(
-            self.model, self.model.config, folder, max_shard_size=self.max_shard_size, extra_files_from=self.source
+            tensors, self.model.config, folder, max_shard_size=self.max_shard_size, extra_files_from=self.source
         )
 
     @torch.no_grad()
@@ -49,8 +53,11 @@ class AdapterWeights:
     config: LoRAConfig
     base_model: str
 
-    def save(self, folder: Path) -> None:
-        peft.save_adapter(folder, adapter_state(self.model), to_peft(self.config, self.base_model))
+    def tensors(self) -> dict[str, Tensor]:
+        return adapter_state(self.model)
+
+    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        peft.save_adapter(folder, tensors, to_peft(self.config, self.base_model))
 
     def load(self, folder: Path) -> None:
         _, state = peft.load_adapter(folder)

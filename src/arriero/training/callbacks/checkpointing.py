@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from arriero.errors import TrainingError
 from arriero.training.callbacks.evaluation import is_due
-from arriero.training.checkpoint import load_checkpoint, prune, save_checkpoint
+from arriero.training.checkpoint import TrainState, load_checkpoint, prune
+from arriero.training.checkpoint_writer import CheckpointWriter
 from arriero.training.trainer import Callback, StepRecord, Trainer
 
 
@@ -16,6 +17,7 @@ class Checkpointing(Callback):
         greater_is_better: the metric's direction.
         keep: how many checkpoints stay; None keeps all.
         load_best: whether the best weights are loaded after the last step.
+        asynchronous: see `CheckpointWriter`.
     """
 
     def __init__(
@@ -27,13 +29,15 @@ class Checkpointing(Callback):
         metric: str | None = None,
         greater_is_better: bool = False,
         load_best: bool = False,
+        asynchronous: bool = False,
     ) -> None:
+        self.writer = CheckpointWriter(asynchronous=asynchronous)
         self.strategy, self.every, self.keep, self.load_best = strategy, every, keep, load_best
         self.metric = None if metric is None else "eval_" + metric.removeprefix("eval_")
         self.sign = 1.0 if greater_is_better else -1.0
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
-        if is_due(trainer, self.strategy, self.every):
+        if is_due(trainer, self.strategy, self.every) or trainer.save_now:
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
@@ -41,8 +45,11 @@ class Checkpointing(Callback):
         state = trainer.state
         self._note_best(trainer)
         state.scaler = trainer.precision.state()
-        save_checkpoint(trainer.run_folder, trainer.weights, trainer.optimizer.state(), state)
-        prune(trainer.run_folder, self.keep, state.best_checkpoint)
+
+        def clean_up(written: TrainState) -> None:
+            prune(trainer.run_folder, self.keep, written.best_checkpoint)
+
+        self.writer.save(trainer.run_folder, trainer.weights, trainer.optimizer.state(), state, clean_up)
 
     def _note_best(self, trainer: Trainer) -> None:
         if self.metric is None or not trainer.metrics:
@@ -56,6 +63,7 @@ class Checkpointing(Callback):
             trainer.state.best_checkpoint = f"checkpoint-{trainer.state.step}"
 
     def on_train_end(self, trainer: Trainer) -> None:
+        self.writer.wait()
         best = trainer.state.best_checkpoint
         if self.load_best and best and trainer.state.step == trainer.total_steps:
             load_checkpoint(trainer.run_folder / best, trainer.weights)

@@ -12,7 +12,7 @@ def is_due(trainer: Trainer, strategy: str, every: int) -> bool:
     step = trainer.state.step
     if strategy == "no":
         return False
-    period = every if strategy == "steps" else trainer.order.steps_per_epoch
+    period = every if strategy == "steps" else trainer.data.steps_per_epoch
     return step % max(1, period) == 0 or step == trainer.total_steps
 
 

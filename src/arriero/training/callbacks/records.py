@@ -1,4 +1,4 @@
-"""Records kept on disk: JSON lines, TensorBoard, and a plot of the loss."""
+"""Records kept on disk: JSON lines, and a plot of the loss."""
 
 from __future__ import annotations
 
@@ -35,30 +35,6 @@ class JsonLines(Callback):
     def on_log(self, trainer: Trainer, record: dict[str, float]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-
-
-def has_tensorboard() -> bool:
-    return importlib.util.find_spec("tensorboard") is not None
-
-
-class TensorBoard(Callback):
-    """Every number of every record as a TensorBoard scalar."""
-
-    def __init__(self, folder: Path) -> None:
-        self.module = require("torch.utils.tensorboard", "track")
-        self.folder = folder
-
-    def on_train_begin(self, trainer: Trainer) -> None:
-        self.writer = self.module.SummaryWriter(str(self.folder), purge_step=trainer.state.step + 1)
-
-    def on_log(self, trainer: Trainer, record: dict[str, float]) -> None:
-        group = "train" if "loss" in record else "eval"
-        for key, value in record.items():
-            if key != "step":
-                self.writer.add_scalar(f"{group}/{key.removeprefix('eval_')}", value, int(record["step"]))
-
-    def on_train_end(self, trainer: Trainer) -> None:
-        self.writer.close()
 
 
 class LossPlot(Callback):

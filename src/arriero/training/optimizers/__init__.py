@@ -1,0 +1,1 @@
+"""Update rules that `arriero.training.optimizer` puts together."""

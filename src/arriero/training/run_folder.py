@@ -1,0 +1,90 @@
+"""The folder of a run: who may write into it, and what it can go on from."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+from arriero.config.checkpoint import CheckpointOptions
+from arriero.errors import ConfigError, FormatError
+from arriero.training.checkpoint import list_checkpoints, verify
+
+LOCK = ".lock"
+
+
+class RunFolder:
+    """A run folder that belongs to this process until it ends; use it as a context.
+
+    Attributes:
+        path: the folder.
+        resume: the checkpoint to go on from, None to start afresh.
+
+    Raises:
+        ConfigError: if it is in use by another run, or holds something and neither overwriting nor resuming was asked for.
+    """
+
+    def __init__(self, options: CheckpointOptions) -> None:
+        self.path = Path(options.output_dir)
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"--output_dir {self.path} is a file: name a folder")
+        explicit = options.resume_from_checkpoint not in (None, "auto")
+        if explicit and not Path(str(options.resume_from_checkpoint)).is_dir():
+            raise ConfigError(f"--resume_from_checkpoint {options.resume_from_checkpoint}: no such folder")
+        used = self.path.is_dir() and any(entry.name != LOCK for entry in self.path.iterdir())
+        if used and not (options.overwrite_output_dir or options.resume_from_checkpoint):
+            raise ConfigError(
+                f"--output_dir {self.path} is not empty: --overwrite_output_dir starts afresh, "
+                "--resume_from_checkpoint auto goes on"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ConfigError(f"--output_dir {self.path}: cannot be written ({error.strerror})") from error
+        self._acquire()
+        self.resume: Path | None = None
+        if options.resume_from_checkpoint == "auto":
+            self.resume = newest_checkpoint(self.path)
+        elif options.resume_from_checkpoint:
+            self.resume = Path(options.resume_from_checkpoint)
+        if options.overwrite_output_dir:
+            self._clear()
+
+    def _acquire(self) -> None:
+        """The kernel drops the lock with the process, however it ends: it can never be stale."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(self._lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(self._lock)
+            raise ConfigError(
+                f"--output_dir {self.path} is in use by another run (process {owner}): name another folder, or wait for it"
+            ) from None
+        os.truncate(self._lock, 0)
+        os.pwrite(self._lock, f"{os.getpid()}\n".encode("ascii"), 0)
+
+    def _clear(self) -> None:
+        for checkpoint in [*list_checkpoints(self.path), *self.path.glob(".checkpoint-*.partial")]:
+            shutil.rmtree(checkpoint)
+        (self.path / "train_log.jsonl").unlink(missing_ok=True)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        (self.path / LOCK).unlink(missing_ok=True)
+        os.close(self._lock)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run; damaged ones are named and passed over."""
+    for checkpoint in reversed(list_checkpoints(folder)):
+        try:
+            verify(checkpoint)
+        except FormatError as error:
+            print(f"warning: {error}")
+            continue
+        return checkpoint
+    return None
