@@ -59,6 +59,7 @@ def run_arriero(model: Path, rows: list[dict[str, list[int]]], arguments: argpar
     from arriero.data.sft import Example
     from arriero.data.steps import FinetuningSteps
     from arriero.formats import hf
+    from arriero.training.memory import keep_freed_memory
     from arriero.training.optimizer import Optimizer
     from arriero.training.precision import Precision
     from arriero.training.schedule import Schedule
@@ -66,6 +67,7 @@ def run_arriero(model: Path, rows: list[dict[str, list[int]]], arguments: argpar
     from arriero.training.weights import FullWeights
 
     torch.manual_seed(0)
+    keep_freed_memory()  # as every training run on a CPU does
     network = hf.load_model(model, dtype=torch.float32)
     if arguments.method == "lora":
         apply_lora(network, LoRAConfig(rank=8, alpha=16))

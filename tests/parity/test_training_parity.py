@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arriero.data.order import StepOrder
-from arriero.data.steps import FinetuningSteps
 from arriero.data.sft import IGNORE, Example
+from arriero.data.steps import FinetuningSteps
 from arriero.errors import ConfigError
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM

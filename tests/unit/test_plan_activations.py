@@ -58,7 +58,7 @@ def kept_by_autograd(
         return tensor
 
     ids = torch.randint(0, config.vocab_size, (setup.batch, setup.sequence))
-    autocast = torch.autocast("cpu", dtype=getattr(torch, setup.compute_dtype), enabled=setup.autocast)
+    autocast = torch.autocast(setup.device, dtype=getattr(torch, setup.compute_dtype), enabled=setup.autocast)
     kernel = sdpa_kernel(SDPBackend.MATH) if math else contextlib.nullcontext()
     with saved_tensors_hooks(keep, lambda tensor: tensor), autocast, kernel:
         hidden = model.hidden_states(ids)

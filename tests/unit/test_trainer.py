@@ -435,9 +435,7 @@ def test_a_partial_folder_of_a_killed_process_is_no_checkpoint(tmp_path: Path) -
     shutil.copytree(tmp_path / "checkpoint-1", tmp_path / ".checkpoint-2.partial")
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-1"]
     trainer.state.step = 2
-    write_checkpoint(
-        tmp_path, take_snapshot(trainer.weights, trainer.optimizer.state(), trainer.state, copy=False)
-    )
+    write_checkpoint(tmp_path, take_snapshot(trainer.weights, trainer.optimizer.state(), trainer.state, copy=False))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
 
 

@@ -51,7 +51,7 @@ def run(
     logging: LoggingOptions,
 ) -> int:
     """Print the plan; a run that does not fit is an error that says what helps."""
-    _refuse(adapter, parallel, plan)
+    _refuse(model, adapter, parallel, plan)
     from arriero.errors import ConfigError, FormatError
     from arriero.formats.download import model_config
     from arriero.formats.safe_tensors import parse_size
@@ -82,10 +82,15 @@ def run(
     return 0
 
 
-def _refuse(adapter: AdapterOptions, parallel: ParallelOptions, plan: PlanOptions) -> None:
+def _refuse(model: PlanModelOptions, adapter: AdapterOptions, parallel: ParallelOptions, plan: PlanOptions) -> None:
     """What is not planned in this version."""
     from arriero.errors import ConfigError
 
+    if plan.gpu is not None and model.device == "cpu":
+        raise ConfigError(f"--gpu {plan.gpu} and --device cpu ask for different machines: drop one of them")
+    for name in ("use_flash_attention", "use_fused_rms_norm"):
+        if not getattr(model, name):
+            raise ConfigError(f"--{name} no is not planned for: it keeps more, to compare kernels; drop it")
     for name in ("tensor_parallel_degree", "pipeline_parallel_degree"):
         if getattr(parallel, name) > 1:
             raise ConfigError(

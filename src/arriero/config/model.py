@@ -32,8 +32,12 @@ class ModelOptions(OptionGroup):
         tuple(DTYPES),
     )
     device: str = option("auto", "auto, cpu, gpu (= cuda) or cuda:N; auto takes a GPU if there is one")
-    use_flash_attention: bool = option(True, "use the fastest attention kernel this machine has; no: softmax(q k) v written out")
-    use_fused_rms_norm: bool = option(True, "use torch's RMSNorm kernel where the device has one; no: the formula written out")
+    use_flash_attention: bool = option(
+        True, "use the fastest attention kernel this machine has; no: softmax(q k) v written out"
+    )
+    use_fused_rms_norm: bool = option(
+        True, "use torch's RMSNorm kernel where the device has one; no: the formula written out"
+    )
     cache_dir: str | None = option(
         None, "where downloaded models are kept (default: $ARRIERO_HOME or ~/.cache/arriero)"
     )

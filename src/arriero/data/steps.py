@@ -26,6 +26,10 @@ class StepSource(Protocol):
     @property
     def steps_per_epoch(self) -> int: ...
 
+    def steps_in(self, epochs: float) -> int:
+        """Optimizer steps of so many passes over the data."""
+        ...
+
     def __call__(self, step: int) -> list[Batch]:
         """The micro-batches of optimizer step number `step`, counted from 0."""
         ...
@@ -54,6 +58,9 @@ class FinetuningSteps:
     @property
     def steps_per_epoch(self) -> int:
         return self.order.steps_per_epoch
+
+    def steps_in(self, epochs: float) -> int:
+        return math.ceil(epochs * self.steps_per_epoch)
 
     def __call__(self, step: int) -> list[Batch]:
         return [
@@ -94,6 +101,10 @@ class PretrainingSteps:
     @property
     def steps_per_epoch(self) -> int:
         return max(1, math.ceil(self.dataset.samples_per_epoch / self.rows_per_step))
+
+    def steps_in(self, epochs: float) -> int:
+        wanted = min(len(self.dataset), math.ceil(epochs * self.dataset.samples_per_epoch))
+        return math.ceil(wanted / self.rows_per_step)
 
     def _range(self, step: int) -> range:
         start = step * self.rows_per_step

@@ -277,6 +277,20 @@ def attention(
     Returns:
         (B, H, Sq, D), laid out so that `.transpose(1, 2)` is contiguous wherever the backend allows.
     """
+    if info.kind == "documents":
+        return _uncompiled(query, key, value, info, scale, sliding_window, backend)
+    return _dispatch(query, key, value, info, scale, sliding_window, backend)
+
+
+def _dispatch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    info: AttentionInfo,
+    scale: float,
+    sliding_window: int | None,
+    backend: Backend | None,
+) -> Tensor:
     match backend or choose_backend(query, info):
         case "reference":
             return _reference(query, key, value, info, scale, sliding_window)
@@ -284,6 +298,10 @@ def attention(
             return _varlen(query, key, value, info, scale, sliding_window)
         case _:
             return _sdpa(query, key, value, info, scale, sliding_window)
+
+
+# The lengths of documents differ in every batch: in a compiled layer each new set of them would be compiled anew.
+_uncompiled: Callable[..., Tensor] = torch.compiler.disable(_dispatch)  # type: ignore[no-untyped-call]
 
 
 def _reference(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -16,4 +16,12 @@ def apply_activation_checkpointing(layers: Iterable[nn.Module], granularity: str
     """
     for layer in layers:
         module = layer if granularity == "full" else layer.get_submodule("self_attn")
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+        module.forward = _recomputed(module.forward)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    # a function of our own, not a partial of torch's: torch.compile does not look into torch's files
+    def run(*args: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False)
+
+    return run

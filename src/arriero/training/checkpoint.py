@@ -269,10 +269,13 @@ def load_checkpoint(folder: Path, weights: WeightStore) -> tuple[dict[str, Tenso
     return optimizer, generators, state
 
 
-def prune(run_folder: Path, keep: int | None, best: str | None) -> None:
-    """Delete all checkpoints but the newest `keep`; the best one is never deleted."""
+def prune(run_folder: Path, keep: int | None, best: str | None, step: int) -> None:
+    """Delete all checkpoints up to `step` but the newest `keep` of them; the best one is never deleted.
+
+    Later ones are of an earlier sitting, and damaged unless the user went back by name: they do not count as newest.
+    """
     if keep is None or keep < 1:
         return
-    for path in list_checkpoints(run_folder)[:-keep]:
+    for path in [p for p in list_checkpoints(run_folder) if checkpoint_step(p) <= step][:-keep]:
         if path.name != best:
             shutil.rmtree(path)

@@ -16,6 +16,8 @@ from arriero.config.files import write_config
 from arriero.config.pretraining import CorpusOptions, PretrainModelOptions, PretrainOptimizationOptions
 from arriero.data.batch import Batch
 from arriero.data.corpus.dataset import CorpusDataset, Epochs, build_datasets, has_documents
+from arriero.data.corpus.fingerprint import check_tokenizer
+from arriero.data.corpus.found import find_corpora
 from arriero.data.sft import IGNORE
 from arriero.data.steps import PretrainingSteps, corpus_batch
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
@@ -144,6 +146,8 @@ def load_or_make(options: PretrainOptions) -> LoadedModel:
 def load_data(options: PretrainOptions, tokenizer: Tokenizer) -> dict[str, CorpusDataset]:
     """The parts of the corpus that the run needs: "train", "valid", "test"."""
     optim, corpus = options.optimization, options.corpus
+    for _, prefix in find_corpora(corpus.input_dir):
+        check_tokenizer(prefix.with_name(f"{prefix.name}_meta.json"), tokenizer)
     per_step = optim.per_device_train_batch_size * optim.gradient_accumulation_steps
     training: int | Epochs = optim.max_steps * per_step if optim.max_steps > 0 else Epochs(optim.num_train_epochs)
     test = corpus.do_predict

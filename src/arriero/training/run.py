@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from arriero.engine.generation import Generator
 from arriero.errors import ConfigError, TrainingError
 from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.activation_checkpointing import apply_activation_checkpointing
+from arriero.parallel.compilation import apply_compile
 from arriero.training.callbacks.anomalies import Anomalies
 from arriero.training.callbacks.checkpointing import Checkpointing
 from arriero.training.callbacks.evaluation import Evaluation
@@ -37,6 +37,7 @@ from arriero.training.callbacks.stop_signals import StopSignals
 from arriero.training.callbacks.text_samples import TextSamples, read_prompts
 from arriero.training.callbacks.trackers import build_trackers
 from arriero.training.checkpoint import WeightStore
+from arriero.training.memory import keep_freed_memory
 from arriero.training.optimizer import Optimizer
 from arriero.training.precision import Precision
 from arriero.training.schedule import Schedule
@@ -89,13 +90,6 @@ def build_precision(options: PrecisionOptions, device: torch.device) -> Precisio
     return Precision(getattr(torch, options.compute_dtype), options.fp16_opt_level, device, options.scale_loss)
 
 
-def total_steps(options: OptimizationOptions, data: StepSource) -> int:
-    """Optimizer steps of a run: `--max_steps`, else so many passes over the data."""
-    if options.max_steps > 0:
-        return options.max_steps
-    return math.ceil(options.num_train_epochs * data.steps_per_epoch)
-
-
 def build_trainer(
     options: RunOptions,
     model: LlamaForCausalLM,
@@ -108,9 +102,13 @@ def build_trainer(
 ) -> Trainer:
     """The trainer of a run."""
     optim = options.optimization
-    steps = total_steps(optim, data)
+    steps = optim.max_steps if optim.max_steps > 0 else data.steps_in(optim.num_train_epochs)
+    if device.type == "cpu" and not options.precision.recompute:  # who recomputes is short of memory
+        keep_freed_memory()
     if options.precision.recompute:
         apply_activation_checkpointing(model.model.layers, options.precision.recompute_granularity)
+    if options.precision.torch_compile:
+        apply_compile(model.model.layers)
     return Trainer(
         model=model,
         data=data,
@@ -231,4 +229,8 @@ def save_weights(weights: WeightStore, folder: Path) -> None:
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
-    (folder / "all_results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path = folder / "all_results.json"
+    try:
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be written ({error.strerror}); the final model is intact") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -40,10 +42,10 @@ class RunFolder:
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            self._acquire()
         except OSError as error:
             raise ConfigError(f"--output_dir {self.path}: cannot be written ({error.strerror})") from error
-        self._acquire()
+        self._remove_leftovers()
         self.resume: Path | None = None
         if options.resume_from_checkpoint == "auto":
             self.resume = newest_checkpoint(self.path)
@@ -54,19 +56,45 @@ class RunFolder:
 
     def _acquire(self) -> None:
         """The kernel drops the lock with the process, however it ends: it can never be stale."""
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(self._lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
+        while True:
+            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = os.pread(self._lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
+                os.close(self._lock)
+                raise ConfigError(
+                    f"--output_dir {self.path} is in use by another run (process {owner}): name another folder, "
+                    "or wait for it"
+                ) from None
+            if self._lock_is_there():
+                break
             os.close(self._lock)
-            raise ConfigError(
-                f"--output_dir {self.path} is in use by another run (process {owner}): name another folder, or wait for it"
-            ) from None
         os.truncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode("ascii"), 0)
 
+    def _lock_is_there(self) -> bool:
+        """Whether the file that was locked is still the one in the folder: a run that ends removes its own."""
+        try:
+            there = os.stat(self.path / LOCK)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(there, os.fstat(self._lock))
+
+    def _remove_leftovers(self) -> None:
+        """Delete what a killed run left half-written: of a checkpoint in the folder, of the final model beside it."""
+        whole = self.path.resolve()
+        partial = r"\.checkpoint-\d+\.partial"
+        for folder, name in (
+            (whole, rf"{partial}|\.{partial}\.\w+\.tmp"),
+            (whole.parent, rf"\.{re.escape(whole.name)}\.\w{{8}}\.tmp"),
+        ):
+            with contextlib.suppress(OSError):  # the folder around a run need not be readable
+                for entry in [entry for entry in folder.iterdir() if re.fullmatch(name, entry.name)]:
+                    shutil.rmtree(entry, ignore_errors=True)
+
     def _clear(self) -> None:
-        for checkpoint in [*list_checkpoints(self.path), *self.path.glob(".checkpoint-*.partial")]:
+        for checkpoint in list_checkpoints(self.path):
             shutil.rmtree(checkpoint)
         (self.path / "train_log.jsonl").unlink(missing_ok=True)
 

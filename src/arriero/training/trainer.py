@@ -20,7 +20,6 @@ from arriero.models.llama import LlamaForCausalLM
 from arriero.training.checkpoint import TrainState, WeightStore, load_checkpoint, restore_random_state
 from arriero.training.flops import step_cost
 from arriero.training.loss import LossSums, linear_cross_entropy
-from arriero.training.memory import keep_freed_memory
 from arriero.training.optimizer import Optimizer
 from arriero.training.precision import Precision, first_non_finite
 from arriero.training.schedule import Schedule
@@ -96,8 +95,6 @@ class Trainer:
     stopped_by: str | None = None  # the signal that ended the run early
 
     def __post_init__(self) -> None:
-        if self.device.type == "cpu":
-            keep_freed_memory()
         self.cost = step_cost(self.model)
         self.state.total_steps = self.total_steps
         self.state.data = self.data.fingerprint()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -12,9 +13,12 @@ from arriero.config.preprocessing import PreprocessOptions
 from arriero.data.corpus import units
 from arriero.data.corpus.sources import Source
 from arriero.data.tokenizer import Tokenizer
+from arriero.data.tokenizer_files import read_bounded
+from arriero.errors import DataError
 from arriero.formats.receipt import sha256_of
 
 FORMAT = 1
+META_BYTES = 1 << 20
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -69,3 +73,23 @@ def describe(options: PreprocessOptions, tokenizer: Tokenizer, sources: list[Sou
 def fingerprint(description: dict[str, Any]) -> str:
     """One hash of a description."""
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+def check_tokenizer(meta_file: Path, tokenizer: Tokenizer) -> None:
+    """Refuse a corpus that another tokenizer made. One without `PREFIX_meta.json` (made by another tool) passes.
+
+    Raises:
+        DataError: naming both tokenizers.
+    """
+    if not meta_file.is_file():
+        return
+    try:
+        made_with = json.loads(read_bounded(meta_file, META_BYTES))["tokenizer"]
+        name, sha256 = str(made_with["name"]), made_with["vocabulary_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{meta_file}: is damaged; delete it to use the corpus unchecked") from error
+    if sha256 != vocabulary_sha256(tokenizer):
+        raise DataError(
+            f"{meta_file}: the corpus was made with another tokenizer ({name}) than {tokenizer.folder}: "
+            "its ids mean other texts; preprocess it again or give --tokenizer_name_or_path"
+        )

@@ -35,6 +35,7 @@ class Checkpointing(Callback):
         self.strategy, self.every, self.keep, self.load_best = strategy, every, keep, load_best
         self.metric = None if metric is None else "eval_" + metric.removeprefix("eval_")
         self.sign = 1.0 if greater_is_better else -1.0
+        self.unwritten = False  # the last checkpoint that was due is not on disk
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
         if is_due(trainer, self.strategy, self.every) or trainer.save_now:
@@ -47,8 +48,10 @@ class Checkpointing(Callback):
         state.scaler = trainer.precision.state()
 
         def clean_up(written: TrainState) -> None:
-            prune(trainer.run_folder, self.keep, written.best_checkpoint)
+            self.unwritten = False
+            prune(trainer.run_folder, self.keep, written.best_checkpoint, written.step)
 
+        self.unwritten = True
         self.writer.save(trainer.run_folder, trainer.weights, trainer.optimizer.state(), state, clean_up)
 
     def _note_best(self, trainer: Trainer) -> None:
@@ -65,7 +68,7 @@ class Checkpointing(Callback):
     def on_train_end(self, trainer: Trainer) -> None:
         self.writer.wait()
         best = trainer.state.best_checkpoint
-        if self.load_best and best and trainer.state.step == trainer.total_steps:
+        if self.load_best and best and trainer.state.step == trainer.total_steps and not self.unwritten:
             load_checkpoint(trainer.run_folder / best, trainer.weights)
             print(
                 f"best checkpoint: {best} ({(self.metric or '')[5:]} {trainer.state.best_metric:.4f}), loaded",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from arriero.errors import require
+from arriero.errors import TrainingError, require
 from arriero.training.trainer import Callback, Trainer
 
 LOG = "train_log.jsonl"
@@ -30,11 +32,23 @@ class JsonLines(Callback):
     def on_train_begin(self, trainer: Trainer) -> None:
         self.path = trainer.run_folder / LOG
         kept = [record for record in read_log(self.path) if record["step"] <= trainer.state.step]
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        temporary = self.path.with_name(f".{LOG}.tmp")  # a kill in between must not cost the log
+        with self._writing():
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            temporary.replace(self.path)
 
     def on_log(self, trainer: Trainer, record: dict[str, float]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with self._writing(), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path}: cannot be written ({error.strerror}); the checkpoints are intact"
+            ) from error
 
 
 class LossPlot(Callback):
@@ -62,4 +76,7 @@ class LossPlot(Callback):
         twin = axes.twinx()
         twin.plot(steps, rates, color="tab:gray", alpha=0.5, linewidth=1)
         twin.set(ylabel="learning rate", ylim=(0, None))
-        figure.savefig(trainer.run_folder / "loss.png", dpi=120)
+        try:
+            figure.savefig(trainer.run_folder / "loss.png", dpi=120)
+        except OSError as error:
+            print(f"warning: {trainer.run_folder / 'loss.png'}: not drawn ({error.strerror})", flush=True)

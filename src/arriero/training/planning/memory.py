@@ -1,6 +1,6 @@
 """Memory of one device over a training step: how much of each kind, and when the most of it is held at once.
 
-A step has five moments at which it can be greatest; the activations shrink from the first to the fourth while the gradients
+A step has six moments at which it can be greatest; the activations shrink from the first to the fifth while the gradients
 grow, so neither sum of all kinds is ever held. Sharding is that of ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054).
 """
 
@@ -96,11 +96,17 @@ def training_memory(facts: ModelFacts, setup: TrainingSetup) -> Memory:
     head_gradient = shared_out(head * setup.weight_bytes, setup, 2)
     logits = _loss_working(facts, setup, head)
     backward = _block_backward(facts, setup)
+    layer_gradients = sum(parameter_bytes(p, setup) for p in trained if p.in_block) // facts.config.num_hidden_layers
+    # of all other layers and the head: the embedding's own comes last
+    others = held - layer_gradients - (0 if facts.config.tie_word_embeddings else head * setup.weight_bytes)
+    there = earlier + layer_gradients if earlier else shared_out(others, setup, 2)
+    first_layer = total(kept_of_block(facts, setup)) + backward + there
     update = _update_working(facts, setup)
     moments = {
         "the loss": always + earlier + kept + casts + loss + logits,
         "backward of the loss": always + earlier + kept + 2 * loss,
         "backward of the last layer": always + max(earlier, head_gradient) + kept + backward,
+        "backward of the first layer": always + first_layer,
         "end of the backward pass": always + gradients + embedding_again + total(kept_of_block(facts, setup)),
         "the update": always + stepping + update,
     }

@@ -1,0 +1,283 @@
+"""Who writes checkpoints: failures in the background are told, and a snapshot is of one moment."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from arriero.data.order import StepOrder
+from arriero.data.sft import Example
+from arriero.data.steps import FinetuningSteps
+from arriero.errors import TrainingError
+from arriero.models.config import LlamaConfig
+from arriero.models.llama import LlamaForCausalLM
+from arriero.training.callbacks.checkpointing import Checkpointing
+from arriero.training.callbacks.records import LossPlot
+from arriero.training.checkpoint import TrainState, load_checkpoint, verify
+from arriero.training.checkpoint_writer import CheckpointWriter
+from arriero.training.optimizer import Optimizer
+from arriero.training.precision import Precision
+from arriero.training.run import set_seed
+from arriero.training.run_folder import newest_checkpoint
+from arriero.training.schedule import Schedule
+from arriero.training.trainer import Callback, StepRecord, Trainer
+from arriero.training.weights import FullWeights
+
+NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@dataclass
+class Store:
+    """Two tensors as one file; a write can be held up, and can fail."""
+
+    held: dict[str, Tensor] = field(default_factory=lambda: {"a": torch.zeros(5), "b": torch.zeros(3, 2)})
+    gate: threading.Event | None = None
+    failure: Exception | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.held
+
+    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        if self.gate is not None:
+            assert self.gate.wait(30)
+        save_file(dict(tensors), folder / "model.safetensors")
+        if self.failure is not None:
+            raise self.failure
+
+    def load(self, folder: Path) -> None:
+        self.held = load_file(folder / "model.safetensors")
+
+
+def steps_of(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def bytes_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def nothing(state: TrainState) -> None:
+    pass
+
+
+def test_a_snapshot_is_of_one_moment(tmp_path: Path) -> None:
+    """Everything that training changes while the writer has not even begun."""
+    store, writer, optimizer = Store(gate=threading.Event()), CheckpointWriter(asynchronous=True), {"m": torch.ones(4)}
+    state, told = TrainState(step=3, tokens=30, data={"seed": 1}, scaler={"scale": 8.0}), []
+    torch.manual_seed(11)
+    generator = torch.get_rng_state()
+    writer.save(tmp_path, store, optimizer, state, lambda written: told.append(written.step))
+    store.held["a"].add_(7)
+    store.held["b"].fill_(torch.nan)
+    optimizer["m"].mul_(-2)
+    state.step, state.tokens, state.best_checkpoint = 4, 40, "checkpoint-4"
+    state.data["seed"], state.scaler["scale"] = 2, 4.0
+    torch.rand(9)
+    assert store.gate is not None
+    assert not told
+    store.gate.set()
+    writer.wait()
+    assert told == [3]
+    assert steps_of(tmp_path) == ["checkpoint-3"]
+    read = Store()
+    tensors, generators, restored = load_checkpoint(tmp_path / "checkpoint-3", read)
+    assert torch.equal(read.held["a"], torch.zeros(5))
+    assert torch.equal(read.held["b"], torch.zeros(3, 2))
+    assert torch.equal(tensors["m"], torch.ones(4))
+    assert torch.equal(generators["torch"], generator)
+    assert restored == TrainState(step=3, tokens=30, data={"seed": 1}, scaler={"scale": 8.0})
+
+
+def test_one_write_at_a_time_in_order(tmp_path: Path) -> None:
+    """A checkpoint that is due while one is being written waits; none is dropped."""
+    store, writer = Store(gate=threading.Event()), CheckpointWriter(asynchronous=True)
+    order: list[int] = []
+    writer.save(tmp_path, store, {}, TrainState(step=1), lambda written: order.append(written.step))
+    assert store.gate is not None
+    threading.Timer(0.1, store.gate.set).start()
+    writer.save(tmp_path, store, {}, TrainState(step=2), lambda written: order.append(written.step))
+    assert order[:1] == [1], "the second began only after the first was on disk"
+    writer.wait()
+    assert order == [1, 2]
+    writer.wait()  # nothing is under way
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_failed_write_is_told_once_and_the_earlier_ones_stay(asynchronous: bool, tmp_path: Path) -> None:
+    store, writer = Store(), CheckpointWriter(asynchronous=asynchronous)
+    writer.save(tmp_path, store, {"m": torch.ones(4)}, TrainState(step=1), nothing)
+    writer.wait()
+    before = bytes_of(tmp_path)
+    told: list[int] = []
+    store.failure = NO_SPACE
+    failed = TrainState(step=2)
+    if asynchronous:  # told at the next save, which is not made then
+        writer.save(tmp_path, store, {}, failed, lambda written: told.append(written.step))
+        failed = TrainState(step=3)
+    with pytest.raises(TrainingError) as error:
+        writer.save(tmp_path, store, {}, failed, lambda written: told.append(written.step))
+    expected = (
+        "checkpoint-2: the checkpoint could not be written (No space left on device); earlier checkpoints are intact"
+    )
+    assert str(error.value) == f"{tmp_path}/{expected}"
+    assert not told, "nothing may be pruned for a checkpoint that is not there"
+    assert bytes_of(tmp_path) == before
+    store.failure = None
+    writer.save(tmp_path, store, {}, TrainState(step=4), nothing)
+    writer.wait()
+    assert steps_of(tmp_path) == ["checkpoint-1", "checkpoint-4"]
+    verify(tmp_path / "checkpoint-4")
+
+
+def test_a_defect_in_the_background_is_not_lost(tmp_path: Path) -> None:
+    store, writer = Store(failure=ZeroDivisionError("a defect")), CheckpointWriter(asynchronous=True)
+    writer.save(tmp_path, store, {}, TrainState(step=1), nothing)
+    with pytest.raises(ZeroDivisionError, match="a defect"):
+        writer.wait()
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    store, writer = Store(), CheckpointWriter()
+    writer.save(tmp_path, store, {"m": torch.ones(4)}, TrainState(step=1), nothing)
+    store.held = {"a": torch.ones(2)}
+    writer.save(tmp_path, store, {}, TrainState(step=1, tokens=5), nothing)
+    read = Store()
+    tensors, _, state = load_checkpoint(tmp_path / "checkpoint-1", read)
+    assert (tensors, state.tokens, list(read.held)) == ({}, 5, ["a"])
+
+
+def make_trainer(folder: Path, *callbacks: Callback, steps: int = 6) -> Trainer:
+    set_seed(3)
+    shape = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16}
+    model = LlamaForCausalLM(LlamaConfig.from_dict({"model_type": "llama", **shape, **heads}))
+    model.init_weights(torch.Generator().manual_seed(0))
+    rows = [Example([1, 5 + i, 7, 9 + i], [-100, 7, 9 + i, 2]) for i in range(8)]
+    return Trainer(
+        model=model,
+        data=FinetuningSteps(rows, StepOrder(len(rows), 2, 1, seed=4)),
+        optimizer=Optimizer(model),
+        schedule=Schedule("constant", 1e-2, 0.0, 0, steps),
+        precision=Precision(torch.float32, "O1", torch.device("cpu")),
+        weights=FullWeights(model, folder),
+        total_steps=steps,
+        run_folder=folder,
+        device=torch.device("cpu"),
+        callbacks=list(callbacks),
+    )
+
+
+class Scripted(Callback):
+    """Does something after a step, before the checkpoint."""
+
+    def __init__(self, actions: dict[int, Callable[[Trainer], None]]) -> None:
+        self.actions = actions
+
+    def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
+        self.actions.get(record.step, lambda _: None)(trainer)
+
+
+def test_training_overtakes_the_writer_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same files as those of a run that waits for each, though the optimizer is steps ahead when they are written."""
+    make_trainer(tmp_path / "waiting", Checkpointing("steps", 3)).train()
+    here: list[int] = []
+    trainer = make_trainer(tmp_path / "overtaking", Checkpointing("steps", 3, asynchronous=True))
+    write = FullWeights.write
+
+    def slowly(self: FullWeights, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        deadline = time.monotonic() + 30
+        while trainer.state.step < 5 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        here.append(trainer.state.step)
+        write(self, folder, tensors)
+
+    monkeypatch.setattr(FullWeights, "write", slowly)
+    trainer.train()
+    assert here[0] >= 5, "checkpoint-3 is written after step 5"
+    files = bytes_of(tmp_path / "waiting")
+    assert len(files) >= 12
+    for path, content in files.items():
+        if path.name not in ("trainer_state.json", "manifest.json"):  # the seconds differ, and so its hash
+            assert (tmp_path / "overtaking" / path.relative_to(tmp_path / "waiting")).read_bytes() == content, path
+    states = [
+        json.loads((tmp_path / run / "checkpoint-3" / "trainer_state.json").read_text())
+        for run in ("waiting", "overtaking")
+    ]
+    for state in states:
+        del state["seconds"]
+    assert states[0] == states[1]
+    verify(tmp_path / "overtaking" / "checkpoint-3")
+
+
+@pytest.mark.parametrize("failing", [4, 6])
+def test_a_disk_that_fills_in_the_background_ends_the_run(
+    failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the next save, or at the end when there is none; the steps between are lost, not the checkpoint before."""
+    write = FullWeights.write
+
+    def full(self: FullWeights, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        write(self, folder, tensors)
+        if f"checkpoint-{failing}." in folder.name:
+            raise NO_SPACE
+
+    monkeypatch.setattr(FullWeights, "write", full)
+    trainer = make_trainer(tmp_path, Checkpointing("steps", 2, keep=1, asynchronous=True), LossPlot())
+    with pytest.raises(TrainingError, match=rf"checkpoint-{failing}: .*No space left on device.*intact"):
+        trainer.train()
+    assert trainer.state.step == 6
+    assert steps_of(tmp_path) == [f"checkpoint-{failing - 2}"]
+    again = make_trainer(tmp_path)
+    again.resume(tmp_path / f"checkpoint-{failing - 2}")
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk_at_the_last_checkpoint_is_the_error_that_is_told(
+    asynchronous: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not that the best checkpoint, which would have been this one, is missing."""
+    write = FullWeights.write
+
+    def full(self: FullWeights, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        if "checkpoint-6." in folder.name:
+            raise NO_SPACE
+        write(self, folder, tensors)
+
+    def better(trainer: Trainer) -> None:
+        trainer.metrics = {"eval_loss": 1.0 / trainer.state.step}
+
+    monkeypatch.setattr(FullWeights, "write", full)
+    saving = Checkpointing("steps", 3, metric="loss", load_best=True, asynchronous=asynchronous)
+    trainer = make_trainer(tmp_path, Scripted({3: better, 6: better}), saving)
+    with pytest.raises(TrainingError, match=r"checkpoint-6: .*No space left on device"):
+        trainer.train()
+    assert steps_of(tmp_path) == ["checkpoint-3"]
+
+
+def test_damaged_later_checkpoints_are_not_the_newest(tmp_path: Path) -> None:
+    """A run that went back behind damaged checkpoints must not keep those and delete its own."""
+    make_trainer(tmp_path, Checkpointing("steps", 1)).train()
+    for step in (5, 6):
+        (tmp_path / f"checkpoint-{step}" / "manifest.json").unlink()
+    stop = Scripted({5: lambda trainer: setattr(trainer, "should_stop", True)})
+    trainer = make_trainer(tmp_path, stop, Checkpointing("steps", 1, keep=1))
+    trainer.resume(tmp_path / "checkpoint-4")
+    trainer.train()
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+    assert steps_of(tmp_path) == ["checkpoint-5", "checkpoint-6"]
+    final = make_trainer(tmp_path, Checkpointing("steps", 1, keep=1))
+    final.resume(tmp_path / "checkpoint-5")
+    final.train()
+    assert steps_of(tmp_path) == ["checkpoint-6"]
+    verify(tmp_path / "checkpoint-6")

@@ -1,0 +1,172 @@
+"""The folder of a run: one run at a time, what is refused, overwritten and gone on from, what a killed run left."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arriero.config.checkpoint import CheckpointOptions
+from arriero.errors import ConfigError
+from arriero.formats.receipt import sha256_of
+from arriero.training.run_folder import LOCK, RunFolder
+
+HOLDER = """
+import sys
+from arriero.config.checkpoint import CheckpointOptions
+from arriero.training.run_folder import RunFolder
+with RunFolder(CheckpointOptions(output_dir=sys.argv[1])):
+    print("mine", flush=True)
+    sys.stdin.read()
+"""
+
+
+def folder(path: Path, **options: Any) -> RunFolder:
+    return RunFolder(CheckpointOptions(output_dir=str(path), **options))
+
+
+def checkpoint(run: Path, step: int, content: bytes = b"weights") -> Path:
+    """A checkpoint by the written format: files, and a manifest with their sizes and hashes."""
+    path = run / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "model.safetensors").write_bytes(content)
+    entry = {"bytes": len(content), "sha256": sha256_of(path / "model.safetensors")}
+    (path / "manifest.json").write_text(json.dumps({"files": {"model.safetensors": entry}}))
+    return path
+
+
+def names(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir())
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with folder(run) as first:
+        assert first.path == run
+        assert first.resume is None
+        checkpoint(run, 3)
+        for options in ({}, {"overwrite_output_dir": True}, {"resume_from_checkpoint": "auto"}):
+            with pytest.raises(ConfigError, match=rf"(not empty|in use by another run \(process {os.getpid()}\))"):
+                folder(run, **options)
+        assert names(run) == [LOCK, "checkpoint-3"], "a refused run must not overwrite anything"
+    assert names(run) == ["checkpoint-3"]
+    with folder(run, resume_from_checkpoint="auto") as second:
+        assert second.resume == run / "checkpoint-3"
+
+
+def test_another_process_holds_it_until_it_dies(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "mine\n"
+        with pytest.raises(ConfigError, match=rf"process {process.pid}\)"):
+            folder(tmp_path / "run")
+    finally:
+        process.kill()
+        process.wait(30)
+        process.stdin.close()
+        process.stdout.close()
+    assert names(tmp_path / "run") == [LOCK]
+    with folder(tmp_path / "run"):  # neither is a lock that nobody holds a run, nor is the folder in use
+        pass
+
+
+def test_a_lock_that_its_owner_has_just_removed_locks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first run ends between the second one's opening of the lock file and its locking of it."""
+    run, lock = tmp_path / "run", fcntl.flock
+    first = folder(run)
+
+    def late(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        first.__exit__()
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with folder(run):
+        assert names(run) == [LOCK]
+        with pytest.raises(ConfigError, match="in use by another run"):
+            folder(run)
+
+
+def test_a_used_folder_needs_a_word(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(
+        ConfigError, match="--overwrite_output_dir starts afresh, --resume_from_checkpoint auto goes on"
+    ):
+        folder(tmp_path)
+    assert names(tmp_path) == ["thesis.txt"]
+
+
+def test_overwriting_takes_the_run_and_nothing_else(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 2)
+    checkpoint(tmp_path, 10)
+    (tmp_path / "checkpoint-final").mkdir()  # not ours: no number
+    for name in ("train_log.jsonl", "notes.md", "config.yaml"):
+        (tmp_path / name).write_text("{}\n")
+    with folder(tmp_path, overwrite_output_dir=True) as run:
+        assert run.resume is None
+        assert names(tmp_path) == [LOCK, "checkpoint-final", "config.yaml", "notes.md"]
+
+
+@pytest.mark.parametrize("options", [{"resume_from_checkpoint": "auto"}, {"overwrite_output_dir": True}])
+def test_what_a_killed_run_left_half_written_goes(tmp_path: Path, options: dict[str, Any]) -> None:
+    """All three places where a save writes before it renames; the neighbours' files are not touched."""
+    run = tmp_path / "run"
+    checkpoint(run, 2)
+    strangers = [".run.tmp", ".runner.abcd_123.tmp", ".other.abcd_123.tmp", "run.abcd_123.tmp", ".run.abcd_12.tmp"]
+    for name in strangers:
+        (tmp_path / name).mkdir()
+    (run / ".checkpoint-4.partial" / "optimizer").mkdir(parents=True)
+    (run / "..checkpoint-4.partial.x_12abcd.tmp").mkdir()
+    (run / "..checkpoint-4.partial.x_12abcd.tmp" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".run.q1w2e3r4.tmp").mkdir()
+    with folder(run, **options):
+        assert names(run) == [LOCK] + (["checkpoint-2"] if "resume_from_checkpoint" in options else [])
+        assert names(tmp_path) == sorted(["run", *strangers])
+
+
+def test_auto_takes_the_newest_whole_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By number, not by name; each damaged one is named."""
+    run = tmp_path / "run"
+    with folder(run, resume_from_checkpoint="auto") as fresh:
+        assert fresh.resume is None
+    for step in (9, 10, 100, 11):
+        checkpoint(run, step)
+    (run / "checkpoint-100" / "model.safetensors").write_bytes(b"Weights")  # as long as before
+    (run / "checkpoint-11" / "manifest.json").unlink()
+    with folder(run, resume_from_checkpoint="auto") as again:
+        assert again.resume == run / "checkpoint-10"
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.startswith("warning: ") for line in lines] == [True, True]
+    assert "checkpoint-100/model.safetensors" in lines[0]
+    assert "checkpoint-11" in lines[1]
+
+
+def test_an_explicit_checkpoint_may_be_of_another_run(tmp_path: Path) -> None:
+    other = checkpoint(tmp_path / "other", 5)
+    with folder(tmp_path / "run", resume_from_checkpoint=str(other)) as run:
+        assert run.resume == other
+    with pytest.raises(ConfigError, match="no such folder"):
+        folder(tmp_path / "third", resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert not (tmp_path / "third").exists()
+
+
+def test_places_that_cannot_be_a_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="is a file: name a folder"):
+        folder(tmp_path / "file")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        folder(tmp_path / "file" / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).mkdir()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        folder(tmp_path / "run")
