@@ -40,6 +40,14 @@ class TrainingError(ArrieroError):
     """A training run that cannot start or go on."""
 
 
+class RunStopped(ArrieroError):
+    """A training run that a signal ended in order, with everything saved."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class MissingExtraError(ArrieroError):
     """An optional dependency that is not installed."""
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from arriero.cli import main
@@ -32,6 +33,12 @@ TRAINING = (
     *("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--learning_rate", "3e-3"),
     *("--lr_scheduler_type", "constant", "--disable_tqdm", "True", "--report_to", "none", "--src_length", "64"),
 )
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    """To the bit; the files themselves need not be equal, as torch writes their notes in any order."""
+    first, second = load_file(one), load_file(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -169,15 +176,14 @@ def test_a_run_that_is_stopped_and_resumed_is_the_same_run(full: Path, work: Pat
     assert (work / "stopped" / "checkpoint-6" / "model.safetensors").read_bytes() == (
         full / "checkpoint-6" / "model.safetensors"
     ).read_bytes()
-    assert (work / "stopped" / "checkpoint-6" / OPTIMIZER).read_bytes() == (
-        full / "checkpoint-6" / OPTIMIZER
-    ).read_bytes()
+    assert same_tensors(work / "stopped" / "checkpoint-6" / OPTIMIZER, full / "checkpoint-6" / OPTIMIZER)
 
 
 def test_the_configuration_of_a_run_reproduces_it(full: Path, work: Path, cli: Command) -> None:
     cli("finetune", "--config", "full/config.yaml", "--output_dir", "again")
-    for name in ("model.safetensors", "config.json", f"checkpoint-3/{OPTIMIZER}"):
+    for name in ("model.safetensors", "config.json"):
         assert (work / "again" / name).read_bytes() == (full / name).read_bytes(), name
+    assert same_tensors(work / "again" / "checkpoint-3" / OPTIMIZER, full / "checkpoint-3" / OPTIMIZER)
     one, two = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (full, work / "again"))
     assert one.pop("output_dir") == "full"
     assert two.pop("output_dir") == "again"

@@ -19,7 +19,7 @@ from arriero.commands import pretrain as verb
 from arriero.config.parser import parse
 from arriero.data.steps import PretrainingSteps
 from arriero.engine.loading import LoadedModel
-from arriero.training.pretraining import PretrainOptions, load_data, load_or_make
+from arriero.training.pretraining import PretrainOptions, find_tokenizer, load_data, load_or_make
 from arriero.training.run import build_trainer
 from arriero.training.trainer import Callback, StepRecord, Trainer
 from arriero.training.weights import FullWeights
@@ -43,7 +43,7 @@ def prepared(folder: Path, *arguments: str) -> tuple[LoadedModel, Trainer, list[
     groups = parse(verb.OPTIONS, [*arguments, "--output_dir", str(folder)], "arriero pretrain")
     names = ("model", "corpus", "optimization", "precision", "parallel", "checkpoint", "logging")
     options = PretrainOptions(**dict(zip(names, groups, strict=True)))
-    loaded, optim = load_or_make(options), options.optimization
+    loaded, optim = load_or_make(options, find_tokenizer(options.model)), options.optimization
     steps = PretrainingSteps(
         load_data(options, loaded.tokenizer)["train"],
         optim.per_device_train_batch_size,
@@ -145,10 +145,16 @@ def test_the_loop_from_scratch_equals_an_independent_one(apart: bool, tmp_path: 
     ids = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.05}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **shape, **heads, **ids}))
     prefix = tmp_path / "corpus" / "a"
-    write_corpus(prefix, 2000)
+    write_corpus(prefix, 60)
     loaded, trainer, records = prepared(
         tmp_path / "run",
-        *("--config_name", str(tmp_path / "config.json"), "--input_dir", str(prefix.parent), "--split", "949,50,1"),
+        *(
+            "--config_name",
+            str(tmp_path / "config.json"),
+            "--tokenizer_name_or_path",
+            "__internal_testing__/tiny-random-llama",
+        ),
+        *("--input_dir", str(prefix.parent), "--split", "949,50,1"),
         *("--max_seq_length", str(LENGTH), "--per_device_train_batch_size", str(MICRO)),
         *("--gradient_accumulation_steps", str(ACCUMULATION), "--max_steps", str(STEPS), "--seed", str(SEED)),
         *("--learning_rate", str(PEAK), "--min_learning_rate", str(FLOOR), "--lr_scheduler_type", "cosine"),
@@ -189,7 +195,7 @@ def test_the_loop_from_scratch_equals_an_independent_one(apart: bool, tmp_path: 
     assert [record.grad_norm for record in records] == pytest.approx(norms, abs=1e-5)
     assert min(norms) < CLIP < max(norms), "steps with clipping and steps without"
     assert losses[0] == pytest.approx(math.log(2048), abs=0.2)
-    assert losses[-1] < losses[0] - 0.5
+    assert losses[-1] < losses[0] - 0.3
     other = dict(theirs.named_parameters())
     for name, parameter in loaded.model.named_parameters():
         assert float((parameter - other[name]).detach().abs().max()) <= 1e-5, name
@@ -197,10 +203,9 @@ def test_the_loop_from_scratch_equals_an_independent_one(apart: bool, tmp_path: 
 
 def test_keeping_documents_apart_is_another_loss(tmp_path: Path) -> None:
     """The two ways above must not agree by chance: the independent loss itself tells them apart."""
-    write_corpus(tmp_path / "corpus" / "a", 2000)
-    config = transformers.LlamaConfig(
-        vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
-    )
+    write_corpus(tmp_path / "corpus" / "a", 60)
+    shape = {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(**shape, num_attention_heads=4, initializer_range=0.2)
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config)
     samples = written_samples(tmp_path / "corpus" / "a", 0.949, LENGTH)[:8]

@@ -156,7 +156,7 @@ def test_when_to_evaluate(argv: str, strategy: str, steps: int | None, do_eval: 
     [
         ("--load_best_model_at_end", "loss", False),
         ("--load_best_model_at_end --metric_for_best_model accuracy", "accuracy", True),
-        ("--load_best_model_at_end --metric_for_best_model eval_loss", "eval_loss", False),
+        ("--load_best_model_at_end --metric_for_best_model eval_loss", "loss", False),
         ("--load_best_model_at_end --metric_for_best_model x --greater_is_better no", "x", False),
     ],
 )
@@ -168,7 +168,7 @@ def test_what_is_best(argv: str, metric: str, greater: bool) -> None:
 def test_effective_training_options_read_back_without_a_word(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = "--lora --lora_rank 4 --bf16 --do_eval --save_strategy epoch --max_steps 7 --report_to visualdl --dtype bf16"
+    argv = "--lora --lora_rank 4 --bf16 --do_eval --save_strategy epoch --max_steps 7 --report_to visualdl --dtype fp32"
     for line in (argv, "--do_eval --load_best_model_at_end --evaluation_strategy epoch --save_strategy epoch", ""):
         groups = parse(TRAINING, [*line.split(), "--output_dir", "run"], "arriero test")
         write_config(tmp_path / "config.yaml", groups)
@@ -318,8 +318,8 @@ def test_corpus_split() -> None:
     def parts(split: str) -> tuple[float, float, float]:
         return CorpusOptions(input_dir=["data"], split=split).split_parts()
 
-    assert parts("949,50,1") == pytest.approx((0.949, 0.05, 0.001))
-    assert parts("98/2") == pytest.approx((0.98, 0.02, 0.0))
+    assert parts("949,50,1") == (949, 50, 1)
+    assert parts("98/2") == (98, 2, 0)
     for split in ("", "a,b", "1,2,3,4", "0,0,0", "-1,2", "nan,1", "inf"):
         with pytest.raises(ConfigError, match="--split"):
             parts(split)

@@ -55,7 +55,7 @@ def train(model: nn.Module, optimizer: Optimizer, first: int, last: int, rate: f
     norms = []
     for step in range(first, last):
         gradients(model, step)
-        optimizer.prepare_gradients()
+        optimizer.collect_gradients()
         norms.append(float(optimizer.clip(1.0)))
         optimizer.step(rate)
         optimizer.zero_grad()
@@ -304,7 +304,7 @@ def test_masters_keep_what_half_precision_would_round_away(name: str) -> None:
         for one, other in zip(half.parameters(), full.parameters(), strict=True):
             assert one.grad is not None
             other.grad = one.grad.float()
-        optimizer.prepare_gradients()
+        optimizer.collect_gradients()
         optimizer.step(1e-5)
         exact.step(1e-5)
         optimizer.zero_grad()

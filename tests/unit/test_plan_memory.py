@@ -60,6 +60,7 @@ for _ in range(2):
         with precision.context():
             loss = linear_cross_entropy(model.hidden_states(ids), model.lm_head.weight, ids).loss / ids.numel()
         precision.backward(loss)
+        optimizer.collect_gradients()
     precision.unscale(optimizer)
     optimizer.clip(1.0)
     optimizer.step(1e-4)
@@ -127,7 +128,7 @@ def test_optimizer_state_is_what_the_optimizer_holds(rule: str, dtype: str) -> N
     optimizer = Optimizer(model, name=rule)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    optimizer.prepare_gradients()
+    optimizer.collect_gradients()
     optimizer.step(1e-3)
     held = sum(t.nbytes for name, t in optimizer.state().items() if not name.endswith(".step"))
     facts, setup = model_facts(config), TrainingSetup(compute_dtype=dtype, weight_dtype=dtype, optimizer=rule)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from arriero.config.checkpoint import CheckpointOptions
-from arriero.errors import ConfigError
+from arriero.errors import ConfigError, FormatError
 from arriero.formats.receipt import sha256_of
 from arriero.training.run_folder import LOCK, RunFolder
 
@@ -36,8 +36,9 @@ def checkpoint(run: Path, step: int, content: bytes = b"weights") -> Path:
     path = run / f"checkpoint-{step}"
     path.mkdir(parents=True)
     (path / "model.safetensors").write_bytes(content)
-    entry = {"bytes": len(content), "sha256": sha256_of(path / "model.safetensors")}
-    (path / "manifest.json").write_text(json.dumps({"files": {"model.safetensors": entry}}))
+    (path / "trainer_state.json").write_text("{}")
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in path.iterdir()}
+    (path / "manifest.json").write_text(json.dumps({"files": files}))
     return path
 
 
@@ -110,11 +111,39 @@ def test_overwriting_takes_the_run_and_nothing_else(tmp_path: Path) -> None:
     checkpoint(tmp_path, 2)
     checkpoint(tmp_path, 10)
     (tmp_path / "checkpoint-final").mkdir()  # not ours: no number
-    for name in ("train_log.jsonl", "notes.md", "config.yaml"):
+    results = ("train_log.jsonl", "model.safetensors", "all_results.json", "loss.png", "samples.jsonl")
+    for name in (*results, "notes.md", "config.yaml"):
         (tmp_path / name).write_text("{}\n")
+    before = names(tmp_path)
     with folder(tmp_path, overwrite_output_dir=True) as run:
         assert run.resume is None
+        assert names(tmp_path) == [LOCK, *before], "what turns out wrong before the first step costs nothing"
+        run.clear()
         assert names(tmp_path) == [LOCK, "checkpoint-final", "config.yaml", "notes.md"]
+
+
+def test_overwriting_spares_what_the_run_is_made_from(tmp_path: Path) -> None:
+    kept = checkpoint(tmp_path / "run", 2)
+    with (
+        folder(tmp_path / "run", overwrite_output_dir=True) as run,
+        pytest.raises(ConfigError, match=r"would delete .*checkpoint-2, which this run needs"),
+    ):
+        run.check_inputs(None, "facebook/llama-7b", str(kept))
+
+
+def test_going_back_drops_the_checkpoints_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (2, 10, 9):
+        checkpoint(tmp_path, step)
+    with folder(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2")) as run:
+        run.drop_later(2)
+    assert names(tmp_path) == ["checkpoint-2"]
+    assert capsys.readouterr().out.count(": deleted") == 2
+
+
+def test_nothing_whole_left_is_not_a_fresh_start(tmp_path: Path) -> None:
+    (checkpoint(tmp_path, 2) / "manifest.json").unlink()
+    with pytest.raises(FormatError, match="no whole checkpoint is left: --overwrite_output_dir starts afresh"):
+        folder(tmp_path, resume_from_checkpoint="auto")
 
 
 @pytest.mark.parametrize("options", [{"resume_from_checkpoint": "auto"}, {"overwrite_output_dir": True}])
@@ -130,7 +159,7 @@ def test_what_a_killed_run_left_half_written_goes(tmp_path: Path, options: dict[
     (run / "..checkpoint-4.partial.x_12abcd.tmp" / "model.safetensors").write_bytes(b"half")
     (tmp_path / ".run.q1w2e3r4.tmp").mkdir()
     with folder(run, **options):
-        assert names(run) == [LOCK] + (["checkpoint-2"] if "resume_from_checkpoint" in options else [])
+        assert names(run) == [LOCK, "checkpoint-2"]
         assert names(tmp_path) == sorted(["run", *strangers])
 
 

@@ -31,6 +31,7 @@ from arriero.training.callbacks.anomalies import Anomalies
 from arriero.training.callbacks.checkpointing import Checkpointing
 from arriero.training.callbacks.evaluation import Evaluation
 from arriero.training.callbacks.profiling import Profiling
+from arriero.training.callbacks.records import drop_later, read_log
 from arriero.training.callbacks.text_samples import TextSamples, read_prompts
 from arriero.training.callbacks.trackers import Tracking
 from arriero.training.checkpoint import list_checkpoints, random_state
@@ -164,6 +165,18 @@ def test_a_resumed_run_has_no_sample_twice(tmp_path: Path, tokenizer: Tokenizer)
     second.train()
     assert rows_of(tmp_path) == straight
     assert [row["step"] for row in straight] == [2, 4, 6]
+
+
+def test_records_with_any_text_survive_a_resume(tmp_path: Path) -> None:
+    """Unicode has line ends that JSON does not escape, and a kill may cut the last line."""
+    path = tmp_path / "samples.jsonl"
+    records = [{"step": step, "text": f"a\u2028b\u0085c\x1dd\r\n{step}"} for step in range(1, 5)]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    path.write_bytes("\n".join([*lines, '{"step": 5, "te']).encode())
+    assert read_log(path) == records
+    drop_later(path, 2)
+    assert read_log(path) == records[:2]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["samples.jsonl"]
 
 
 def test_prompts_from_texts_and_files(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from arriero.config.values import FALSE_WORDS, TRUE_WORDS
 from arriero.errors import ConfigError
 
 STRATEGIES = ("no", "steps", "epoch")
-_LOSS_METRICS = ("loss", "eval_loss", "ppl", "perplexity", "eval_ppl", "eval_perplexity")
+_LOWER_IS_BETTER = ("loss", "ppl", "bits_per_byte")
 
 
 @dataclass(kw_only=True)
@@ -98,5 +98,6 @@ class CheckpointOptions(OptionGroup):
             )
         if self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"
+        self.metric_for_best_model = self.metric_for_best_model.removeprefix("eval_").replace("perplexity", "ppl")
         if self.greater_is_better is None:
-            self.greater_is_better = self.metric_for_best_model not in _LOSS_METRICS
+            self.greater_is_better = self.metric_for_best_model not in _LOWER_IS_BETTER

@@ -86,7 +86,8 @@ def _evaluation(groups: Sequence[Any], given: frozenset[str], warnings: list[str
         warnings.append(f"--save_steps has no effect with --save_strategy {checkpoint.save_strategy}")
     if checkpoint.evaluation_strategy != "no":
         optimization.do_eval = True
-    if not optimization.do_train and not optimization.do_eval:
+    corpus = find(groups, CorpusOptions)
+    if not optimization.do_train and not optimization.do_eval and not (corpus is not None and corpus.do_predict):
         raise ConfigError("--do_train and --do_eval are both off, so there is nothing to do: switch one on")
 
 
@@ -130,6 +131,12 @@ def _precision(groups: Sequence[Any], given: frozenset[str], warnings: list[str]
     if model is None or precision is None or model.dtype == "auto":
         return
     wanted = precision.weight_dtype
+    if find(groups, CheckpointOptions) is not None and model.dtype != wanted:  # a verb that trains
+        how = "drop it" if wanted == "float32" and not (precision.fp16 or precision.bf16) else "drop one of them"
+        raise ConfigError(
+            f"--dtype {model.dtype}: the weights are trained in {wanted} here; half-precision weights need --bf16 (or --fp16) "
+            f"with --fp16_opt_level O2: {how}"
+        )
     if (precision.fp16 or precision.bf16) and model.dtype not in (wanted, precision.compute_dtype):
         flag = "fp16" if precision.fp16 else "bf16"
         raise ConfigError(f"--dtype {model.dtype} and --{flag} ask for different number formats: drop one of them")
@@ -185,6 +192,24 @@ def _one_process(groups: Sequence[Any], given: frozenset[str], warnings: list[st
         warnings.append("--dataloader_num_workers has no effect: batches are made in the main process")
 
 
+def _corpus(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
+    """Options of a corpus that nothing reads in this run."""
+    corpus, optimization = find(groups, CorpusOptions), find(groups, OptimizationOptions)
+    if corpus is None or optimization is None:
+        return
+    shape_only = "config_name" in given and not given & {"model_name_or_path", "tokenizer_name_or_path"}
+    if shape_only and find(groups, PlanOptions) is None:
+        raise ConfigError(
+            "--config_name gives only the model's shape: name the tokenizer with --tokenizer_name_or_path"
+        )
+    if corpus.best_fit_packing and _changed(corpus, "document_order", given):
+        warnings.append("--document_order has no effect with --best_fit_packing: whole packs are shuffled")
+    if not optimization.do_eval and _changed(corpus, "eval_iters", given):
+        warnings.append("--eval_iters has no effect without --do_eval")
+    if not optimization.do_eval and not corpus.do_predict and _changed(corpus, "test_iters", given):
+        warnings.append("--test_iters has no effect without --do_eval or --do_predict")
+
+
 _RULES: tuple[Callable[[Sequence[Any], frozenset[str], list[str]], None], ...] = (
     _without_effect,
     _evaluation,
@@ -195,4 +220,5 @@ _RULES: tuple[Callable[[Sequence[Any], frozenset[str], list[str]], None], ...] =
     _pipeline,
     _sampling,
     _one_process,
+    _corpus,
 )

@@ -88,15 +88,20 @@ def effective(groups: Sequence[Any]) -> dict[str, Any]:
     return {spec.name: _plain(getattr(group, spec.name)) for group in groups for spec in specs_of(type(group))}
 
 
+# What belongs to one sitting and not to the run: a configuration that is fed back must not start afresh by itself.
+_OF_ONE_SITTING = ("overwrite_output_dir", "resume_from_checkpoint")
+
+
 def write_config(path: str | Path, groups: Sequence[Any], header: str = "") -> None:
     """Write the effective options as YAML that `--config` reads back to the same values.
 
+    Left out is what belongs to one sitting: `overwrite_output_dir` and `resume_from_checkpoint`.
     The file appears whole or not at all.
     """
     lines = [f"# {line}" for line in header.splitlines()]
     for group in groups:
         lines.append(f"\n# {title(type(group))}")
-        values = effective([group])
+        values = {name: value for name, value in effective([group]).items() if name not in _OF_ONE_SITTING}
         if values:
             lines.append(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120).rstrip("\n"))
     path = Path(path)

@@ -21,9 +21,18 @@ class PretrainModelOptions(ModelOptions):
     model_name_or_path: str = option(
         TINY_MODEL, "folder, named model or Hub id: its configuration, and with --continue_training its weights"
     )
-    model_type: str = option("llama", "the architecture", ("llama",))
-    config_name: str | None = option(None, "a configuration from elsewhere (default: that of --model_name_or_path)")
+    model_type: str = option("llama", "the seed's word for the one architecture there is", ("llama",))
+    config_name: str | None = option(
+        None, "a model's shape from elsewhere: a folder, config.json or name (default: that of --model_name_or_path)"
+    )
     continue_training: bool = option(False, "start from the weights of --model_name_or_path instead of random ones")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.continue_training and self.config_name is not None:
+            raise ConfigError(
+                "--continue_training takes the shape of --model_name_or_path: drop --config_name, or train from scratch"
+            )
 
 
 @dataclass(kw_only=True)
@@ -51,7 +60,9 @@ class CorpusOptions(OptionGroup):
     max_seq_length: int = option(1024, "tokens of one sample", minimum=2)
     data_impl: str = option("auto", "format of the corpus: npy/npz pair or Megatron's bin/idx", ("auto", "npy", "mmap"))
     data_cache: str | None = option(None, "folder of the sample indexes (default: beside the corpus)")
-    share_folder: bool = option(False, "the nodes see one file system: only one process of all builds the indexes")
+    share_folder: bool = option(
+        False, "the seed's word for nodes with one file system; a lock in the cache serves shared and separate ones"
+    )
     reset_attention_mask: bool = option(False, "tokens do not attend across document boundaries")
     best_fit_packing: bool = option(False, "fill samples with whole documents where they fit")
     dataloader_num_workers: int = option(0, "processes that prepare batches; 0: the main process", minimum=0)
@@ -89,7 +100,7 @@ class CorpusOptions(OptionGroup):
         return frozenset(steps)
 
     def split_parts(self) -> tuple[float, float, float]:
-        """The shares of training, validation and test, summing to 1 (missing ones are 0)."""
+        """The shares of training, validation and test as they are written; missing ones are 0."""
         words = self.split.replace("/", ",").split(",")
         try:
             parts = [float(word) for word in words if word.strip()]
@@ -98,4 +109,4 @@ class CorpusOptions(OptionGroup):
         if not 1 <= len(parts) <= 3 or not all(0 <= part < float("inf") for part in parts) or sum(parts) <= 0:
             raise ConfigError(f"--split is {self.split!r}: give one to three numbers, e.g. 949,50,1")
         parts += [0.0] * (3 - len(parts))
-        return parts[0] / sum(parts), parts[1] / sum(parts), parts[2] / sum(parts)
+        return parts[0], parts[1], parts[2]

@@ -243,15 +243,30 @@ def choose_backend(query: Tensor, info: AttentionInfo) -> Backend:
         info.kind == "documents"
         and len(info.lengths) > 1
         and not info.branches
-        and query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and HAS_VARLEN
-        and query.shape[-1] <= 256
-        and query.shape[-1] % 8 == 0
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and _takes_lengths(query.device, query.dtype, query.shape[-1])
     ):
         return "varlen"
     return "sdpa"
+
+
+def _takes_lengths(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    return (
+        device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and HAS_VARLEN
+        and head_dim <= 256
+        and head_dim % 8 == 0
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def document_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """What packed documents are attended by on a device, in words."""
+    if _takes_lengths(device, dtype, head_dim):
+        return "flash with lengths"
+    if device.type == "cuda":
+        return "SDPA, packed rows with a mask (flash with lengths needs bf16 or fp16, an Ampere GPU and a torch that has it)"
+    return "SDPA"
 
 
 def attention(

@@ -68,7 +68,7 @@ class TrainState:
 
     Attributes:
         step: optimizer steps done.
-        tokens: tokens seen (there is no padding among them).
+        tokens: tokens of the rows seen.
         seconds: wall-clock seconds of training, over all sittings.
         total_steps: steps of the whole run.
         data: fingerprint of what decides the order of the data: rows, batch, accumulation, seed.
@@ -245,6 +245,8 @@ def verify(folder: Path) -> None:
         files = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{folder}: {MANIFEST} is missing or unreadable: the checkpoint is not complete") from error
+    if STATE not in files:
+        raise FormatError(f"{folder}: {MANIFEST} does not list {STATE}: the checkpoint is not complete")
     for name, entry in files.items():
         path = folder / name
         if not isinstance(entry, dict):
@@ -278,4 +280,4 @@ def prune(run_folder: Path, keep: int | None, best: str | None, step: int) -> No
         return
     for path in [p for p in list_checkpoints(run_folder) if checkpoint_step(p) <= step][:-keep]:
         if path.name != best:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # a file that stays costs space, not the run

@@ -12,7 +12,6 @@ from arriero.adapters.lora import LoRAConfig, apply_lora, load_adapter_state, me
 from arriero.adapters.peft_config import from_peft
 from arriero.config.adapter import AdapterOptions
 from arriero.config.data import DataOptions
-from arriero.config.files import write_config
 from arriero.config.quantization import QuantizationOptions
 from arriero.data.batch import packed_batches
 from arriero.data.order import StepOrder, prefix_clusters
@@ -23,7 +22,8 @@ from arriero.data.steps import FinetuningSteps
 from arriero.engine.loading import LoadedModel, load
 from arriero.errors import ConfigError
 from arriero.formats import hf, peft
-from arriero.training.checkpoint import WeightStore
+from arriero.training.callbacks.stop_signals import StopSignals
+from arriero.training.checkpoint import WeightStore, load_checkpoint
 from arriero.training.evaluation import evaluate_loss
 from arriero.training.generation_metrics import evaluate_generation
 from arriero.training.run import (
@@ -58,7 +58,8 @@ def check_supported(options: FinetuneOptions) -> None:
     Raises:
         ConfigError: one line, naming the option and the way out.
     """
-    check_run("finetune", options)
+    generated = ("exact_match", "f1", "rouge1", "rouge2", "rougeL", "bleu4")
+    check_run("finetune", options, generated if options.data.eval_with_do_generation else ("loss", "ppl", "accuracy"))
     if options.adapter.prefix_tuning:
         raise ConfigError("--prefix_tuning is not in this version yet: --lora trains a small adapter too")
     if options.quantization.qat:
@@ -74,7 +75,7 @@ def build_weights(loaded: LoadedModel, options: FinetuneOptions) -> WeightStore:
     """Make the model trainable as asked, and say how its trained weights are stored."""
     adapter = options.adapter
     if not adapter.lora:
-        return FullWeights(loaded.model, loaded.folder, options.checkpoint.max_shard_size)
+        return FullWeights(loaded.model, loaded.folder, loaded.tokenizer.folder, options.checkpoint.max_shard_size)
     state = None
     if adapter.lora_path:
         stored, state = peft.load_adapter(Path(adapter.lora_path))
@@ -125,14 +126,18 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
     """Train, evaluate and write the final model into the run folder.
 
     Returns:
-        What is written to `all_results.json`; nothing if a signal ended the training early.
+        What is written to `all_results.json`.
+
+    Raises:
+        RunStopped: if a signal ended the training early.
     """
     check_supported(options)
-    with RunFolder(options.checkpoint) as folder:
-        return _finetune(options, folder.path, folder.resume)
+    with RunFolder(options.checkpoint) as folder, StopSignals() as signals:
+        folder.check_inputs(options.model.model_name_or_path, options.adapter.lora_path)
+        return _finetune(options, folder, signals)
 
 
-def _finetune(options: FinetuneOptions, folder: Path, resume: Path | None) -> dict[str, Any]:
+def _finetune(options: FinetuneOptions, folder: RunFolder, signals: StopSignals) -> dict[str, Any]:
     optim, data = options.optimization, options.data
     wanted = [split for split, do in (("train", optim.do_train), ("dev", optim.do_eval)) if do]
     samples = load_samples(data.dataset_path, data.data_name, data.task_name, wanted)
@@ -146,7 +151,6 @@ def _finetune(options: FinetuneOptions, folder: Path, resume: Path | None) -> di
         examples[split], report = encode_all(rows, loaded.tokenizer, min(data.src_length, src_length), data.tgt_length)
         print(f"{split}: {report}")
     weights = build_weights(loaded, options)
-    write_config(folder / "config.yaml", options.groups)
     evaluate = build_evaluation(loaded, samples["dev"], examples["dev"], options) if "dev" in examples else None
     results: dict[str, Any] = {}
     trainer = None
@@ -156,19 +160,19 @@ def _finetune(options: FinetuneOptions, folder: Path, resume: Path | None) -> di
             loaded.model,
             build_steps(examples["train"], options, loaded),
             weights,
-            folder,
+            folder.path,
             loaded.device,
-            build_callbacks(options, folder, evaluate, loaded.model, loaded.tokenizer),
+            build_callbacks(options, folder.path, evaluate, loaded.model, loaded.tokenizer, signals),
         )
-        trained = train(trainer, options, resume)
-        if trained is None:
-            return {}
-        results |= trained
-    results |= final_metrics(trainer, options, evaluate)
+        results |= train(trainer, options, folder, signals)
+    elif folder.resume:
+        load_checkpoint(folder.resume, weights)
+    if not signals.received:
+        results |= final_metrics(trainer, options, evaluate)
     if optim.do_train:
-        save_final(loaded, weights, options, folder)
-    write_results(folder, results)
-    print(f"{'adapter' if options.adapter.lora else 'model'} and log: {folder}")
+        save_final(loaded, weights, options, folder.path)
+    write_results(folder.path, results, trained=optim.do_train)
+    print(f"{'adapter' if options.adapter.lora else 'model'} and log: {folder.path}")
     return results
 
 

@@ -17,15 +17,16 @@ import torch
 
 from arriero.models.llama import LlamaForCausalLM
 
-# Dense tensor-core peaks in TFLOP/s from the vendors' data sheets, by a part of the device name: (fp32 as TF32, bf16 / fp16)
+# Dense peaks in TFLOP/s from the vendors' data sheets, by a part of the device name: (fp32, bf16 / fp16 on tensor cores).
+# fp32 is true fp32: torch does not use TF32 unless it is told to.
 DEVICE_PEAKS = {
-    "H200": (495.0, 989.0),
-    "H100 PCIe": (378.0, 756.0),
-    "H100": (495.0, 989.0),
-    "A100": (156.0, 312.0),
-    "L40S": (183.0, 362.0),
+    "H200": (67.0, 989.0),
+    "H100 PCIe": (51.0, 756.0),
+    "H100": (67.0, 989.0),
+    "A100": (19.5, 312.0),
+    "L40S": (91.6, 362.0),
     "RTX 4090": (82.6, 165.2),
-    "A10": (62.5, 125.0),
+    "A10": (31.2, 125.0),
     "V100": (15.7, 125.0),
     "T4": (8.1, 65.0),
 }

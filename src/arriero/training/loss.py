@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from arriero.data.sft import IGNORE
 
+# fp16 sums over rows reach its greatest number, 65,504; a chunk's sum is added up in fp32
+FP16_CHUNK = 4096
 CHUNK_ELEMENTS = 1 << 25  # logits held at once: 128 MiB in fp32, and as much again for their softmax
 
 
@@ -59,6 +61,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         compute = (
             torch.get_autocast_dtype(rows.device.type) if torch.is_autocast_enabled(rows.device.type) else weight.dtype
         )
+        if compute == torch.float16:
+            chunk = min(chunk, FP16_CHUNK)
         head = weight.to(compute)
         loss = torch.zeros((), dtype=torch.float32, device=rows.device)
         correct = torch.zeros((), dtype=torch.int64, device=rows.device)

@@ -89,12 +89,16 @@ class Optimizer:
         """What is stepped, in the form that `torch.amp.GradScaler.unscale_` reads."""
         return [{"params": [self._stepped(name) for name in self.parameters]}]
 
-    def prepare_gradients(self) -> None:
-        """Hand the half-precision gradients to their masters, in fp32; to be called once before clipping."""
+    @torch.no_grad()
+    def collect_gradients(self) -> None:
+        """Hand the half-precision gradients to their masters, where they add up in fp32; to be called after each backward."""
         for name, master in self.masters.items():
             parameter = self.parameters[name]
             if parameter.grad is not None:
-                master.grad = parameter.grad.float()
+                if master.grad is None:
+                    master.grad = parameter.grad.float()
+                else:
+                    master.grad += parameter.grad
                 parameter.grad = None
 
     def gradients(self) -> dict[str, Tensor]:

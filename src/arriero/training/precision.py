@@ -46,7 +46,6 @@ class Precision:
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Bring the gradients to their true size."""
-        optimizer.prepare_gradients()
         if self.scaler.is_enabled():
             self.scaler.unscale_(optimizer)  # type: ignore[arg-type]  # it reads param_groups only
 

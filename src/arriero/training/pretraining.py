@@ -6,13 +6,13 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from arriero.config.files import write_config
 from arriero.config.pretraining import CorpusOptions, PretrainModelOptions, PretrainOptimizationOptions
 from arriero.data.batch import Batch
 from arriero.data.corpus.dataset import CorpusDataset, Epochs, build_datasets, has_documents
@@ -26,6 +26,8 @@ from arriero.errors import ConfigError
 from arriero.formats.download import model_config, resolve_tokenizer
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
+from arriero.training.callbacks.stop_signals import StopSignals
+from arriero.training.checkpoint import load_checkpoint
 from arriero.training.evaluation import evaluate_loss
 from arriero.training.precision import Precision
 from arriero.training.run import (
@@ -70,7 +72,7 @@ class CorpusEvaluation:
     def __call__(self) -> dict[str, float]:
         """`loss` (nats a token), `ppl`, `accuracy`, and `bits_per_byte` of the text (no special tokens among its bytes)."""
         metrics = evaluate_loss(self.model, self._batches(), self.precision)
-        tokens, size = self._size()
+        tokens, size = self._size
         return {**metrics, "bits_per_byte": metrics["loss"] / math.log(2) * tokens / max(1, size)}
 
     def _rows(self) -> range:
@@ -83,6 +85,7 @@ class CorpusEvaluation:
             samples = [self.dataset[i] for i in rows[at : at + self.batch_size]]
             yield corpus_batch(samples, self.reset_attention_mask)
 
+    @cached_property
     def _size(self) -> tuple[int, int]:
         """Labelled tokens, and the bytes of text they stand for."""
         lengths = np.array(self.tokenizer.byte_lengths(), dtype=np.int64)
@@ -94,13 +97,15 @@ class CorpusEvaluation:
         return tokens, size
 
 
-def fresh_config(config: LlamaConfig, sequence_length: int, vocab_size: int) -> LlamaConfig:
-    """The configuration of a model from scratch: room for the vocabulary (padded) and for a sample."""
-    padded = math.ceil(max(config.vocab_size, vocab_size) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+def fresh_config(config: LlamaConfig, sequence_length: int, tokenizer: Tokenizer) -> LlamaConfig:
+    """The configuration of a model from scratch: room for the vocabulary (padded) and a sample, the tokenizer's own ends."""
+    padded = math.ceil(max(config.vocab_size, tokenizer.vocab_size) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     return dataclasses.replace(
         config,
         vocab_size=padded,
         max_position_embeddings=max(config.max_position_embeddings, sequence_length),
+        bos_token_id=config.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
+        eos_token_id=config.eos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id,
     )
 
 
@@ -113,11 +118,18 @@ def fresh_model(config: LlamaConfig, seed: int, dtype: torch.dtype, device: torc
     return model.to(device=device, dtype=dtype)
 
 
-def load_or_make(options: PretrainOptions) -> LoadedModel:
-    """The model to train with its tokenizer; `folder` is where the final model's side files come from.
+def find_tokenizer(options: PretrainModelOptions) -> Tokenizer:
+    """The tokenizer of the run; nothing else is downloaded for it."""
+    name = options.tokenizer_name_or_path or options.model_name_or_path
+    return load_tokenizer(resolve_tokenizer(name, Path(options.cache_dir) if options.cache_dir else None))
+
+
+def load_or_make(options: PretrainOptions, tokenizer: Tokenizer) -> LoadedModel:
+    """The model to train; `folder` is where the final model's side files come from.
 
     Raises:
-        ConfigError: if a sample is longer than a given model's context, or the tokenizer does not fit it.
+        ConfigError: if a sample is longer than a given model's context.
+        FormatError: if the tokenizer does not fit the model.
     """
     given, length = options.model, options.corpus.max_seq_length
     if given.continue_training:
@@ -130,17 +142,14 @@ def load_or_make(options: PretrainOptions) -> LoadedModel:
             )
         return loaded
     cache = Path(given.cache_dir) if given.cache_dir else None
-    folder = resolve_tokenizer(given.tokenizer_name_or_path or given.model_name_or_path, cache)
-    tokenizer = load_tokenizer(folder)
-    config = model_config(given.config_name or given.model_name_or_path, cache)
-    config = fresh_config(config, length, tokenizer.vocab_size)
+    config = fresh_config(model_config(given.config_name or given.model_name_or_path, cache), length, tokenizer)
     dtype = getattr(torch, given.dtype if given.dtype != "auto" else options.precision.weight_dtype)
     device = pick_device(given.device)
     model = fresh_model(config, options.optimization.seed, dtype, device)
     choose_kernels(model, given)
     check_vocabulary(tokenizer, model)
     print(f"a new model of {config.num_parameters():,} parameters, vocabulary {config.vocab_size:,}")
-    return LoadedModel(model, tokenizer, folder, device)
+    return LoadedModel(model, tokenizer, tokenizer.folder, device)
 
 
 def load_data(options: PretrainOptions, tokenizer: Tokenizer) -> dict[str, CorpusDataset]:
@@ -167,18 +176,29 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
     """Train, evaluate, and write the final model into the run folder.
 
     Returns:
-        What is written to `all_results.json`; nothing if a signal ended the training early.
+        What is written to `all_results.json`.
+
+    Raises:
+        RunStopped: if a signal ended the training early.
     """
-    check_run("pretrain", options)
-    with RunFolder(options.checkpoint) as folder:
-        return _pretrain(options, folder.path, folder.resume)
+    given, checkpoint = options.model, options.checkpoint
+    check_run("pretrain", options, ("loss", "ppl", "accuracy", "bits_per_byte"))
+    if not (options.optimization.do_train or given.continue_training or checkpoint.resume_from_checkpoint):
+        raise ConfigError(
+            "--do_train no would score random weights: add --continue_training or --resume_from_checkpoint"
+        )
+    find_corpora(options.corpus.input_dir)
+    with RunFolder(checkpoint) as folder, StopSignals() as signals:
+        folder.check_inputs(given.model_name_or_path, given.tokenizer_name_or_path, given.config_name)
+        return _pretrain(options, folder, signals)
 
 
-def _pretrain(options: PretrainOptions, folder: Path, resume: Path | None) -> dict[str, Any]:
+def _pretrain(options: PretrainOptions, folder: RunFolder, signals: StopSignals) -> dict[str, Any]:
     optim, corpus = options.optimization, options.corpus
-    loaded = load_or_make(options)
+    tokenizer = find_tokenizer(options.model)
+    datasets = load_data(options, tokenizer)
+    loaded = load_or_make(options, tokenizer)
     set_seed(optim.seed)
-    datasets = load_data(options, loaded.tokenizer)
     precision = build_precision(options.precision, loaded.device)
     size = optim.per_device_eval_batch_size
 
@@ -186,12 +206,11 @@ def _pretrain(options: PretrainOptions, folder: Path, resume: Path | None) -> di
         if part not in datasets:
             return None
         return CorpusEvaluation(
-            loaded.model, datasets[part], loaded.tokenizer, precision, size, batches, corpus.reset_attention_mask
+            loaded.model, datasets[part], tokenizer, precision, size, batches, corpus.reset_attention_mask
         )
 
     validate, test = evaluation("valid", corpus.eval_iters), evaluation("test", corpus.test_iters)
-    weights = FullWeights(loaded.model, loaded.folder, options.checkpoint.max_shard_size)
-    write_config(folder / "config.yaml", options.groups)
+    weights = FullWeights(loaded.model, loaded.folder, tokenizer.folder, options.checkpoint.max_shard_size)
     results: dict[str, Any] = {}
     trainer = None
     if optim.do_train:
@@ -206,22 +225,22 @@ def _pretrain(options: PretrainOptions, folder: Path, resume: Path | None) -> di
             loaded.model,
             steps,
             weights,
-            folder,
+            folder.path,
             loaded.device,
-            build_callbacks(options, folder, validate, loaded.model, loaded.tokenizer),
+            build_callbacks(options, folder.path, validate, loaded.model, tokenizer, signals),
             skip_steps=corpus.skipped_steps(),
         )
-        trained = train(trainer, options, resume)
-        if trained is None:
-            return {}
-        results |= trained
-    results |= final_metrics(trainer, options, validate)
-    if test is not None:
-        scores = {f"test_{key}": value for key, value in test().items()}
-        print("test | " + " | ".join(f"{key} {value:.4f}" for key, value in scores.items()))
-        results |= scores
+        results |= train(trainer, options, folder, signals)
+    elif folder.resume:
+        load_checkpoint(folder.resume, weights)
+    if not signals.received:
+        results |= final_metrics(trainer, options, validate)
+        if test is not None:
+            scores = {f"test_{key}": value for key, value in test().items()}
+            print("test | " + " | ".join(f"{key} {value:.4f}" for key, value in scores.items()))
+            results |= scores
     if optim.do_train:
-        save_weights(weights, folder)
-    write_results(folder, results)
-    print(f"model and log: {folder}")
+        save_weights(weights, folder.path)
+    write_results(folder.path, results, trained=optim.do_train)
+    print(f"model and log: {folder.path}")
     return results

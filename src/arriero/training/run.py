@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from arriero.config.checkpoint import CheckpointOptions
-from arriero.config.files import effective
+from arriero.config.files import effective, write_config
 from arriero.config.logging import LoggingOptions
 from arriero.config.model import ModelOptions
 from arriero.config.optimization import OptimizationOptions
@@ -23,7 +23,8 @@ from arriero.config.precision import PrecisionOptions
 from arriero.data.steps import StepSource
 from arriero.data.tokenizer import Tokenizer
 from arriero.engine.generation import Generator
-from arriero.errors import ConfigError, TrainingError
+from arriero.errors import ConfigError, RunStopped, TrainingError
+from arriero.models.attention import document_kernel
 from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.activation_checkpointing import apply_activation_checkpointing
 from arriero.parallel.compilation import apply_compile
@@ -40,6 +41,7 @@ from arriero.training.checkpoint import WeightStore
 from arriero.training.memory import keep_freed_memory
 from arriero.training.optimizer import Optimizer
 from arriero.training.precision import Precision
+from arriero.training.run_folder import RunFolder
 from arriero.training.schedule import Schedule
 from arriero.training.trainer import Callback, Trainer
 
@@ -62,8 +64,11 @@ class RunOptions:
         return tuple(vars(self).values())
 
 
-def check_run(verb: str, options: RunOptions) -> None:
+def check_run(verb: str, options: RunOptions, metrics: Sequence[str]) -> None:
     """Refuse what this version cannot do, before anything is loaded.
+
+    Args:
+        metrics: what an evaluation of this run computes.
 
     Raises:
         ConfigError: one line, naming the option and the way out.
@@ -76,6 +81,9 @@ def check_run(verb: str, options: RunOptions) -> None:
             raise ConfigError(
                 f"--{name} {degree} needs several processes, which this version does not train on: drop it"
             )
+    best = options.checkpoint.metric_for_best_model
+    if options.checkpoint.load_best_model_at_end and best is not None and best.removeprefix("eval_") not in metrics:
+        raise ConfigError(f"--metric_for_best_model {best} is not computed here: choose one of {', '.join(metrics)}")
     if options.logging.sample_prompts:
         read_prompts(options.logging.sample_prompts)
 
@@ -103,6 +111,8 @@ def build_trainer(
     """The trainer of a run."""
     optim = options.optimization
     steps = optim.max_steps if optim.max_steps > 0 else data.steps_in(optim.num_train_epochs)
+    if steps < 1:
+        raise ConfigError(f"--num_train_epochs {optim.num_train_epochs:g} of this data is not one step: give more")
     if device.type == "cpu" and not options.precision.recompute:  # who recomputes is short of memory
         keep_freed_memory()
     if options.precision.recompute:
@@ -127,7 +137,12 @@ def build_trainer(
 
 
 def build_callbacks(
-    options: RunOptions, folder: Path, evaluate: Evaluate | None, model: LlamaForCausalLM, tokenizer: Tokenizer
+    options: RunOptions,
+    folder: Path,
+    evaluate: Evaluate | None,
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    signals: StopSignals,
 ) -> list[Callback]:
     """Averages make the records, so they come before who reads them; evaluation before the checkpoint that may be the best."""
     checkpoint, logging = options.checkpoint, options.logging
@@ -157,7 +172,7 @@ def build_callbacks(
             )
         )
     callbacks += [
-        StopSignals(),
+        signals,
         Checkpointing(
             checkpoint.save_strategy,
             checkpoint.save_steps,
@@ -171,27 +186,38 @@ def build_callbacks(
     return [*callbacks, LossPlot()]
 
 
-def train(trainer: Trainer, options: RunOptions, resume: Path | None) -> dict[str, Any] | None:
+def train(trainer: Trainer, options: RunOptions, folder: RunFolder, signals: StopSignals) -> dict[str, Any]:
     """Run the trainer to its end.
 
     Returns:
-        What `all_results.json` says of the training; None if a signal ended it early.
+        What `all_results.json` says of the training.
+
+    Raises:
+        RunStopped: if a signal ended it early.
     """
     optim = options.optimization
-    if resume:
-        trainer.resume(resume)
-        print(f"resumed from {resume} at step {trainer.state.step}")
+    if folder.resume:
+        trainer.resume(folder.resume)
+        print(f"resumed from {folder.resume} at step {trainer.state.step}")
+        if folder.resume.parent.resolve() == folder.path.resolve():
+            folder.drop_later(trainer.state.step)
+    folder.clear()
+    write_config(folder.path / "config.yaml", options.groups)
+    kernel = document_kernel(trainer.device, trainer.precision.dtype, trainer.model.config.head_dim)
+    if not options.model.use_flash_attention:
+        kernel = "written out"
+    print(f"kernels: attention {kernel}; RMSNorm {'torch' if options.model.use_fused_rms_norm else 'written out'}")
     print(
         f"{trainer.total_steps} steps of {optim.per_device_train_batch_size} x {optim.gradient_accumulation_steps} rows, "
         f"{trainer.precision}, {trainer.device}, {torch.get_num_threads()} threads"
     )
     state = trainer.train()
-    if trainer.stopped_by:
-        print(
-            f"{trainer.stopped_by}: stopped after step {state.step} of {trainer.total_steps}, which is saved; "
-            "--resume_from_checkpoint auto goes on"
+    if signals.received and state.step < trainer.total_steps:
+        raise RunStopped(
+            f"{signals.received.name}: stopped after step {state.step} of {trainer.total_steps}, which is saved; "
+            "--resume_from_checkpoint auto goes on",
+            signals.exit_code,
         )
-        return None
     print(f"trained {state.step} steps in {duration(state.seconds)}, {state.tokens:,} tokens")
     return {
         "train_steps": state.step,
@@ -228,8 +254,9 @@ def save_weights(weights: WeightStore, folder: Path) -> None:
         ) from error
 
 
-def write_results(folder: Path, results: dict[str, Any]) -> None:
-    path = folder / "all_results.json"
+def write_results(folder: Path, results: dict[str, Any], *, trained: bool) -> None:
+    """Into `all_results.json`, or `eval_results.json` if the run only scored."""
+    path = folder / f"{'all' if trained else 'eval'}_results.json"
     try:
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     except OSError as error:

@@ -11,9 +11,18 @@ from pathlib import Path
 
 from arriero.config.checkpoint import CheckpointOptions
 from arriero.errors import ConfigError, FormatError
-from arriero.training.checkpoint import list_checkpoints, verify
+from arriero.training.checkpoint import checkpoint_step, list_checkpoints, verify
 
 LOCK = ".lock"
+# Of an earlier run, beside its checkpoints.
+RESULTS = (
+    "train_log.jsonl",
+    "samples.jsonl",
+    "*_results.json",
+    "loss.png",
+    "*.safetensors",
+    "*.safetensors.index.json",
+)
 
 
 class RunFolder:
@@ -51,8 +60,7 @@ class RunFolder:
             self.resume = newest_checkpoint(self.path)
         elif options.resume_from_checkpoint:
             self.resume = Path(options.resume_from_checkpoint)
-        if options.overwrite_output_dir:
-            self._clear()
+        self._overwrite = options.overwrite_output_dir
 
     def _acquire(self) -> None:
         """The kernel drops the lock with the process, however it ends: it can never be stale."""
@@ -93,10 +101,35 @@ class RunFolder:
                 for entry in [entry for entry in folder.iterdir() if re.fullmatch(name, entry.name)]:
                     shutil.rmtree(entry, ignore_errors=True)
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """With `--overwrite_output_dir`, delete what an earlier run left; to be called when this one is ready to start."""
+        if not self._overwrite:
+            return
         for checkpoint in list_checkpoints(self.path):
             shutil.rmtree(checkpoint)
-        (self.path / "train_log.jsonl").unlink(missing_ok=True)
+        for pattern in RESULTS:
+            for path in self.path.glob(pattern):
+                path.unlink()
+
+    def check_inputs(self, *names: str | None) -> None:
+        """Refuse to overwrite what the run is made from.
+
+        Raises:
+            ConfigError: naming the input that lies in the folder.
+        """
+        for name in names:
+            inside = name is not None and Path(name).resolve().is_relative_to(self.path.resolve())
+            if self._overwrite and inside and Path(str(name)).exists():
+                raise ConfigError(
+                    f"--overwrite_output_dir would delete {name}, which this run needs: give another --output_dir"
+                )
+
+    def drop_later(self, step: int) -> None:
+        """Delete the checkpoints after a step: a run that goes on from there makes its own."""
+        for checkpoint in list_checkpoints(self.path):
+            if checkpoint_step(checkpoint) > step:
+                print(f"{checkpoint} is of the run as it went on before: deleted", flush=True)
+                shutil.rmtree(checkpoint)
 
     def __enter__(self) -> RunFolder:
         return self
@@ -107,12 +140,19 @@ class RunFolder:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run; damaged ones are named and passed over."""
-    for checkpoint in reversed(list_checkpoints(folder)):
+    """The newest whole checkpoint of a run; damaged ones are named and passed over.
+
+    Raises:
+        FormatError: if there are checkpoints and none is whole.
+    """
+    checkpoints = list_checkpoints(folder)
+    for checkpoint in reversed(checkpoints):
         try:
             verify(checkpoint)
         except FormatError as error:
             print(f"warning: {error}")
             continue
         return checkpoint
+    if checkpoints:
+        raise FormatError(f"{folder}: no whole checkpoint is left: --overwrite_output_dir starts afresh")
     return None

@@ -57,13 +57,26 @@ class Schedule:
 
     @classmethod
     def from_options(cls, options: OptimizationOptions, total_steps: int) -> Self:
-        """The schedule of a run of `total_steps`."""
+        """The schedule of a run of `total_steps`.
+
+        Raises:
+            ConfigError: if the warm-up would not end before the decay or the run.
+        """
+        warmup = options.warmup_steps or math.ceil(options.warmup_ratio * total_steps)
+        decay = options.decay_steps or total_steps
+        if options.lr_scheduler_type == "constant":
+            warmup = 0
+        if warmup > min(decay, total_steps):
+            raise ConfigError(
+                f"the warm-up of {warmup} steps ends after the decay ({decay}) or the run ({total_steps} steps): "
+                "lower --warmup_steps or --warmup_ratio, or raise --decay_steps"
+            )
         return cls(
             options.lr_scheduler_type,
             options.learning_rate,
             options.min_learning_rate,
-            options.warmup_steps or math.ceil(options.warmup_ratio * total_steps),
-            options.decay_steps or total_steps,
+            warmup,
+            decay,
             options.wsd_decay_ratio,
             options.wsd_decay_shape,
             options.lr_power,

@@ -7,9 +7,11 @@ step, so that accumulation and packing change nothing but rounding.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,6 +65,16 @@ def batch_loss(model: LlamaForCausalLM, batch: Batch, *, label_smoothing: float 
     return linear_cross_entropy(hidden, model.lm_head.weight, batch.labels, label_smoothing=label_smoothing)
 
 
+def _leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """The values inside nested dicts and lists, by their path: `parts.0.seed`."""
+    if not isinstance(value, dict | list):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {
+        key: leaf for at, inner in items for key, leaf in _leaves(inner, f"{name}.{at}" if name else str(at)).items()
+    }
+
+
 @dataclass
 class Trainer:
     """Trains `model` on what `data` gives for each step.
@@ -92,7 +104,6 @@ class Trainer:
     metrics_step: int = -1
     should_stop: bool = False  # end after this step
     save_now: bool = False  # a checkpoint is due at this step, whatever the strategy says
-    stopped_by: str | None = None  # the signal that ended the run early
 
     def __post_init__(self) -> None:
         self.cost = step_cost(self.model)
@@ -109,17 +120,25 @@ class Trainer:
 
         Raises:
             FormatError: if the checkpoint is damaged or of another run.
-            TrainingError: if the data would come in another order.
+            TrainingError: if the data would come in another order, or the run would have ended before.
         """
         optimizer, generators, state = load_checkpoint(checkpoint, self.weights)
-        changed = [key for key in {**state.data, **self.state.data} if state.data.get(key) != self.state.data.get(key)]
+        then, here = _leaves(state.data), _leaves(self.state.data)
+        changed = [
+            f"{key} was {then.get(key)} and is {here.get(key)}" for key in then | here if then.get(key) != here.get(key)
+        ]
         if changed:
-            here = {key: self.state.data.get(key) for key in changed}
-            then = {key: state.data.get(key) for key in changed}
             raise TrainingError(
-                f"{checkpoint} was trained on other data: {', '.join(changed)} was {str(then)[:500]} and is {str(here)[:500]}: "
+                f"{checkpoint} was trained on other data: {', '.join(changed)[:500]}: "
                 "give the same data, batch, seed and length of the run, or start anew in another --output_dir"
             )
+        if state.step > self.total_steps:
+            raise TrainingError(
+                f"{checkpoint} is {state.step} steps into its run and this one would end after {self.total_steps}: "
+                "raise --max_steps or --num_train_epochs, or resume from an earlier checkpoint"
+            )
+        if checkpoint.parent.resolve() != self.run_folder.resolve():  # its best checkpoint is not here
+            state.best_metric = state.best_checkpoint = None
         self.optimizer.load(optimizer)
         self.precision.load(state.scaler)
         state.total_steps = self.total_steps
@@ -136,10 +155,24 @@ class Trainer:
                 record = self.step()
                 for callback in self.callbacks:
                     callback.on_step_end(self, record)
-        finally:
-            for callback in self.callbacks:
-                callback.on_train_end(self)
+        except BaseException:
+            # what ended the run is what the user must hear of, not what closing up meets after it
+            with contextlib.suppress(Exception):
+                self._end()
+            raise
+        self._end()
         return self.state
+
+    def _end(self) -> None:
+        """Let every callback close up, also when one of them fails; the first failure is raised at the end."""
+        failure: Exception | None = None
+        for callback in self.callbacks:
+            try:
+                callback.on_train_end(self)
+            except Exception as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def step(self) -> StepRecord:
         """One optimizer step: all its micro-batches, one clipping, one update."""
@@ -156,6 +189,7 @@ class Trainer:
                     sums = batch_loss(self.model, batch, label_smoothing=self.label_smoothing)
                 part = sums.loss / label_tokens
                 self.precision.backward(part)
+                self.optimizer.collect_gradients()
                 total += part.detach()
             self.precision.unscale(self.optimizer)
             loss, norm = float(total), float(self.optimizer.clip(self.max_grad_norm))

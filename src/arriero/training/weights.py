@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from arriero.adapters.lora import LoRAConfig, adapter_state, load_adapter_state
 from arriero.adapters.peft_config import to_peft
+from arriero.data.tokenizer_files import SIDE_FILES
 from arriero.errors import FormatError
 from arriero.formats import hf, peft
 from arriero.models.llama import LlamaForCausalLM
@@ -18,18 +19,31 @@ from arriero.models.llama import LlamaForCausalLM
 
 @dataclass
 class FullWeights:
-    """Every parameter, as an HF folder; configuration, tokenizer and licence files come along from `source`."""
+    """Every parameter, as an HF folder.
+
+    Attributes:
+        source: whose generation defaults and licence files come along.
+        tokenizer: the folder whose tokenizer files do; None for that of `source`.
+    """
 
     model: LlamaForCausalLM
     source: Path
+    tokenizer: Path | None = None
     max_shard_size: str = "5GB"
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
     def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        other = self.tokenizer if self.tokenizer is not None and self.tokenizer != self.source else None
+        names = [name for name in SIDE_FILES if name != "generation_config.json"] if other is not None else []
         hf.save_model(
-            tensors, self.model.config, folder, max_shard_size=self.max_shard_size, extra_files_from=self.source
+            tensors,
+            self.model.config,
+            folder,
+            max_shard_size=self.max_shard_size,
+            extra_files_from=self.source,
+            extra_files={name: (other / name).read_bytes() for name in names if other and (other / name).is_file()},
         )
 
     @torch.no_grad()

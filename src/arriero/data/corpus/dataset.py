@@ -16,7 +16,7 @@ from arriero.data.corpus.found import find_corpora
 from arriero.data.corpus.index_cache import Arrays, IndexCache, Report, to_stderr
 from arriero.data.corpus.sample_index import DOCUMENT_ORDERS, samples_in_epochs
 from arriero.data.corpus.samples import Samples, best_fit_packs, packed_samples, stream_samples
-from arriero.data.corpus.split import SPLITS, check_not_empty, parse_split, split_documents
+from arriero.data.corpus.split import SPLITS, check_not_empty, split_documents
 from arriero.data.corpus.token_files import TokenCorpus, open_corpus
 from arriero.data.corpus.token_ids import check_token_ids
 from arriero.data.sft import IGNORE
@@ -126,7 +126,7 @@ def has_documents(options: CorpusOptions, name: str) -> bool:
     least = 2 if options.best_fit_packing else options.max_seq_length + 1
     for _, prefix in find_corpora(options.input_dir):
         corpus = open_corpus(prefix, options.data_impl)
-        part = split_documents(corpus.documents, parse_split(options.split))[SPLITS.index(name)]
+        part = split_documents(corpus.documents, options.split_parts())[SPLITS.index(name)]
         if corpus.tokens_in(part) < least:
             return False
     return True
@@ -169,7 +169,7 @@ def build_datasets(
     wanted = {name: count for name, count in zip(SPLITS, samples, strict=True) if count is not None}
     ranges = []
     for corpus in corpora:
-        ranges.append(split_documents(corpus.documents, parse_split(options.split)))
+        ranges.append(split_documents(corpus.documents, options.split_parts()))
         check_not_empty(ranges[-1], list(wanted), options.split, str(corpus.prefix))
     for corpus, cache in zip(corpora, caches, strict=True):
         check_token_ids(corpus, vocab_size, cache)

@@ -9,13 +9,6 @@ from arriero.errors import DataError
 SPLITS = ("train", "valid", "test")
 
 
-def parse_split(text: str) -> tuple[float, float, float]:
-    """The three numbers of `--split` as they are written, missing ones 0. `CorpusOptions` has checked them already."""
-    parts = [float(word) for word in text.replace("/", ",").split(",") if word.strip()][:3]
-    parts += [0.0] * (3 - len(parts))
-    return parts[0], parts[1], parts[2]
-
-
 def split_documents(documents: int, parts: Sequence[float]) -> tuple[range, range, range]:
     """The documents of training, validation and test: three neighbouring ranges of 0 .. documents - 1.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from statistics import median
 
@@ -34,7 +33,7 @@ class Anomalies(Callback):
 
     def on_train_begin(self, trainer: Trainer) -> None:
         records = [r for r in read_log(trainer.run_folder / LOG) if r["step"] <= trainer.state.step]
-        self.norms.extend(r["grad_norm"] for r in records if "grad_norm" in r and math.isfinite(r["grad_norm"]))
+        self.norms.extend(r["grad_norm"] for r in records if r.get("grad_norm") is not None)
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
         if record.skipped or record.label_tokens == 0 or not self.factor:

@@ -1,8 +1,8 @@
-"""Checkpoints while training: when they are due, on Ctrl-C, and which one was best."""
+"""Checkpoints while training: when they are due, and which one was best."""
 
 from __future__ import annotations
 
-from arriero.errors import TrainingError
+from arriero.errors import FormatError, TrainingError
 from arriero.training.callbacks.evaluation import is_due
 from arriero.training.checkpoint import TrainState, load_checkpoint, prune
 from arriero.training.checkpoint_writer import CheckpointWriter
@@ -55,8 +55,8 @@ class Checkpointing(Callback):
         self.writer.save(trainer.run_folder, trainer.weights, trainer.optimizer.state(), state, clean_up)
 
     def _note_best(self, trainer: Trainer) -> None:
-        if self.metric is None or not trainer.metrics:
-            return
+        if self.metric is None or trainer.metrics_step != trainer.state.step:
+            return  # weights that were not scored (a signal came between two evaluations) cannot be the best
         if self.metric not in trainer.metrics:
             known = ", ".join(name.removeprefix("eval_") for name in trainer.metrics)
             raise TrainingError(f"metric_for_best_model '{self.metric[5:]}' is not computed here: one of {known}")
@@ -69,7 +69,11 @@ class Checkpointing(Callback):
         self.writer.wait()
         best = trainer.state.best_checkpoint
         if self.load_best and best and trainer.state.step == trainer.total_steps and not self.unwritten:
-            load_checkpoint(trainer.run_folder / best, trainer.weights)
+            try:
+                load_checkpoint(trainer.run_folder / best, trainer.weights)
+            except FormatError as error:
+                print(f"warning: the best checkpoint is lost, the last weights are kept: {error}", flush=True)
+                return
             print(
                 f"best checkpoint: {best} ({(self.metric or '')[5:]} {trainer.state.best_metric:.4f}), loaded",
                 flush=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from typing import Any
 
 import psutil
@@ -27,8 +26,8 @@ def memory_gib(device: torch.device) -> float:
 class Averages(Callback):
     """Averages the steps between two log points and hands the record to every callback.
 
-    `tokens_per_second` counts every token of the rows; there is no padding among them. `mfu` is the share of the peak that
-    the model's own arithmetic took (see `arriero.training.flops`).
+    `tokens_per_second` counts every token of the rows, padding of whole-document packing among them. `mfu` is the share of
+    the peak that the model's own arithmetic took (see `arriero.training.flops`).
     """
 
     def __init__(self, every: int) -> None:
@@ -38,7 +37,7 @@ class Averages(Callback):
 
     def on_train_begin(self, trainer: Trainer) -> None:
         self.peak, source = peak_flops(trainer.device, trainer.precision.dtype)
-        self.peak_source = source
+        print(f"MFU is of {self.peak / 1e12:,.3g} TFLOP/s ({source})", flush=True)
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
         self.pending.append(record)
@@ -51,11 +50,15 @@ class Averages(Callback):
         seconds = sum(step.seconds for step in steps)
         labels = sum(step.label_tokens for step in steps)
         speed = trainer.state.seconds / max(1, trainer.state.step)
+        learned = [step for step in steps if step.label_tokens]
+        measured = {  # nothing of it if the data of all steps were left out
+            "loss": sum(step.loss * step.label_tokens for step in learned) / max(1, labels),
+            "grad_norm": learned[-1].grad_norm if learned else 0.0,
+        }
         return {
             "step": steps[-1].step,
             "epoch": round(trainer.epoch, 4),
-            "loss": sum(step.loss * step.label_tokens for step in steps) / max(1, labels),
-            "grad_norm": steps[-1].grad_norm,
+            **(measured if learned else {}),
             "learning_rate": steps[-1].learning_rate,
             "tokens_per_second": sum(step.tokens for step in steps) / seconds,
             "rows_per_second": sum(step.rows for step in steps) / seconds,
@@ -77,6 +80,8 @@ def duration(seconds: float) -> str:
 
 def format_record(record: dict[str, float], total_steps: int) -> str:
     """The log line of a training or evaluation record."""
+    if "learning_rate" in record and "loss" not in record:
+        return f"step {int(record['step'])}/{total_steps} | data left out"
     if "loss" in record:
         width = len(str(total_steps))
         line = (
@@ -97,7 +102,6 @@ class Console(Callback):
         self.bar: tqdm[Any] | None = None
 
     def on_train_begin(self, trainer: Trainer) -> None:
-        self.started = time.time()
         if self.progress_bar:
             self.bar = tqdm(
                 total=trainer.total_steps, initial=trainer.state.step, unit="step", leave=False, file=sys.stderr

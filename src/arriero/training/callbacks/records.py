@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ LOG = "train_log.jsonl"
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The records of a `train_log.jsonl`; a last line cut short by a kill is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    # not splitlines: a text that a model wrote may hold other line ends, such as U+2028
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
@@ -26,29 +28,44 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around writing a record: a failure (a full disk, say) is one line for the user.
+
+    Raises:
+        TrainingError: naming the file.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be written ({error.strerror}); the checkpoints are intact") from error
+
+
+def drop_later(path: Path, step: int) -> None:
+    """Leave out of a file of records those after `step`; a kill in between does not cost the others."""
+    if not path.is_file():
+        return
+    kept = [record for record in read_log(path) if record["step"] <= step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        temporary.write_text(
+            "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8"
+        )
+        temporary.replace(path)
+
+
 class JsonLines(Callback):
     """Every record as a line of `train_log.jsonl`; a resumed run drops the lines after its checkpoint."""
 
     def on_train_begin(self, trainer: Trainer) -> None:
         self.path = trainer.run_folder / LOG
-        kept = [record for record in read_log(self.path) if record["step"] <= trainer.state.step]
-        temporary = self.path.with_name(f".{LOG}.tmp")  # a kill in between must not cost the log
-        with self._writing():
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-            temporary.replace(self.path)
+        drop_later(self.path, trainer.state.step)
 
     def on_log(self, trainer: Trainer, record: dict[str, float]) -> None:
-        with self._writing(), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise TrainingError(
-                f"{self.path}: cannot be written ({error.strerror}); the checkpoints are intact"
-            ) from error
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            # NaN (a gradient norm of an fp16 overflow) is no JSON
+            finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
+            file.write(json.dumps(finite) + "\n")
 
 
 class LossPlot(Callback):

@@ -9,33 +9,41 @@ from typing import Any
 
 from arriero.training.trainer import Callback, StepRecord, Trainer
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM: `#SBATCH --signal=USR1@120`; Kubernetes and systemd send TERM
+# Exit code of a run that the signal ended. SLURM: `#SBATCH --signal=USR1@120`; Kubernetes and systemd send TERM.
+SIGNALS = {signal.SIGTERM: 0, signal.SIGUSR1: 0, signal.SIGINT: 130}
 
 
 class StopSignals(Callback):
-    """After SIGTERM or SIGUSR1 the step in progress is finished, a checkpoint is written, and the run ends.
+    """After SIGTERM, SIGUSR1 or Ctrl-C the step in progress is finished, a checkpoint is written, and the run ends.
 
-    It belongs before `Checkpointing`. A second signal of the same kind ends the process at once.
+    It belongs before `Checkpointing`. A second signal of the same kind ends the process at once. As a context, it listens from
+    the first step until the context ends, so that what is saved after the last step is saved too.
     """
 
     def __init__(self) -> None:
-        self.received: str | None = None
+        self.received: signal.Signals | None = None
         self.before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    @property
+    def exit_code(self) -> int:
+        return SIGNALS[self.received] if self.received is not None else 0
 
     def on_train_begin(self, trainer: Trainer) -> None:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
             self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        signal.signal(number, self.before[signal.Signals(number)])
+        self.received = signal.Signals(number)
+        signal.signal(number, self.before[self.received])
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
-        if self.received is not None and trainer.stopped_by is None:
-            trainer.stopped_by = self.received
+        if self.received is not None and trainer.state.step < trainer.total_steps:
             trainer.should_stop = trainer.save_now = True
-
-    def on_train_end(self, trainer: Trainer) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before = {}

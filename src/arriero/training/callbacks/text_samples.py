@@ -13,7 +13,7 @@ from arriero.engine.generation import Generator
 from arriero.engine.sampling import SamplingParams
 from arriero.errors import ConfigError
 from arriero.training.callbacks.evaluation import is_due
-from arriero.training.callbacks.records import read_log
+from arriero.training.callbacks.records import drop_later, writing
 from arriero.training.checkpoint import random_state, restore_random_state
 from arriero.training.trainer import Callback, StepRecord, Trainer
 
@@ -105,8 +105,7 @@ class TextSamples(Callback):
 
     def on_train_begin(self, trainer: Trainer) -> None:
         self.path = trainer.run_folder / SAMPLES
-        kept = [record for record in read_log(self.path) if record["step"] <= trainer.state.step]
-        self._write(kept, "w")
+        drop_later(self.path, trainer.state.step)
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
         if not is_due(trainer, self.strategy, self.every):
@@ -129,18 +128,16 @@ class TextSamples(Callback):
                     "finish_reason": t.finish_reason,
                 }
                 for p, t in rows
-            ],
-            "a",
+            ]
         )
         for prompt, text in zip(self.prompts, texts, strict=True):
             # tqdm's print, which leaves a progress bar whole
             tqdm.write(f"sample at step {step} | {_one_line(prompt)} ▸ {_one_line(text.text)}")
 
-    def _write(self, records: Sequence[dict[str, object]], mode: str) -> None:
+    def _write(self, records: Sequence[dict[str, object]]) -> None:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        if lines or self.path.exists():
-            with self.path.open(mode, encoding="utf-8") as file:
-                file.write(lines)
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(lines)
 
 
 def _one_line(text: str) -> str:

@@ -40,7 +40,7 @@ class Tracking(Callback):
         self._try(lambda: self.tracker.start(trainer.state.step))
 
     def on_log(self, trainer: Trainer, record: dict[str, float]) -> None:
-        group = "train" if "loss" in record else "eval"
+        group = "eval" if any(key.startswith("eval_") for key in record) else "train"
         metrics = {f"{group}/{key.removeprefix('eval_')}": value for key, value in record.items() if key != "step"}
         self._try(lambda: self.tracker.log(metrics, int(record["step"])))
 

@@ -90,7 +90,7 @@ def training_memory(facts: ModelFacts, setup: TrainingSetup) -> Memory:
     blocks, outside, loss = blocks_kept(facts, setup), total(model_saved(facts, setup)), total(loss_saved(facts, setup))
     kept = blocks + outside
     casts = _cached_casts(facts, setup)
-    earlier = gradients if setup.accumulation > 1 else 0  # of the micro-batches before
+    earlier = stepping if setup.accumulation > 1 else 0  # of the micro-batches before; those of masters in fp32
     head = 0 if facts.lora_rank else facts.config.vocab_size * facts.config.hidden_size
     embedding_again = head * setup.weight_bytes if facts.config.tie_word_embeddings else 0
     head_gradient = shared_out(head * setup.weight_bytes, setup, 2)
