@@ -4,7 +4,8 @@
 #   make quickstart              fine-tune a real model on this machine and see it get better
 #   make test                    the tests;   make test-peers   those that take many minutes
 #   make lint                    style, types, layers
-#   make bench                   speed and memory of training beside the transformers Trainer
+#   make bench                   speed and memory of training beside the transformers Trainer; BENCH=preprocess, corpus_index
+#                                or optimizers: the other programs of benchmarks/
 #   make clean                   remove .venv, caches and runs/
 #
 # PYTHON    the interpreter to make .venv with (3.11 or newer): make quickstart PYTHON=python3.12
@@ -15,6 +16,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
+BENCH ?= train
 WORKERS ?= 2
 
 BIN := .venv/bin
@@ -58,7 +60,7 @@ lint: $(DEV)
 	$(BIN)/lint-imports
 
 bench: $(DEV)
-	$(BIN)/python benchmarks/train.py $(ARGS)
+	$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist src/*.egg-info runs

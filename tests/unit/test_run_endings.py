@@ -1,0 +1,198 @@
+"""How runs end and go on in ways that lose nothing: signals late in a run, best checkpoints, failing callbacks, fp16."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from arriero.data.order import StepOrder
+from arriero.data.sft import Example
+from arriero.data.steps import FinetuningSteps
+from arriero.errors import TrainingError
+from arriero.models.config import LlamaConfig
+from arriero.models.llama import LlamaForCausalLM
+from arriero.training.callbacks.checkpointing import Checkpointing
+from arriero.training.callbacks.evaluation import Evaluation
+from arriero.training.callbacks.progress import Averages, format_record
+from arriero.training.callbacks.records import JsonLines, read_log
+from arriero.training.callbacks.stop_signals import StopSignals
+from arriero.training.loss import linear_cross_entropy
+from arriero.training.optimizer import Optimizer
+from arriero.training.precision import Precision
+from arriero.training.schedule import Schedule
+from arriero.training.trainer import Callback, StepRecord, Trainer
+from arriero.training.weights import FullWeights
+
+CPU = torch.device("cpu")
+
+
+def make_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig.from_dict(
+        {"model_type": "llama", "vocab_size": 40, "max_position_embeddings": 32, "initializer_range": 0.2, **shape}
+    )
+    model = LlamaForCausalLM(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    return model.to(dtype)
+
+
+def make_trainer(folder: Path, *callbacks: Callback, steps: int = 6, accumulation: int = 1, **changes: Any) -> Trainer:
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(3, 40, (9,), generator=generator).tolist() for _ in range(16)]
+    precision = changes.pop("precision", Precision(torch.float32, "O1", CPU))
+    model = changes.pop("model", None) or make_model(precision.parameter_dtype)
+    torch.manual_seed(2)
+    return Trainer(
+        model=model,
+        data=FinetuningSteps(
+            [Example(row, [*row[1:], -100]) for row in rows], StepOrder(16, 4 // accumulation, accumulation, 3)
+        ),
+        optimizer=Optimizer(model),
+        schedule=Schedule("constant", 1e-2, 0.0, 0, steps),
+        precision=precision,
+        weights=FullWeights(model, folder),
+        total_steps=steps,
+        run_folder=folder,
+        device=CPU,
+        callbacks=list(callbacks),
+        **changes,
+    )
+
+
+class At(Callback):
+    """Does something after a step."""
+
+    def __init__(self, step: int, action: Any) -> None:
+        self.step, self.action = step, action
+
+    def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
+        if record.step == self.step:
+            self.action()
+
+
+def scores(*values: float) -> Any:
+    left = iter(values)
+    return lambda: {"loss": next(left)}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_signal_after_the_last_step_does_not_kill_what_is_saved(asynchronous: bool, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as signals:
+        late = At(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        trainer = make_trainer(tmp_path, late, signals, Checkpointing("steps", 3, asynchronous=asynchronous))
+        assert trainer.train().step == 6
+        assert signals.received == signal.SIGTERM
+        assert signal.getsignal(signal.SIGUSR1) == signals._note, "the final model is still to be saved"
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert (tmp_path / "checkpoint-6" / "manifest.json").is_file()
+
+
+def test_weights_that_were_not_scored_are_not_the_best(tmp_path: Path) -> None:
+    with StopSignals() as signals:
+        stop = At(3, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        saving = Checkpointing("steps", 2, metric="loss", load_best=True)
+        trainer = make_trainer(tmp_path, stop, Evaluation(scores(1.0), "steps", 2), signals, saving)
+        trainer.train()
+    state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    assert (state["step"], state["best_checkpoint"], state["best_metric"]) == (3, "checkpoint-2", 1.0)
+
+
+def test_the_best_of_another_folder_is_forgotten(tmp_path: Path) -> None:
+    saving = Checkpointing("steps", 2, metric="loss", load_best=True)
+    make_trainer(tmp_path / "a", Evaluation(scores(0.1, 0.2, 0.3), "steps", 2), saving).train()
+    again = Checkpointing("steps", 2, metric="loss", load_best=True)
+    second = make_trainer(tmp_path / "b", Evaluation(scores(0.5), "steps", 2), again)
+    second.resume(tmp_path / "a" / "checkpoint-4")
+    second.train()
+    assert second.state.best_checkpoint == "checkpoint-6"
+
+
+def test_a_lost_best_checkpoint_costs_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def lose() -> None:
+        (tmp_path / "checkpoint-2" / "manifest.json").unlink()
+
+    saving = Checkpointing("steps", 2, metric="loss", load_best=True)
+    make_trainer(tmp_path, Evaluation(scores(0.1, 0.2, 0.3), "steps", 2), saving, At(6, lose)).train()
+    assert "warning: the best checkpoint is lost, the last weights are kept" in capsys.readouterr().out
+
+
+def test_one_failing_callback_does_not_keep_the_others_from_closing(tmp_path: Path) -> None:
+    closed = []
+
+    class Failing(Callback):
+        def on_train_end(self, trainer: Trainer) -> None:
+            raise TrainingError("the disk is gone")
+
+    class Closing(Callback):
+        def on_train_end(self, trainer: Trainer) -> None:
+            closed.append(trainer.state.step)
+
+    with pytest.raises(TrainingError, match="the disk is gone"):
+        make_trainer(tmp_path, Failing(), Closing(), steps=2).train()
+    assert closed == [2]
+
+    def broken() -> None:
+        raise TrainingError("the loss is not finite")
+
+    with pytest.raises(TrainingError, match="the loss is not finite"):
+        make_trainer(tmp_path, At(1, broken), Failing(), Closing(), steps=2).train()
+    assert closed == [2, 1]
+
+
+def test_left_out_data_is_not_shown_as_loss_zero(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, Averages(1), JsonLines(), skip_steps=frozenset({1, 2}))
+    trainer.train()
+    records = read_log(tmp_path / "train_log.jsonl")
+    assert [("loss" in record, "grad_norm" in record) for record in records[:4]] == [
+        (True, True), (False, False), (False, False), (True, True)
+    ]  # fmt: skip
+    assert format_record(records[1], 6) == "step 2/6 | data left out"
+
+
+def test_an_overflow_is_valid_json(tmp_path: Path) -> None:
+    precision = Precision(torch.float16, "O1", CPU, 2.0**40)
+    make_trainer(tmp_path, Averages(1), JsonLines(), precision=precision, steps=2).train()
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    for line in (tmp_path / "train_log.jsonl").read_text().splitlines():
+        assert json.loads(line, parse_constant=refuse)["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_accumulation_adds_up_in_fp32(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The gradients of the micro-batches, each rounded once, are not rounded again by their sum."""
+    gradients = {}
+    for accumulation in (1, 4):
+        trainer = make_trainer(tmp_path, precision=Precision(dtype, "O2", CPU, 1024.0), accumulation=accumulation)
+        for batch in trainer.data(0):
+            (linear := trainer.model).zero_grad()
+            hidden = linear.hidden_states(batch.input_ids, attention=batch.attention())
+            (linear_cross_entropy(hidden, linear.lm_head.weight, batch.labels).loss / 32).backward()
+            expected = {name: p.grad.float() for name, p in linear.named_parameters()}
+            gradients.setdefault(accumulation, []).append(expected)
+            trainer.optimizer.collect_gradients()
+        collected = trainer.optimizer.gradients()
+        for name, total in collected.items():
+            assert total.dtype == torch.float32
+            torch.testing.assert_close(total, sum(part[name] for part in gradients[accumulation]), rtol=0, atol=0)
+
+
+def test_the_head_of_fp16_does_not_overflow_by_the_number_of_rows() -> None:
+    """16,384 rows with one label: their sum is far above 65,504 / |h|, and finite in fp32."""
+    hidden = torch.full((16384, 8), 3.0, dtype=torch.float16, requires_grad=True)
+    weight = torch.zeros(128, 8, dtype=torch.float16, requires_grad=True)
+    labels = torch.full((16384,), 7)
+    (linear_cross_entropy(hidden, weight, labels).loss / 16384).backward()
+    assert weight.grad is not None
+    wanted = torch.full((128, 8), 3.0 / 128)
+    wanted[7] -= 3.0
+    torch.testing.assert_close(weight.grad.float(), wanted, rtol=2e-3, atol=1e-5)
