@@ -131,3 +131,21 @@ def test_smollm2(smollm2: Path) -> None:
         prompts, Generator(ours, tokenizer).generate(prompts, SamplingParams(max_new_tokens=12)), strict=True
     ):
         assert answer.token_ids == expected(theirs, prompt, max_new_tokens=12)
+
+
+@pytest.mark.peers
+@pytest.mark.timeout(900)
+def test_batched_is_alone_on_the_real_model(smollm2: Path) -> None:
+    """fp32, token for token, prompts of very different lengths, eight of them running at a time."""
+    from arriero.formats.hf import load_model
+
+    tokenizer = load_tokenizer(smollm2)
+    model = load_model(smollm2, dtype=torch.float32)
+    texts = Path(__file__).read_text(encoding="utf-8").split("\n\n")
+    prompts = [tokenizer.chat([{"role": "user", "content": f"Explain:\n{text[:700]}"}]) for text in texts]
+    assert len(prompts) >= 16
+    params = SamplingParams(max_new_tokens=24)
+    together = Generator(model, tokenizer, max_batch_size=8).generate(prompts, params)
+    for prompt, answer in zip(prompts, together, strict=True):
+        [alone] = Generator(model, tokenizer, max_batch_size=1).generate([prompt], params)
+        assert answer.token_ids == alone.token_ids

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from arriero.config.adapter import AdapterOptions
 from arriero.config.checkpoint import CheckpointOptions
 from arriero.config.data import DataOptions
+from arriero.config.evaluation import EvaluateOptions
 from arriero.config.generation import GenerationOptions
 from arriero.config.logging import LoggingOptions
 from arriero.config.model import ModelOptions
@@ -192,6 +193,16 @@ def _one_process(groups: Sequence[Any], given: frozenset[str], warnings: list[st
         warnings.append("--dataloader_num_workers has no effect: batches are made in the main process")
 
 
+def _scoring(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
+    """`evaluate` shares the data options of `finetune`; those of training rows do nothing there."""
+    data = find(groups, DataOptions)
+    if data is None or find(groups, EvaluateOptions) is None:
+        return
+    for name in ("max_train_samples", "share_prefixes"):
+        if _changed(data, name, given):
+            warnings.append(f"--{name} has no effect in evaluate, which reads the held-out rows only")
+
+
 def _corpus(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
     """Options of a corpus that nothing reads in this run."""
     corpus, optimization = find(groups, CorpusOptions), find(groups, OptimizationOptions)
@@ -221,4 +232,5 @@ _RULES: tuple[Callable[[Sequence[Any], frozenset[str], list[str]], None], ...] =
     _sampling,
     _one_process,
     _corpus,
+    _scoring,
 )

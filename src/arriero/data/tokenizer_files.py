@@ -14,17 +14,16 @@ VOCABULARY_FILE_LIMIT = 512 * 2**20
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 # Tokens that end a turn in the common chat formats: a model that emits one has nothing more to say.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end_of_turn|>", "<end_of_turn>", "<|end|>")
-SIDE_FILES = (
+# What decides the ids of a text.
+VOCABULARY_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "sentencepiece.bpe.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
 )
+SIDE_FILES = (*VOCABULARY_FILES, "generation_config.json", "chat_template.jinja", "chat_template.json")
 
 
 @dataclass(frozen=True)

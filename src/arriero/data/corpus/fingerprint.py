@@ -13,20 +13,12 @@ from arriero.config.preprocessing import PreprocessOptions
 from arriero.data.corpus import units
 from arriero.data.corpus.sources import Source
 from arriero.data.tokenizer import Tokenizer
-from arriero.data.tokenizer_files import read_bounded
+from arriero.data.tokenizer_files import VOCABULARY_FILES, read_bounded
 from arriero.errors import DataError
 from arriero.formats.receipt import sha256_of
 
 FORMAT = 1
 META_BYTES = 1 << 20
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 # The options that change what is in the corpus. How it is made (workers, shards, executor) does not.
 OPTIONS = (
     *("data_impl", "json_key", "text_documents", "errors", "append_eos", "split_sentences", "max_doc_num"),
@@ -42,7 +34,7 @@ def vocabulary_sha256(tokenizer: Tokenizer) -> str:
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer: hashes of its vocabulary and files, its size, its end-of-text id."""
-    files = {name: tokenizer.folder / name for name in TOKENIZER_FILES}
+    files = {name: tokenizer.folder / name for name in VOCABULARY_FILES}
     return {
         "vocab_size": tokenizer.vocab_size,
         "eos_token_id": tokenizer.eos_token_id,
