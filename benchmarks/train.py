@@ -59,7 +59,7 @@ def run_arriero(model: Path, rows: list[dict[str, list[int]]], arguments: argpar
     from arriero.data.sft import Example
     from arriero.data.steps import FinetuningSteps
     from arriero.formats import hf
-    from arriero.training.memory import keep_freed_memory
+    from arriero.training.memory import freed_memory_kept
     from arriero.training.optimizer import Optimizer
     from arriero.training.precision import Precision
     from arriero.training.schedule import Schedule
@@ -67,7 +67,6 @@ def run_arriero(model: Path, rows: list[dict[str, list[int]]], arguments: argpar
     from arriero.training.weights import FullWeights
 
     torch.manual_seed(0)
-    keep_freed_memory()  # as every training run on a CPU does
     network = hf.load_model(model, dtype=torch.float32)
     if arguments.method == "lora":
         apply_lora(network, LoRAConfig(rank=8, alpha=16))
@@ -87,7 +86,8 @@ def run_arriero(model: Path, rows: list[dict[str, list[int]]], arguments: argpar
         device=torch.device("cpu"),
     )
     network.train()
-    records = [trainer.step() for _ in range(arguments.steps)]
+    with freed_memory_kept():  # as every training run on a CPU does
+        records = [trainer.step() for _ in range(arguments.steps)]
     return {
         "losses": [r.loss for r in records],
         "tokens": [r.tokens for r in records],

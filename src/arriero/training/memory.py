@@ -8,27 +8,43 @@ recomputation, whose users want memory and not speed, the process grew to twice 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
+from collections.abc import Iterator
 
 # of mallopt(3): free memory kept at the top, the size from which a block is mapped on its own, how many such blocks there are
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 _LARGEST = 2**31 - 1  # mallopt takes an int
+# What glibc's own adaptation arrives at in a process with large arrays (malloc/malloc.c, DEFAULT_MMAP_THRESHOLD_MAX).
+_USUAL = ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 64 << 20), (_M_MMAP_MAX, 65536))
 
 
-def keep_freed_memory() -> bool:
-    """Tell glibc to keep freed memory for the next step; has no effect with another C library.
-
-    Returns:
-        Whether the C library took it.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # musl has no such switch
-        return False
-    mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
+@contextlib.contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Inside, glibc keeps freed memory for the next step; afterwards it gives all of it back. No effect elsewhere."""
+    library = _glibc()
+    if library is None:
+        yield
+        return
     # before 2.35 glibc refuses a threshold above 32 MiB; it can then be told to map nothing at all
-    kept = mallopt(_M_MMAP_THRESHOLD, 1 << 30) == 1 or mallopt(_M_MMAP_MAX, 0) == 1
-    return bool(kept and mallopt(_M_TRIM_THRESHOLD, _LARGEST) == 1)
+    if library.mallopt(_M_MMAP_THRESHOLD, 1 << 30) != 1:
+        library.mallopt(_M_MMAP_MAX, 0)
+    library.mallopt(_M_TRIM_THRESHOLD, _LARGEST)
+    try:
+        yield
+    finally:
+        for name, value in _USUAL:
+            library.mallopt(name, value)
+        library.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    library = ctypes.CDLL(None)
+    if not (hasattr(library, "mallopt") and hasattr(library, "malloc_trim")):  # musl has neither
+        return None
+    library.mallopt.argtypes, library.mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
+    library.malloc_trim.argtypes, library.malloc_trim.restype = (ctypes.c_size_t,), ctypes.c_int
+    return library

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -38,7 +39,7 @@ from arriero.training.callbacks.stop_signals import StopSignals
 from arriero.training.callbacks.text_samples import TextSamples, read_prompts
 from arriero.training.callbacks.trackers import build_trackers
 from arriero.training.checkpoint import WeightStore
-from arriero.training.memory import keep_freed_memory
+from arriero.training.memory import freed_memory_kept
 from arriero.training.optimizer import Optimizer
 from arriero.training.precision import Precision
 from arriero.training.run_folder import RunFolder
@@ -113,8 +114,6 @@ def build_trainer(
     steps = optim.max_steps if optim.max_steps > 0 else data.steps_in(optim.num_train_epochs)
     if steps < 1:
         raise ConfigError(f"--num_train_epochs {optim.num_train_epochs:g} of this data is not one step: give more")
-    if device.type == "cpu" and not options.precision.recompute:  # who recomputes is short of memory
-        keep_freed_memory()
     if options.precision.recompute:
         apply_activation_checkpointing(model.model.layers, options.precision.recompute_granularity)
     if options.precision.torch_compile:
@@ -211,7 +210,9 @@ def train(trainer: Trainer, options: RunOptions, folder: RunFolder, signals: Sto
         f"{trainer.total_steps} steps of {optim.per_device_train_batch_size} x {optim.gradient_accumulation_steps} rows, "
         f"{trainer.precision}, {trainer.device}, {torch.get_num_threads()} threads"
     )
-    state = trainer.train()
+    on_cpu = trainer.device.type == "cpu"
+    with freed_memory_kept() if on_cpu and not options.precision.recompute else contextlib.nullcontext():
+        state = trainer.train()
     if signals.received and state.step < trainer.total_steps:
         raise RunStopped(
             f"{signals.received.name}: stopped after step {state.step} of {trainer.total_steps}, which is saved; "
