@@ -27,7 +27,7 @@ class PlanOptions(OptionGroup):
     )
     mfu: float | None = option(
         None,
-        "share of those FLOP/s that training reaches, recomputation counted too (default: 0.4 on a GPU, 0.6 on a CPU)",
+        "share of those FLOP/s that training reaches, recomputation counted too (default: 0.4 on a GPU, 0.7 on a CPU)",
         above=0.0,
         maximum=1.0,
     )

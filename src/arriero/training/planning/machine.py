@@ -25,7 +25,7 @@ DEVICE_MEMORY = {
 }
 # Share of the peak that training reaches where nothing is known. GPU: Llama 3 reports 38 to 43 % (arXiv:2407.21783, table 4).
 # CPU: a cautious figure for this package's kernels against its measured matrix product.
-DEFAULT_UTILIZATION = {"cuda": 0.4, "cpu": 0.6}
+DEFAULT_UTILIZATION = {"cuda": 0.4, "cpu": 0.7}
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
