@@ -24,7 +24,7 @@ DEVICE_MEMORY = {
     "T4": 16e9,
 }
 # Share of the peak that training reaches where nothing is known. GPU: Llama 3 reports 38 to 43 % (arXiv:2407.21783, table 4).
-# CPU: a cautious figure for this package's kernels against its measured matrix product.
+# CPU: this package reached 61 to 86 % of its measured matrix product (README).
 DEFAULT_UTILIZATION = {"cuda": 0.4, "cpu": 0.7}
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
