@@ -43,7 +43,7 @@ def test_tables_and_file(arriero: Command, tmp_path: Path) -> None:
     assert f"{plan['memory']['peak'] / 2**30:.2f} GiB" in lines["peak"]
     assert f"{plan['longest_sequence']:,} tokens" in result.stdout
     assert "100 GFLOP/s (given)" in lines["peak of a device"]
-    assert "60%" in lines["reached, assumed"]
+    assert "70%" in lines["reached, assumed"]
     seconds = 1e9 * plan["flops_per_token"]["training"] / (1e11 * 0.7)
     assert plan["run_seconds"] == pytest.approx(seconds)
     assert f"{seconds / 86400:.1f} days" in result.stdout
