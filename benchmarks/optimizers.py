@@ -37,7 +37,7 @@ def torch_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Call
 def our_step(optimizer: Optimizer) -> Callable[[], None]:
     def step() -> None:
         optimizer.prepare_gradients()
-        optimizer.clip(1.0)
+        optimizer.clip(1.0, optimizer.squared_norm() ** 0.5)
         optimizer.step(1e-5)
         optimizer.zero_grad()
 
@@ -52,7 +52,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model = LlamaForCausalLM(find_preset(arguments.preset).config)
-    model.init_weights(torch.Generator().manual_seed(0))
+    model.init_weights(0)
     parameters = list(model.parameters())
     peer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
     ours = {name: Optimizer(model, name=name) for name in NAMES}

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from arriero import __version__
 from arriero.commands.table import LATER, VERBS, load_verb
@@ -46,31 +47,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = _take_debug(arguments)
+    if debug and arguments[:1] == ["launch"]:
+        os.environ["ARRIERO_DEBUG"] = "1"  # for what it starts
+    error_file = None
+    if "ARRIERO_ERROR_FILE" in os.environ:  # of the launcher
+        from arriero.parallel.launching.report import take_error_file
+
+        error_file = take_error_file()
     try:
         code = _run(arguments)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
+    except BrokenPipeError as error:
         # The reader (`head`, `less`) left. Python flushes stdout once more at exit: give it somewhere to write.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _EXIT_BROKEN_PIPE
-    except KeyboardInterrupt:
-        if debug:
-            traceback.print_exc()
-        _complain("interrupted")
-        return _EXIT_INTERRUPTED
+        return _end(error, "", _EXIT_BROKEN_PIPE, error_file, debug=False)
+    except KeyboardInterrupt as error:
+        return _end(error, "interrupted", _EXIT_INTERRUPTED, error_file, debug)
     except ArrieroError as error:
-        if debug:
-            traceback.print_exc()
-        _complain(" ".join(str(error).split()))
-        return error.exit_code
+        return _end(error, " ".join(str(error).split()), error.exit_code, error_file, debug)
     except Exception as error:  # a defect: still one line, and how to see more
-        if debug:
-            traceback.print_exc()
         detail = " ".join(str(error).split())[:500]
         hint = "" if debug else " (run it again with --debug for the traceback)"
-        _complain(f"internal error: {type(error).__name__}: {detail}{hint}")
-        return _EXIT_DEFECT
+        message = f"internal error: {type(error).__name__}: {detail}{hint}"
+        return _end(error, message, _EXIT_DEFECT, error_file, debug)
+
+
+def _end(error: BaseException, message: str, exit_code: int, error_file: Path | None, debug: bool) -> int:
+    """Say what went wrong, to the launcher if there is one, else to the user."""
+    trace = "".join(traceback.format_exception(error)) if debug else ""
+    if error_file is not None:
+        from arriero.parallel.launching.report import leave, report_of
+
+        report = report_of(error, message, exit_code, trace)
+        report.write(error_file)
+        return leave(report)
+    sys.stderr.write(trace)
+    if message:
+        _complain(message)
+    return exit_code
 
 
 def _take_debug(arguments: list[str]) -> bool:
@@ -110,4 +125,11 @@ def _run(arguments: list[str]) -> int:
 
         sys.stdout.write(format_help(verb.prog, verb.help, verb.options))
         return 0
+    if "ARRIERO_RESTART" in os.environ:  # of the launcher
+        from arriero.config.checkpoint import CheckpointOptions
+        from arriero.parallel.launching.resuming import resume_if_restarted
+
+        for group in groups:
+            if isinstance(group, CheckpointOptions):
+                resume_if_restarted(group)
     return verb.run(*groups)

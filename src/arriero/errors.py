@@ -48,6 +48,10 @@ class RunStopped(ArrieroError):
         self.exit_code = exit_code
 
 
+class PeerError(ArrieroError):
+    """Another process of this run failed; it says itself why."""
+
+
 class MissingExtraError(ArrieroError):
     """An optional dependency that is not installed."""
 

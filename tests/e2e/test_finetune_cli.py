@@ -23,7 +23,7 @@ transformers = pytest.importorskip("transformers")
 Result = subprocess.CompletedProcess[str]
 Command = Callable[..., Result]
 
-OPTIMIZER = "optimizer/model-00001-of-00001.safetensors"
+OPTIMIZER = "optimizer/model.safetensors"
 TINY = "__internal_testing__/tiny-random-llama"
 SOURCE = Path(__file__).parents[2] / "src"
 ROWS = [{"src": f"what follows {i} ?", "tgt": str(i + 1)} for i in range(12)]

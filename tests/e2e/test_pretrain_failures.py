@@ -141,7 +141,7 @@ def test_a_damaged_checkpoint_is_named_and_not_kept_in_place_of_a_whole_one(
 ) -> None:
     torn = interrupted(work, tmp_path / "torn")
     shutil.copytree(work / "whole" / "checkpoint-6", torn / "checkpoint-6")
-    path = torn / "checkpoint-6" / "optimizer" / "model-00001-of-00001.safetensors"
+    path = torn / "checkpoint-6" / "optimizer" / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[-100] ^= 4
     path.write_bytes(content)

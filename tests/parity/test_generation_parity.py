@@ -51,7 +51,7 @@ def pair(**changes: Any) -> tuple[LlamaForCausalLM, Any]:
         transformers.AutoConfig.for_model(**settings), attn_implementation="eager"
     ).eval()
     ours = LlamaForCausalLM(LlamaConfig.from_dict(theirs.config.to_dict()))
-    ours.init_weights(torch.Generator().manual_seed(0))
+    ours.init_weights(0)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 

@@ -48,8 +48,8 @@ def config_of(model_type: str, **changes: Any) -> LlamaConfig:
 
 def random_model(config: LlamaConfig) -> LlamaForCausalLM:
     model = LlamaForCausalLM(config)
+    model.init_weights(0)
     generator = torch.Generator().manual_seed(0)
-    model.init_weights(generator)
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases that are not trivial, logits that are not tiny
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)

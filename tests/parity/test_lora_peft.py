@@ -292,6 +292,7 @@ def test_warm_start_goes_on_from_the_stored_adapter(tmp_path: Path) -> None:
     from arriero.config.precision import PrecisionOptions
     from arriero.config.quantization import QuantizationOptions
     from arriero.engine.loading import LoadedModel
+    from arriero.parallel.processes import Processes
     from arriero.training.finetuning import FinetuneOptions, build_weights
 
     ours, theirs = pair()
@@ -312,10 +313,10 @@ def test_warm_start_goes_on_from_the_stored_adapter(tmp_path: Path) -> None:
         logging=LoggingOptions(),
     )
     loaded = LoadedModel(ours, None, tmp_path, torch.device("cpu"))  # type: ignore[arg-type]
-    store = build_weights(loaded, options)
+    store, _ = build_weights(loaded, options)
     with torch.no_grad():
         assert float((ours(ids()) - wrapped(ids()).logits).abs().max()) <= 1e-5
-    store.write(tmp_path / "second", store.tensors())
+    store.write(tmp_path / "second", store.parts(), Processes())
     assert json.loads((tmp_path / "second" / "adapter_config.json").read_text())["r"] == 5
     again = peft.PeftModel.from_pretrained(pair()[1], str(tmp_path / "second")).eval()
     with torch.no_grad():

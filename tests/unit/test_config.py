@@ -82,10 +82,6 @@ IMPOSSIBLE = [
     ("--virtual_pp_degree 2", ("--virtual_pp_degree", "--pipeline_parallel_degree")),
     ("--tensor_parallel_degree 0", ("--tensor_parallel_degree",)),
     ("--pipeline_parallel_config enable_magic", ("--pipeline_parallel_config",)),
-    (
-        "--pipeline_parallel_degree 2 --eval_with_do_generation",
-        ("--eval_with_do_generation", "--pipeline_parallel_degree"),
-    ),
     ("--report_to none,tensorboard", ("--report_to", "none", "tensorboard")),
     ("--device tpu", ("--device", "tpu")),
 ]
@@ -290,15 +286,14 @@ def test_sharding_words() -> None:
 
 def test_degrees_must_fit_the_processes() -> None:
     parallel = ParallelOptions(tensor_parallel_degree=2, pipeline_parallel_degree=2)
-    parallel.check_world_size(4)
-    parallel.check_world_size(8)
+    assert (parallel.layout(4).data, parallel.layout(8).data) == (1, 2)
     with pytest.raises(ConfigError) as error:
-        parallel.check_world_size(6)
+        parallel.layout(6)
     assert "--tensor_parallel_degree 2 x --pipeline_parallel_degree 2 needs a multiple of 4 processes" in str(
         error.value
     )
     with pytest.raises(ConfigError, match="this run has 1"):
-        ParallelOptions(tensor_parallel_degree=4).check_world_size(1)
+        ParallelOptions(tensor_parallel_degree=4).layout(1)
 
 
 def test_the_word_of_a_resumed_run() -> None:

@@ -54,7 +54,7 @@ def model() -> LlamaForCausalLM:
     In fp32 batches are compared with transformers in tests/parity/test_generation_parity.py.
     """
     built = LlamaForCausalLM(CONFIG)
-    built.init_weights(torch.Generator().manual_seed(1234))
+    built.init_weights(1234)
     return built.double()
 
 

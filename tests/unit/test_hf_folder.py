@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from arriero.errors import FormatError
-from arriero.formats import safe_tensors, staging
+from arriero.formats import staging
 from arriero.formats.hf import copy_side_files, load_model, load_state, save_model
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
@@ -40,7 +40,7 @@ TIED = replace(CONFIG, tie_word_embeddings=True)
 
 def make(config: LlamaConfig = CONFIG, seed: int = 0) -> LlamaForCausalLM:
     model = LlamaForCausalLM(config)
-    model.init_weights(torch.Generator().manual_seed(seed))
+    model.init_weights(seed)
     return model
 
 
@@ -261,7 +261,7 @@ def test_saving_weights_that_do_not_fit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("existing", [False, True], ids=["new folder", "existing folder"])
-@pytest.mark.parametrize("step", ["open", "fsync", "replace", "save_file", "write_text"])
+@pytest.mark.parametrize("step", ["open", "reserve", "write", "fsync", "replace", "write_text"])
 def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, existing: bool) -> None:
     folder = tmp_path / "m"
     if existing:
@@ -276,7 +276,8 @@ def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "open": (staging.tempfile, "mkdtemp"),
         "fsync": (os, "fsync"),
         "replace": (os, "replace"),
-        "save_file": (safe_tensors, "save_file"),
+        "reserve": (os, "posix_fallocate"),
+        "write": (os, "pwrite"),
         "write_text": (Path, "write_text"),
     }[step]
     monkeypatch.setattr(*target, fail)
@@ -292,7 +293,7 @@ def test_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(safe_tensors, "save_file", stop)
+    monkeypatch.setattr(os, "pwrite", stop)
     with pytest.raises(KeyboardInterrupt):
         save_model(make(), CONFIG, tmp_path / "m")
     assert list(tmp_path.iterdir()) == []

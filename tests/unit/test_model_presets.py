@@ -111,7 +111,7 @@ def test_tiny_random_llama_is_deterministic() -> None:
     states = []
     for _ in range(2):
         model = LlamaForCausalLM(config)
-        model.init_weights(torch.Generator().manual_seed(preset.seed))
+        model.init_weights(preset.seed)
         states.append(model.state_dict())
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name])

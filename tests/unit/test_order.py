@@ -50,6 +50,12 @@ def test_accumulation_does_not_change_the_rows_of_a_step() -> None:
         assert rows[0] == rows[1] == rows[2]
 
 
+def test_processes_count_as_accumulation() -> None:
+    one, three = StepOrder(41, 2, 6, 5), StepOrder(41, 2, 2, 5, processes=3)
+    assert one.steps_per_epoch == three.steps_per_epoch
+    assert [one(step) for step in range(9)] == [three(step) for step in range(9)]
+
+
 def test_epochs_and_seeds_differ_and_processes_do_not() -> None:
     def epoch(seed: int, number: int) -> list[int]:
         order = StepOrder(50, 10, 1, seed)

@@ -38,7 +38,7 @@ def make_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
         {"model_type": "llama", "vocab_size": 40, "max_position_embeddings": 32, "initializer_range": 0.2, **shape}
     )
     model = LlamaForCausalLM(config)
-    model.init_weights(torch.Generator().manual_seed(0))
+    model.init_weights(0)
     return model.to(dtype)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import struct
+import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,8 +20,8 @@ from arriero.formats.safe_tensors import (
     read_shapes,
     read_tensors,
     weight_files,
-    write_tensors,
 )
+from arriero.formats.shared_files import write_tensors
 
 
 @pytest.mark.parametrize(
@@ -59,20 +61,23 @@ def test_tensor_larger_than_the_limit_gets_its_own_file(tmp_path: Path) -> None:
     assert [name for name, file in files.items() if file == files["big"]] == ["big"]
 
 
-def test_lazy_tensors_are_made_one_file_at_a_time(tmp_path: Path) -> None:
-    made: list[str] = []
+def test_lazy_tensors_are_made_one_at_a_time(tmp_path: Path) -> None:
+    made: list[weakref.ref[Any]] = []
 
-    def lazy(name: str) -> LazyTensor:
-        def load() -> torch.Tensor:
-            done = len(list(tmp_path.glob("*.safetensors")))
-            made.append(f"{name}:{done}")
-            return torch.full((100,), 2.5)
+    def load() -> torch.Tensor:
+        assert all(memory() is None for memory in made)
+        array = np.full(100, 2.5, dtype=np.float32)
+        made.append(weakref.ref(array))
+        return torch.from_numpy(array)
 
-        return LazyTensor((100,), torch.float32, load)
-
-    write_tensors({name: lazy(name) for name in "abc"}, tmp_path, max_shard_size=600, dtype=torch.bfloat16)
-    assert made == ["a:0", "b:1", "c:2"]
-    tensor = load_file(tmp_path / "model-00003-of-00003.safetensors")["c"]
+    write_tensors(
+        {name: LazyTensor((100,), torch.float32, load) for name in "abc"},
+        tmp_path,
+        max_shard_size=900,
+        dtype=torch.bfloat16,
+    )
+    assert len(made) == 3
+    tensor = load_file(tmp_path / "model-00002-of-00002.safetensors")["c"]
     assert tensor.dtype is torch.bfloat16
     assert torch.equal(tensor, torch.full((100,), 2.5, dtype=torch.bfloat16))
 

@@ -29,11 +29,12 @@ from arriero.training.callbacks.evaluation import Evaluation
 from arriero.training.callbacks.records import JsonLines, read_log
 from arriero.training.checkpoint import TrainState, list_checkpoints, take_snapshot, verify, write_checkpoint
 from arriero.training.evaluation import evaluate_loss
+from arriero.training.execution import DirectExecution, Layers, build_execution
 from arriero.training.optimizer import Optimizer
 from arriero.training.precision import Precision
 from arriero.training.run_folder import newest_checkpoint
 from arriero.training.schedule import Schedule
-from arriero.training.trainer import Callback, StepRecord, Trainer, batch_loss
+from arriero.training.trainer import Callback, StepRecord, Trainer
 from arriero.training.weights import AdapterWeights, FullWeights
 
 CPU = torch.device("cpu")
@@ -59,7 +60,7 @@ def make_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
         **changes,
     }
     model = LlamaForCausalLM(LlamaConfig.from_dict(shape))
-    model.init_weights(torch.Generator().manual_seed(seed))
+    model.init_weights(seed)
     return model.to(dtype)
 
 
@@ -123,9 +124,13 @@ def make_trainer(
     )
 
 
+def optimizer_state(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: part.tensor for name, part in trainer.optimizer.parts().items()}
+
+
 def tensors_of(trainer: Trainer) -> dict[str, Tensor]:
     named = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    return named | {f"optimizer {name}": t.clone() for name, t in trainer.optimizer.state().items()}
+    return named | {f"optimizer {name}": t.clone() for name, t in optimizer_state(trainer).items()}
 
 
 def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -298,15 +303,14 @@ def test_fp16_overflow_is_skipped_and_the_scale_halves(tmp_path: Path) -> None:
     trainer.train()
     skipped = [record.skipped for record in records.records]
     assert skipped[0]
-    assert not skipped[-1]
-    assert skipped == sorted(skipped, reverse=True), "the scale comes down once and then stays"
+    assert not any(skipped[20:]), "the scale comes down and then stays"
     assert trainer.precision.scaler.get_scale() == 2.0 ** (34 - sum(skipped))
     assert all(step == 40 - sum(skipped) for step in _adamw_steps(trainer))
     assert records.records[-1].loss < records.records[0].loss
 
 
 def _adamw_steps(trainer: Trainer) -> list[float]:
-    return [float(value) for name, value in trainer.optimizer.state().items() if name.endswith(".step")]
+    return [float(value) for name, value in optimizer_state(trainer).items() if name.endswith(".step")]
 
 
 def test_half_precision_masters_keep_small_updates(tmp_path: Path) -> None:
@@ -336,7 +340,9 @@ def test_recompute_gives_the_same_gradients(granularity: str, lora: LoRAConfig |
         assert list(model.state_dict()) == names
         model.train()
         torch.manual_seed(7)
-        batch_loss(model, pack(make_rows(4))).loss.backward()
+        DirectExecution(Layers(model, Precision(torch.float32, "O1", CPU), CPU)).batch_loss(
+            pack(make_rows(4))
+        ).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, grad in gradients[0].items():
@@ -400,7 +406,7 @@ def fail_on_tensors(monkeypatch: pytest.MonkeyPatch, error: Exception, where: st
     if where == "optimizer":
         monkeypatch.setattr(checkpoint_module, "save_file", full)
     elif where == "weights":
-        monkeypatch.setattr(safe_tensors, "save_file", full)
+        monkeypatch.setattr("os.pwrite", full)
     else:
         monkeypatch.setattr("os.fsync", full)
 
@@ -435,7 +441,7 @@ def test_a_partial_folder_of_a_killed_process_is_no_checkpoint(tmp_path: Path) -
     shutil.copytree(tmp_path / "checkpoint-1", tmp_path / ".checkpoint-2.partial")
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-1"]
     trainer.state.step = 2
-    write_checkpoint(tmp_path, take_snapshot(trainer.weights, trainer.optimizer.state(), trainer.state, copy=False))
+    write_checkpoint(tmp_path, take_snapshot(trainer.weights, trainer.optimizer.parts(), trainer.state, copy=False))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
 
 
@@ -492,9 +498,8 @@ def test_evaluation_equals_a_loop_over_single_rows() -> None:
                     count += 1
     model.train()
     for size in (1, 3, 100):
-        metrics = evaluate_loss(
-            model, packed_batches(rows, size, share_prefixes=True), Precision(torch.float32, "O1", CPU)
-        )
+        execution = build_execution(model, Precision(torch.float32, "O1", CPU), CPU)
+        metrics = evaluate_loss(execution, packed_batches(rows, size, share_prefixes=True))
         assert metrics["loss"] == pytest.approx(total / count, abs=1e-5)
         assert metrics["ppl"] == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-5)
         assert metrics["accuracy"] == pytest.approx(right / count)

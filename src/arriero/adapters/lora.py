@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arriero.errors import ConfigError, FormatError
+from arriero.models.initialization import Box, drawn
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BiasMode = Literal["none", "all", "lora_only"]
@@ -80,22 +81,24 @@ class LoRALinear(nn.Module):
         dtype = torch.float32 if base.weight.dtype in (torch.float16, torch.bfloat16) else base.weight.dtype
         self.lora_A = nn.Linear(base.in_features, config.rank, bias=False, device=base.weight.device, dtype=dtype)
         self.lora_B = nn.Linear(config.rank, base.out_features, bias=False, device=base.weight.device, dtype=dtype)
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`forward` with another bias, or none."""
         if self.training and self.dropout > 0.0:
             update = F.linear(
                 F.linear(F.dropout(x, self.dropout).to(self.lora_A.weight.dtype), self.lora_A.weight),
                 self.lora_B.weight,
             )
-            return F.linear(x, self.weight, self.bias) + (update * self.scaling).to(x.dtype)
+            return F.linear(x, self.weight, bias) + (update * self.scaling).to(x.dtype)
         shape = x.shape[:-1]
         y: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
             x.reshape(-1, self.in_features),
             self.weight,
-            self.bias,
+            bias,
             self.lora_A.weight,
             self.lora_B.weight,
             self.scaling,
@@ -144,8 +147,24 @@ class _AdaptedLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_a, grad_b, None
 
 
-def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
+def initial_values(name: str, box: Box, shape: tuple[int, ...], seed: int) -> Tensor:
+    """A box of a fresh adapter matrix, fp32 on the CPU: Kaiming-uniform noise (a = sqrt(5)) for A, zeros for B."""
+    if ".lora_B." in name:
+        return torch.zeros(tuple(part.stop - part.start for part in box))
+    bound = 1.0 / math.sqrt(shape[1])
+
+    def draw(values: Tensor, generator: torch.Generator) -> None:
+        values.uniform_(-bound, bound, generator=generator)
+
+    return drawn(name, box, shape, seed, draw)
+
+
+@torch.no_grad()
+def apply_lora(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str]:
     """Freeze the model and put an adapter on each target layer, in place.
+
+    Args:
+        seed: of the adapter's fresh values, which are the same in any layout of processes.
 
     Returns:
         The full names of the adapted layers.
@@ -162,7 +181,12 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
         parent, _, leaf = name.rpartition(".")
         owner = model.get_submodule(parent)
         base = getattr(owner, leaf)
-        setattr(owner, leaf, LoRALinear(base, config).train(base.training))
+        adapted = LoRALinear(base, config).train(base.training)
+        setattr(owner, leaf, adapted)
+        for matrix in ("lora_A", "lora_B"):
+            weight: Tensor = getattr(adapted, matrix).weight
+            box = tuple(slice(0, size) for size in weight.shape)
+            weight.copy_(initial_values(f"{name}.{matrix}.weight", box, tuple(weight.shape), seed))
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
         if name.endswith(".bias") and (

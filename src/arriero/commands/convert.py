@@ -1,4 +1,4 @@
-"""`arriero convert`: a GGUF file or a model folder into an HF folder of any dtype, sharded or not."""
+"""`arriero convert`: a GGUF file or a model folder into an HF folder of any dtype, in one file, several, or one a process."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ class ConvertOptions(OptionGroup):
         ("auto", "float32", "bfloat16", "float16"),
     )
     max_shard_size: str = option("5GB", "largest weight file, e.g. 500MB; a larger model is cut into several")
+    tensor_parallel_degree: int = option(
+        1, "above 1: write one weight file a process, cut as so many tensor-parallel processes hold it", minimum=1
+    )
+    pipeline_parallel_degree: int = option(1, "the same for the processes of a pipeline, by layers", minimum=1)
     overwrite_output_dir: bool = option(False, "replace a model that is in the output folder")
     cache_dir: str | None = option(
         None, "where downloaded models are kept (default: $ARRIERO_HOME or ~/.cache/arriero)"
@@ -43,7 +47,7 @@ def run(options: ConvertOptions) -> int:
     from arriero.errors import ConfigError
     from arriero.formats.download import resolve_model
     from arriero.formats.gguf_model import convert_gguf
-    from arriero.formats.hf import load_state, save_model
+    from arriero.formats.hf import open_state, save_model
     from arriero.formats.safe_tensors import parse_size
     from arriero.models.config import LlamaConfig
 
@@ -55,7 +59,13 @@ def run(options: ConvertOptions) -> int:
             raise ConfigError(f"--output_dir {output} is the input itself; choose another folder")
         if not options.overwrite_output_dir:
             raise ConfigError(f"--output_dir {output} holds a model already; add --overwrite_output_dir to replace it")
+    tp, pp = options.tensor_parallel_degree, options.pipeline_parallel_degree
     if source.is_file() and source.suffix.lower() == ".gguf":
+        if tp * pp > 1:
+            raise ConfigError(
+                f"{source} is a GGUF file: convert it without --tensor_parallel_degree and --pipeline_parallel_degree "
+                "first, then the folder with them"
+            )
         result = convert_gguf(source, output, "float32" if options.dtype == "auto" else options.dtype, size)
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(result.tensor_types.items()))
         licence = f"; licence {result.licence}" if result.licence else ""
@@ -66,13 +76,15 @@ def run(options: ConvertOptions) -> int:
         folder = resolve_model(
             options.model_name_or_path, cache_dir=Path(options.cache_dir).expanduser() if options.cache_dir else None
         )
-        save_model(
-            dict(load_state(folder)),
-            LlamaConfig.from_file(folder),
-            output,
-            max_shard_size=size,
-            dtype=None if options.dtype == "auto" else options.dtype,
-            extra_files_from=folder,
-        )
+        config, dtype = LlamaConfig.from_file(folder), None if options.dtype == "auto" else options.dtype
+        if tp * pp > 1:
+            from arriero.formats.shard_writer import write_shards
+            from arriero.parallel.pipeline import split_layers
+
+            write_shards(folder, output, tp, split_layers(config, pp), dtype)
+        else:
+            save_model(
+                open_state(folder, config), config, output, max_shard_size=size, dtype=dtype, extra_files_from=folder
+            )
     print(output)
     return 0

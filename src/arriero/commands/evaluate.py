@@ -30,6 +30,7 @@ def run(model: ModelOptions, adapter: AdapterPathOptions, data: DataOptions, eva
     from arriero.engine.loading import load_for_inference
     from arriero.engine.sampling import SamplingParams
     from arriero.training.evaluation import evaluate_loss
+    from arriero.training.execution import build_execution
     from arriero.training.generation_metrics import generate_answers, references_of, score
     from arriero.training.precision import Precision
 
@@ -43,7 +44,7 @@ def run(model: ModelOptions, adapter: AdapterPathOptions, data: DataOptions, eva
     with tqdm(total=len(samples), unit="row", desc="loss", leave=False) as bar:
         share = not loaded.model.model.rotary.is_dynamic
         batches = packed_batches(examples, evaluation.per_device_eval_batch_size, share_prefixes=share)
-        metrics = evaluate_loss(loaded.model, batches, precision, bar.update)
+        metrics = evaluate_loss(build_execution(loaded.model, precision, loaded.device), batches, bar.update)
     answers = []
     default_length = SQUAD_ANSWER_TOKENS if data.task_name == "squad_qa" else data.tgt_length
     if data.eval_with_do_generation or data.task_name == "squad_qa":

@@ -1,21 +1,22 @@
-"""`arriero launch --gpus "0,1" --log_dir DIR VERB ...`: a thin wrapper of torchrun (`torch.distributed.run`)."""
+"""`arriero launch --gpus "0,1" --log_dir DIR VERB ...`: a verb on several processes, by torchrun's agent."""
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from arriero.commands.table import LATER, ONE_PROCESS, VERBS, load_verb
 from arriero.config.option import REQUIRED, OptionGroup, option
+from arriero.config.parallel import ParallelOptions
 from arriero.config.parser import HelpRequested, parse
 from arriero.errors import ConfigError
 
 HELP = (
-    "Start a command on several processes, one for each GPU. A single process is started without torchrun. "
-    "With --log_dir, every process writes its output there (one: workerlog.0; several: torchrun's folders, one a rank)."
+    "Start a command on several processes, one for each GPU, here or on several machines. With --log_dir, every process "
+    "writes its output to a file there: workerlog.0, workerlog.1, ... The error of the process that failed first is shown."
 )
 
 
@@ -30,16 +31,20 @@ class LaunchOptions(OptionGroup):
         aliases=("devices",),
     )
     log_dir: str | None = option(None, "folder of the processes' output; rank 0 also writes to the terminal")
-    nproc_per_node: int | None = option(None, "processes on this machine (default: one for each GPU)", minimum=1)
+    nproc_per_node: int | None = option(None, "processes on this machine (default: one for each of --gpus)", minimum=1)
     nnodes: str | None = option(None, "number of machines, or MIN:MAX")
-    node_rank: int | None = option(None, "which machine this is, from 0", aliases=("rank",), minimum=0)
+    node_rank: int | None = option(
+        None, "which machine this is, from 0 (default: as they come)", aliases=("rank",), minimum=0
+    )
     master_addr: str | None = option(None, "address of machine 0")
     master_port: int | None = option(None, "port on machine 0", minimum=0, maximum=65535)
     master: str | None = option(None, "both at once, ADDRESS:PORT (as Paddle's launcher)")
     rdzv_backend: str | None = option(None, "torchrun's rendezvous backend, e.g. c10d")
     rdzv_endpoint: str | None = option(None, "its HOST:PORT")
     rdzv_id: str | None = option(None, "the job's id", aliases=("job_id",))
-    max_restarts: int | None = option(None, "times a failed group of processes is started again", minimum=0)
+    max_restarts: int = option(
+        0, "times all processes are started again after a failure; training goes on from the last checkpoint", minimum=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,11 +60,36 @@ class LaunchOptions(OptionGroup):
             self.gpus = ",".join(words)
         if self.master is not None:
             address, colon, port = self.master.rpartition(":")
-            if not colon or not address or not port.isdecimal():
+            if not colon or not address or not port.isdecimal() or int(port) > 65535:
                 raise ConfigError(f"--master is {self.master!r}: give ADDRESS:PORT")
             if self.master_addr is not None or self.master_port is not None:
                 raise ConfigError("--master and --master_addr/--master_port say the same: give one of the two forms")
             self.master_addr, self.master_port = address, int(port)
+        self._check_machines()
+
+    def _check_machines(self) -> None:
+        fewest, most = self.machines
+        if self.node_rank is not None and fewest < most:
+            raise ConfigError(f"--node_rank needs a fixed number of machines and --nnodes is {self.nnodes}: drop it")
+        if self.node_rank is not None and self.node_rank >= most:
+            raise ConfigError(f"--node_rank is {self.node_rank} of {most} machines: number them from 0 to {most - 1}")
+        if most > 1 and self.master_addr is None and self.rdzv_endpoint is None:
+            raise ConfigError(
+                f"--nnodes {self.nnodes}: name where the machines meet: --master ADDRESS:PORT of machine 0"
+            )
+        if most > 1 and self.rdzv_backend == "static" and self.node_rank is None:
+            raise ConfigError("--rdzv_backend static needs the number of this machine: --node_rank")
+
+    @property
+    def machines(self) -> tuple[int, int]:
+        """The fewest and the most."""
+        words = (self.nnodes or "1").split(":")
+        if len(words) > 2 or not all(word.isdecimal() for word in words):
+            raise ConfigError(f"--nnodes is {self.nnodes!r}: give a number, or MIN:MAX")
+        fewest, most = int(words[0]), int(words[-1])
+        if not 1 <= fewest <= most:
+            raise ConfigError(f"--nnodes is {self.nnodes!r}: give 1 or more, or MIN:MAX with MIN first")
+        return fewest, most
 
     @property
     def processes(self) -> int:
@@ -69,31 +99,15 @@ class LaunchOptions(OptionGroup):
     @property
     def single(self) -> bool:
         """Whether the whole run is one process."""
-        return self.processes == 1 and self.nnodes in (None, "1", "1:1")
+        return self.processes == 1 and self.machines == (1, 1)
 
 
 OPTIONS: tuple[type, ...] = (LaunchOptions,)
 
 
 def command_line(launch: LaunchOptions) -> list[str]:
-    """The process to start: arriero itself, or torchrun with arriero in it."""
-    target = ["-m", "arriero", *launch.command]
-    if launch.single:
-        return [sys.executable, *target]
-    line = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={launch.processes}"]
-    for name in ("nnodes", "node_rank", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "max_restarts"):
-        value = getattr(launch, name)
-        if value is not None:
-            line.append(f"--{name}={value}")
-    if launch.master_addr is not None:
-        line += [f"--master_addr={launch.master_addr}"]
-    if launch.master_port is not None:
-        line += [f"--master_port={launch.master_port}"]
-    elif launch.nnodes in (None, "1", "1:1") and launch.rdzv_endpoint is None:
-        line.append("--standalone")  # a free port is chosen, so that two runs on one machine do not collide
-    if launch.log_dir is not None:
-        line += [f"--log-dir={launch.log_dir}", "--redirects=3", "--tee=0:3"]
-    return [*line, *target]
+    """What every process runs: arriero itself."""
+    return [sys.executable, "-m", "arriero", *launch.command]
 
 
 def environment(launch: LaunchOptions) -> dict[str, str]:
@@ -103,6 +117,8 @@ def environment(launch: LaunchOptions) -> dict[str, str]:
         variables["CUDA_VISIBLE_DEVICES"] = launch.gpus
     if not launch.single:
         variables.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // launch.processes, 1)))
+        # The C++ side warns of every connection that a process which ends leaves behind.
+        variables.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return variables
 
 
@@ -110,7 +126,8 @@ def check_command(launch: LaunchOptions) -> None:
     """Find here, once, what every process would find for itself.
 
     Raises:
-        ConfigError: a slip in the verb's options, or a verb that cannot run in several processes.
+        ConfigError: a slip in the verb's options, a verb that cannot run in several processes, or degrees of
+            parallelism that do not fit their number.
         ArrieroError: the verb's own answer, if it comes in a later version.
         HelpRequested: the command is `VERB --help`.
     """
@@ -125,35 +142,72 @@ def check_command(launch: LaunchOptions) -> None:
         verb.run(*groups)
     if name in ONE_PROCESS and not launch.single:
         asked = f"--gpus {launch.gpus}" if launch.gpus is not None else "launch"
-        raise ConfigError(
-            f"{name} runs in one process in this version and {asked} asks for several: name one GPU, e.g. --gpus 0"
-        )
+        raise ConfigError(f"{name} runs in one process and {asked} asks for several: name one GPU, e.g. --gpus 0")
+    fewest, most = launch.machines
+    for group in groups:
+        if isinstance(group, ParallelOptions) and fewest == most:
+            group.layout(launch.processes * most)
+
+
+def check_gpus(launch: LaunchOptions) -> None:
+    """Refuse GPUs that this machine does not have, if it has any: without one, all processes run on the CPU.
+
+    Raises:
+        ConfigError: naming those there are.
+    """
+    if launch.gpus is None or "CUDA_VISIBLE_DEVICES" in os.environ:  # which counts only some of them
+        return
+    import torch
+
+    count = torch.cuda.device_count()
+    missing = [word for word in launch.gpus.split(",") if word.isdecimal() and int(word) >= count > 0]
+    if missing:
+        raise ConfigError(f"--gpus names {missing[0]} and this machine has {count} GPUs: number them from 0")
 
 
 def run(launch: LaunchOptions) -> int:
-    """Start the processes, wait for them, and return their exit code."""
+    """Start the processes, wait for them, and return the exit code of the one that failed first."""
+    variables = environment(launch)
     try:
         check_command(launch)
     except HelpRequested:
-        return subprocess.call([sys.executable, "-m", "arriero", *launch.command])
-    if launch.log_dir is not None:
-        Path(launch.log_dir).mkdir(parents=True, exist_ok=True)
-    line, variables = command_line(launch), environment(launch)
-    if launch.single and launch.log_dir is not None:
-        return _call_with_log(line, variables, Path(launch.log_dir) / "workerlog.0")
-    return subprocess.call(line, env=variables)
+        _become(command_line(launch), variables)
+    if launch.single and launch.log_dir is None and launch.max_restarts == 0:
+        _become(command_line(launch), variables)
+    log_dir = None if launch.log_dir is None else Path(launch.log_dir)
+    if log_dir is not None:
+        try:
+            log_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--log_dir {log_dir}: {error.strerror}: name a folder that can be written") from error
+    check_gpus(launch)
+    from arriero.parallel.launching import agent
+    from arriero.parallel.launching.rendezvous import Meeting
+
+    fewest, most = launch.machines
+    return agent.launch(
+        agent.Job(
+            command=command_line(launch),
+            environment=variables,
+            processes=launch.processes,
+            meeting=Meeting(
+                fewest=fewest,
+                most=most,
+                machine=launch.node_rank,
+                address=launch.master_addr,
+                port=launch.master_port,
+                backend=launch.rdzv_backend,
+                endpoint=launch.rdzv_endpoint,
+                job=launch.rdzv_id or "arriero",
+            ),
+            max_restarts=launch.max_restarts,
+            log_dir=log_dir,
+        )
+    )
 
 
-def _call_with_log(line: list[str], variables: dict[str, str], log: Path) -> int:
-    """Run a process with its output on the terminal and in a file."""
-    with (
-        log.open("wb") as file,
-        subprocess.Popen(line, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0) as process,
-    ):
-        assert process.stdout is not None
-        while chunk := process.stdout.read(4096):
-            file.write(chunk)
-            file.flush()
-            sys.stdout.write(chunk.decode("utf-8", errors="replace"))
-            sys.stdout.flush()
-        return process.wait()
+def _become(line: list[str], variables: dict[str, str]) -> NoReturn:
+    """Turn this process into the command: the terminal, signals and the exit code are the command's."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(line[0], line, variables)

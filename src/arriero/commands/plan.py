@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from arriero.config.adapter import AdapterOptions
 from arriero.config.logging import LoggingOptions
@@ -19,7 +19,8 @@ from arriero.config.planning import (
 from arriero.config.precision import PrecisionOptions
 
 if TYPE_CHECKING:
-    from arriero.training.planning.setup import TrainingSetup
+    from arriero.training.planning.machine import Links, Machine
+    from arriero.training.planning.setup import ModelFacts, TrainingSetup
 
 HELP = (
     "Tell what a training run would need and what fits. Takes every option of pretrain, so that a run's file can be planned "
@@ -51,11 +52,12 @@ def run(
     logging: LoggingOptions,
 ) -> int:
     """Print the plan; a run that does not fit is an error that says what helps."""
-    _refuse(model, adapter, parallel, plan)
+    _refuse(model, adapter, plan)
     from arriero.errors import ConfigError, FormatError
     from arriero.formats.download import model_config
     from arriero.formats.safe_tensors import parse_size
-    from arriero.training.planning.machine import DEFAULT_UTILIZATION, find_machine
+    from arriero.parallel.tensor import check_heads
+    from arriero.training.planning.machine import COMPUTING_UTILIZATION, DEFAULT_UTILIZATION, find_links, find_machine
     from arriero.training.planning.report import as_dictionary, as_text, make_plan, too_much
     from arriero.training.planning.setup import model_facts
 
@@ -66,23 +68,74 @@ def run(
     name = model.config_name or model.model_name_or_path
     config = model_config(name, Path(model.cache_dir).expanduser() if model.cache_dir else None)
     setup = _setup(plan, model, corpus, optimization, precision, parallel)
+    check_heads(config, setup.layout.tp)
     targets = adapter.lora_target_modules if adapter.lora else []
     facts = model_facts(config, lora_rank=adapter.lora_rank if adapter.lora else 0, lora_targets=targets)
     machine = find_machine(setup.device, setup.compute_dtype, gpu=plan.gpu, memory=memory, flops=plan.flops)
+    links = find_links(plan.gpu, plan.bandwidth_in_node, plan.bandwidth_between_nodes)
+    utilization = plan.mfu or DEFAULT_UTILIZATION[setup.device]
+    if plan.mfu is None and links is not None and setup.device == "cuda" and setup.layout.size > 1:
+        utilization = COMPUTING_UTILIZATION
+    if plan.search:
+        return _search(plan, name, facts, setup, machine, utilization, links)
     tokens = plan.num_tokens
     if tokens is None and optimization.max_steps > 0:
-        tokens = float(optimization.max_steps * setup.tokens * setup.accumulation * setup.devices)
-    made = make_plan(name, facts, setup, machine, plan.mfu or DEFAULT_UTILIZATION[setup.device], tokens)
-    text = json.dumps(as_dictionary(made), indent=1) + "\n"
-    print(text if plan.json else as_text(made), end="")
-    if plan.output_file is not None:
-        _write(Path(plan.output_file).expanduser(), text)
+        tokens = float(optimization.max_steps * setup.step_tokens)
+    made = make_plan(name, facts, setup, machine, utilization, tokens, links)
+    told, shown = as_dictionary(made), as_text(made)
+    if plan.dry_run:
+        from arriero.training.planning.dry_run import chosen_ranks, dry_run
+        from arriero.training.planning.layout_report import program_dictionary, program_text
+
+        programs = dry_run(facts, setup, chosen_ranks(setup.layout))
+        told["programs"] = [program_dictionary(program) for program in programs]
+        shown += "\n" + program_text(programs)
+    _tell(plan, told, shown)
     if not made.fits:
         raise ConfigError(too_much(made))
     return 0
 
 
-def _refuse(model: PlanModelOptions, adapter: AdapterOptions, parallel: ParallelOptions, plan: PlanOptions) -> None:
+def _tell(plan: PlanOptions, told: dict[str, Any], shown: str) -> None:
+    text = json.dumps(told, indent=1) + "\n"
+    print(text if plan.json else shown, end="")
+    if plan.output_file is not None:
+        _write(Path(plan.output_file).expanduser(), text)
+
+
+def _search(
+    plan: PlanOptions,
+    name: str,
+    facts: ModelFacts,
+    setup: TrainingSetup,
+    machine: Machine,
+    utilization: float,
+    links: Links | None,
+) -> int:
+    from arriero.errors import ConfigError
+    from arriero.training.planning.layout_report import search_dictionary, search_text
+    from arriero.training.planning.search import search
+
+    if links is None or machine.flops is None:
+        raise ConfigError(
+            "--search needs the speed of devices and links: give --gpu NAME, or --memory, --flops, --bandwidth_in_node and "
+            "--bandwidth_between_nodes"
+        )
+    found = search(facts, setup, memory=machine.memory, flops=machine.flops, utilization=utilization, links=links)
+    _tell(
+        plan,
+        search_dictionary(name, setup, machine.flops, found),
+        search_text(name, setup, machine, utilization, links, found),
+    )
+    if not found:
+        raise ConfigError(
+            f"no layout of {setup.layout.size} devices that divides {setup.step_tokens // setup.sequence} rows a step fits: "
+            "give more devices, --optim adamw_8bit, shorter rows, or other rows a step (--gradient_accumulation_steps)"
+        )
+    return 0
+
+
+def _refuse(model: PlanModelOptions, adapter: AdapterOptions, plan: PlanOptions) -> None:
     """What is not planned in this version."""
     from arriero.errors import ConfigError
 
@@ -91,20 +144,6 @@ def _refuse(model: PlanModelOptions, adapter: AdapterOptions, parallel: Parallel
     for name in ("use_flash_attention", "use_fused_rms_norm"):
         if not getattr(model, name):
             raise ConfigError(f"--{name} no is not planned for: it keeps more, to compare kernels; drop it")
-    for name in ("tensor_parallel_degree", "pipeline_parallel_degree"):
-        if getattr(parallel, name) > 1:
-            raise ConfigError(
-                f"--{name} {getattr(parallel, name)} is not planned for in this version: --num_devices and --sharding are"
-            )
-    if "offload" in parallel.sharding:
-        raise ConfigError("--sharding offload is not planned for in this version: drop the word offload")
-    for name in ("sharding_parallel_degree", "data_parallel_degree"):
-        degree = getattr(parallel, name)
-        if degree > 1 and (degree != plan.num_devices or (name.startswith("data") and parallel.sharding)):
-            raise ConfigError(
-                f"--{name} {degree} is not planned for with --num_devices {plan.num_devices}: in this version the model's "
-                "state is shared by all devices or by none; leave it out"
-            )
     if adapter.prefix_tuning:
         raise ConfigError("--prefix_tuning is not planned for in this version: --lora is")
 
@@ -139,8 +178,8 @@ def _setup(
         recompute=precision.recompute_granularity if precision.recompute else "none",  # type: ignore[arg-type]
         optimizer=optimization.optim,
         device="cpu" if device == "cpu" else "cuda",
-        devices=plan.num_devices,
-        sharding=parallel.sharding_stage if plan.num_devices > 1 else 0,
+        layout=parallel.layout(plan.num_devices),
+        reduce_dtype=parallel.gradient_reduce_dtype,
     )
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.generation import GenerationOptions, PredictOptions
 from arriero.config.model import ModelOptions
 from arriero.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from arriero.data.samples import Sample
 
 HELP = (
     "Answer every row of a jsonl file (src, instruction, context or messages) with a model, or a model and its adapter."
@@ -29,19 +34,26 @@ BUILT_IN = ("linebacker", "five")  # the answers whose questions PaddleNLP's exa
 def run(
     model: ModelOptions, adapter: AdapterPathOptions, predict: PredictOptions, generation: GenerationOptions
 ) -> int:
-    """Print every prompt with its answer and write them to --predict_file."""
+    """Print every prompt with its answer and write them to --predict_file; of several processes the first does that."""
     from tqdm import tqdm
 
+    from arriero.commands.merge import check_target
+    from arriero.config.layout import Layout
     from arriero.data.samples import Sample, read_jsonl, sample_from_row
     from arriero.data.sft import fit_prompt
     from arriero.engine.generation import Generation, Generator
-    from arriero.engine.loading import load_for_inference
+    from arriero.engine.loading import load_for_inference, pick_device
     from arriero.engine.sampling import params_from_options
+    from arriero.parallel.generation import for_generation
+    from arriero.parallel.processes import launched_size, start, stop
 
     if predict.merge_tensor_parallel_path:
-        raise ConfigError(
-            "--merge_tensor_parallel_path: this version reads unsharded models only; arriero merge joins an adapter"
-        )
+        if adapter.lora_path:
+            raise ConfigError(
+                "--merge_tensor_parallel_path joins shards and --lora_path names an adapter: run arriero merge with the "
+                "second instead"
+            )
+        check_target(predict.merge_tensor_parallel_path, "--merge_tensor_parallel_path")
     if predict.data_file:
         samples = [
             sample_from_row(row, where, needs_target=False) for where, row in read_jsonl(Path(predict.data_file))
@@ -50,33 +62,60 @@ def run(
         samples = [Sample(f"answer: {answer} context: ", _CONTEXT, "", None, ends_prompt=True) for answer in BUILT_IN]
     if not samples:
         raise DataError(f"{predict.data_file}: holds no row")
-    loaded = load_for_inference(model, adapter)
+    processes = start(Layout(tp=launched_size()), pick_device(model.device))
+    loaded = load_for_inference(model, adapter, processes)
     prompts, cut = [], 0
     for sample in samples:
         ids, shortened = fit_prompt(sample, loaded.tokenizer, predict.src_length)
         prompts.append(ids)
         cut += shortened
-    if cut:
+    if cut and processes.first:
         print(f"{cut} of {len(samples)} prompts were cut to --src_length {predict.src_length}")
     params = params_from_options(generation)
     rows = [
         params if generation.seed is None else replace(params, seed=generation.seed + i) for i in range(len(prompts))
     ]
-    target = Path(predict.predict_file)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    with tqdm(total=len(prompts), unit="row", leave=False, disable=len(prompts) < 3) as bar:
+    quiet = len(prompts) < 3 or not processes.first
+    with tqdm(total=len(prompts), unit="row", leave=False, disable=quiet) as bar:
 
         def done(_: int, __: Generation) -> None:
             bar.update(1)
 
-        generator = Generator(loaded.model, loaded.tokenizer, max_batch_size=generation.batch_size)
+        generator = Generator(for_generation(loaded.model), loaded.tokenizer, max_batch_size=generation.batch_size)
         answers = generator.generate(prompts, rows, on_done=done)
+
+    def publish() -> None:
+        _write_answers(samples, [answer.text.strip() for answer in answers], Path(predict.predict_file))
+        if predict.merge_tensor_parallel_path:
+            _write_model(loaded.folder, predict.merge_tensor_parallel_path)
+
+    processes.by_first(publish)
+    stop(processes)
+    return 0
+
+
+def _write_answers(samples: Sequence[Sample], answers: Sequence[str], target: Path) -> None:
+    """Print the answers and write them as JSON lines."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
         for sample, answer in zip(samples, answers, strict=True):
-            text = answer.text.strip()
-            file.write(json.dumps({"src": sample.prompt, "output": text}, ensure_ascii=False) + "\n")
-            print(f"{sample.prompt}\n{text}\n" + "-" * 20)
+            file.write(json.dumps({"src": sample.prompt, "output": answer}, ensure_ascii=False) + "\n")
+            print(f"{sample.prompt}\n{answer}\n" + "-" * 20)
     os.replace(partial, target)
     print(f"{len(answers)} answers: {target}")
-    return 0
+
+
+def _write_model(folder: Path, target: str) -> None:
+    """A model as one folder: its shards joined and compared, or a copy of one that has none."""
+    from arriero.commands.merge import merge_with_progress
+    from arriero.formats import hf
+    from arriero.formats.tensor_shards import is_sharded
+    from arriero.models.config import LlamaConfig
+
+    if is_sharded(folder):
+        merge_with_progress(folder, target)
+        return
+    config = LlamaConfig.from_file(folder)
+    hf.save_model(hf.open_state(folder, config), config, target, extra_files_from=folder)
+    print(f"model: {target} (it was whole already)")

@@ -1,6 +1,6 @@
 """The verbs: name -> (module that holds HELP, OPTIONS and run, one line for `arriero --help`).
 
-`LATER` are those whose work comes in a later version, `ONE_PROCESS` those that run in a single process in this one.
+`LATER` are those whose work comes in a later version, `ONE_PROCESS` those that run in a single process.
 A verb's module is imported only when the verb is called, and torch only inside its `run`.
 """
 
@@ -34,9 +34,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "completion": ("arriero.commands.completion", "print a completion script for bash, zsh or fish"),
 }
 LATER = frozenset({"quantize", "export", "infer", "serve", "bench"})
-ONE_PROCESS = frozenset(
-    {"quickstart", "download", "convert", "preprocess", "pretrain", "finetune", "evaluate", "predict", "merge", "chat"}
-)
+ONE_PROCESS = frozenset({"quickstart", "download", "convert", "preprocess", "plan", "chat", "completion"})
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,11 @@ class CheckpointOptions(OptionGroup):
         only_with="load_best_model_at_end",
     )
     max_shard_size: str = option("5GB", "largest safetensors file of a saved model; a larger model is cut into several")
+    save_sharded_model: bool = option(
+        False,
+        "also write the final model into sharded/ as one file a process (model-tp00-of-04.safetensors), as the processes of "
+        "tensor and pipeline parallelism share it out",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

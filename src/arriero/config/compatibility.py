@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -158,19 +159,6 @@ def _quantization(groups: Sequence[Any], given: frozenset[str], warnings: list[s
         )
 
 
-def _pipeline(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
-    parallel, data = find(groups, ParallelOptions), find(groups, DataOptions)
-    if parallel is None:
-        return
-    if parallel.pipeline_parallel_config and parallel.pipeline_parallel_degree == 1:
-        warnings.append("--pipeline_parallel_config has no effect without --pipeline_parallel_degree above 1")
-    if data is not None and data.eval_with_do_generation and parallel.pipeline_parallel_degree > 1:
-        raise ConfigError(
-            "--eval_with_do_generation does not work with --pipeline_parallel_degree above 1: "
-            "drop the first and score with arriero evaluate afterwards"
-        )
-
-
 def _sampling(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
     generation = find(groups, GenerationOptions)
     if generation is None or generation.do_sample:
@@ -180,17 +168,52 @@ def _sampling(groups: Sequence[Any], given: frozenset[str], warnings: list[str])
             warnings.append(f"--{name} has no effect with --do_sample no")
 
 
-def _one_process(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
-    """Options of training that do nothing in one process, or not yet."""
+def _data_loading(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
     data = find(groups, DataOptions) or find(groups, CorpusOptions)
-    parallel = find(groups, ParallelOptions)
+    if data is None or find(groups, OptimizationOptions) is None or find(groups, PlanOptions) is not None:
+        return
+    if _changed(data, "dataloader_num_workers", given):
+        warnings.append("--dataloader_num_workers has no effect: batches are made in the main process")
+
+
+def _parallel(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
+    """Options of a layout that this run does not have."""
+    parallel, checkpoint = find(groups, ParallelOptions), find(groups, CheckpointOptions)
     if parallel is None or find(groups, PlanOptions) is not None:  # a plan may be of other machines
         return
-    for name in ("sharding", "data_parallel_degree"):
-        if _changed(parallel, name, given):
-            warnings.append(f"--{name} has no effect: training runs in one process in this version")
-    if data is not None and _changed(data, "dataloader_num_workers", given):
-        warnings.append("--dataloader_num_workers has no effect: batches are made in the main process")
+    tensor, stages = parallel.tensor_parallel_degree, parallel.pipeline_parallel_degree
+    if stages == 1:
+        for name in ("pipeline_parallel_config", "pipeline_schedule"):
+            if _changed(parallel, name, given):
+                warnings.append(f"--{name} has no effect without --pipeline_parallel_degree above 1")
+    elif "enable_timer" in parallel.pipeline_parallel_config:
+        warnings.append(
+            "--pipeline_parallel_config enable_timer has no effect: --profile_steps shows where the time goes"
+        )
+    if tensor == 1 and _changed(parallel, "sequence_parallel", given):
+        warnings.append("--sequence_parallel has no effect without --tensor_parallel_degree above 1")
+    if checkpoint is not None and checkpoint.save_sharded_model:
+        adapter = find(groups, AdapterOptions)
+        if adapter is not None and adapter.lora:
+            warnings.append("--save_sharded_model has no effect with --lora: an adapter is small and stays one file")
+        elif tensor * stages == 1:
+            warnings.append(
+                "--save_sharded_model has no effect without --tensor_parallel_degree or --pipeline_parallel_degree above 1"
+            )
+    _data_parallel(parallel, given, warnings)
+
+
+def _data_parallel(parallel: ParallelOptions, given: frozenset[str], warnings: list[str]) -> None:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # of the launcher
+    try:
+        layout = parallel.layout(processes)
+    except ConfigError:  # refused when the run starts: a command line may be read for another machine
+        return
+    alone = "in one process: arriero launch starts several"
+    if layout.dp_shard == 1 and _changed(parallel, "sharding", given):
+        warnings.append(f"--sharding has no effect {alone if processes == 1 else f'with {layout}: nobody shares it'}")
+    if processes == 1 and _changed(parallel, "gradient_reduce_dtype", given):
+        warnings.append(f"--gradient_reduce_dtype has no effect {alone}")
 
 
 def _scoring(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
@@ -228,9 +251,9 @@ _RULES: tuple[Callable[[Sequence[Any], frozenset[str], list[str]], None], ...] =
     _watching,
     _precision,
     _quantization,
-    _pipeline,
     _sampling,
-    _one_process,
+    _data_loading,
     _corpus,
     _scoring,
+    _parallel,
 )

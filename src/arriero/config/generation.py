@@ -61,5 +61,5 @@ class PredictOptions(OptionGroup):
     predict_file: str = option("prediction.json", "where the answers go, one JSON line each", aliases=("output_file",))
     src_length: int = option(1024, "longest prompt in tokens; a longer one is cut, counted and reported", minimum=1)
     merge_tensor_parallel_path: str | None = option(
-        None, "also write the model, its shards joined, as one folder there"
+        None, "also write the model there, as one folder: its shards joined, or a copy of one that has none"
     )

@@ -13,3 +13,4 @@ class MergeOptions(OptionGroup):
 
     output_path: str = option(REQUIRED, "folder the merged model is written to", aliases=("output_dir",))
     max_shard_size: str = option("5GB", "largest safetensors file; a larger model is cut into several")
+    verify: bool = option(True, "compare the merged model's logits with those of the parts; they must agree")

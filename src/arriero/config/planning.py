@@ -18,8 +18,21 @@ class PlanOptions(OptionGroup):
     gpu: str | None = option(None, "plan for this kind of GPU, e.g. H100: its memory and peak from the data sheet")
     num_devices: int = option(
         1,
-        "devices of the run; more than one holds a copy of the model each, or shares it out as --sharding says",
+        "devices of the run, one process each; how they share the work is said as in pretrain: --sharding, degrees",
+        aliases=("world_size",),
         minimum=1,
+    )
+    search: bool = option(
+        False, "list the fastest layouts of --num_devices that fit, for as many rows a step as without degrees"
+    )
+    dry_run: bool = option(False, "build the real program of some of the ranks and print the shapes that they hold")
+    bandwidth_in_node: float | None = option(
+        None,
+        "GB/s that a device sends to others of its node, of 8 (default: 80 % of the data sheet of --gpu)",
+        above=0.0,
+    )
+    bandwidth_between_nodes: float | None = option(
+        None, "GB/s that a device sends to other nodes (default: 80 % of the usual network with --gpu)", above=0.0
     )
     num_tokens: float | None = option(None, "tokens of the whole run, for its time, e.g. 2e9", above=0.0)
     flops: float | None = option(
@@ -27,7 +40,8 @@ class PlanOptions(OptionGroup):
     )
     mfu: float | None = option(
         None,
-        "share of those FLOP/s that training reaches, recomputation counted too (default: 0.4 on a GPU, 0.7 on a CPU)",
+        "share of those FLOP/s that is reached, recomputation counted too (default: 0.4 on a GPU, 0.7 on a CPU; of several "
+        "GPUs while they compute, 0.53)",
         above=0.0,
         maximum=1.0,
     )
@@ -38,6 +52,15 @@ class PlanOptions(OptionGroup):
         super().__post_init__()
         if self.gpu is not None and not self.gpu.strip():
             raise ConfigError("--gpu is empty: name a GPU, e.g. --gpu H100")
+        given = [name for name in ("bandwidth_in_node", "bandwidth_between_nodes") if getattr(self, name) is not None]
+        if len(given) == 1 and self.gpu is None:
+            raise ConfigError(
+                f"--{given[0]} alone: without --gpu both bandwidths are needed, in a node and between nodes"
+            )
+        if self.search and self.num_devices == 1:
+            raise ConfigError("--search looks for layouts of several devices: give --num_devices")
+        if self.search and self.dry_run:
+            raise ConfigError("--search and --dry_run: take a layout from the first, then build it with the second")
 
 
 @dataclass(kw_only=True)

@@ -1,4 +1,4 @@
-"""Rows as one tensor without padding: rows of one length as a matrix, others as documents of one packed sequence.
+"""Rows as one tensor: rows of one length as a matrix, others as documents of one packed sequence, without padding.
 
 Rows that begin alike (questions about one passage) can share their beginning: it stands once, its continuations after it.
 The loss and its gradient are those of the separate rows; the beginning is computed once instead of once a row.
@@ -6,10 +6,11 @@ The loss and its gradient are those of the separate rows; the beginning is compu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from arriero.data.sft import IGNORE, Example
@@ -17,17 +18,19 @@ from arriero.models.attention import AttentionInfo
 
 # below this many tokens in common, a mask costs more than it saves
 MIN_SHARED_TOKENS = 16
+PADDING_ID = 0  # in every vocabulary; nothing is learned from it
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows without padding.
+    """Rows without padding, unless one was asked for (`fitted`, `to_common_shape`).
 
     Attributes:
         input_ids: (1, T) int64, rows end to end; or (B, S), B rows of one length.
         labels: of the same shape, the token to predict at each position or -100.
-        parts: of each document, the tokens of its (shared) beginning and of every continuation; they sum to T.
-        rows: number of rows.
+        parts: of each document, the tokens of its (shared) beginning and of every continuation; they sum to T. Padding
+            is documents of its own.
+        rows: number of rows; padding is none.
         row_tokens: tokens of the rows, a shared beginning counted in each: what padding-free separate rows would hold.
         label_tokens: number of labels that are not -100.
     """
@@ -39,12 +42,39 @@ class Batch:
     row_tokens: int
     label_tokens: int
 
+    @classmethod
+    def empty(cls) -> Batch:
+        """No row, only a token of padding: for a process that must compute along with others and has nothing to do."""
+        padding = torch.full((1, 1), PADDING_ID)
+        return cls(padding, torch.full_like(padding, IGNORE), ((1,),), rows=0, row_tokens=0, label_tokens=0)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether every row of the tensor is one document."""
+        count, length = self.input_ids.shape
+        return self.parts == ((length,),) * count
+
+    def fitted(self, tokens: int) -> Batch:
+        """The rows end to end as one sequence (1, tokens), ending in a document of padding where they are fewer tokens.
+
+        Raises:
+            ValueError: they are more.
+        """
+        missing = tokens - self.input_ids.numel()
+        if missing < 0:
+            raise ValueError(f"{self.input_ids.numel()} tokens do not fit in {tokens}")
+        return replace(
+            self,
+            input_ids=F.pad(self.input_ids.reshape(1, -1), (0, missing), value=PADDING_ID),
+            labels=F.pad(self.labels.reshape(1, -1), (0, missing), value=IGNORE),
+            parts=self.parts + (((missing,),) if missing else ()),
+        )
+
     def attention(self) -> AttentionInfo:
         """Which tokens attend to which: every row is causal and alone."""
-        count, length = self.input_ids.shape
-        if self.parts == ((length,),) * count:
+        if self.is_matrix:
             return AttentionInfo.causal()
-        if count > 1:
+        if self.input_ids.shape[0] > 1:
             raise ValueError("rows of several documents must be packed into one sequence")
         return AttentionInfo.branching(self.parts)
 
@@ -80,10 +110,60 @@ def pack(examples: Sequence[Example], *, share_prefixes: bool = False) -> Batch:
     )
 
 
-def packed_batches(examples: Sequence[Example], size: int, *, share_prefixes: bool) -> Iterator[Batch]:
+class LazyBatches:
+    """Batches that are made when they are asked for, so that a process makes its own only.
+
+    Args:
+        make: the batch of a number, from 0.
+    """
+
+    def __init__(self, count: int, make: Callable[[int], Batch]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> Batch:
+        if not 0 <= number < self._count:
+            raise IndexError(f"batch {number} of {self._count}")
+        return self._make(number)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self._make, range(self._count))
+
+
+def packed_batches(examples: Sequence[Example], size: int, *, share_prefixes: bool) -> LazyBatches:
     """All rows in order, `size` rows a batch."""
-    for start in range(0, len(examples), size):
-        yield pack(examples[start : start + size], share_prefixes=share_prefixes)
+    return LazyBatches(
+        -(-len(examples) // size),
+        lambda number: pack(examples[number * size : (number + 1) * size], share_prefixes=share_prefixes),
+    )
+
+
+def to_common_shape(batches: Sequence[Batch], multiple: int = 1) -> list[Batch]:
+    """The batches, padded to one shape (B, S) with S a multiple of a number.
+
+    Matrices of one length that suits stay matrices and get rows of padding. Everything else is packed, a document of
+    padding at the end: longer rows would be other rows where RoPE depends on the length.
+    """
+    filled = [batch for batch in batches if batch.rows] or batches
+    lengths = {batch.input_ids.shape[1] for batch in filled}
+    if len(lengths) == 1 and max(lengths) % multiple == 0 and all(batch.is_matrix for batch in filled):
+        count = max(batch.input_ids.shape[0] for batch in filled)
+        return [_as_matrix(batch, count, max(lengths)) for batch in batches]
+    longest = max((batch.input_ids.numel() for batch in batches), default=0)
+    return [batch.fitted(-(-longest // multiple) * multiple) for batch in batches]
+
+
+def _as_matrix(batch: Batch, count: int, length: int) -> Batch:
+    """A matrix of this length, or a batch without rows, as (count, length)."""
+    missing = (0, length - batch.input_ids.shape[1], 0, count - batch.input_ids.shape[0])
+    return replace(
+        batch,
+        input_ids=F.pad(batch.input_ids, missing, value=PADDING_ID),
+        labels=F.pad(batch.labels, missing, value=IGNORE),
+        parts=((length,),) * count,
+    )
 
 
 def shared_prefix(first: Example, second: Example) -> int:

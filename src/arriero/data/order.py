@@ -37,9 +37,9 @@ def prefix_clusters(examples: Sequence[Example], largest: int) -> list[list[int]
 class StepOrder:
     """Which rows each optimizer step sees.
 
-    A step is up to `accumulation` micro-batches of up to `micro_batch_size` rows. An epoch visits every row once; its last
-    micro-batch and its last step may be smaller, and no step straddles two epochs. With `clusters`, whole runs of rows are
-    shuffled instead of single ones.
+    A step is up to `accumulation` micro-batches for each of `processes`, of up to `micro_batch_size` rows. An epoch visits
+    every row once; its last micro-batch and its last step may be smaller, and no step straddles two epochs. With
+    `clusters`, whole runs of rows are shuffled instead of single ones.
     """
 
     def __init__(
@@ -49,13 +49,14 @@ class StepOrder:
         accumulation: int,
         seed: int,
         *,
+        processes: int = 1,
         shuffle: bool = True,
         clusters: list[list[int]] | None = None,
     ) -> None:
         if rows < 1:
             raise DataError("the training set is empty")
         self.rows, self.seed, self.shuffle, self.clusters = rows, seed, shuffle, clusters
-        self.micro_batch_size, self.rows_per_step = micro_batch_size, micro_batch_size * accumulation
+        self.micro_batch_size, self.rows_per_step = micro_batch_size, micro_batch_size * accumulation * processes
         self.steps_per_epoch = math.ceil(rows / self.rows_per_step)
 
     def _rows(self, epoch: int) -> list[int]:
@@ -65,7 +66,7 @@ class StepOrder:
         return [row for cluster in order.tolist() for row in self.clusters[cluster]]
 
     def __call__(self, step: int) -> list[list[int]]:
-        """The micro-batches of optimizer step number `step` (from 0), each a list of row numbers."""
+        """The micro-batches of optimizer step number `step` (from 0), of all processes: each a list of row numbers."""
         epoch, index = divmod(step, self.steps_per_epoch)
         rows = self._rows(epoch)[index * self.rows_per_step : (index + 1) * self.rows_per_step]
         return [rows[i : i + self.micro_batch_size] for i in range(0, len(rows), self.micro_batch_size)]

@@ -1,23 +1,51 @@
-"""What each optimizer step trains on: micro-batches as a pure function of the step number, so that a run resumes exactly."""
+"""What each optimizer step trains on: micro-batches as a pure function of the step number, so that a run resumes exactly.
+
+Several processes share out the micro-batches of a step: together they are those of one process that accumulates as many.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from arriero.data.batch import Batch, pack
+from arriero.data.batch import Batch, LazyBatches, pack
 from arriero.data.corpus.dataset import CorpusDataset, CorpusSample
 from arriero.data.order import StepOrder
 from arriero.data.sft import IGNORE, Example
 
 
+@dataclass(frozen=True)
+class DataShare:
+    """Which batches a process makes: every `size`-th, from number `rank` on."""
+
+    rank: int = 0
+    size: int = 1
+
+    def of(self, total: int) -> range:
+        """The numbers of its batches out of `total`."""
+        return range(self.rank, total, self.size)
+
+
+def share_out(batches: LazyBatches | Sequence[Batch], share: DataShare) -> Iterator[Batch]:
+    """The batches of one process, then empty ones until it has as many as any other.
+
+    Processes that share out weights compute together: each must run the model equally often.
+    """
+    own = share.of(len(batches))
+    yield from (batches[number] for number in own)
+    for _ in range(math.ceil(len(batches) / share.size) - len(own)):
+        yield Batch.empty()
+
+
 class StepSource(Protocol):
-    """The data of a run.
+    """One process's share of the data of a run.
 
     Attributes:
         steps_per_epoch: optimizer steps of one pass over the data.
@@ -31,15 +59,18 @@ class StepSource(Protocol):
         ...
 
     def __call__(self, step: int) -> list[Batch]:
-        """The micro-batches of optimizer step number `step`, counted from 0."""
+        """This process's micro-batches of optimizer step number `step`, counted from 0: as many as every other's."""
         ...
 
     def fingerprint(self) -> dict[str, Any]:
-        """Everything that decides which data each step sees, as JSON: a checkpoint is only resumed if it is the same."""
+        """Everything that decides which data each step sees, as JSON: a checkpoint is only resumed if it is the same.
+
+        How many processes share a step out is not among it.
+        """
         ...
 
     def describe(self, step: int) -> str:
-        """Which data a step sees, for a message."""
+        """Which data this process sees in a step, for a message."""
         ...
 
 
@@ -48,12 +79,14 @@ class FinetuningSteps:
     """Rows of prompts and answers, packed without padding.
 
     Attributes:
+        order: the rows of every step, of all processes.
         share_prefixes: compute the common beginning of a micro-batch's rows once (see `arriero.data.batch`).
     """
 
     examples: Sequence[Example]
     order: StepOrder
     share_prefixes: bool = False
+    share: DataShare = DataShare()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -63,20 +96,28 @@ class FinetuningSteps:
         return math.ceil(epochs * self.steps_per_epoch)
 
     def __call__(self, step: int) -> list[Batch]:
-        return [
-            pack([self.examples[row] for row in rows], share_prefixes=self.share_prefixes) for rows in self.order(step)
-        ]
+        rows = self.order(step)
+
+        def make(number: int) -> Batch:
+            return pack([self.examples[row] for row in rows[number]], share_prefixes=self.share_prefixes)
+
+        return list(share_out(LazyBatches(len(rows), make), self.share))
 
     def fingerprint(self) -> dict[str, Any]:
+        clusters = self.order.clusters
         return {
             "rows": self.order.rows,
             "rows_per_step": self.order.rows_per_step,
             "seed": self.order.seed,
-            "clusters": len(self.order.clusters or ()),
+            # they follow from the rows a micro-batch has, and the order of the rows from them
+            "clusters": hashlib.sha256(json.dumps(clusters).encode()).hexdigest()[:16] if clusters else "",
         }
 
     def describe(self, step: int) -> str:
-        rows = [row for micro_batch in self.order(step) for row in micro_batch]
+        micro_batches = self.order(step)
+        rows = [row for number in self.share.of(len(micro_batches)) for row in micro_batches[number]]
+        if not rows:
+            return "no training rows"
         shown = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
         return f"training rows {shown} (counted from 0)"
 
@@ -86,6 +127,7 @@ class PretrainingSteps:
     """Samples of a corpus, in the corpus's own order.
 
     Attributes:
+        accumulation: micro-batches of each process in a step.
         reset_attention_mask: tokens neither attend to other documents nor count their positions on from them.
     """
 
@@ -93,10 +135,12 @@ class PretrainingSteps:
     micro_batch_size: int
     accumulation: int
     reset_attention_mask: bool = False
+    share: DataShare = DataShare()
 
     @property
     def rows_per_step(self) -> int:
-        return self.micro_batch_size * self.accumulation
+        """Samples of all processes."""
+        return self.micro_batch_size * self.accumulation * self.share.size
 
     @property
     def steps_per_epoch(self) -> int:
@@ -106,16 +150,19 @@ class PretrainingSteps:
         wanted = min(len(self.dataset), math.ceil(epochs * self.dataset.samples_per_epoch))
         return math.ceil(wanted / self.rows_per_step)
 
-    def _range(self, step: int) -> range:
-        start = step * self.rows_per_step
-        return range(start, min(start + self.rows_per_step, len(self.dataset)))
+    def _micro_batches(self, step: int) -> list[range]:
+        """The samples of each micro-batch of a step, of all processes."""
+        start, size = step * self.rows_per_step, self.micro_batch_size
+        stop = min(start + self.rows_per_step, len(self.dataset))
+        return [range(at, min(at + size, stop)) for at in range(start, stop, size)]
 
     def __call__(self, step: int) -> list[Batch]:
-        rows, size = self._range(step), self.micro_batch_size
-        return [
-            corpus_batch([self.dataset[i] for i in rows[at : at + size]], self.reset_attention_mask)
-            for at in range(0, len(rows), size)
-        ]
+        micro_batches = self._micro_batches(step)
+
+        def make(number: int) -> Batch:
+            return corpus_batch([self.dataset[i] for i in micro_batches[number]], self.reset_attention_mask)
+
+        return list(share_out(LazyBatches(len(micro_batches), make), self.share))
 
     def fingerprint(self) -> dict[str, Any]:
         return {
@@ -125,8 +172,13 @@ class PretrainingSteps:
         }
 
     def describe(self, step: int) -> str:
-        rows = self._range(step)
-        return f"corpus samples {rows.start} to {rows.stop - 1} (--skip_data_intervals {step + 1}-{step + 1} leaves them out)"
+        micro_batches = self._micro_batches(step)
+        own = [micro_batches[number] for number in self.share.of(len(micro_batches))]
+        if not own:
+            return "no corpus samples"
+        runs = [own] if self.share.size == 1 else [[micro_batch] for micro_batch in own]
+        samples = ", ".join(f"{run[0].start} to {run[-1].stop - 1}" for run in runs)
+        return f"corpus samples {samples} (--skip_data_intervals {step + 1}-{step + 1} leaves the step out)"
 
 
 def corpus_batch(samples: Sequence[CorpusSample], reset_attention_mask: bool) -> Batch:

@@ -18,6 +18,7 @@ from arriero.engine.text_stream import TextStream
 from arriero.errors import GenerationError
 from arriero.models.cache import ContiguousCache
 from arriero.models.llama import LlamaForCausalLM
+from arriero.parallel.generation import SharedModel
 
 FinishReason = Literal["stop", "length", "stop_string"]
 # The share of the free memory that keys and values may take.
@@ -98,7 +99,7 @@ class Generator:
 
     def __init__(
         self,
-        model: LlamaForCausalLM,
+        model: LlamaForCausalLM | SharedModel,
         tokenizer: Tokenizer,
         *,
         max_batch_size: int = 32,
@@ -123,7 +124,7 @@ class Generator:
         ):
             if value is not None and value < 1:
                 raise GenerationError(f"{name} is {value}: it must be at least 1")
-        self.model = model.to(device) if device is not None else model
+        self.model = model.to(device) if device is not None and isinstance(model, LlamaForCausalLM) else model
         self.tokenizer = tokenizer
         self.max_batch_size = max_batch_size
         self.max_prefill_tokens = max_prefill_tokens
@@ -208,8 +209,14 @@ class Generator:
 
     @property
     def _weight(self) -> Tensor:
+        if isinstance(self.model, SharedModel):
+            return self.model.weight
         # The embedding, since adapters may stand in for any linear layer.
         return self.model.model.embed_tokens.weight
+
+    def _agree(self, numbers: list[int]) -> list[int]:
+        """One decision in all processes that share out the model."""
+        return self.model.agree(numbers) if isinstance(self.model, SharedModel) else numbers
 
     def _run(self, requests: list[_Request]) -> Iterator[tuple[_Request, str]]:
         """Yield (request, released text) for every token, and see that the model is as it was afterwards."""
@@ -255,7 +262,7 @@ class Generator:
         else:
             free = psutil.virtual_memory().available
         size = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * weight.element_size()
-        return int(free * CACHE_MEMORY_SHARE) // size
+        return self._agree([int(free * CACHE_MEMORY_SHARE) // size])[0]
 
     def _run_group(self, requests: list[_Request], rows: int) -> Iterator[tuple[_Request, str]]:
         pool = self._pool(rows, max(request.longest for request in requests))
@@ -288,7 +295,7 @@ class Generator:
                 active[row] = active[pool.drop(row)]
                 active.pop()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _pool(self, rows: int, length: int) -> RowPool:
         return RowPool(ContiguousCache(self.model.config, rows, length, self._weight.dtype, self._device))
 
@@ -300,7 +307,7 @@ class Generator:
             requests = [request for job in batch if job.last and (request := active[job.row]) is not None]
             yield from zip(requests, self._prefill_step(cache, batch, requests), strict=True)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _prefill_step(
         self, cache: ContiguousCache, batch: Sequence[PrefillJob], requests: Sequence[_Request]
     ) -> list[int]:
@@ -316,7 +323,7 @@ class Generator:
         # Logits only where a prompt ends: over a large vocabulary the others would cost more than the layers.
         return self._next_tokens(hidden[0, ends], requests) if ends else []
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _decode(self, cache: ContiguousCache, requests: Sequence[_Request]) -> list[tuple[_Request, int]]:
         """One more token for every row."""
         view = cache.decode()
@@ -327,5 +334,4 @@ class Generator:
 
     def _next_tokens(self, hidden: Tensor, requests: Sequence[_Request]) -> list[int]:
         chosen = self._sampler(self.model.lm_head(hidden), [request.sampling for request in requests])
-        tokens: list[int] = chosen.tolist()
-        return tokens
+        return self._agree(chosen.tolist())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from arriero.adapters.lora import apply_lora, load_adapter_state, merge_lora
 from arriero.adapters.peft_config import from_peft
@@ -15,17 +18,26 @@ from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.errors import ConfigError, FormatError
 from arriero.formats import hf, peft
 from arriero.formats.download import resolve_model
+from arriero.formats.parts import Placement
 from arriero.models.llama import Attention, LlamaForCausalLM, RMSNorm
+from arriero.parallel.materialize import Values, materialize
+from arriero.parallel.parallelize import check_layout, parallelize
+from arriero.parallel.processes import Processes, launched_size
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its tokenizer, and the folder they came from."""
+    """A model with its tokenizer, and the folder they came from.
+
+    Attributes:
+        values: where the weights come from, if the model is still on the meta device: several processes are to share it out.
+    """
 
     model: LlamaForCausalLM
     tokenizer: Tokenizer
     folder: Path
     device: torch.device
+    values: Values | None = None
 
 
 def pick_device(name: str) -> torch.device:
@@ -34,11 +46,11 @@ def pick_device(name: str) -> torch.device:
     Raises:
         ConfigError: if a GPU is asked for and there is none.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device gpu: this machine has no GPU that torch can use; leave it out or say --device cpu")
+    if str(device) == "cuda" and launched_size() > 1:  # one for each process
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device
 
 
@@ -47,25 +59,36 @@ def model_folder(name: str, cache_dir: str | None) -> Path:
     return resolve_model(name, cache_dir=Path(cache_dir) if cache_dir else None)
 
 
-def load(options: ModelOptions, dtype: str | None = None) -> LoadedModel:
-    """The base model of the options.
+def load(options: ModelOptions, dtype: str | None = None, processes: Processes | None = None) -> LoadedModel:
+    """The base model of the options; on the meta device where several processes are to share it out.
 
     Args:
         dtype: overrules `options.dtype` where that is "auto".
     """
+    processes = processes or Processes()
     device = pick_device(options.device)
+    names = options.tokenizer_name_or_path
+    for name in (options.model_name_or_path, names):  # one process downloads
+        if name:
+            processes.by_first(lambda name=name: str(model_folder(name, options.cache_dir)))  # type: ignore[misc]
     folder = model_folder(options.model_name_or_path, options.cache_dir)
     if (folder / peft.ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
         raise ConfigError(
             f"--model_name_or_path {folder} is an adapter: give its base there and this folder as --lora_path"
         )
     wanted = options.dtype if options.dtype != "auto" else dtype
-    model = hf.load_model(folder, dtype=getattr(torch, wanted) if wanted else None, device=device)
-    names = options.tokenizer_name_or_path
+    kind = getattr(torch, wanted) if wanted else None
+    values = None
+    if processes.alone:
+        model = hf.load_model(folder, dtype=kind, device=device)
+    else:
+        model, _ = hf.empty_model(folder, kind)
+        check_layout(model.config, processes.layout)
+        values = hf.open_parts(folder, model.config).read_part
     tokenizer = load_tokenizer(model_folder(names, options.cache_dir) if names else folder)
     check_vocabulary(tokenizer, model)
     choose_kernels(model, options)
-    return LoadedModel(model, tokenizer, folder, device)
+    return LoadedModel(model, tokenizer, folder, device, values)
 
 
 def check_vocabulary(tokenizer: Tokenizer, model: LlamaForCausalLM) -> None:
@@ -86,16 +109,41 @@ def choose_kernels(model: LlamaForCausalLM, options: ModelOptions) -> None:
             module.fused = options.use_fused_rms_norm
 
 
-def load_for_inference(options: ModelOptions, adapter: AdapterPathOptions) -> LoadedModel:
+def load_for_inference(
+    options: ModelOptions, adapter: AdapterPathOptions, processes: Processes | None = None
+) -> LoadedModel:
     """A model with its adapter merged into the weights, in evaluation mode."""
     if adapter.prefix_path:
         raise ConfigError("--prefix_path: prefix tuning is not in this version yet; --lora_path takes a LoRA adapter")
-    loaded = load(options, dtype=None if pick_device(options.device).type == "cuda" else "float32")
+    dtype = None if pick_device(options.device).type == "cuda" else "float32"
+    loaded = load(options, dtype=dtype, processes=processes)
     if adapter.lora_path:
         config, state = peft.load_adapter(Path(adapter.lora_path))
         apply_lora(loaded.model, from_peft(config))
-        load_adapter_state(loaded.model, state)
-        merge_lora(loaded.model)
+        if loaded.values is not None:
+            loaded = replace(loaded, values=with_adapter(loaded.values, state))
+        else:
+            load_adapter_state(loaded.model, state)
+            merge_lora(loaded.model)
     loaded.model.requires_grad_(False)
+    if processes is not None and loaded.values is not None:
+        parallelize(loaded.model, processes, loaded.device)
+        materialize(loaded.model, loaded.device, loaded.values)
     loaded.model.eval()
     return loaded
+
+
+def with_adapter(values: Values, state: Mapping[str, Tensor]) -> Values:
+    """The values of a model with an adapter: the base's, and those of `state` where it has the name."""
+
+    def value(name: str, placement: Placement) -> Tensor:
+        if name not in state:
+            return values(name, placement)
+        if tuple(state[name].shape) != placement.shape:
+            raise FormatError(
+                f"adapter tensor {name} is {tuple(state[name].shape)}, the model needs {placement.shape}: "
+                "is it for another base model?"
+            )
+        return state[name][placement.box]
+
+    return value

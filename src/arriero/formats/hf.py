@@ -13,22 +13,34 @@ import torch
 from torch import Tensor, nn
 
 from arriero.errors import FormatError
+from arriero.formats.parts import Part
 from arriero.formats.safe_tensors import (
     WEIGHT_FILES,
     LazyTensor,
-    State,
     parse_size,
     read_shapes,
     read_tensors,
     weight_files,
-    write_tensors,
 )
-from arriero.formats.staging import staged_folder
+from arriero.formats.shared_files import ALONE, PartReader, Peers, State, agree, shared_folder, write_tensors
+from arriero.formats.tensor_shards import ShardedState, is_sharded
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 from arriero.models.rope import RotaryEmbedding
+from arriero.models.weight_shapes import weight_shapes
 
-__all__ = ["check_state", "copy_side_files", "load_model", "load_state", "parse_dtype", "parse_size", "save_model"]
+__all__ = [
+    "check_state",
+    "copy_side_files",
+    "empty_model",
+    "load_model",
+    "load_state",
+    "open_parts",
+    "open_state",
+    "parse_dtype",
+    "parse_size",
+    "save_model",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -77,9 +89,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 def load_state(
     folder: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of a model folder, by name, one at a time.
+    """Every weight of a model folder, by name, one at a time; shards of tensor parallelism are joined.
 
-    On the CPU without a cast, a tensor is a view of the mapped file (copy-on-write): it takes no memory of its own.
+    On the CPU without a cast, a tensor is a view of the mapped file (copy-on-write): it takes no memory of its own, unless
+    it was joined.
 
     Args:
         dtype: to cast floating-point tensors to; None keeps the file's.
@@ -88,6 +101,11 @@ def load_state(
         FormatError: for a missing, truncated or corrupt file, or a tensor that two files hold.
     """
     wanted = parse_dtype(dtype)
+    if is_sharded(folder):
+        shards = ShardedState(folder, LlamaConfig.from_file(folder))
+        for name in shards.shapes:
+            yield name, shards.read(name).to(device=device, dtype=wanted)
+        return
     seen: dict[str, Path] = {}
     for path in weight_files(folder):
         for name, tensor in read_tensors(path, device):
@@ -97,13 +115,39 @@ def load_state(
             yield name, tensor.to(wanted) if wanted is not None and tensor.dtype.is_floating_point else tensor
 
 
+def open_state(folder: str | Path, config: LlamaConfig) -> dict[str, Tensor | LazyTensor]:
+    """Every weight of a model folder, by name, none of it in memory yet: mapped, or joined of shards when it is loaded.
+
+    Raises:
+        FormatError: as `load_model`.
+    """
+    if is_sharded(folder):
+        return dict(ShardedState(folder, config).lazy())
+    check_state(config, {name: shape for name, (_, shape) in _stored(Path(folder), config).items()}, str(folder))
+    return dict(load_state(folder))
+
+
+def _stored(folder: Path, config: LlamaConfig) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
+    """Dtype and shape of every tensor of a model folder; the dtype of one that carries nothing may be None."""
+    if is_sharded(folder):
+        shards = ShardedState(folder, config)
+        return {name: (shards.dtype(name), shape) for name, shape in shards.shapes.items()}
+    found = {}
+    for path in weight_files(folder):
+        for name, (kind, shape) in read_shapes(path).items():
+            if kind is None and not _ignored(name, config):
+                raise FormatError(f"{path}: {name} is not a float16, bfloat16, float32 or float64 tensor")
+            found[name] = (kind, shape)
+    return found
+
+
 def load_model(
     folder: str | Path,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
     config: LlamaConfig | None = None,
 ) -> LlamaForCausalLM:
-    """The model of an HF folder, in evaluation mode.
+    """The model of an HF folder, or of one of shards, in evaluation mode.
 
     It is built without memory and the mapped tensors become its parameters, so nothing is held twice; on the CPU
     without a cast the weights are read from disk only as they are used.
@@ -115,26 +159,11 @@ def load_model(
     Raises:
         FormatError: naming every tensor that is missing, unexpected, or of a wrong shape or dtype.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FormatError(f"{folder}: is not a folder; give a model folder or see `arriero download --help`")
-    config = config or LlamaConfig.from_file(folder)
-    wanted = parse_dtype(dtype)
-    shapes: dict[str, tuple[int, ...]] = {}
-    stored: set[torch.dtype] = set()
-    for path in weight_files(folder):
-        for name, (kind, shape) in read_shapes(path).items():
-            if kind is None and not _ignored(name, config):
-                raise FormatError(f"{path}: {name} is not a float16, bfloat16, float32 or float64 tensor")
-            shapes[name] = shape
-            if kind is not None:
-                stored.add(kind)
-    check_state(config, shapes, str(folder))
-    _check_vocabulary(folder, config)
+    folder, wanted = Path(folder), parse_dtype(dtype)
+    model, stored = empty_model(folder, wanted, config)
+    config = model.config
     if wanted is None and len(stored) > 1:
         wanted = parse_dtype(config.dtype) or torch.float32
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
     state = {name: tensor for name, tensor in load_state(folder, wanted, device) if not _ignored(name, config)}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
@@ -148,6 +177,36 @@ def load_model(
     return model.eval()
 
 
+def empty_model(
+    folder: Path, dtype: torch.dtype | None, config: LlamaConfig | None = None
+) -> tuple[LlamaForCausalLM, set[torch.dtype]]:
+    """The model of a folder on the meta device, after every check that needs no weights; and the dtypes that are stored.
+
+    Args:
+        dtype: of all parameters; None takes the file's (that of config.json if the file mixes several).
+
+    Raises:
+        FormatError: as `load_model`.
+    """
+    if not folder.is_dir():
+        raise FormatError(f"{folder}: is not a folder; give a model folder or see `arriero download --help`")
+    config = config or LlamaConfig.from_file(folder)
+    stored = _stored(folder, config)
+    check_state(config, {name: shape for name, (_, shape) in stored.items()}, str(folder))
+    _check_vocabulary(folder, config)
+    kinds = {kind for kind, _ in stored.values() if kind is not None}
+    if dtype is None:
+        dtype = parse_dtype(config.dtype) or torch.float32 if len(kinds) > 1 else next(iter(kinds))
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    return model.to(dtype), kinds
+
+
+def open_parts(folder: str | Path, config: LlamaConfig) -> PartReader | ShardedState:
+    """What reads boxes of the weights of a folder."""
+    return ShardedState(folder, config) if is_sharded(folder) else PartReader(folder)
+
+
 def check_state(config: LlamaConfig, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
     """Compare the names and shapes of a set of weights with those that a configuration needs.
 
@@ -159,10 +218,7 @@ def check_state(config: LlamaConfig, shapes: Mapping[str, tuple[int, ...]], sour
         raise FormatError(
             f"{source}: {config.num_hidden_layers} layers are announced, but there are only {len(shapes)} tensors"
         )
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in LlamaForCausalLM(config).state_dict().items()}
-    if config.tie_word_embeddings:
-        expected.pop(_HEAD, None)
+    expected = weight_shapes(config)
     missing = [name for name in expected if name not in shapes]
     if missing:
         hint = "; set tie_word_embeddings in config.json if the head is the embedding" if missing == [_HEAD] else ""
@@ -185,6 +241,7 @@ def save_model(
     dtype: str | torch.dtype | None = None,
     extra_files_from: str | Path | None = None,
     extra_files: Mapping[str, bytes] | None = None,
+    peers: Peers = ALONE,
 ) -> None:
     """Write an HF folder that transformers and this package read, as a whole or not at all.
 
@@ -196,30 +253,48 @@ def save_model(
         dtype: to cast to; None keeps each tensor's.
         extra_files_from: a model folder whose tokenizer, generation defaults and licence are copied.
         extra_files: more files by name, e.g. a tokenizer's; they win over copied ones.
+        peers: the processes that hold the weights together; every one calls this with its own parts. The files beside the
+            weights are those that the first asks for.
 
     Raises:
         FormatError: when the weights do not fit the configuration, or something cannot be written (a full disk, say).
+        PeerError: when it went wrong in another process.
     """
     folder = Path(folder)
     limit, wanted = parse_size(max_shard_size), parse_dtype(dtype)
-    state: dict[str, Tensor | LazyTensor]
+    state: dict[str, Tensor | LazyTensor | Part]
     state = dict(model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state)
     if config.tie_word_embeddings and _HEAD in state:
         _check_tied(state)
         del state[_HEAD]
-    check_state(config, {name: tuple(tensor.shape) for name, tensor in state.items()}, "the weights to save")
-    kinds = {wanted if wanted is not None else tensor.dtype for tensor in state.values()}
+    plan = agree(state, peers, wanted)
+    check_state(config, {name: shape for name, (_, shape) in plan.items()}, "the weights to save")
     # One file must state one dtype; of a mixture the widest describes it best.
+    kinds = {kind for kind, _ in plan.values()}
     config = dataclasses.replace(config, dtype=dtype_name(max(kinds, key=lambda kind: kind.itemsize)))
-    with staged_folder(folder, replaces=WEIGHT_FILES) as staging:
-        write_tensors(state, staging, max_shard_size=limit, dtype=wanted)
-        if extra_files_from is not None:
-            copy_side_files(extra_files_from, staging)
-        for name, content in (extra_files or {}).items():
-            (staging / name).write_bytes(content)
-        if not (staging / "generation_config.json").exists() and not (folder / "generation_config.json").exists():
-            (staging / "generation_config.json").write_text(_json(_generation_config(config)), encoding="utf-8")
-        (staging / "config.json").write_text(_json(config.to_dict()), encoding="utf-8")
+    # What is made when it is written comes in the order that is easiest for its maker.
+    order = () if any(isinstance(value, LazyTensor) for value in state.values()) else tuple(weight_shapes(config))
+    with shared_folder(folder, peers, replaces=WEIGHT_FILES) as staging:
+        write_tensors(state, staging, max_shard_size=limit, dtype=wanted, peers=peers, order=order)
+        with peers.together():
+            if peers.first:
+                _write_side_files(config, staging, folder, extra_files_from, extra_files or {})
+
+
+def _write_side_files(
+    config: LlamaConfig,
+    staging: Path,
+    folder: Path,
+    extra_files_from: str | Path | None,
+    extra_files: Mapping[str, bytes],
+) -> None:
+    if extra_files_from is not None:
+        copy_side_files(extra_files_from, staging)
+    for name, content in extra_files.items():
+        (staging / name).write_bytes(content)
+    if not (staging / "generation_config.json").exists() and not (folder / "generation_config.json").exists():
+        (staging / "generation_config.json").write_text(_json(_generation_config(config)), encoding="utf-8")
+    (staging / "config.json").write_text(_json(config.to_dict()), encoding="utf-8")
 
 
 def copy_side_files(source: str | Path, destination: str | Path) -> list[str]:
@@ -255,7 +330,7 @@ def _generation_config(config: LlamaConfig) -> dict[str, Any]:
     return {"_from_model_config": True} | {key: value for key, value in ids.items() if value is not None}
 
 
-def _check_tied(state: Mapping[str, Tensor | LazyTensor]) -> None:
+def _check_tied(state: Mapping[str, Tensor | LazyTensor | Part]) -> None:
     head, embedding = state[_HEAD], state.get(_EMBEDDING)
     if not isinstance(head, Tensor) or not isinstance(embedding, Tensor) or head.data_ptr() == embedding.data_ptr():
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from arriero.errors import FormatError
-from arriero.formats.safe_tensors import read_tensors, write_tensor_file
-from arriero.formats.staging import staged_folder
+from arriero.formats.parts import Part, Placement
+from arriero.formats.safe_tensors import read_tensors
+from arriero.formats.shared_files import ALONE, PartReader, Peers, agree, shared_folder, write_tensor_file
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -134,28 +135,71 @@ class PeftLoraConfig:
         }
 
 
-def save_adapter(folder: str | Path, state: Mapping[str, Tensor], config: PeftLoraConfig) -> None:
+def save_adapter(
+    folder: str | Path,
+    state: Mapping[str, Tensor] | Mapping[str, Part],
+    config: PeftLoraConfig,
+    peers: Peers = ALONE,
+) -> None:
     """Write an adapter that PEFT loads, as a whole or not at all.
 
     Args:
         state: the adapter's tensors under the names of the adapted model, e.g.
             `model.layers.0.self_attn.q_proj.lora_A.weight`; trained biases under their usual names.
+        peers: the processes that hold them together; every one calls this with its own parts.
 
     Raises:
         FormatError: when there is nothing to write or it cannot be written.
+        PeerError: when it went wrong in another process.
     """
-    adapted = {match[1] for name in state if (match := _ADAPTER.fullmatch(name))}
+    # a process that holds nothing of a small matrix must still know that its layer is adapted
+    adapted = {match[1] for name in agree(state, peers) if (match := _ADAPTER.fullmatch(name))}
     if not adapted:
         raise FormatError(f"{folder}: there are no LoRA tensors to save")
-    # PEFT keeps an adapted layer's own bias one level deeper.
-    named = {}
-    for name, tensor in state.items():
-        layer, _, leaf = name.rpartition(".")
-        named[_PREFIX + (f"{layer}.base_layer.{leaf}" if layer in adapted else name)] = tensor
-    with staged_folder(folder) as staging:
-        write_tensor_file(named, staging / ADAPTER_WEIGHTS)
-        text = json.dumps(config.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        (staging / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+    named = {_stored_name(name, adapted): value for name, value in state.items()}
+    with shared_folder(folder, peers) as staging:
+        write_tensor_file(named, staging / ADAPTER_WEIGHTS, peers)
+        with peers.together():
+            if peers.first:
+                text = json.dumps(config.to_dict(), indent=2, ensure_ascii=False) + "\n"
+                (staging / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+
+
+def _stored_name(name: str, adapted: Set[str]) -> str:
+    """PEFT keeps an adapted layer's own bias one level deeper."""
+    layer, _, leaf = name.rpartition(".")
+    return _PREFIX + (f"{layer}.base_layer.{leaf}" if layer in adapted else name)
+
+
+def check_config(folder: str | Path, expected: PeftLoraConfig) -> None:
+    """Compare an adapter's configuration with that of the adapted model which it is to go into.
+
+    Raises:
+        FormatError: naming the first value that differs.
+    """
+    stored = _read_config(Path(folder))
+    for key in ("r", "lora_alpha", "target_modules", "bias", "use_rslora"):
+        found, wanted = (getattr(config, key) for config in (stored, expected))
+        if isinstance(found, tuple) and isinstance(wanted, tuple):
+            found, wanted = sorted(found), sorted(wanted)
+        if found != wanted:
+            raise FormatError(
+                f"{folder}: the adapter was trained with {key} {found}, this run has {wanted}: give the same LoRA options"
+            )
+
+
+def load_adapter_parts(folder: str | Path, placements: Mapping[str, Placement]) -> dict[str, Tensor]:
+    """This process's parts of an adapter's tensors, as views of the mapped file.
+
+    Args:
+        placements: of the wanted ones, under the names of the adapted model.
+
+    Raises:
+        FormatError: when the file is missing or broken, or lacks a tensor of the right shape.
+    """
+    reader = PartReader(_weights_of(Path(folder)))
+    adapted = {match[1] for name in placements if (match := _ADAPTER.fullmatch(name))}
+    return {name: reader.read_part(_stored_name(name, adapted), where) for name, where in placements.items()}
 
 
 def load_adapter(folder: str | Path) -> tuple[PeftLoraConfig, dict[str, Tensor]]:
@@ -169,10 +213,7 @@ def load_adapter(folder: str | Path) -> tuple[PeftLoraConfig, dict[str, Tensor]]
     """
     folder = Path(folder)
     config = _read_config(folder)
-    path = folder / ADAPTER_WEIGHTS
-    if not path.is_file():
-        hint = "; the pickled adapter_model.bin is never opened" if (folder / "adapter_model.bin").exists() else ""
-        raise FormatError(f"{folder}: holds no {ADAPTER_WEIGHTS}{hint}")
+    path = _weights_of(folder)
     state = {}
     for name, tensor in read_tensors(path):
         if not name.startswith(_PREFIX):
@@ -193,6 +234,14 @@ def load_adapter(folder: str | Path) -> tuple[PeftLoraConfig, dict[str, Tensor]]
             if f"{layer}.lora_{part}.weight" not in state:
                 raise FormatError(f"{path}: {layer} has no lora_{part} matrix; the file is incomplete")
     return config, state
+
+
+def _weights_of(folder: Path) -> Path:
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        hint = "; the pickled adapter_model.bin is never opened" if (folder / "adapter_model.bin").exists() else ""
+        raise FormatError(f"{folder}: holds no {ADAPTER_WEIGHTS}{hint}")
+    return path
 
 
 def _read_config(folder: Path) -> PeftLoraConfig:

@@ -1,4 +1,4 @@
-"""Reading and writing `.safetensors` files, one or a sharded set with its index.
+"""Reading `.safetensors` files, one or a sharded set with its index.
 
 The safetensors library checks the header (its length, the offsets, their overlap) and maps the file, so a tensor read
 here is a view of the page cache and takes no memory of its own until it is written to. Only safetensors is read: a
@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from arriero.errors import FormatError
@@ -26,9 +25,6 @@ INDEX_FILE = "model.safetensors.index.json"
 # What a newly written set of weights makes obsolete in a folder.
 WEIGHT_FILES = (SINGLE_FILE, INDEX_FILE, "model-*-of-*.safetensors")
 MAX_INDEX_BYTES = 256 * 2**20
-
-# Upper bounds of what a file's header takes beside the tensors' names.
-_HEADER_BYTES, _HEADER_BYTES_PER_TENSOR = 64, 160
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", re.IGNORECASE)
 _DTYPES = {
@@ -52,9 +48,6 @@ class LazyTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], Tensor]
-
-
-State = Mapping[str, Tensor] | Mapping[str, LazyTensor] | Mapping[str, Tensor | LazyTensor]
 
 
 def parse_size(size: str | int) -> int:
@@ -152,75 +145,6 @@ def read_shapes(path: str | Path) -> dict[str, tuple[torch.dtype | None, tuple[i
         raise FormatError(f"{path}: is not a valid safetensors file ({_one_line(error)}); fetch it again") from error
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror or _one_line(error)})") from error
-
-
-def write_tensors(
-    state: State, folder: Path, *, max_shard_size: int, dtype: torch.dtype | None = None
-) -> dict[str, str]:
-    """Write weights as `model.safetensors`, or as shards with an index when they exceed `max_shard_size`.
-
-    At most one shard's tensors are made at a time. Only floating-point tensors are cast.
-
-    Args:
-        state: by name; no two may share memory.
-        folder: an existing folder.
-        max_shard_size: of a file in bytes; a single larger tensor gets a file of its own.
-        dtype: to cast to; None keeps each tensor's.
-
-    Returns:
-        The file of each tensor.
-
-    Raises:
-        OSError: when a file cannot be written.
-    """
-    sizes = {}
-    for name, tensor in state.items():
-        kind = dtype if dtype is not None and tensor.dtype.is_floating_point else tensor.dtype
-        sizes[name] = torch.Size(tensor.shape).numel() * kind.itemsize
-    shards: list[list[str]] = [[]]
-    used = _HEADER_BYTES
-    for name, size in sizes.items():
-        space = size + len(name) + _HEADER_BYTES_PER_TENSOR
-        if shards[-1] and used + space > max_shard_size:
-            shards.append([])
-            used = _HEADER_BYTES
-        shards[-1].append(name)
-        used += space
-    files: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensor_file({name: state[name] for name in names}, folder / file, dtype)
-        files |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(files.items()))}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return files
-
-
-def write_tensor_file(state: State, path: Path, dtype: torch.dtype | None = None) -> None:
-    """Write one safetensors file (not synced, not atomic: see `staged_folder`).
-
-    Raises:
-        OSError: when it cannot be written.
-    """
-    tensors = {name: _materialise(value, dtype) for name, value in state.items()}
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        # The library keeps the system's error as text only.
-        match = re.search(r"os error (\d+)", str(error))
-        if match is not None:
-            raise OSError(int(match[1]), _one_line(error)) from error
-        raise FormatError(f"{path}: cannot be written ({_one_line(error)})") from error
-
-
-def _materialise(value: Tensor | LazyTensor, dtype: torch.dtype | None) -> Tensor:
-    tensor = value.load() if isinstance(value, LazyTensor) else value.detach()
-    tensor = tensor.to(dtype=dtype if dtype is not None and tensor.dtype.is_floating_point else None, device="cpu")
-    # A view of a larger storage would be written with the wrong extent by the library's own check.
-    if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.itemsize:
-        return tensor.clone(memory_format=torch.contiguous_format)
-    return tensor.contiguous()
 
 
 def _one_line(error: BaseException) -> str:

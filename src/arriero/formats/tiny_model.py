@@ -51,11 +51,11 @@ def make_tiny_model(preset: Preset, folder: Path) -> None:
     Raises:
         FormatError: when the folder cannot be written.
     """
-    source = f"{preset.name}, seed {preset.seed}, torch {torch.__version__}"
+    source = f"{preset.name}, seed {preset.seed} by name, torch {torch.__version__}"
     if is_complete(folder, source):
         return
     config = preset.config
     model = LlamaForCausalLM(config)
-    model.init_weights(torch.Generator().manual_seed(preset.seed or 0))
+    model.init_weights(preset.seed or 0)
     save_model(model, config, folder, extra_files=tiny_tokenizer_files())
     write_receipt(folder, source)

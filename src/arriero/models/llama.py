@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 from arriero.models.attention import AttentionInfo, Backend, attention
 from arriero.models.cache import KVCacheView
 from arriero.models.config import LlamaConfig
+from arriero.models.initialization import initial_values
 from arriero.models.rope import RotaryEmbedding, rotate
 
 # cos and signed sin, (B or 1, S, 1, head_dim) each.
@@ -127,13 +131,45 @@ class LlamaModel(nn.Module):
         attention = attention or AttentionInfo.causal()
         if positions is None:
             positions = attention.positions(input_ids.shape[1], input_ids.device)
-        hidden = self.embed_tokens(input_ids)
         lengths = attention.sequence_lengths(positions.device) if self.rotary.is_dynamic else None
-        rotary = self.rotary(positions, hidden.dtype, lengths)
-        for layer in self.layers:
-            hidden = layer(hidden, rotary, attention, cache)
-        output: Tensor = self.norm(hidden)
-        return output
+        inputs = LayerInputs(positions, attention, cache, lengths)
+        return run_layers(self.embed_tokens, self.layers.children(), self.norm, self.rotary, input_ids, inputs)
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What every decoder layer is given besides the hidden states.
+
+    Attributes:
+        positions: (B or 1, S) int64.
+        lengths: (B or 1, S) int64, of the sequence that each token is of; only dynamic RoPE uses them.
+    """
+
+    positions: Tensor
+    attention: AttentionInfo
+    cache: KVCacheView | None = None
+    lengths: Tensor | None = None
+
+
+def run_layers(
+    embed_tokens: nn.Module | None,
+    layers: Iterable[nn.Module],
+    norm: nn.Module | None,
+    rotary: RotaryEmbedding,
+    x: Tensor,
+    inputs: LayerInputs,
+) -> Tensor:
+    """A run of layers, with the embedding before and the norm after it where they are given.
+
+    Args:
+        x: (B, S) int64, or (B, S, hidden) without an embedding.
+    """
+    hidden = x if embed_tokens is None else embed_tokens(x)
+    angles = rotary(inputs.positions, hidden.dtype, inputs.lengths)
+    for layer in layers:
+        hidden = layer(hidden, angles, inputs.attention, inputs.cache)
+    output: Tensor = hidden if norm is None else norm(hidden)
+    return output
 
 
 class LlamaForCausalLM(nn.Module):
@@ -159,24 +195,16 @@ class LlamaForCausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @torch.no_grad()
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Fresh weights as HF draws them: N(0, initializer_range) for matrices, 1 for norms, 0 for biases.
-
-        Args:
-            generator: of the parameters' device; the same seed gives the same weights.
-        """
+    def init_weights(self, seed: int = 0) -> None:
+        """Fresh weights (see `arriero.models.initialization`): those of a seed are the same on every device."""
         self.tie_weights()
         for module in self.modules():
             if isinstance(module, RotaryEmbedding):
                 module.reset()
-            elif isinstance(module, RMSNorm):
-                module.weight.fill_(1.0)
-            elif isinstance(module, nn.Embedding) or (
-                isinstance(module, nn.Linear) and not (module is self.lm_head and self.config.tie_word_embeddings)
-            ):
-                module.weight.normal_(0.0, self.config.initializer_range, generator=generator)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    module.bias.zero_()
+        for name, parameter in self.named_parameters():
+            shape = tuple(parameter.shape)
+            box = tuple(slice(0, size) for size in shape)
+            parameter.copy_(initial_values(name, box, shape, self.config, seed))
 
     def hidden_states(
         self,
@@ -208,5 +236,5 @@ class LlamaForCausalLM(nn.Module):
         cache: KVCacheView | None = None,
     ) -> Tensor:
         """Logits (B, S, vocab_size); arguments as in `hidden_states`."""
-        output: Tensor = self.lm_head(self.hidden_states(input_ids, positions, attention, cache))
+        output: Tensor = self.lm_head(self.model(input_ids, positions, attention, cache))
         return output

@@ -1,20 +1,18 @@
 """Checkpoints: written whole or not at all, verified before they are read.
 
-`checkpoint-N/` holds the weights as any tool reads them (an HF folder, or an adapter in PEFT's format), the optimizer in
-torch's distributed checkpoint format with safetensors files, the random-number states as safetensors, everything else as
-JSON, and `manifest.json` with the size and SHA-256 of each file. It is written under a temporary name, flushed to disk
-and renamed.
+`checkpoint-N/` holds the weights as any tool reads them (an HF folder, or an adapter in PEFT's format), the optimizer's
+tensors and the random-number states as safetensors, everything else as JSON, and `manifest.json` with the size and SHA-256
+of each file. It is written under a temporary name, flushed to disk and renamed. Every process of a run writes its own parts
+into these files and reads its own parts of them: they are the same for every layout.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
 import re
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,15 +23,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
-from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
-from arriero.errors import ArrieroError, FormatError, TrainingError
+from arriero.errors import ArrieroError, FormatError, PeerError, TrainingError
+from arriero.formats.parts import Part, Placement
 from arriero.formats.receipt import sha256_of
+from arriero.formats.shared_files import PartReader, natural_order, write_tensors
 from arriero.formats.staging import sync_file
+from arriero.parallel.processes import Processes
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
@@ -42,23 +38,25 @@ RANDOM = "random.safetensors"
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
-# DCP serialises a whole file in memory before it writes it
-OPTIMIZER_FILE_BYTES = 256 * 2**20
+OPTIMIZER_FILE_BYTES = 5 * 10**9  # as large as the weights' files
 
 
 class WeightStore(Protocol):
     """How the trained weights of one method are written and read back."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The weights themselves, not copies, by name."""
+    def parts(self) -> dict[str, Part]:
+        """What this process holds of the weights themselves, not copies, by name."""
         ...
 
-    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write weights under the names of `tensors`, with what belongs beside them."""
+    def write(self, folder: Path, parts: Mapping[str, Part], processes: Processes) -> None:
+        """Write weights under the names of `parts`, with what belongs beside them.
+
+        Every process calls it, with its own parts; if it fails in one it fails in all.
+        """
         ...
 
     def load(self, folder: Path) -> None:
-        """Read the weights back in place."""
+        """Read this process's parts back in place."""
         ...
 
 
@@ -129,54 +127,71 @@ def checkpoint_step(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run at the end of one step: all that a checkpoint holds."""
+    """A run at the end of one step: all that this process puts into a checkpoint."""
 
     store: WeightStore
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    weights: dict[str, Part]
+    optimizer: dict[str, Part]
     generators: dict[str, Tensor]
     state: TrainState
 
 
-def take_snapshot(store: WeightStore, optimizer: dict[str, Tensor], state: TrainState, *, copy: bool) -> Snapshot:
+def take_snapshot(store: WeightStore, optimizer: dict[str, Part], state: TrainState, *, copy: bool) -> Snapshot:
     """The run as it stands.
 
     Args:
         copy: into host memory of its own, so that training can go on while it is written.
     """
-    weights = store.tensors()
-    if copy:
+    weights = store.parts()
+    if copy:  # other processes write what is not written here
         weights, optimizer = (
-            {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-            for tensors in (weights, optimizer)
+            {
+                name: Part(part.tensor.detach().to("cpu", copy=True), part.placement)
+                for name, part in parts.items()
+                if part.placement.writes
+            }
+            for parts in (weights, optimizer)
         )
     return Snapshot(store, weights, optimizer, random_state(), deepcopy(state))
 
 
-def write_checkpoint(run_folder: Path, snapshot: Snapshot) -> Path:
-    """Write `checkpoint-{step}`.
+def write_checkpoint(run_folder: Path, snapshot: Snapshot, processes: Processes | None = None) -> Path:
+    """Write `checkpoint-{step}`; every process calls it, with its own snapshot. Generators and state are the first one's.
 
     Raises:
         TrainingError: if it cannot be written (the disk is full, say); nothing of it is left then and the earlier
             checkpoints are untouched.
+        PeerError: if that was so in another process.
     """
+    processes = processes or Processes()
     target = run_folder / f"checkpoint-{snapshot.state.step}"
     temporary = run_folder / f".{target.name}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        snapshot.store.write(temporary, snapshot.weights)
-        _save_optimizer(snapshot.optimizer, temporary / OPTIMIZER)
-        save_file({name: tensor.contiguous() for name, tensor in snapshot.generators.items()}, temporary / RANDOM)
-        (temporary / STATE).write_text(json.dumps(asdict(snapshot.state), indent=1) + "\n", encoding="utf-8")
-        _seal(temporary)
-        if target.exists():  # the same step of an earlier sitting
-            shutil.rmtree(target)
-        temporary.rename(target)
-        sync_file(run_folder)
-    except (OSError, SafetensorError, ArrieroError, CheckpointException) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise TrainingError(
+        with processes.together():
+            if processes.first:
+                shutil.rmtree(temporary, ignore_errors=True)
+                (temporary / OPTIMIZER).mkdir(parents=True)
+        snapshot.store.write(temporary, snapshot.weights, processes)
+        if any(processes.exchange(bool(snapshot.optimizer))):
+            _write_optimizer(snapshot.optimizer, temporary / OPTIMIZER, processes)
+        with processes.together():
+            if processes.first:
+                generators = {name: tensor.contiguous() for name, tensor in snapshot.generators.items()}
+                save_file(generators, temporary / RANDOM)
+                text = json.dumps(asdict(snapshot.state), indent=1) + "\n"
+                (temporary / STATE).write_text(text, encoding="utf-8")
+        _seal(temporary, processes)
+        with processes.together():
+            if processes.first:
+                if target.exists():  # the same step of an earlier sitting
+                    shutil.rmtree(target)
+                temporary.rename(target)
+                sync_file(run_folder)
+    except (OSError, SafetensorError, ArrieroError) as error:
+        if processes.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        kind = PeerError if isinstance(error, PeerError) else TrainingError
+        raise kind(
             f"{target}: the checkpoint could not be written ({_reason(error)}); earlier checkpoints are intact"
         ) from error
     return target
@@ -184,63 +199,86 @@ def write_checkpoint(run_folder: Path, snapshot: Snapshot) -> Path:
 
 def _reason(error: BaseException) -> str:
     """What went wrong, in the words of the system where there are any."""
-    if isinstance(error, CheckpointException):  # one failure a rank, each an exception with its traceback
-        error = next(iter(error.failures.values()))[0]
     return str(error.strerror) if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[:300]
 
 
-def _save_optimizer(tensors: dict[str, Tensor], folder: Path) -> None:
-    """As DCP's safetensors storage, which any layout of processes reads its share from."""
-    folder.mkdir()
-    files, used = {}, 0
-    for name, tensor in tensors.items():
-        files[name] = 1 + used // OPTIMIZER_FILE_BYTES
-        used += tensor.nbytes
-    if not tensors:
-        return
-    with _one_process():
-        save_distributed(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), files), no_dist=True)
+def _write_optimizer(parts: dict[str, Part], folder: Path, processes: Processes) -> None:
+    # the same order of names, and so the same files, whatever process holds which
+    ordered = {name: parts[name] for name in sorted(parts, key=natural_order)}
+    write_tensors(ordered, folder, max_shard_size=OPTIMIZER_FILE_BYTES, peers=processes)
 
 
-@contextlib.contextmanager
-def _one_process() -> Iterator[None]:
-    """One process is meant: there is nothing to warn of."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def _read_optimizer(folder: Path, placements: Mapping[str, Placement] | None) -> dict[str, Tensor]:
+    """Views of the mapped files.
 
-
-def _load_optimizer(folder: Path) -> dict[str, Tensor]:
+    Args:
+        placements: of the parameters in this process; None for every whole tensor.
+    """
     if not any(folder.iterdir()):
         return {}
-    reader = HuggingFaceStorageReader(str(folder))
-    tensors: dict[str, Tensor] = {}
-    for name, entry in reader.read_metadata().state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            raise FormatError(f"{folder}: {name} is no tensor")
-        tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    with _one_process():
-        load_distributed(tensors, storage_reader=reader, no_dist=True)
+    reader = PartReader(folder)
+    if placements is None:
+        return {name: reader.read(name) for name in reader.shapes}
+    kinds: dict[str, list[str]] = {}
+    for name in reader.shapes:
+        parameter, _, kind = name.rpartition(".")
+        kinds.setdefault(parameter, []).append(kind)
+    tensors = {}
+    for name, where in placements.items():
+        stored = where.stored_as or name
+        for kind in kinds.get(stored, []):
+            # what has another shape than its parameter (the count of steps) goes with it as a whole
+            whole = reader.shapes[f"{stored}.{kind}"] != where.shape
+            tensors[f"{name}.{kind}"] = reader.read(f"{stored}.{kind}", None if whole else where.box)
     return tensors
 
 
-def _seal(folder: Path) -> None:
+def _hashes(folder: Path, names: Iterable[str], processes: Processes) -> dict[str, str]:
+    """SHA-256 of each file; the processes share out the work."""
+    own = {}
+    with processes.together():
+        for number, name in enumerate(names):
+            if number % processes.size == processes.rank:
+                own[name] = sha256_of(folder / name)
+    return {name: digest for told in processes.exchange(own) for name, digest in told.items()}
+
+
+def _seal(folder: Path, processes: Processes) -> None:
     """Flush every file and write the manifest last."""
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        sync_file(path)
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
-    sync_file(folder / MANIFEST)
-    sync_file(folder)
+    names = []
+    with processes.together():
+        if processes.first:
+            names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
+            for name in names:
+                sync_file(folder / name)
+    names = processes.exchange(names)[0]
+    hashes = _hashes(folder, names, processes)
+    with processes.together():
+        if processes.first:
+            files = {n: {"bytes": (folder / n).stat().st_size, "sha256": hashes[n]} for n in names}
+            (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
+            sync_file(folder / MANIFEST)
+            sync_file(folder)
 
 
-def verify(folder: Path) -> None:
+def verify(folder: Path, processes: Processes | None = None) -> None:
     """Check every file against the manifest.
 
     Raises:
         FormatError: naming the first file that is missing, of another size or changed.
+        PeerError: in the other processes then.
     """
+    processes = processes or Processes()
+    files = processes.by_first(lambda: _listed_files(folder))
+    hashes = _hashes(folder, files, processes)
+    with processes.together():
+        changed = [name for name, entry in files.items() if hashes[name] != entry["sha256"]]
+        if processes.first and changed:
+            raise _damaged(folder / changed[0])
+
+
+def _listed_files(folder: Path) -> dict[str, Any]:
+    """The files of the manifest, each there and of its size."""
     try:
         files = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -249,26 +287,62 @@ def verify(folder: Path) -> None:
         raise FormatError(f"{folder}: {MANIFEST} does not list {STATE}: the checkpoint is not complete")
     for name, entry in files.items():
         path = folder / name
-        if not isinstance(entry, dict):
+        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
             raise FormatError(f"{folder}: {MANIFEST} has no size and SHA-256 of {name}: the checkpoint is damaged")
         if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
             raise FormatError(f"{path}: listed in {MANIFEST} but missing: use an earlier checkpoint")
-        if path.stat().st_size != entry.get("bytes") or sha256_of(path) != entry.get("sha256"):
-            raise FormatError(
-                f"{path}: differs from {MANIFEST} (size or SHA-256): the checkpoint is damaged, use an earlier one"
-            )
+        if path.stat().st_size != entry["bytes"]:
+            raise _damaged(path)
+    return files
 
 
-def load_checkpoint(folder: Path, weights: WeightStore) -> tuple[dict[str, Tensor], dict[str, Tensor], TrainState]:
-    """Verify a checkpoint, load its weights in place, and return optimizer tensors, generator states and train state."""
-    verify(folder)
-    try:
-        state = TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
-        optimizer, generators = _load_optimizer(folder / OPTIMIZER), load_file(folder / RANDOM)
-    except (OSError, ValueError, TypeError, SafetensorError, CheckpointException) as error:
-        raise FormatError(f"{folder}: not a training checkpoint ({_reason(error)})") from error
-    weights.load(folder)
+def _damaged(path: Path) -> FormatError:
+    return FormatError(
+        f"{path}: differs from {MANIFEST} (size or SHA-256): the checkpoint is damaged, use an earlier one"
+    )
+
+
+def load_checkpoint(
+    folder: Path,
+    weights: WeightStore,
+    placements: Mapping[str, Placement] | None = None,
+    processes: Processes | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], TrainState]:
+    """Verify a checkpoint, load this process's weights in place, and return optimizer tensors, generator and train states.
+
+    Args:
+        placements: of the parameters in this process; None in a lone one. Of an optimizer tensor of its parameter's shape,
+            the same box is read.
+
+    Returns:
+        Optimizer tensors as views of the mapped files: copy them.
+
+    Raises:
+        FormatError: if it is damaged, or of another model.
+        PeerError: if that was so in another process.
+    """
+    processes = processes or Processes()
+    verify(folder, processes)
+    with processes.together():
+        try:
+            state = TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+            optimizer, generators = _read_optimizer(folder / OPTIMIZER, placements), load_file(folder / RANDOM)
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            raise FormatError(f"{folder}: not a training checkpoint ({_reason(error)})") from error
+        if placements is not None:
+            _check_precision(folder, optimizer, weights)
+        weights.load(folder)
     return optimizer, generators, state
+
+
+def _check_precision(folder: Path, optimizer: Mapping[str, Tensor], weights: WeightStore) -> None:
+    """fp32 weights that are read from rounded ones would leave out what their fp32 masters hold."""
+    for name, part in weights.parts().items():
+        if f"{name}.master" in optimizer and part.tensor.dtype.itemsize >= 4:
+            raise FormatError(
+                f"{folder}: {name} was trained in half precision, and here it is "
+                f"{str(part.tensor.dtype).removeprefix('torch.')}: resume with the precision of the checkpoint"
+            )
 
 
 def prune(run_folder: Path, keep: int | None, best: str | None, step: int) -> None:

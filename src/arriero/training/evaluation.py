@@ -3,43 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from itertools import islice
 
-import torch
-
-from arriero.data.batch import Batch
-from arriero.models.llama import LlamaForCausalLM
-from arriero.training.precision import Precision
-from arriero.training.trainer import batch_loss
+from arriero.data.batch import Batch, LazyBatches
+from arriero.data.steps import DataShare, share_out
+from arriero.parallel.processes import Processes
+from arriero.training.execution import Execution, Sums
 
 
-@torch.no_grad()
 def evaluate_loss(
-    model: LlamaForCausalLM,
-    batches: Iterable[Batch],
-    precision: Precision,
+    execution: Execution,
+    batches: LazyBatches | Sequence[Batch],
     on_rows: Callable[[int], object] | None = None,
 ) -> dict[str, float]:
-    """Metrics over every labelled token, each weighing the same.
+    """Metrics over every labelled token, each weighing the same; with several processes, of all their tokens.
 
     Args:
-        on_rows: called with the number of rows of each batch when it is done.
+        batches: the same in every process, which takes its share of them.
+        on_rows: called with the number of rows of this process's batches as they are done.
 
     Returns:
         `loss` (nats a token), `ppl` (its exponential) and `accuracy` (share of labels that are the model's first choice).
     """
-    device = next(model.parameters()).device
-    loss, correct, tokens = 0.0, 0, 0
-    was_training = model.training
-    model.eval()
-    for batch in batches:
-        batch = batch.to(device)
-        if batch.label_tokens:
-            with precision.context():
-                sums = batch_loss(model, batch)
-            loss, correct, tokens = loss + float(sums.loss), correct + int(sums.correct), tokens + sums.tokens
+    layers = execution.layers
+    processes = layers.parallel.processes if layers.parallel is not None else Processes()
+    share = DataShare(processes.data_rank, processes.layout.data)
+    total = Sums()
+    was_training = layers.model.training
+    layers.model.eval()
+    own = share_out(batches, share)
+    while group := list(islice(own, execution.batches_at_once)):
+        total += execution.score(group)
         if on_rows:
-            on_rows(batch.rows)
-    model.train(was_training)
+            on_rows(sum(batch.rows for batch in group))
+    layers.model.train(was_training)
+    loss, correct, tokens = processes.sum([total.loss, total.correct, total.tokens])
     mean = loss / max(1, tokens)
     return {"loss": mean, "ppl": math.exp(min(mean, 700.0)), "accuracy": correct / max(1, tokens)}

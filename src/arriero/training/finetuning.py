@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from arriero.adapters.lora import LoRAConfig, apply_lora, load_adapter_state, merge_lora
+from torch import Tensor
+
+from arriero.adapters.lora import LoRAConfig, apply_lora, initial_values, load_adapter_state, merge_lora
 from arriero.adapters.peft_config import from_peft
 from arriero.config.adapter import AdapterOptions
 from arriero.config.data import DataOptions
@@ -17,14 +19,19 @@ from arriero.data.batch import packed_batches
 from arriero.data.order import StepOrder, prefix_clusters
 from arriero.data.samples import Sample
 from arriero.data.sft import Example, encode_all
-from arriero.data.sources import load_samples
-from arriero.data.steps import FinetuningSteps
-from arriero.engine.loading import LoadedModel, load
+from arriero.data.sources import check_data, load_samples
+from arriero.data.steps import DataShare, FinetuningSteps
+from arriero.engine.loading import LoadedModel, load, with_adapter
 from arriero.errors import ConfigError
 from arriero.formats import hf, peft
+from arriero.formats.parts import Placement
+from arriero.models.llama import LlamaForCausalLM
+from arriero.parallel.materialize import Values
+from arriero.parallel.processes import Processes
 from arriero.training.callbacks.stop_signals import StopSignals
 from arriero.training.checkpoint import WeightStore, load_checkpoint
 from arriero.training.evaluation import evaluate_loss
+from arriero.training.execution import build_execution
 from arriero.training.generation_metrics import evaluate_generation
 from arriero.training.run import (
     Evaluate,
@@ -34,8 +41,10 @@ from arriero.training.run import (
     build_trainer,
     check_run,
     final_metrics,
+    joined,
     save_weights,
     set_seed,
+    share_out,
     train,
     write_results,
 )
@@ -64,18 +73,19 @@ def check_supported(options: FinetuneOptions) -> None:
         raise ConfigError("--prefix_tuning is not in this version yet: --lora trains a small adapter too")
     if options.quantization.qat:
         raise ConfigError("--qat is not in this version yet: fine-tune without it")
-    if not (options.data.dataset_path or options.data.data_name):
-        task = options.data.task_name or "squad"
-        raise ConfigError(
-            f"no data: give --dataset_path (a folder with train.json and dev.json), e.g. SQuAD v1.1 with --task_name {task}"
-        )
+    check_data(options.data.dataset_path, options.data.data_name, options.data.task_name)
 
 
-def build_weights(loaded: LoadedModel, options: FinetuneOptions) -> WeightStore:
-    """Make the model trainable as asked, and say how its trained weights are stored."""
+def build_weights(loaded: LoadedModel, options: FinetuneOptions) -> tuple[WeightStore, Values | None]:
+    """Make the model trainable as asked.
+
+    Returns:
+        How its trained weights are stored; and where all its weights come from, if it is on the meta device still.
+    """
     adapter = options.adapter
     if not adapter.lora:
-        return FullWeights(loaded.model, loaded.folder, loaded.tokenizer.folder, options.checkpoint.max_shard_size)
+        folder = loaded.tokenizer.folder
+        return FullWeights(loaded.model, loaded.folder, folder, options.checkpoint.max_shard_size), loaded.values
     state = None
     if adapter.lora_path:
         stored, state = peft.load_adapter(Path(adapter.lora_path))
@@ -88,38 +98,72 @@ def build_weights(loaded: LoadedModel, options: FinetuneOptions) -> WeightStore:
             target_modules=tuple(adapter.lora_target_modules),
             bias=adapter.lora_bias,  # type: ignore[arg-type]
         )
-    names = apply_lora(loaded.model, config)
-    if state is not None:
+    seed = options.optimization.seed
+    names = apply_lora(loaded.model, config, seed)
+    values = loaded.values
+    if values is not None:
+        values = with_adapter(values, state) if state is not None else _with_fresh_adapter(values, seed)
+    elif state is not None:
         load_adapter_state(loaded.model, state)
     trained = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
     total = loaded.model.config.num_parameters()
     print(
         f"LoRA: rank {config.rank} on {len(names)} layers, {trained:,} trained parameters ({trained / total:.2%} of {total:,})"
     )
-    return AdapterWeights(loaded.model, config, options.model.model_name_or_path)
+    return AdapterWeights(loaded.model, config, options.model.model_name_or_path), values
 
 
-def build_steps(train: Sequence[Example], options: FinetuneOptions, loaded: LoadedModel) -> FinetuningSteps:
+def _with_fresh_adapter(values: Values, seed: int) -> Values:
+    def value(name: str, placement: Placement) -> Tensor:
+        if ".lora_" not in name:
+            return values(name, placement)
+        return initial_values(name, placement.box, placement.shape, seed)
+
+    return value
+
+
+def may_share_prefixes(loaded: LoadedModel, processes: Processes) -> bool:
+    """Whether rows that begin alike can hold their beginning once: not where RoPE depends on a row's length, which gives its
+    beginning other angles than a longer row's; nor where several processes cut each sequence."""
+    return not loaded.model.model.rotary.is_dynamic and processes.layout.cp == 1
+
+
+def build_steps(
+    train: Sequence[Example], options: FinetuneOptions, loaded: LoadedModel, processes: Processes
+) -> FinetuningSteps:
     """The rows of every step."""
     optim = options.optimization
-    # RoPE that depends on a row's length gives its beginning other angles than a longer row's
-    share = options.data.share_prefixes and not loaded.model.model.rotary.is_dynamic
+    share = options.data.share_prefixes and may_share_prefixes(loaded, processes)
+    if options.data.share_prefixes and processes.layout.cp > 1:
+        print("--share_prefixes is off: it does not go with --context_parallel_degree, which cuts the rows")
     micro_batch = optim.per_device_train_batch_size
     clusters = prefix_clusters(train, micro_batch) if share else None
-    order = StepOrder(len(train), micro_batch, optim.gradient_accumulation_steps, optim.seed, clusters=clusters)
-    return FinetuningSteps(train, order, share_prefixes=share)
+    own = DataShare(processes.data_rank, processes.layout.data)
+    order = StepOrder(
+        len(train),
+        micro_batch,
+        optim.gradient_accumulation_steps,
+        optim.seed,
+        clusters=clusters,
+        processes=own.size,
+    )
+    return FinetuningSteps(train, order, share_prefixes=share, share=own)
 
 
 def build_evaluation(
-    loaded: LoadedModel, samples: Sequence[Sample], examples: Sequence[Example], options: FinetuneOptions
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    examples: Sequence[Example],
+    options: FinetuneOptions,
+    processes: Processes,
 ) -> Evaluate:
     """What `--do_eval` computes."""
     size = options.optimization.per_device_eval_batch_size
     if options.data.eval_with_do_generation:
         return partial(evaluate_generation, loaded, samples, options.data, size)
-    precision = build_precision(options.precision, loaded.device)
-    share = not loaded.model.model.rotary.is_dynamic
-    return lambda: evaluate_loss(loaded.model, packed_batches(examples, size, share_prefixes=share), precision)
+    execution = build_execution(loaded.model, build_precision(options.precision, loaded.device), loaded.device)
+    share = may_share_prefixes(loaded, processes)
+    return lambda: evaluate_loss(execution, packed_batches(examples, size, share_prefixes=share))
 
 
 def finetune(options: FinetuneOptions) -> dict[str, Any]:
@@ -132,56 +176,79 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
         RunStopped: if a signal ended the training early.
     """
     check_supported(options)
-    with RunFolder(options.checkpoint) as folder, StopSignals() as signals:
+    with joined(options) as processes, RunFolder(options.checkpoint, processes) as folder, StopSignals() as signals:
         folder.check_inputs(options.model.model_name_or_path, options.adapter.lora_path)
-        return _finetune(options, folder, signals)
+        return _finetune(options, folder, signals, processes)
 
 
-def _finetune(options: FinetuneOptions, folder: RunFolder, signals: StopSignals) -> dict[str, Any]:
+def _finetune(
+    options: FinetuneOptions, folder: RunFolder, signals: StopSignals, processes: Processes
+) -> dict[str, Any]:
     optim, data = options.optimization, options.data
     wanted = [split for split, do in (("train", optim.do_train), ("dev", optim.do_eval)) if do]
-    samples = load_samples(data.dataset_path, data.data_name, data.task_name, wanted)
-    limits = {"train": data.max_train_samples, "dev": data.max_eval_samples}
-    samples = {split: rows[: limits[split]] for split, rows in samples.items()}
-    loaded = load(options.model, dtype=options.precision.weight_dtype)
-    set_seed(optim.seed)
-    examples = {}
-    src_length = data.sequence_length - data.tgt_length
-    for split, rows in samples.items():
-        examples[split], report = encode_all(rows, loaded.tokenizer, min(data.src_length, src_length), data.tgt_length)
-        print(f"{split}: {report}")
-    weights = build_weights(loaded, options)
-    evaluate = build_evaluation(loaded, samples["dev"], examples["dev"], options) if "dev" in examples else None
+    with processes.together():
+        samples = load_samples(data.dataset_path, data.data_name, data.task_name, wanted)
+        limits = {"train": data.max_train_samples, "dev": data.max_eval_samples}
+        samples = {split: rows[: limits[split]] for split, rows in samples.items()}
+        loaded = load(options.model, dtype=options.precision.weight_dtype, processes=processes)
+        set_seed(optim.seed)
+        examples = {}
+        src_length = data.sequence_length - data.tgt_length
+        for split, rows in samples.items():
+            limit = min(data.src_length, src_length)
+            examples[split], report = encode_all(rows, loaded.tokenizer, limit, data.tgt_length)
+            print(f"{split}: {report}")
+        weights, values = build_weights(loaded, options)
+    share_out(loaded, options, processes, values, data.sequence_length)
+    evaluate = None
+    if "dev" in examples:
+        evaluate = build_evaluation(loaded, samples["dev"], examples["dev"], options, processes)
     results: dict[str, Any] = {}
     trainer = None
     if optim.do_train:
         trainer = build_trainer(
             options,
             loaded.model,
-            build_steps(examples["train"], options, loaded),
+            build_steps(examples["train"], options, loaded, processes),
             weights,
             folder.path,
             loaded.device,
-            build_callbacks(options, folder.path, evaluate, loaded.model, loaded.tokenizer, signals),
+            build_callbacks(options, folder.path, evaluate, loaded.model, loaded.tokenizer, signals, processes),
+            processes,
         )
         results |= train(trainer, options, folder, signals)
     elif folder.resume:
-        load_checkpoint(folder.resume, weights)
+        load_checkpoint(folder.resume, weights, processes=processes)
     if not signals.received:
         results |= final_metrics(trainer, options, evaluate)
     if optim.do_train:
-        save_final(loaded, weights, options, folder.path)
-    write_results(folder.path, results, trained=optim.do_train)
+        save_final(loaded, weights, options, folder.path, processes)
+    write_results(folder.path, results, processes, trained=optim.do_train)
     print(f"{'adapter' if options.adapter.lora else 'model'} and log: {folder.path}")
     return results
 
 
-def save_final(loaded: LoadedModel, weights: WeightStore, options: FinetuneOptions, folder: Path) -> None:
+def save_final(
+    loaded: LoadedModel, weights: WeightStore, options: FinetuneOptions, folder: Path, processes: Processes
+) -> None:
     """The final weights, and with --merge_weights the merged model in `merged/`."""
-    save_weights(weights, folder)
-    if isinstance(weights, AdapterWeights):
-        loaded.tokenizer.save(folder)
-    if options.adapter.lora and options.adapter.merge_weights:
-        merge_lora(loaded.model)
-        hf.save_model(loaded.model, loaded.model.config, folder / "merged", extra_files_from=loaded.folder)
-        print(f"merged model: {folder / 'merged'}")
+    save_weights(weights, folder, processes, sharded=options.checkpoint.save_sharded_model)
+    if not isinstance(weights, AdapterWeights):
+        return
+    with processes.together():
+        if processes.first:
+            loaded.tokenizer.save(folder)
+            if options.adapter.merge_weights:
+                model = loaded.model if processes.alone else _whole_model(loaded, folder)
+                merge_lora(model)
+                hf.save_model(model, model.config, folder / "merged", extra_files_from=loaded.folder)
+                print(f"merged model: {folder / 'merged'}")
+
+
+def _whole_model(loaded: LoadedModel, adapter: Path) -> LlamaForCausalLM:
+    """The base and the adapter just written, in one process."""
+    model = hf.load_model(loaded.folder)
+    config, state = peft.load_adapter(adapter)
+    apply_lora(model, from_peft(config))
+    load_adapter_state(model, state)
+    return model

@@ -8,6 +8,7 @@ positions, since only those are projected.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,14 +56,21 @@ class StepCost:
 
 
 def step_cost(model: LlamaForCausalLM) -> StepCost:
-    """The training cost of a model as it stands (adapters and frozen weights included)."""
+    """The training cost of a model as it stands (adapters and frozen weights included), of all processes together."""
     config = model.config
-    head = model.lm_head.weight
+    parallel = getattr(model, "parallel", None)
+    if parallel is not None:
+        sizes = {
+            name: (math.prod(shape), len(shape), name in parallel.trained) for name, shape in parallel.shapes.items()
+        }
+    else:
+        sizes = {name: (p.numel(), p.ndim, p.requires_grad) for name, p in model.named_parameters()}
     body = 0.0
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and "embed_tokens" not in name and not name.startswith("lm_head"):
-            body += parameter.numel() * (6.0 if parameter.requires_grad else 4.0)
-    head_cost = head.numel() * (6.0 if head.requires_grad else 4.0)
+    for name, (numel, ndim, trained) in sizes.items():
+        if ndim == 2 and "embed_tokens" not in name and not name.startswith("lm_head"):
+            body += numel * (6.0 if trained else 4.0)
+    numel, _, trained = sizes["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
+    head_cost = numel * (6.0 if trained else 4.0)
     # QK^T and PV, 2 FLOPs a multiply-add each, once forward and twice backward
     pair_cost = 3 * 2 * 2.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
     return StepCost(body, head_cost, pair_cost)

@@ -13,6 +13,7 @@ from arriero.engine.generation import Generation, Generator
 from arriero.engine.loading import LoadedModel
 from arriero.engine.sampling import SamplingParams
 from arriero.errors import DataError, require
+from arriero.parallel.generation import for_generation
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def generate_answers(
 ) -> list[Answer]:
     """One answer for each sample, in order; `on_done` is called with 1 as each is finished."""
     prompts = [fit_prompt(sample, loaded.tokenizer, src_length)[0] for sample in samples]
-    generator = Generator(loaded.model, loaded.tokenizer, max_batch_size=batch_size)
+    generator = Generator(for_generation(loaded.model), loaded.tokenizer, max_batch_size=batch_size)
 
     def done(_: int, __: Generation) -> None:
         if on_done:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,7 +30,34 @@ class LossSums:
     tokens: int
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> LossSums:
+@dataclass(frozen=True)
+class VocabularyPart:
+    """The run of the vocabulary whose rows of the head this process holds, where several share it out.
+
+    Attributes:
+        start: first token id of the run.
+        size: of the whole vocabulary.
+    """
+
+    group: dist.ProcessGroup
+    start: int
+    size: int
+
+    def gather(self, values: Tensor) -> Tensor:
+        """(N, K) of every process: (processes, N, K)."""
+        pieces = [torch.empty_like(values) for _ in range(self.group.size())]
+        dist.all_gather(pieces, values.contiguous(), group=self.group)
+        return torch.stack(pieces)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    part: VocabularyPart | None = None,
+) -> LossSums:
     """Sum of the cross-entropy of ``hidden @ weight.T`` over the labelled positions.
 
     Args:
@@ -38,21 +66,25 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, labe
         labels: (...) int64, `IGNORE` where nothing is to be predicted.
         label_smoothing: share of the target's probability spread evenly over the vocabulary
             (Szegedy et al. 2016, arXiv:1512.00567, section 7).
+        part: where `weight` is a run of the head's rows. The sums are those of the whole vocabulary, in every process;
+            the gradient of `hidden` is this process's part of a sum over processes.
     """
     labels = labels.reshape(-1)
     keep = (labels != IGNORE).nonzero().squeeze(1)
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, keep)
     targets = labels.index_select(0, keep)
     loss, correct = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        rows, weight, targets, label_smoothing, torch.is_grad_enabled()
+        rows, weight, targets, label_smoothing, torch.is_grad_enabled(), part
     )
     return LossSums(loss, correct, int(targets.numel()))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, weight, targets, smoothing, grad_enabled):  # type: ignore[no-untyped-def]
-        vocabulary = weight.shape[0]
+    def forward(ctx, rows, weight, targets, smoothing, grad_enabled, vocabulary_part):  # type: ignore[no-untyped-def]
+        shared = vocabulary_part is not None
+        vocabulary = vocabulary_part.size if shared else weight.shape[0]
+        held = weight.shape[0]
         chunk = max(1, CHUNK_ELEMENTS // vocabulary)
         # needs_input_grad does not know of no_grad
         need_rows, need_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
@@ -74,22 +106,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = rows[start : start + chunk].to(compute)
             target = targets[start : start + chunk].unsqueeze(1)
             logits = F.linear(part, head).float()
+            inside: Tensor | None = None
+            if shared:
+                local = target - vocabulary_part.start
+                inside = (local >= 0) & (local < held)
+                target = local.clamp(0, held - 1)
             likeliest = logits.amax(1, keepdim=True)
             target_logits = logits.gather(1, target)
-            if not train:
-                correct += (logits.argmax(1, keepdim=True) == target).sum()
-            if smoothing:
-                loss -= smoothing / vocabulary * logits.sum()
+            logits_sum = logits.sum() if smoothing else None
+            best = None if train else logits.argmax(1, keepdim=True)
             # log sum exp from the softmax: its greatest entry is exp(likeliest) / sum, and never below 1 / vocabulary
             probabilities = logits.softmax(1)
             log_sum = likeliest - probabilities.amax(1, keepdim=True).log_()
-            loss += (log_sum - (1.0 - smoothing) * target_logits).sum()
             del logits
+            won = None
+            if inside is not None:
+                mine = log_sum
+                log_sum, target_logits, won = _over_vocabulary(vocabulary_part, mine, target_logits, likeliest, inside)
+                probabilities *= (mine - log_sum).exp_()
+                if logits_sum is not None:
+                    logits_sum = vocabulary_part.gather(logits_sum.view(1, 1)).sum()
+            if best is not None:
+                hit = best == target
+                correct += (hit if won is None else hit & inside & won).sum()
+            if logits_sum is not None:
+                loss -= smoothing / vocabulary * logits_sum
+            loss += (log_sum - (1.0 - smoothing) * target_logits).sum()
             if train:
                 grad = probabilities
                 if smoothing:
                     grad -= smoothing / vocabulary
-                grad.scatter_add_(1, target, torch.full_like(target, smoothing - 1.0, dtype=grad.dtype))
+                at_target = torch.full_like(target, smoothing - 1.0, dtype=grad.dtype)
+                grad.scatter_add_(1, target, at_target if inside is None else at_target * inside)
                 low = grad.to(compute)
                 if grad_rows is not None:
                     grad_rows[start : start + chunk] = low @ head
@@ -101,6 +149,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight.copy_(low.t() @ part)
                 else:
                     grad_weight += low.t() @ part
+        if shared and not train:
+            dist.all_reduce(correct, group=vocabulary_part.group)
         ctx.save_for_backward(*(g for g in (grad_rows, grad_weight) if g is not None))
         ctx.needs, ctx.dtypes = (need_rows, need_weight), (rows.dtype, weight.dtype)
         ctx.mark_non_differentiable(correct)
@@ -114,4 +164,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             (saved.pop(0) * grad_loss).to(dtype) if needed else None
             for needed, dtype in zip(ctx.needs, ctx.dtypes, strict=True)
         ]
-        return grads[0], grads[1], None, None, None
+        return grads[0], grads[1], None, None, None, None
+
+
+def _over_vocabulary(
+    part: VocabularyPart, log_sum: Tensor, target_logits: Tensor, likeliest: Tensor, inside: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the whole vocabulary: log sum exp and the target's logit, (N, 1); and whether the greatest logit is here."""
+    everyone = part.gather(torch.cat((log_sum, target_logits.masked_fill(~inside, 0.0), likeliest), dim=1))
+    total = everyone[:, :, 0].logsumexp(0).unsqueeze(1)
+    won = everyone[:, :, 2].argmax(0).unsqueeze(1) == dist.get_rank(part.group)
+    return total, everyone[:, :, 1].sum(0).unsqueeze(1), won

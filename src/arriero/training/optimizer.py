@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from arriero.config.optimization import OptimizationOptions
 from arriero.errors import ConfigError, FormatError, TrainingError
+from arriero.formats.parts import Part, Placement
+from arriero.parallel.placement import local_tensor, placements
 from arriero.training.optimizers.adamw_8bit import AdamW8bit
 from arriero.training.optimizers.update_rule import TorchRule, UpdateRule
 
@@ -53,11 +56,14 @@ class Optimizer:
         named = {key: p for key, p in model.named_parameters() if p.requires_grad}
         if not named:
             raise TrainingError("no parameter of the model is trainable")
-        self.parameters = named
+        self.placements = {key: where for key, where in placements(model).items() if key in named}
+        # a process may hold nothing of a small parameter
+        self.parameters = {key: p for key, p in named.items() if local_tensor(p).numel()}
+        self.local = {key: local_tensor(p) for key, p in self.parameters.items()}
         self.masters: dict[str, Tensor] = {
-            key: p.detach().float() for key, p in named.items() if p.dtype in (torch.float16, torch.bfloat16)
+            key: p.detach().float() for key, p in self.local.items() if p.dtype in (torch.float16, torch.bfloat16)
         }
-        stepped = {key: self._stepped(key) for key in named}
+        stepped = {key: self._stepped(key) for key in self.local}
         special = {key for key, tensor in stepped.items() if name != "adamw" and _takes(name, key, tensor)}
         by_name = {key: tensor for key, tensor in stepped.items() if key in special}
         rest = {key: tensor for key, tensor in stepped.items() if key not in special}
@@ -82,7 +88,7 @@ class Optimizer:
         )
 
     def _stepped(self, name: str) -> Tensor:
-        return self.masters.get(name, self.parameters[name])
+        return self.masters.get(name, self.local[name])
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -91,15 +97,22 @@ class Optimizer:
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
-        """Hand the half-precision gradients to their masters, where they add up in fp32; to be called after each backward."""
-        for name, master in self.masters.items():
-            parameter = self.parameters[name]
-            if parameter.grad is not None:
-                if master.grad is None:
-                    master.grad = parameter.grad.float()
-                else:
-                    master.grad += parameter.grad
-                parameter.grad = None
+        """Hand the half-precision gradients to their masters, where they add up in fp32, and this process's shards of others
+        to what is stepped; to be called after each backward."""
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                continue
+            master = self.masters.get(name)
+            if master is None:
+                if self.local[name] is not parameter:
+                    self.local[name].grad = local_tensor(parameter.grad)
+                continue
+            gradient = local_tensor(parameter.grad)
+            if master.grad is None:
+                master.grad = gradient.float()
+            else:
+                master.grad += gradient
+            parameter.grad = None
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradients the step will use, by parameter name."""
@@ -107,45 +120,56 @@ class Optimizer:
         return {name: grad for name, grad in stepped.items() if grad is not None}
 
     @torch.no_grad()
-    def clip(self, max_norm: float) -> Tensor:
-        """Scale the gradients down to `max_norm` (not at all if it is 0).
+    def squared_norm(self) -> float:
+        """This process's share of the squared norm of all gradients: over all processes the shares add up to it."""
+        gradients = self.gradients()
+        if not gradients:
+            return 0.0
+        norms = torch.stack(torch._foreach_norm(list(gradients.values()))).double()
+        copies = torch.tensor([self.placements[name].copies for name in gradients], device=norms.device)
+        return float((norms.square() / copies).sum())
 
-        Returns:
-            Their norm before, a scalar on the CPU: the device is waited for once, here, and not again by who reads it.
-        """
-        grads = list(self.gradients().values())
-        norms = torch._foreach_norm(grads)
-        total: Tensor = torch.linalg.vector_norm(torch.stack(norms)).cpu()
+    @torch.no_grad()
+    def clip(self, max_norm: float, norm: float) -> None:
+        """Scale the gradients, whose norm is `norm`, down to `max_norm` (not at all if it is 0)."""
         # not finite: one bad gradient would spoil all the others; small enough: a pass over all gradients for nothing
-        if max_norm > 0 and max_norm < float(total) < math.inf:
-            torch._foreach_mul_(grads, float(max_norm / (total + 1e-6)))
-        return total
+        if max_norm > 0 and max_norm < norm < math.inf:
+            torch._foreach_mul_(list(self.gradients().values()), max_norm / (norm + 1e-6))
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         for rule in self.rules:
             rule.step(learning_rate)
         for name, master in self.masters.items():
-            self.parameters[name].copy_(master)
+            self.local[name].copy_(master)
 
     def zero_grad(self) -> None:
         for name, parameter in self.parameters.items():
-            parameter.grad = None
-            if name in self.masters:
-                self.masters[name].grad = None
+            parameter.grad = self._stepped(name).grad = None
 
-    def state(self) -> dict[str, Tensor]:
-        """Every tensor of the optimizer, keyed ``{parameter}.{kind}``.
+    def parts(self) -> dict[str, Part]:
+        """What this process holds of every tensor of the optimizer, keyed ``{parameter}.{kind}``.
 
         The kinds: AdamW has ``exp_avg``, ``exp_avg_sq`` and ``step``; 8-bit AdamW these as codes, and ``exp_avg_scale`` and
         ``exp_avg_sq_scale``; Muon ``momentum_buffer``. Half-precision parameters have ``master``.
         """
         tensors = {key: value for rule in self.rules for key, value in rule.state().items()}
-        return tensors | {f"{name}.master": master for name, master in self.masters.items()}
+        tensors |= {f"{name}.master": master for name, master in self.masters.items()}
+        return {key: self._part(key.rpartition(".")[0], tensor) for key, tensor in tensors.items()}
+
+    def _part(self, name: str, tensor: Tensor) -> Part:
+        where = self.placements[name]
+        if tuple(tensor.shape) == where.size:
+            return Part(tensor, where)
+        whole = Placement.whole(tuple(tensor.shape))  # a number that goes with the parameter, the same in every process
+        return Part(tensor, replace(whole, writes=where.writes and not any(where.offset)))
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over a state written by `state`.
+        """Take over a state written by `parts`.
+
+        Args:
+            tensors: this process's part of each.
 
         Raises:
             FormatError: naming a tensor that is missing, or of another shape or dtype.

@@ -11,9 +11,14 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
+from arriero.parallel.placement import local_tensor
 from arriero.training.optimizer import Optimizer
+
+NOTHING = "no single tensor"
 
 
 class Precision:
@@ -28,7 +33,9 @@ class Precision:
     def __init__(self, dtype: torch.dtype, level: str, device: torch.device, loss_scale: float = 2.0**15) -> None:
         self.dtype, self.level, self.device = dtype, level, device
         self.half = dtype != torch.float32
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=loss_scale, enabled=dtype == torch.float16)
+        # with several processes an overflow in one is an overflow in all
+        kind = ShardedGradScaler if dist.is_initialized() else torch.amp.GradScaler
+        self.scaler = kind(device.type, init_scale=loss_scale, enabled=dtype == torch.float16)
 
     @property
     def parameter_dtype(self) -> torch.dtype:
@@ -41,8 +48,13 @@ class Precision:
             return torch.autocast(self.device.type, dtype=self.dtype)
         return contextlib.nullcontext()
 
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss times the loss scale."""
+        scaled: Tensor = self.scaler.scale(loss)
+        return scaled
+
     def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaled(loss).backward()  # type: ignore[no-untyped-call]
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Bring the gradients to their true size."""
@@ -72,15 +84,15 @@ class Precision:
 
 
 def first_non_finite(optimizer: Optimizer, model: nn.Module) -> str:
-    """The first parameter (in model order) that holds a value that is not finite, else the first such gradient.
+    """The first parameter (in model order) of this process that holds a value that is not finite, else the first such gradient.
 
     A broken parameter spoils the gradients of all the others, so it is looked for first.
     """
     gradients = optimizer.gradients()
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not torch.isfinite(local_tensor(parameter)).all():
             return f"parameter {name}"
     for name, _ in model.named_parameters():
         if name in gradients and not torch.isfinite(gradients[name]).all():
             return f"the gradient of {name}"
-    return "no single tensor"
+    return NOTHING

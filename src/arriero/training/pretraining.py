@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,24 +11,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from arriero.config.pretraining import CorpusOptions, PretrainModelOptions, PretrainOptimizationOptions
-from arriero.data.batch import Batch
+from arriero.data.batch import Batch, LazyBatches
 from arriero.data.corpus.dataset import CorpusDataset, Epochs, build_datasets, has_documents
 from arriero.data.corpus.fingerprint import check_tokenizer
 from arriero.data.corpus.found import find_corpora
 from arriero.data.sft import IGNORE
-from arriero.data.steps import PretrainingSteps, corpus_batch
+from arriero.data.steps import DataShare, PretrainingSteps, corpus_batch
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.engine.loading import LoadedModel, check_vocabulary, choose_kernels, load, pick_device
 from arriero.errors import ConfigError
 from arriero.formats.download import model_config, resolve_tokenizer
+from arriero.formats.parts import Placement
 from arriero.models.config import LlamaConfig
+from arriero.models.initialization import initial_values
 from arriero.models.llama import LlamaForCausalLM
+from arriero.parallel.parallelize import check_layout
+from arriero.parallel.processes import Processes
 from arriero.training.callbacks.stop_signals import StopSignals
 from arriero.training.checkpoint import load_checkpoint
 from arriero.training.evaluation import evaluate_loss
-from arriero.training.precision import Precision
+from arriero.training.execution import Execution, build_execution
 from arriero.training.run import (
     RunOptions,
     build_callbacks,
@@ -37,8 +41,10 @@ from arriero.training.run import (
     build_trainer,
     check_run,
     final_metrics,
+    joined,
     save_weights,
     set_seed,
+    share_out,
     train,
     write_results,
 )
@@ -61,17 +67,18 @@ class PretrainOptions(RunOptions):
 class CorpusEvaluation:
     """Scores the first `batches` batches of a data set (0: all of it), the same ones every time."""
 
-    model: LlamaForCausalLM
+    execution: Execution
     dataset: CorpusDataset
     tokenizer: Tokenizer
-    precision: Precision
     batch_size: int
     batches: int
     reset_attention_mask: bool
 
     def __call__(self) -> dict[str, float]:
         """`loss` (nats a token), `ppl`, `accuracy`, and `bits_per_byte` of the text (no special tokens among its bytes)."""
-        metrics = evaluate_loss(self.model, self._batches(), self.precision)
+        rows = self._rows()
+        count = math.ceil(len(rows) / self.batch_size)
+        metrics = evaluate_loss(self.execution, LazyBatches(count, self._batch))
         tokens, size = self._size
         return {**metrics, "bits_per_byte": metrics["loss"] / math.log(2) * tokens / max(1, size)}
 
@@ -79,11 +86,9 @@ class CorpusEvaluation:
         wanted = self.batches * self.batch_size or len(self.dataset)
         return range(min(wanted, len(self.dataset)))
 
-    def _batches(self) -> Iterator[Batch]:
-        rows = self._rows()
-        for at in range(0, len(rows), self.batch_size):
-            samples = [self.dataset[i] for i in rows[at : at + self.batch_size]]
-            yield corpus_batch(samples, self.reset_attention_mask)
+    def _batch(self, number: int) -> Batch:
+        rows = self._rows()[number * self.batch_size : (number + 1) * self.batch_size]
+        return corpus_batch([self.dataset[i] for i in rows], self.reset_attention_mask)
 
     @cached_property
     def _size(self) -> tuple[int, int]:
@@ -114,7 +119,7 @@ def fresh_model(config: LlamaConfig, seed: int, dtype: torch.dtype, device: torc
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model.to_empty(device="cpu")
-    model.init_weights(torch.Generator().manual_seed(seed))
+    model.init_weights(seed)
     return model.to(device=device, dtype=dtype)
 
 
@@ -124,8 +129,10 @@ def find_tokenizer(options: PretrainModelOptions) -> Tokenizer:
     return load_tokenizer(resolve_tokenizer(name, Path(options.cache_dir) if options.cache_dir else None))
 
 
-def load_or_make(options: PretrainOptions, tokenizer: Tokenizer) -> LoadedModel:
+def load_or_make(options: PretrainOptions, tokenizer: Tokenizer, processes: Processes) -> LoadedModel:
     """The model to train; `folder` is where the final model's side files come from.
+
+    With several processes it is on the meta device, and `values` tells its weights.
 
     Raises:
         ConfigError: if a sample is longer than a given model's context.
@@ -133,7 +140,7 @@ def load_or_make(options: PretrainOptions, tokenizer: Tokenizer) -> LoadedModel:
     """
     given, length = options.model, options.corpus.max_seq_length
     if given.continue_training:
-        loaded = load(given, dtype=options.precision.weight_dtype)
+        loaded = load(given, dtype=options.precision.weight_dtype, processes=processes)
         context = loaded.model.config.max_position_embeddings
         if length > context:
             raise ConfigError(
@@ -145,19 +152,33 @@ def load_or_make(options: PretrainOptions, tokenizer: Tokenizer) -> LoadedModel:
     config = fresh_config(model_config(given.config_name or given.model_name_or_path, cache), length, tokenizer)
     dtype = getattr(torch, given.dtype if given.dtype != "auto" else options.precision.weight_dtype)
     device = pick_device(given.device)
-    model = fresh_model(config, options.optimization.seed, dtype, device)
+    seed, values = options.optimization.seed, None
+    if processes.alone:
+        model = fresh_model(config, seed, dtype, device)
+    else:
+        check_layout(config, processes.layout)
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config).to(dtype)
+
+        def values(name: str, placement: Placement) -> Tensor:
+            return initial_values(name, placement.box, placement.shape, config, seed)
+
     choose_kernels(model, given)
     check_vocabulary(tokenizer, model)
     print(f"a new model of {config.num_parameters():,} parameters, vocabulary {config.vocab_size:,}")
-    return LoadedModel(model, tokenizer, tokenizer.folder, device)
+    return LoadedModel(model, tokenizer, tokenizer.folder, device, values)
 
 
-def load_data(options: PretrainOptions, tokenizer: Tokenizer) -> dict[str, CorpusDataset]:
-    """The parts of the corpus that the run needs: "train", "valid", "test"."""
+def load_data(options: PretrainOptions, tokenizer: Tokenizer, copies: int) -> dict[str, CorpusDataset]:
+    """The parts of the corpus that the run needs: "train", "valid", "test".
+
+    Args:
+        copies: processes, or groups of them, that each see other rows.
+    """
     optim, corpus = options.optimization, options.corpus
     for _, prefix in find_corpora(corpus.input_dir):
         check_tokenizer(prefix.with_name(f"{prefix.name}_meta.json"), tokenizer)
-    per_step = optim.per_device_train_batch_size * optim.gradient_accumulation_steps
+    per_step = optim.per_device_train_batch_size * optim.gradient_accumulation_steps * copies
     training: int | Epochs = optim.max_steps * per_step if optim.max_steps > 0 else Epochs(optim.num_train_epochs)
     test = corpus.do_predict
     if test is None:
@@ -188,16 +209,20 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
             "--do_train no would score random weights: add --continue_training or --resume_from_checkpoint"
         )
     find_corpora(options.corpus.input_dir)
-    with RunFolder(checkpoint) as folder, StopSignals() as signals:
+    with joined(options) as processes, RunFolder(checkpoint, processes) as folder, StopSignals() as signals:
         folder.check_inputs(given.model_name_or_path, given.tokenizer_name_or_path, given.config_name)
-        return _pretrain(options, folder, signals)
+        return _pretrain(options, folder, signals, processes)
 
 
-def _pretrain(options: PretrainOptions, folder: RunFolder, signals: StopSignals) -> dict[str, Any]:
+def _pretrain(
+    options: PretrainOptions, folder: RunFolder, signals: StopSignals, processes: Processes
+) -> dict[str, Any]:
     optim, corpus = options.optimization, options.corpus
-    tokenizer = find_tokenizer(options.model)
-    datasets = load_data(options, tokenizer)
-    loaded = load_or_make(options, tokenizer)
+    with processes.together():
+        tokenizer = find_tokenizer(options.model)
+        datasets = load_data(options, tokenizer, processes.layout.data)
+        loaded = load_or_make(options, tokenizer, processes)
+    share_out(loaded, options, processes, loaded.values, corpus.max_seq_length)
     set_seed(optim.seed)
     precision = build_precision(options.precision, loaded.device)
     size = optim.per_device_eval_batch_size
@@ -206,7 +231,12 @@ def _pretrain(options: PretrainOptions, folder: RunFolder, signals: StopSignals)
         if part not in datasets:
             return None
         return CorpusEvaluation(
-            loaded.model, datasets[part], tokenizer, precision, size, batches, corpus.reset_attention_mask
+            build_execution(loaded.model, precision, loaded.device),
+            datasets[part],
+            tokenizer,
+            size,
+            batches,
+            corpus.reset_attention_mask,
         )
 
     validate, test = evaluation("valid", corpus.eval_iters), evaluation("test", corpus.test_iters)
@@ -219,6 +249,7 @@ def _pretrain(options: PretrainOptions, folder: RunFolder, signals: StopSignals)
             optim.per_device_train_batch_size,
             optim.gradient_accumulation_steps,
             corpus.reset_attention_mask,
+            DataShare(processes.data_rank, processes.layout.data),
         )
         trainer = build_trainer(
             options,
@@ -227,12 +258,13 @@ def _pretrain(options: PretrainOptions, folder: RunFolder, signals: StopSignals)
             weights,
             folder.path,
             loaded.device,
-            build_callbacks(options, folder.path, validate, loaded.model, tokenizer, signals),
+            build_callbacks(options, folder.path, validate, loaded.model, tokenizer, signals, processes),
+            processes,
             skip_steps=corpus.skipped_steps(),
         )
         results |= train(trainer, options, folder, signals)
     elif folder.resume:
-        load_checkpoint(folder.resume, weights)
+        load_checkpoint(folder.resume, weights, processes=processes)
     if not signals.received:
         results |= final_metrics(trainer, options, validate)
         if test is not None:
@@ -240,7 +272,7 @@ def _pretrain(options: PretrainOptions, folder: RunFolder, signals: StopSignals)
             print("test | " + " | ".join(f"{key} {value:.4f}" for key, value in scores.items()))
             results |= scores
     if optim.do_train:
-        save_weights(weights, folder.path)
-    write_results(folder.path, results, trained=optim.do_train)
+        save_weights(weights, folder.path, processes, sharded=options.checkpoint.save_sharded_model)
+    write_results(folder.path, results, processes, trained=optim.do_train)
     print(f"model and log: {folder.path}")
     return results

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,15 @@ from arriero.config.precision import PrecisionOptions
 from arriero.data.steps import StepSource
 from arriero.data.tokenizer import Tokenizer
 from arriero.engine.generation import Generator
+from arriero.engine.loading import LoadedModel, pick_device
 from arriero.errors import ConfigError, RunStopped, TrainingError
+from arriero.formats.shard_writer import write_own_shard
 from arriero.models.attention import document_kernel
 from arriero.models.llama import LlamaForCausalLM
-from arriero.parallel.activation_checkpointing import apply_activation_checkpointing
-from arriero.parallel.compilation import apply_compile
+from arriero.parallel.generation import for_generation
+from arriero.parallel.materialize import Values, materialize
+from arriero.parallel.parallelize import parallelize
+from arriero.parallel.processes import Processes, launched_size, start, stop
 from arriero.training.callbacks.anomalies import Anomalies
 from arriero.training.callbacks.checkpointing import Checkpointing
 from arriero.training.callbacks.evaluation import Evaluation
@@ -45,8 +49,10 @@ from arriero.training.precision import Precision
 from arriero.training.run_folder import RunFolder
 from arriero.training.schedule import Schedule
 from arriero.training.trainer import Callback, Trainer
+from arriero.training.weights import FullWeights
 
 Evaluate = Callable[[], dict[str, float]]
+OWN = frozenset({"device"})  # options in which processes may differ
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,19 +80,71 @@ def check_run(verb: str, options: RunOptions, metrics: Sequence[str]) -> None:
     Raises:
         ConfigError: one line, naming the option and the way out.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(f"{verb} runs in one process in this version: start it without torchrun or launch")
-    for name in ("tensor_parallel_degree", "pipeline_parallel_degree"):
-        degree = getattr(options.parallel, name)
-        if degree > 1:
-            raise ConfigError(
-                f"--{name} {degree} needs several processes, which this version does not train on: drop it"
-            )
+    layout = options.parallel.layout(launched_size())
+    optimizer = options.optimization.optim
+    if optimizer != "adamw" and max(layout.dp_shard, layout.cp, layout.tp) > 1:
+        raise ConfigError(
+            f"--optim {optimizer} works on whole matrices, and {layout} gives each process a part of them: take adamw, or "
+            "only --pipeline_parallel_degree and copies (no --sharding)"
+        )
     best = options.checkpoint.metric_for_best_model
     if options.checkpoint.load_best_model_at_end and best is not None and best.removeprefix("eval_") not in metrics:
         raise ConfigError(f"--metric_for_best_model {best} is not computed here: choose one of {', '.join(metrics)}")
     if options.logging.sample_prompts:
         read_prompts(options.logging.sample_prompts)
+
+
+@contextlib.contextmanager
+def joined(options: RunOptions) -> Iterator[Processes]:
+    """The processes of the run, from first to last word; all but the first are silent on standard output.
+
+    Raises:
+        ConfigError: if they cannot be reached, or were started with other options.
+    """
+    processes = start(options.parallel.layout(launched_size()), pick_device(options.model.device))
+    with contextlib.ExitStack() as stack:
+        if not processes.first:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        values = {name: value for name, value in effective(options.groups).items() if name not in OWN}
+        said = processes.exchange({name: str(value) for name, value in values.items()})
+        for rank, other in enumerate(said):
+            for name in said[0]:
+                if other.get(name) != said[0][name]:
+                    raise ConfigError(
+                        f"rank {rank} was started with --{name} {other.get(name)} and rank 0 with {said[0][name]}: "
+                        "give all processes the same options"
+                    )
+        try:
+            yield processes
+        except RunStopped:  # in order, in all of them
+            stop(processes)
+            raise
+        stop(processes)
+
+
+def share_out(
+    loaded: LoadedModel, options: RunOptions, processes: Processes, values: Values | None, tokens: int
+) -> None:
+    """Give each process its share of the model, with recomputation and compilation as asked for.
+
+    Args:
+        values: where the weights come from; None in a lone process, whose model has them.
+        tokens: of a row.
+    """
+    precision = options.precision
+    parallelize(
+        loaded.model,
+        processes,
+        loaded.device,
+        tokens=tokens,
+        recompute=precision.recompute_granularity if precision.recompute else None,
+        compile_layers=precision.torch_compile,
+        reduce_dtype=getattr(torch, options.parallel.gradient_reduce_dtype),
+    )
+    if values is not None:
+        with processes.together():
+            materialize(loaded.model, loaded.device, values)
+        print(f"{processes.layout}: {processes.size} processes")
 
 
 def set_seed(seed: int) -> None:
@@ -107,6 +165,7 @@ def build_trainer(
     folder: Path,
     device: torch.device,
     callbacks: list[Callback],
+    processes: Processes,
     skip_steps: frozenset[int] = frozenset(),
 ) -> Trainer:
     """The trainer of a run."""
@@ -114,10 +173,6 @@ def build_trainer(
     steps = optim.max_steps if optim.max_steps > 0 else data.steps_in(optim.num_train_epochs)
     if steps < 1:
         raise ConfigError(f"--num_train_epochs {optim.num_train_epochs:g} of this data is not one step: give more")
-    if options.precision.recompute:
-        apply_activation_checkpointing(model.model.layers, options.precision.recompute_granularity)
-    if options.precision.torch_compile:
-        apply_compile(model.model.layers)
     return Trainer(
         model=model,
         data=data,
@@ -130,6 +185,8 @@ def build_trainer(
         device=device,
         max_grad_norm=optim.max_grad_norm,
         label_smoothing=optim.label_smoothing,
+        processes=processes,
+        seed=optim.seed,
         skip_steps=skip_steps,
         callbacks=callbacks,
     )
@@ -142,25 +199,27 @@ def build_callbacks(
     model: LlamaForCausalLM,
     tokenizer: Tokenizer,
     signals: StopSignals,
+    processes: Processes,
 ) -> list[Callback]:
-    """Averages make the records, so they come before who reads them; evaluation before the checkpoint that may be the best."""
+    """Averages make the records, so they come before who reads them; evaluation before the checkpoint that may be the best.
+
+    What computes runs in every process, what only records in the first.
+    """
     checkpoint, logging = options.checkpoint, options.logging
     profiled = logging.profile_range()
     callbacks: list[Callback] = [Profiling(*profiled, memory=logging.profile_memory)] if profiled else []
-    callbacks += [
-        Averages(logging.logging_steps),
-        Console(progress_bar=not logging.disable_tqdm),
-        Anomalies(logging.grad_norm_spike, stop=logging.stop_on_spike),
-        JsonLines(),
-        *build_trackers(logging, folder, effective(options.groups)),
-    ]
+    if processes.first:
+        callbacks += [Averages(logging.logging_steps), Console(progress_bar=not logging.disable_tqdm)]
+    callbacks.append(Anomalies(logging.grad_norm_spike, stop=logging.stop_on_spike))
+    if processes.first:
+        callbacks += [JsonLines(), *build_trackers(logging, folder, effective(options.groups))]
     strategy, every = checkpoint.evaluation_strategy or "no", checkpoint.eval_steps or checkpoint.save_steps
     if evaluate is not None:
         callbacks.append(Evaluation(evaluate, strategy, every))
     if logging.sample_prompts:
         callbacks.append(
             TextSamples(
-                Generator(model, tokenizer),
+                Generator(for_generation(model), tokenizer),
                 tokenizer,
                 read_prompts(logging.sample_prompts),
                 strategy,
@@ -182,7 +241,7 @@ def build_callbacks(
             asynchronous=checkpoint.async_save,
         ),
     ]
-    return [*callbacks, LossPlot()]
+    return [*callbacks, LossPlot()] if processes.first else callbacks
 
 
 def train(trainer: Trainer, options: RunOptions, folder: RunFolder, signals: StopSignals) -> dict[str, Any]:
@@ -201,13 +260,19 @@ def train(trainer: Trainer, options: RunOptions, folder: RunFolder, signals: Sto
         if folder.resume.parent.resolve() == folder.path.resolve():
             folder.drop_later(trainer.state.step)
     folder.clear()
-    write_config(folder.path / "config.yaml", options.groups)
+    with trainer.processes.together():
+        if trainer.processes.first:
+            write_config(folder.path / "config.yaml", options.groups)
     kernel = document_kernel(trainer.device, trainer.precision.dtype, trainer.model.config.head_dim)
     if not options.model.use_flash_attention:
         kernel = "written out"
     print(f"kernels: attention {kernel}; RMSNorm {'torch' if options.model.use_fused_rms_norm else 'written out'}")
+    data = trainer.processes.layout.data
+    rows = f"{optim.per_device_train_batch_size} x {optim.gradient_accumulation_steps}" + (
+        f" x {data}" if data > 1 else ""
+    )
     print(
-        f"{trainer.total_steps} steps of {optim.per_device_train_batch_size} x {optim.gradient_accumulation_steps} rows, "
+        f"{trainer.total_steps} steps of {rows} rows, "
         f"{trainer.precision}, {trainer.device}, {torch.get_num_threads()} threads"
     )
     on_cpu = trainer.device.type == "cpu"
@@ -241,22 +306,31 @@ def final_metrics(trainer: Trainer | None, options: RunOptions, evaluate: Evalua
     return {f"eval_{key}": value for key, value in evaluate().items()}
 
 
-def save_weights(weights: WeightStore, folder: Path) -> None:
-    """The final weights into the run folder.
+def save_weights(weights: WeightStore, folder: Path, processes: Processes, *, sharded: bool = False) -> None:
+    """The final weights into the run folder, and if wanted once more in `sharded/`, each process's own in a file.
 
     Raises:
         TrainingError: if they cannot be written.
     """
     try:
-        weights.write(folder, weights.tensors())
+        weights.write(folder, weights.parts(), processes)
+        layout, at = processes.layout, processes.at
+        if sharded and isinstance(weights, FullWeights) and layout.tp * layout.pp > 1:
+            # Cut from the folder just written, so that every layout has one way: FSDP shares out the local tensors too.
+            names, degrees = weights.parts().keys(), (layout.tp, layout.pp)
+            first = at.dp_replicate == at.dp_shard == at.cp == 0
+            write_own_shard(folder, folder / "sharded", names, degrees, (at.tp, at.pp), processes, writes=first)
+            print(f"shards: {folder / 'sharded'}")
     except OSError as error:
         raise TrainingError(
             f"{folder}: the final model could not be written ({error.strerror}); the checkpoints are intact"
         ) from error
 
 
-def write_results(folder: Path, results: dict[str, Any], *, trained: bool) -> None:
+def write_results(folder: Path, results: dict[str, Any], processes: Processes, *, trained: bool) -> None:
     """Into `all_results.json`, or `eval_results.json` if the run only scored."""
+    if not processes.first:
+        return
     path = folder / f"{'all' if trained else 'eval'}_results.json"
     try:
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -7,10 +7,12 @@ import fcntl
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from arriero.config.checkpoint import CheckpointOptions
 from arriero.errors import ConfigError, FormatError
+from arriero.parallel.processes import Processes
 from arriero.training.checkpoint import checkpoint_step, list_checkpoints, verify
 
 LOCK = ".lock"
@@ -26,7 +28,9 @@ RESULTS = (
 
 
 class RunFolder:
-    """A run folder that belongs to this process until it ends; use it as a context.
+    """A run folder that belongs to this run until it ends; use it as a context.
+
+    Of several processes the first locks it, decides and changes files; the others are told.
 
     Attributes:
         path: the folder.
@@ -34,10 +38,23 @@ class RunFolder:
 
     Raises:
         ConfigError: if it is in use by another run, or holds something and neither overwriting nor resuming was asked for.
+        PeerError: in the other processes then.
     """
 
-    def __init__(self, options: CheckpointOptions) -> None:
+    def __init__(self, options: CheckpointOptions, processes: Processes | None = None) -> None:
         self.path = Path(options.output_dir)
+        self.processes = processes or Processes()
+        self._overwrite = options.overwrite_output_dir
+        self._lock: int | None = None
+        resume = self.processes.by_first(lambda: self._claim(options))
+        self.resume = None if resume is None else Path(resume)
+
+    def _claim(self, options: CheckpointOptions) -> str | None:
+        """Make the folder this run's.
+
+        Returns:
+            The checkpoint to go on from.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"--output_dir {self.path} is a file: name a folder")
         explicit = options.resume_from_checkpoint not in (None, "auto")
@@ -51,43 +68,42 @@ class RunFolder:
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._acquire()
+            self._lock = self._acquire()
         except OSError as error:
             raise ConfigError(f"--output_dir {self.path}: cannot be written ({error.strerror})") from error
         self._remove_leftovers()
-        self.resume: Path | None = None
         if options.resume_from_checkpoint == "auto":
-            self.resume = newest_checkpoint(self.path)
-        elif options.resume_from_checkpoint:
-            self.resume = Path(options.resume_from_checkpoint)
-        self._overwrite = options.overwrite_output_dir
+            newest = newest_checkpoint(self.path)
+            return None if newest is None else str(newest)
+        return options.resume_from_checkpoint or None
 
-    def _acquire(self) -> None:
+    def _acquire(self) -> int:
         """The kernel drops the lock with the process, however it ends: it can never be stale."""
         while True:
-            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                owner = os.pread(self._lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
-                os.close(self._lock)
+                owner = os.pread(lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
+                os.close(lock)
                 raise ConfigError(
                     f"--output_dir {self.path} is in use by another run (process {owner}): name another folder, "
                     "or wait for it"
                 ) from None
-            if self._lock_is_there():
+            if self._is_there(lock):
                 break
-            os.close(self._lock)
-        os.truncate(self._lock, 0)
-        os.pwrite(self._lock, f"{os.getpid()}\n".encode("ascii"), 0)
+            os.close(lock)
+        os.truncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode("ascii"), 0)
+        return lock
 
-    def _lock_is_there(self) -> bool:
+    def _is_there(self, lock: int) -> bool:
         """Whether the file that was locked is still the one in the folder: a run that ends removes its own."""
         try:
             there = os.stat(self.path / LOCK)
         except FileNotFoundError:
             return False
-        return os.path.samestat(there, os.fstat(self._lock))
+        return os.path.samestat(there, os.fstat(lock))
 
     def _remove_leftovers(self) -> None:
         """Delete what a killed run left half-written: of a checkpoint in the folder, of the final model beside it."""
@@ -103,8 +119,10 @@ class RunFolder:
 
     def clear(self) -> None:
         """With `--overwrite_output_dir`, delete what an earlier run left; to be called when this one is ready to start."""
-        if not self._overwrite:
-            return
+        if self._overwrite:
+            self.processes.by_first(self._clear)
+
+    def _clear(self) -> None:
         for checkpoint in list_checkpoints(self.path):
             shutil.rmtree(checkpoint)
         for pattern in RESULTS:
@@ -116,7 +134,11 @@ class RunFolder:
 
         Raises:
             ConfigError: naming the input that lies in the folder.
+            PeerError: in the other processes then.
         """
+        self.processes.by_first(lambda: self._check_inputs(names))
+
+    def _check_inputs(self, names: Sequence[str | None]) -> None:
         for name in names:
             inside = name is not None and Path(name).resolve().is_relative_to(self.path.resolve())
             if self._overwrite and inside and Path(str(name)).exists():
@@ -126,6 +148,9 @@ class RunFolder:
 
     def drop_later(self, step: int) -> None:
         """Delete the checkpoints after a step: a run that goes on from there makes its own."""
+        self.processes.by_first(lambda: self._drop_later(step))
+
+    def _drop_later(self, step: int) -> None:
         for checkpoint in list_checkpoints(self.path):
             if checkpoint_step(checkpoint) > step:
                 print(f"{checkpoint} is of the run as it went on before: deleted", flush=True)
@@ -135,8 +160,9 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        (self.path / LOCK).unlink(missing_ok=True)
-        os.close(self._lock)
+        if self._lock is not None:
+            (self.path / LOCK).unlink(missing_ok=True)
+            os.close(self._lock)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

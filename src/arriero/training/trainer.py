@@ -8,6 +8,7 @@ step, so that accumulation and packing change nothing but rounding.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +20,12 @@ from arriero.data.batch import Batch
 from arriero.data.steps import StepSource
 from arriero.errors import TrainingError
 from arriero.models.llama import LlamaForCausalLM
+from arriero.parallel.processes import Processes
 from arriero.training.checkpoint import TrainState, WeightStore, load_checkpoint, restore_random_state
+from arriero.training.execution import build_execution
 from arriero.training.flops import step_cost
-from arriero.training.loss import LossSums, linear_cross_entropy
 from arriero.training.optimizer import Optimizer
-from arriero.training.precision import Precision, first_non_finite
+from arriero.training.precision import NOTHING, Precision, first_non_finite
 from arriero.training.schedule import Schedule
 
 
@@ -59,12 +61,6 @@ class Callback:
         """After the last step, also when training is interrupted."""
 
 
-def batch_loss(model: LlamaForCausalLM, batch: Batch, *, label_smoothing: float = 0.0) -> LossSums:
-    """The summed cross-entropy of one batch."""
-    hidden = model.hidden_states(batch.input_ids, attention=batch.attention())
-    return linear_cross_entropy(hidden, model.lm_head.weight, batch.labels, label_smoothing=label_smoothing)
-
-
 def _leaves(value: Any, name: str = "") -> dict[str, Any]:
     """The values inside nested dicts and lists, by their path: `parts.0.seed`."""
     if not isinstance(value, dict | list):
@@ -81,6 +77,8 @@ class Trainer:
 
     Args:
         total_steps: optimizer steps of the whole run.
+        data: this process's micro-batches.
+        processes: all that train together; every one of them runs this loop in step with the others.
         skip_steps: numbers (from 0) of steps that pass without training on their data.
         max_grad_norm: gradient norm above which gradients are scaled down; 0 turns clipping off.
         run_folder: where callbacks write.
@@ -95,8 +93,10 @@ class Trainer:
     total_steps: int
     run_folder: Path
     device: torch.device
+    seed: int = 0
     max_grad_norm: float = 1.0
     label_smoothing: float = 0.0
+    processes: Processes = field(default_factory=Processes)
     skip_steps: frozenset[int] = frozenset()
     callbacks: list[Callback] = field(default_factory=list)
     state: TrainState = field(default_factory=TrainState)
@@ -107,6 +107,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.cost = step_cost(self.model)
+        self.execution = build_execution(self.model, self.precision, self.device, self.label_smoothing)
         self.state.total_steps = self.total_steps
         self.state.data = self.data.fingerprint()
 
@@ -122,7 +123,9 @@ class Trainer:
             FormatError: if the checkpoint is damaged or of another run.
             TrainingError: if the data would come in another order, or the run would have ended before.
         """
-        optimizer, generators, state = load_checkpoint(checkpoint, self.weights)
+        optimizer, generators, state = load_checkpoint(
+            checkpoint, self.weights, self.optimizer.placements, self.processes
+        )
         then, here = _leaves(state.data), _leaves(self.state.data)
         changed = [
             f"{key} was {then.get(key)} and is {here.get(key)}" for key in then | here if then.get(key) != here.get(key)
@@ -178,37 +181,49 @@ class Trainer:
         """One optimizer step: all its micro-batches, one clipping, one update."""
         start = time.perf_counter()
         left_out = self.state.step in self.skip_steps
-        batches = [] if left_out else [batch.to(self.device) for batch in self.data(self.state.step)]
-        label_tokens = sum(batch.label_tokens for batch in batches)
+        if not self.processes.alone:  # dropout as a function of the step, so that no generator's state need be kept
+            torch.manual_seed(self.seed + self.state.step * self.processes.layout.data + self.processes.data_rank)
+        batches = [] if left_out else list(self.data(self.state.step))
+        label_tokens, tokens, rows, flops = self._totals(batches)
         learning_rate = self.schedule(self.state.step)
         loss, norm, skipped = 0.0, 0.0, False
         if label_tokens:
-            total = torch.zeros((), device=self.device)
-            for batch in batches:
-                with self.precision.context():
-                    sums = batch_loss(self.model, batch, label_smoothing=self.label_smoothing)
-                part = sums.loss / label_tokens
-                self.precision.backward(part)
-                self.optimizer.collect_gradients()
-                total += part.detach()
+            share = self.execution.train(batches, label_tokens, self.optimizer)
+            parallel = self.execution.layers.parallel
+            if parallel is not None:
+                parallel.finish_gradients(self.optimizer.gradients())
             self.precision.unscale(self.optimizer)
-            loss, norm = float(total), float(self.optimizer.clip(self.max_grad_norm))
+            loss, squared_norm = self.processes.sum([share, self.optimizer.squared_norm()])
+            norm = math.sqrt(squared_norm) if squared_norm == squared_norm else math.nan
+            self.optimizer.clip(self.max_grad_norm, norm)
             skipped = self._check_finite(loss, norm)
             if not skipped:
                 self.optimizer.step(learning_rate)
             self.precision.update()
             self.optimizer.zero_grad()
-        tokens = sum(batch.row_tokens for batch in batches)
-        flops = sum(self.cost(batch.parts, batch.label_tokens) for batch in batches)
         seconds = time.perf_counter() - start
         self.state.step += 1
         self.state.tokens += tokens
         self.state.label_tokens += label_tokens
         self.state.seconds += seconds
-        rows = sum(batch.rows for batch in batches)
         return StepRecord(
             self.state.step, loss, norm, learning_rate, tokens, label_tokens, rows, flops, seconds, skipped
         )
+
+    def _totals(self, batches: list[Batch]) -> tuple[int, int, int, float]:
+        """Label tokens, tokens, rows and FLOPs of the step, in all processes."""
+        own = [
+            sum(batch.label_tokens for batch in batches),
+            sum(batch.row_tokens for batch in batches),
+            sum(batch.rows for batch in batches),
+            sum(self.cost(batch.parts, batch.label_tokens) for batch in batches if batch.rows),
+        ]
+        layout = self.processes.layout
+        # several processes see the same rows
+        label_tokens, tokens, rows, flops = (
+            total / (layout.pp * layout.cp * layout.tp) for total in self.processes.sum(own)
+        )
+        return round(label_tokens), round(tokens), round(rows), flops
 
     def _check_finite(self, loss: float, norm: float) -> bool:
         """Whether the step must be skipped (an fp16 overflow); raises if the numbers are really broken."""
@@ -217,6 +232,8 @@ class Trainer:
         if self.precision.forgives_overflow and loss == loss and abs(loss) != float("inf"):
             return True
         culprit = first_non_finite(self.optimizer, self.model)
+        culprits = [found for found in self.processes.exchange(culprit) if found != NOTHING]
+        culprit = culprits[0] if culprits else NOTHING
         raise TrainingError(
             f"step {self.state.step + 1}: loss {loss}, gradient norm {norm}; the first bad tensor is {culprit}; "
             f"{self.data.describe(self.state.step)}: lower --learning_rate, use bf16 or fp32 in place of fp16, "

@@ -7,14 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from arriero.adapters.lora import LoRAConfig, adapter_state, load_adapter_state
+from arriero.adapters.lora import LoRAConfig
 from arriero.adapters.peft_config import to_peft
 from arriero.data.tokenizer_files import SIDE_FILES
 from arriero.errors import FormatError
 from arriero.formats import hf, peft
+from arriero.formats.parts import Part
+from arriero.formats.shared_files import PartReader
 from arriero.models.llama import LlamaForCausalLM
+from arriero.parallel.placement import local_tensors, placements
+from arriero.parallel.processes import Processes
+
+
+def model_parts(model: nn.Module) -> dict[str, Part]:
+    """What this process holds of every parameter: the weights themselves, not copies."""
+    where = placements(model)
+    return {name: Part(tensor.detach(), where[name]) for name, tensor in local_tensors(model).items()}
 
 
 @dataclass
@@ -31,32 +41,33 @@ class FullWeights:
     tokenizer: Path | None = None
     max_shard_size: str = "5GB"
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+    def parts(self) -> dict[str, Part]:
+        return model_parts(self.model)
 
-    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    def write(self, folder: Path, parts: Mapping[str, Part], processes: Processes) -> None:
         other = self.tokenizer if self.tokenizer is not None and self.tokenizer != self.source else None
         names = [name for name in SIDE_FILES if name != "generation_config.json"] if other is not None else []
+        with processes.together():
+            wanted = names if processes.first else []
+            files = {name: (other / name).read_bytes() for name in wanted if other and (other / name).is_file()}
         hf.save_model(
-            tensors,
+            parts,
             self.model.config,
             folder,
             max_shard_size=self.max_shard_size,
             extra_files_from=self.source,
-            extra_files={name: (other / name).read_bytes() for name in names if other and (other / name).is_file()},
+            extra_files=files,
+            peers=processes,
         )
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        own = dict(self.model.named_parameters())
-        seen = set()
-        for name, tensor in hf.load_state(folder):
-            if name not in own or own[name].shape != tensor.shape:
-                raise FormatError(f"{folder}: tensor {name} {tuple(tensor.shape)} does not fit this model")
-            own[name].copy_(tensor)
-            seen.add(name)
-        for name in own.keys() - seen:
-            raise FormatError(f"{folder}: tensor {name} is missing")
+        reader = PartReader(folder)
+        hf.check_state(self.model.config, reader.shapes, str(folder))
+        for name, part in self.parts().items():
+            stored = part.placement.stored_as or name
+            _check_number(folder, stored, reader.dtype(stored))
+            part.tensor.copy_(reader.read_part(stored, part.placement))
 
 
 @dataclass
@@ -67,12 +78,23 @@ class AdapterWeights:
     config: LoRAConfig
     base_model: str
 
-    def tensors(self) -> dict[str, Tensor]:
-        return adapter_state(self.model)
+    def parts(self) -> dict[str, Part]:
+        trained = {name for name, p in self.model.named_parameters() if ".lora_" in name or p.requires_grad}
+        return {name: part for name, part in model_parts(self.model).items() if name in trained}
 
-    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        peft.save_adapter(folder, tensors, to_peft(self.config, self.base_model))
+    def write(self, folder: Path, parts: Mapping[str, Part], processes: Processes) -> None:
+        peft.save_adapter(folder, parts, to_peft(self.config, self.base_model), processes)
 
+    @torch.no_grad()
     def load(self, folder: Path) -> None:
-        _, state = peft.load_adapter(folder)
-        load_adapter_state(self.model, state)
+        peft.check_config(folder, to_peft(self.config, self.base_model))
+        own = self.parts()
+        found = peft.load_adapter_parts(folder, {name: part.placement for name, part in own.items()})
+        for name, tensor in found.items():
+            _check_number(folder, name, tensor.dtype)
+            own[name].tensor.copy_(tensor)
+
+
+def _check_number(folder: Path, name: str, dtype: torch.dtype) -> None:
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise FormatError(f"{folder}: {name} is {str(dtype).removeprefix('torch.')}, a floating-point tensor is needed")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from arriero.errors import FormatError, TrainingError
+from arriero.errors import FormatError, PeerError, TrainingError
 from arriero.training.callbacks.evaluation import is_due
 from arriero.training.checkpoint import TrainState, load_checkpoint, prune
 from arriero.training.checkpoint_writer import CheckpointWriter
@@ -31,11 +31,15 @@ class Checkpointing(Callback):
         load_best: bool = False,
         asynchronous: bool = False,
     ) -> None:
-        self.writer = CheckpointWriter(asynchronous=asynchronous)
+        self.asynchronous = asynchronous
+        self.writer = CheckpointWriter()
         self.strategy, self.every, self.keep, self.load_best = strategy, every, keep, load_best
         self.metric = None if metric is None else "eval_" + metric.removeprefix("eval_")
         self.sign = 1.0 if greater_is_better else -1.0
         self.unwritten = False  # the last checkpoint that was due is not on disk
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        self.writer = CheckpointWriter(trainer.processes, asynchronous=self.asynchronous)
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
         if is_due(trainer, self.strategy, self.every) or trainer.save_now:
@@ -49,10 +53,11 @@ class Checkpointing(Callback):
 
         def clean_up(written: TrainState) -> None:
             self.unwritten = False
-            prune(trainer.run_folder, self.keep, written.best_checkpoint, written.step)
+            if trainer.processes.first:
+                prune(trainer.run_folder, self.keep, written.best_checkpoint, written.step)
 
         self.unwritten = True
-        self.writer.save(trainer.run_folder, trainer.weights, trainer.optimizer.state(), state, clean_up)
+        self.writer.save(trainer.run_folder, trainer.weights, trainer.optimizer.parts(), state, clean_up)
 
     def _note_best(self, trainer: Trainer) -> None:
         if self.metric is None or trainer.metrics_step != trainer.state.step:
@@ -70,11 +75,9 @@ class Checkpointing(Callback):
         best = trainer.state.best_checkpoint
         if self.load_best and best and trainer.state.step == trainer.total_steps and not self.unwritten:
             try:
-                load_checkpoint(trainer.run_folder / best, trainer.weights)
-            except FormatError as error:
-                print(f"warning: the best checkpoint is lost, the last weights are kept: {error}", flush=True)
-                return
-            print(
-                f"best checkpoint: {best} ({(self.metric or '')[5:]} {trainer.state.best_metric:.4f}), loaded",
-                flush=True,
-            )
+                load_checkpoint(trainer.run_folder / best, trainer.weights, processes=trainer.processes)
+                found = f"best checkpoint: {best} ({(self.metric or '')[5:]} {trainer.state.best_metric:.4f}), loaded"
+            except (FormatError, PeerError) as error:
+                found = f"warning: the best checkpoint is lost, the last weights are kept: {error}"
+            if trainer.processes.first:
+                print(found, flush=True)

@@ -36,8 +36,11 @@ class Averages(Callback):
         self.peak = 0.0
 
     def on_train_begin(self, trainer: Trainer) -> None:
-        self.peak, source = peak_flops(trainer.device, trainer.precision.dtype)
-        print(f"MFU is of {self.peak / 1e12:,.3g} TFLOP/s ({source})", flush=True)
+        one, source = peak_flops(trainer.device, trainer.precision.dtype)
+        size = trainer.processes.size
+        self.peak = one * size
+        each = f"{size} x " if size > 1 else ""
+        print(f"MFU is of {each}{one / 1e12:,.3g} TFLOP/s ({source})", flush=True)
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
         self.pending.append(record)

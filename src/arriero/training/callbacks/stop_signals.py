@@ -45,5 +45,9 @@ class StopSignals(Callback):
         signal.signal(number, self.before[self.received])
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
-        if self.received is not None and trainer.state.step < trainer.total_steps:
+        if trainer.state.step == trainer.total_steps:
+            return
+        number = round(trainer.processes.max([float(self.received or 0)])[0])  # it may not have reached all of them yet
+        if number:
+            self.received = signal.Signals(number)
             trainer.should_stop = trainer.save_now = True

@@ -105,7 +105,8 @@ class TextSamples(Callback):
 
     def on_train_begin(self, trainer: Trainer) -> None:
         self.path = trainer.run_folder / SAMPLES
-        drop_later(self.path, trainer.state.step)
+        if trainer.processes.first:
+            drop_later(self.path, trainer.state.step)
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
         if not is_due(trainer, self.strategy, self.every):
@@ -116,6 +117,8 @@ class TextSamples(Callback):
         finally:
             trainer.model.train(training)
             restore_random_state(before)
+        if not trainer.processes.first:  # it has the same texts
+            return
         step = trainer.state.step
         rows = zip(self.prompts, texts, strict=True)
         self._write(

@@ -1,17 +1,23 @@
-"""What autograd keeps of a forward pass, tensor by tensor.
+"""What autograd keeps of a forward pass in one process, tensor by tensor.
 
 The tables here follow `models/llama.py`, `models/attention.py` and `training/loss.py` line by line and have to change with
 them; `tests/unit/test_plan_activations.py` counts what autograd really keeps and fails when they do not.
 The way of counting is that of Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1), done for this model and its kernels.
+Tensor parallelism keeps the gathered input of each pair of blocks, so that the backward pass need not gather it again.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
+from arriero.config.layout import Layout
 from arriero.models.config import LlamaConfig
-from arriero.training.planning.setup import ModelFacts, TrainingSetup
+from arriero.models.tensor_split import cut_of
+from arriero.training.planning.setup import ModelFacts, Parameter, TrainingSetup
 
 FLOAT, INDEX = 4, 8  # bytes of fp32 and int64
 
@@ -20,11 +26,77 @@ Kernel = Literal["fused", "written out"]
 
 @dataclass(frozen=True)
 class Saved:
-    """A tensor kept for the backward pass. `core` ones are computed again by recompute granularity core_attn."""
+    """A tensor kept for the backward pass.
+
+    Attributes:
+        size: bytes.
+        core: whether recompute granularity core_attn computes it again.
+        cast: whether it is a cast of weights, which all micro-batches under one autocast share.
+    """
 
     name: str
-    size: int  # bytes
+    size: int
     core: bool = False
+    cast: bool = False
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Numbers a token in one process, in its part of each matrix: the first process has the greatest parts.
+
+    Attributes:
+        heads, key_heads: of queries, and of keys and values.
+        query, key: all heads together.
+        inner: feed-forward units.
+        vocabulary: rows of the output head.
+    """
+
+    heads: int
+    key_heads: int
+    query: int
+    key: int
+    inner: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, facts: ModelFacts, tp: int) -> Widths:
+        return _widths(facts, tp)
+
+
+@lru_cache(maxsize=256)
+def _widths(facts: ModelFacts, tp: int) -> Widths:
+    config = facts.config
+
+    def part(name: str, length: int) -> int:
+        return cut_of(f"{name}.weight", (length, config.hidden_size), config, tp, 0).size
+
+    query = part("q_proj", config.num_attention_heads * config.head_dim)
+    key = part("k_proj", config.num_key_value_heads * config.head_dim)
+    inner, vocabulary = part("gate_proj", config.intermediate_size), part("lm_head", config.vocab_size)
+    return Widths(math.ceil(query / config.head_dim), key // config.head_dim, query, key, inner, vocabulary)
+
+
+def gathered_tokens(setup: TrainingSetup) -> int:
+    """Keys that a device holds for its queries; under context parallelism as `parallel/context.py` gathers them."""
+    return setup.tokens if setup.layout.cp == 1 else _gathered(setup.batch, setup.sequence, setup.layout.cp)
+
+
+@lru_cache(maxsize=1024)
+def _gathered(rows: int, sequence: int, cp: int) -> int:
+    """The most of any process: for each of its two chunks of the packed rows, from its first row's start to its end."""
+    chunk = math.ceil(rows * sequence / (2 * cp))
+
+    def keys(place: int) -> int:
+        return (place + 1) * chunk - place * chunk // sequence * sequence
+
+    return max(keys(rank) + keys(2 * cp - 1 - rank) for rank in range(cp))
+
+
+def scores(setup: TrainingSetup) -> int:
+    """Pairs of query and key that a device has scores of, for each head, where a kernel writes them out."""
+    if setup.layout.cp == 1:
+        return setup.tokens * setup.sequence
+    return math.ceil(setup.tokens / 2) * gathered_tokens(setup)
 
 
 def attention_kernel(config: LlamaConfig, setup: TrainingSetup, layer: int) -> Kernel:
@@ -59,49 +131,53 @@ def norm_saved(name: str, rows: int, width: int, facts: ModelFacts, setup: Train
 
 def block_saved(facts: ModelFacts, setup: TrainingSetup, layer: int = 0) -> list[Saved]:
     """What one decoder layer keeps without recomputation."""
-    config, tokens = facts.config, setup.tokens
-    hidden, inner = config.hidden_size, config.intermediate_size
-    heads = config.num_attention_heads
-    query, key = heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    item = setup.compute_bytes
+    config, tokens, stream = facts.config, setup.tokens, setup.stream_tokens
+    hidden, item = config.hidden_size, setup.compute_bytes
+    widths = Widths.of(facts, setup.layout.tp)
     saved = []
     # the embedding's output needs no gradient when it is frozen, so neither does the first layer's norm
     if not (facts.lora_rank and layer == 0):
-        saved += norm_saved("input norm", tokens, hidden, facts, setup, setup.weight_bytes)
+        saved += norm_saved("input norm", stream, hidden, facts, setup, setup.weight_bytes)
     if facts.keeps_input("q_proj", "k_proj", "v_proj"):
         saved.append(Saved("q, k, v input", tokens * hidden * _input_bytes(facts, setup, 3)))
     if config.qk_norm:
-        for name, count in (("q norm", heads), ("k norm", config.num_key_value_heads)):
+        for name, count in (("q norm", widths.heads), ("k norm", widths.key_heads)):
             norm = norm_saved(name, tokens * count, config.head_dim, facts, setup, item)
             saved += [Saved(tensor.name, tensor.size, True) for tensor in norm]
-    saved += _attention_saved(facts, setup, layer, query, key)
-    saved += norm_saved("post-attention norm", tokens, hidden, facts, setup, setup.weight_bytes)
+    saved += _attention_saved(facts, setup, layer, widths)
+    saved += norm_saved("post-attention norm", stream, hidden, facts, setup, setup.weight_bytes)
     if facts.keeps_input("gate_proj", "up_proj"):
         saved.append(Saved("gate, up input", tokens * hidden * _input_bytes(facts, setup, 2)))
-    saved += [Saved(name, tokens * inner * item) for name in ("gate", "silu(gate)", "up")]
+    saved += [Saved(name, tokens * widths.inner * item) for name in ("gate", "silu(gate)", "up")]
     if facts.keeps_input("down_proj"):
-        saved.append(Saved("silu(gate) * up", tokens * inner * item))
-    # under stage 3 the casts are the gathered weights, which are let go after each layer
-    if setup.autocast and setup.sharding < 3:
-        saved.append(Saved("attention weights in half precision", _cast_weights(facts, ".self_attn.") * item, True))
-        saved.append(Saved("MLP weights in half precision", _cast_weights(facts, ".mlp.") * item))
+        saved.append(Saved("silu(gate) * up", tokens * widths.inner * item))
+    if setup.keeps_casts:
+        attention, mlp = (_cast_weights(facts, setup.layout, part) * item for part in (".self_attn.", ".mlp."))
+        saved.append(Saved("attention weights in half precision", attention, True, True))
+        saved.append(Saved("MLP weights in half precision", mlp, False, True))
     return saved
 
 
-def _attention_saved(facts: ModelFacts, setup: TrainingSetup, layer: int, query: int, key: int) -> list[Saved]:
+def _attention_saved(facts: ModelFacts, setup: TrainingSetup, layer: int, widths: Widths) -> list[Saved]:
     config, tokens, item = facts.config, setup.tokens, setup.compute_bytes
-    heads, window = config.num_attention_heads, config.layer_sliding_window(layer)
+    heads, query, window = widths.heads, widths.query, config.layer_sliding_window(layer)
+    keys = gathered_tokens(setup)
     saved = [Saved("attention output", tokens * query * item, True)]
     if attention_kernel(config, setup, layer) == "written out":
         # keys and values are repeated for every query head, and all of it is fp32
-        saved += [Saved(f"{name} in fp32", tokens * query * FLOAT, True) for name in ("scaled q", "scaled k", "v")]
-        saved.append(Saved("attention weights", tokens * setup.sequence * heads * FLOAT, True))
+        saved.append(Saved("scaled q in fp32", tokens * query * FLOAT, True))
+        saved += [Saved(f"{name} in fp32", keys * query * FLOAT, True) for name in ("scaled k", "v")]
+        saved.append(Saved("attention weights", scores(setup) * heads * FLOAT, True))
     else:
         saved.append(Saved("q", tokens * query * item, True))
-        saved += [Saved(name, tokens * key * item, True) for name in ("k", "v")]
+        saved += [Saved(name, keys * widths.key * item, True) for name in ("k", "v")]
         saved.append(Saved("log-sum-exp of the scores", tokens * heads * FLOAT, True))
         if window is not None and window < setup.sequence:
             saved.append(Saved("mask of the window", setup.sequence**2 * item, True))
+    if setup.layout.cp > 1 and (setup.device == "cpu" or item == FLOAT):
+        # without a kernel for documents each chunk is one call of attention, with a mask that ends at its last query
+        saved.append(Saved("attention output of each chunk", tokens * query * item, True))
+        saved.append(Saved("masks of the chunks", scores(setup) * item, True))
     if facts.lora_rank:
         attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
         size = tokens * facts.lora_rank * (item if setup.autocast else FLOAT)
@@ -120,18 +196,23 @@ def _input_bytes(facts: ModelFacts, setup: TrainingSetup, layers: int) -> int:
     return layers * setup.compute_bytes if setup.autocast else setup.compute_bytes
 
 
-def _cast_weights(facts: ModelFacts, part: str) -> int:
+def _cast_weights(facts: ModelFacts, layout: Layout, part: str) -> int:
     """Numbers in the matrices of one layer's attention or MLP that autocast casts and autograd keeps: the unadapted ones."""
-    own = [
-        p for p in facts.parameters if ".layers.0." in p.name and part in p.name and p.ndim == 2 and not p.is_adapter
-    ]
-    return sum(p.numel for p in own if p.name.split(".")[-2] not in facts.lora_targets)
+    own = [p for p in facts.layer if part in p.name and p.ndim == 2 and not p.is_adapter]
+    kept = [p for p in own if p.name.split(".")[-2] not in facts.lora_targets]
+    return sum(math.prod(local_shape(p, facts.config, layout.tp)) for p in kept)
+
+
+def local_shape(parameter: Parameter, config: LlamaConfig, tp: int) -> tuple[int, ...]:
+    """Of a parameter in the first of the processes that share out its matrix: it has the most."""
+    cut = cut_of(parameter.name, parameter.shape, config, tp, 0)
+    return tuple(cut.size if dim == cut.dim else length for dim, length in enumerate(parameter.shape))
 
 
 def kept_of_block(facts: ModelFacts, setup: TrainingSetup, layer: int = 0) -> list[Saved]:
     """What one decoder layer keeps until its backward pass under the setup's recomputation."""
     saved = block_saved(facts, setup, layer)
-    stream = setup.tokens * facts.config.hidden_size * setup.weight_bytes
+    stream = setup.stream_tokens * facts.config.hidden_size * setup.weight_bytes
     if setup.recompute == "full":
         return [Saved("input of the layer", stream)]
     if setup.recompute == "core_attn":
@@ -144,21 +225,22 @@ def kept_of_block(facts: ModelFacts, setup: TrainingSetup, layer: int = 0) -> li
 def model_saved(facts: ModelFacts, setup: TrainingSetup) -> list[Saved]:
     """What is kept outside of the decoder layers, the loss left out."""
     config, tokens = facts.config, setup.tokens
-    rotary = 2 * setup.sequence * config.head_dim * setup.weight_bytes
+    positions = setup.sequence if setup.layout.cp == 1 else tokens
+    rotary = 2 * positions * config.head_dim * setup.weight_bytes
     saved = [Saved("cos and sin", rotary)]
     if not facts.lora_rank:
         saved.append(Saved("token ids", tokens * INDEX))
-    saved += norm_saved("final norm", tokens, config.hidden_size, facts, setup, setup.weight_bytes)
+    saved += norm_saved("final norm", setup.stream_tokens, config.hidden_size, facts, setup, setup.weight_bytes)
     return saved
 
 
 def loss_saved(facts: ModelFacts, setup: TrainingSetup) -> list[Saved]:
     """What the loss keeps: it forms the gradients at once, in fp32."""
-    config = facts.config
+    config, rows = facts.config, Widths.of(facts, setup.layout.tp).vocabulary
     saved = [Saved("index of the labels", setup.tokens * INDEX)]
     saved.append(Saved("gradient of the hidden states", setup.tokens * config.hidden_size * FLOAT))
     if not facts.lora_rank:
-        saved.append(Saved("gradient of the output head", config.vocab_size * config.hidden_size * FLOAT))
+        saved.append(Saved("gradient of the output head", rows * config.hidden_size * FLOAT))
     return saved
 
 
@@ -167,13 +249,29 @@ def total(saved: list[Saved]) -> int:
     return sum(tensor.size for tensor in saved)
 
 
-def blocks_kept(facts: ModelFacts, setup: TrainingSetup) -> int:
-    """Bytes that all decoder layers keep together."""
-    kinds: dict[tuple[bool, int | None], int] = {}
-    result = 0
-    for layer in range(facts.config.num_hidden_layers):
-        kind = (layer == 0, facts.config.layer_sliding_window(layer))
-        if kind not in kinds:
-            kinds[kind] = total(kept_of_block(facts, setup, layer))
-        result += kinds[kind]
-    return result
+def blocks_kept(
+    facts: ModelFacts, setup: TrainingSetup, layers: Sequence[int] | None = None, times: float = 1.0
+) -> int:
+    """Bytes that decoder layers keep together.
+
+    Args:
+        layers: by default all.
+        times: forward passes whose tensors are kept at once; casts of weights are kept once.
+    """
+    held = tuple(range(facts.config.num_hidden_layers)) if layers is None else tuple(layers)
+    once = again = 0
+    for layer, count in _kinds(facts, held):
+        kept = kept_of_block(facts, setup, layer)
+        casts = sum(tensor.size for tensor in kept if tensor.cast)
+        once += casts * count
+        again += (total(kept) - casts) * count
+    return once + math.ceil(again * times)
+
+
+@lru_cache(maxsize=1024)
+def _kinds(facts: ModelFacts, layers: tuple[int, ...]) -> list[tuple[int, int]]:
+    """One layer of each kind that keeps something else, and how many of it there are."""
+    found: dict[tuple[bool, int | None], list[int]] = {}
+    for layer in layers:
+        found.setdefault((layer == 0, facts.config.layer_sliding_window(layer)), []).append(layer)
+    return [(alike[0], len(alike)) for alike in found.values()]

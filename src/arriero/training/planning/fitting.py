@@ -59,9 +59,14 @@ def levers(facts: ModelFacts, setup: TrainingSetup) -> list[Lever]:
     if setup.weight_bytes > 2:
         changes.append(("--bf16 --fp16_opt_level O2", setup.with_precision("bfloat16", "bfloat16")))
         everything = everything.with_precision("bfloat16", "bfloat16")
-    if setup.devices > 1 and setup.sharding < 3:
-        changes.append(("--sharding stage3", replace(setup, sharding=3)))
-        everything = replace(everything, sharding=3)
+    layout = setup.layout
+    if layout.data > 1 and (layout.stage < 3 or layout.dp_replicate > 1):
+        # a pipeline sends gradients once a step and keeps weights gathered: no stage is smaller than the first
+        stage = 3 if layout.pp == 1 else 1
+        if layout.stage < stage or layout.dp_replicate > 1:
+            shared = replace(layout, stage=stage, dp_shard=layout.data, dp_replicate=1)
+            changes.append((f"--sharding stage{stage}", replace(setup, layout=shared)))
+            everything = replace(everything, layout=shared)
     if setup.optimizer != "adamw_8bit" and not facts.lora_rank:
         changes.append(("--optim adamw_8bit", replace(setup, optimizer="adamw_8bit")))
         everything = replace(everything, optimizer="adamw_8bit")

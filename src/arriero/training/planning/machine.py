@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,80 @@ DEVICE_MEMORY = {
 # Share of the peak that training reaches where nothing is known. GPU: Llama 3 reports 38 to 43 % (arXiv:2407.21783, table 4).
 # CPU: this package reached 61 to 86 % of its measured matrix product (README).
 DEFAULT_UTILIZATION = {"cuda": 0.4, "cpu": 0.7}
+# The same of GPUs while they compute, for layouts whose waiting is counted apart: what Llama 3's 43 % on 8,192 GPUs (table 4)
+# leaves once this package's counts of the pipeline's bubble and of tensor parallelism are taken off; see docs/scaling.md.
+COMPUTING_UTILIZATION = 0.53
+GPUS_IN_NODE = 8
+# GB/s each way of one GPU, by the names of DEVICE_PEAKS: to the others of its node and to other nodes. NVLink, half of the
+# data sheets' sum of both directions: H100 and H200 900, A100 600, V100 300. PCIe x16 elsewhere: generation 5 64, 4 32, 3 16.
+# Networks: DGX H100 and H200 400 Gb/s a GPU (Llama 3's machines too, section 3.3.1), DGX A100 200, DGX-1 V100 four of 100 for
+# 8; for cards that are sold without one, 100 Gb/s a GPU is assumed.
+DEVICE_LINKS = {
+    "H200": (450.0, 50.0),
+    "H100 PCIe": (64.0, 50.0),
+    "H100": (450.0, 50.0),
+    "A100": (300.0, 25.0),
+    "L40S": (32.0, 12.5),
+    "RTX 4090": (32.0, 12.5),
+    "A10": (32.0, 12.5),
+    "V100": (150.0, 6.25),
+    "T4": (16.0, 12.5),
+}
+# Share of a link's nominal bandwidth that collectives reach: an assumption, not measured here.
+LINK_UTILIZATION = 0.8
+# Seconds that each message of a ring waits, in a node and between nodes: the figures by which NCCL itself chooses (hwLat in its
+# src/graph/tuning.cc: ring, Simple protocol).
+MESSAGE_DELAYS = (3.4e-6, 14.0e-6)
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True)
+class Links:
+    """What a device can send, in bytes a second.
+
+    Attributes:
+        in_node: to the devices of its node.
+        between: to other nodes.
+        source: where the figures come from, for the reader.
+    """
+
+    in_node: float
+    between: float
+    source: str
+
+    def bandwidth(self, members: int, stride: int) -> float:
+        """Of each device in a group of `members` whose ranks are `stride` apart.
+
+        A ring over nodes leaves each node by one link for every member there, as each of them has its own.
+        """
+        if members * stride <= GPUS_IN_NODE:
+            return self.in_node
+        return min(self.in_node, max(1, GPUS_IN_NODE // stride) * self.between)
+
+    @staticmethod
+    def delay(members: int, stride: int) -> float:
+        """Seconds of one message in such a group's ring, in the mean: it passes each node once."""
+        inside, outside = MESSAGE_DELAYS
+        nodes = math.ceil(members / max(1, GPUS_IN_NODE // stride))
+        return inside if nodes == 1 else (inside * (members - nodes) + outside * (nodes - 1)) / (members - 1)
+
+
+def find_links(gpu: str | None, in_node: float | None, between: float | None) -> Links | None:
+    """The links of a GPU; None where nothing is known of it.
+
+    Args:
+        in_node, between: GB/s that were given, taken as they are; data sheets' figures are lowered to what is reached.
+    """
+    sheet = DEVICE_LINKS.get(find_gpu(gpu)) if gpu is not None else None
+    if sheet is None and (in_node is None or between is None):
+        return None
+    known = [
+        given if given is not None else found * LINK_UTILIZATION
+        for given, found in zip((in_node, between), sheet or (0, 0), strict=True)
+    ]
+    given = (in_node is not None) + (between is not None)
+    source = ("data sheet, 80 % of it", "data sheet and given", "given")[given]
+    return Links(known[0] * 1e9, known[1] * 1e9, source)
 
 
 @dataclass(frozen=True)

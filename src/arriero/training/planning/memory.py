@@ -1,28 +1,33 @@
 """Memory of one device over a training step: how much of each kind, and when the most of it is held at once.
 
 A step has six moments at which it can be greatest; the activations shrink from the first to the fifth while the gradients
-grow, so neither sum of all kinds is ever held. Sharding is that of ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054).
+grow, so neither sum of all kinds is ever held. Sharding is ZeRO's (Rajbhandari et al. 2020, arXiv:1910.02054) as torch's
+FSDP2 does it: a step gathers the weights of a layer, or of all, beside the shard that is held.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 from arriero.training.loss import CHUNK_ELEMENTS
-from arriero.training.optimizer import EMBEDDING, HEAD, LEAST_8BIT
-from arriero.training.optimizers.block_quantization import BLOCK
 from arriero.training.planning.activations import (
     FLOAT,
+    Widths,
     attention_kernel,
     block_saved,
     blocks_kept,
     kept_of_block,
+    local_shape,
     loss_saved,
     model_saved,
+    scores,
     total,
 )
-from arriero.training.planning.setup import ModelFacts, Parameter, TrainingSetup, shared_out
+from arriero.training.planning.pipeline import Share, distinct_shares
+from arriero.training.planning.setup import ModelFacts, TrainingSetup
+from arriero.training.planning.state import Held, held_by
 
 MIB = 2**20
 # A process that has imported torch and this package, and what its kernels allocate at their first use; measured on Linux
@@ -40,11 +45,15 @@ class Memory:
         kinds: the greatest size of each kind over a step, by name; they are not all there at once.
         moments: bytes held at each moment of a step, in order.
         overhead: bytes of the process or the CUDA context, held always and part of every moment.
+        pp: the place in the pipeline of the device.
+        host: bytes of host memory that `offload` uses instead.
     """
 
     kinds: dict[str, int]
     moments: dict[str, int]
     overhead: int
+    pp: int = 0
+    host: int = 0
 
     @cached_property
     def moment(self) -> str:
@@ -56,124 +65,181 @@ class Memory:
         return self.moments[self.moment]
 
 
-def parameter_bytes(parameter: Parameter, setup: TrainingSetup) -> int:
-    """Bytes of a weight as it is held between steps."""
-    return parameter.numel * (FLOAT if parameter.is_adapter else setup.weight_bytes)
-
-
-def optimizer_bytes(parameter: Parameter, rule: str) -> int:
-    """Bytes of the optimizer's state of one trained parameter, master weights left out; as `Optimizer` makes it."""
-    size, eight = parameter.numel, rule == "adamw_8bit"
-    if rule == "muon" and parameter.ndim == 2 and EMBEDDING not in parameter.name and HEAD not in parameter.name:
-        return size * FLOAT
-    if eight and size >= LEAST_8BIT and EMBEDDING not in parameter.name:
-        return 2 * (size + -(-size // BLOCK) * FLOAT)
-    return 2 * size * FLOAT + FLOAT  # the step count is a tensor too
-
-
 def training_memory(facts: ModelFacts, setup: TrainingSetup) -> Memory:
-    """What one device holds."""
-    trained = [p for p in facts.parameters if p.trained]
-    whole = sum(parameter_bytes(p, setup) for p in facts.parameters)
-    weights = shared_out(whole, setup, 3)
-    halves = sum(p.numel for p in trained if not p.is_adapter) if setup.weight_bytes < FLOAT else 0
-    masters = shared_out(halves * FLOAT, setup, 1)
-    state = shared_out(sum(optimizer_bytes(p, setup.optimizer) for p in trained), setup, 1)
-    held = sum(parameter_bytes(p, setup) for p in trained)
-    gradients = shared_out(held, setup, 2)
-    # masters are stepped by fp32 gradients, made one after another while the half-precision ones go
-    stepping = shared_out(sum(p.numel for p in trained) * FLOAT, setup, 2) if halves else gradients
-    gathered = _gathered(facts, setup)
-    overhead = CUDA_OVERHEAD if setup.device == "cuda" else HOST_IMPORTS + HOST_KERNELS
-    always = weights + masters + state + gathered + overhead
+    """What the device holds that holds most."""
+    found = [share_memory(facts, setup, share) for share in distinct_shares(facts, setup)]
+    return max(found, key=lambda memory: memory.peak)
 
-    blocks, outside, loss = blocks_kept(facts, setup), total(model_saved(facts, setup)), total(loss_saved(facts, setup))
-    kept = blocks + outside
-    casts = _cached_casts(facts, setup)
-    earlier = stepping if setup.accumulation > 1 else 0  # of the micro-batches before; those of masters in fp32
-    head = 0 if facts.lora_rank else facts.config.vocab_size * facts.config.hidden_size
-    embedding_again = head * setup.weight_bytes if facts.config.tie_word_embeddings else 0
-    head_gradient = shared_out(head * setup.weight_bytes, setup, 2)
-    logits = _loss_working(facts, setup, head)
+
+@dataclass(frozen=True)
+class Gradients:
+    """Bytes of gradients at the moments of a step.
+
+    Attributes:
+        shards: as they are held at its end.
+        stepping: as the optimizer takes them.
+        earlier: of the micro-batches before the last.
+        layer: that the backward pass of one layer adds.
+        outside: of head, norm and embedding, until they are shared out.
+    """
+
+    shards: int
+    stepping: int
+    earlier: int
+    layer: int
+    head: int
+    outside: int
+
+    @classmethod
+    def of(cls, setup: TrainingSetup, held: Held) -> Gradients:
+        every, layer, head, outside = held.total, held.layer, held.head, held.outside
+        # masters are stepped by fp32 gradients, made one after another while the half-precision ones go
+        stepping = every.trained_shards * FLOAT if every.masters else every.gradient_shards
+        if not setup.fully_sharded:
+            earlier = stepping if setup.accumulation > 1 else 0
+            return cls(every.gradients, stepping, earlier, layer.gradients, head.gradients, 0)
+
+        def on_the_way(trained: int, made: int) -> int:
+            # what autograd made and the buffer in which it is added up
+            return made + trained * setup.reduce_bytes
+
+        several = setup.micro_batches > 1
+        earlier = stepping if several else 0
+        if several and (setup.layout.stage < 2 or setup.layout.pp > 1):  # torch's pipelines send once a step
+            earlier = every.trained * setup.reduce_bytes
+        return cls(
+            every.gradient_shards,
+            stepping,
+            earlier,
+            on_the_way(layer.trained, layer.gradients),
+            head.gradients,
+            on_the_way(outside.trained, outside.gradients),
+        )
+
+
+def share_memory(facts: ModelFacts, setup: TrainingSetup, share: Share) -> Memory:
+    """What a device at one place of the pipeline holds."""
+    held = held_by(facts, setup, share)
+    every, config = held.total, facts.config
+    gradients, gathered = Gradients.of(setup, held), _gathered(setup, held)
+    overhead = CUDA_OVERHEAD if setup.device == "cuda" else HOST_IMPORTS + HOST_KERNELS
+    stored = every.held + every.masters + every.optimizer
+    offloaded = setup.layout.offload and setup.device == "cuda"
+    host = stored + gradients.stepping if offloaded else 0
+    between = overhead + (0 if offloaded else stored)
+    always = between + gathered
+
+    outside = total(model_saved(facts, setup)) if share.head else 0
+    loss = total(loss_saved(facts, setup)) if share.head else 0
+    kept = blocks_kept(facts, setup, share.layers, share.passes) + outside + _messages(facts, setup, share)
+    casts = _cached_casts(facts, setup, len(share.layers))
+    earlier = gradients.earlier
+    # gradients that each micro-batch shares out at once leave for the host
+    if offloaded and earlier == gradients.stepping:
+        earlier = 0
+    at_hand = 0 if offloaded else gradients.shards
+    logits = _loss_working(facts, setup) if share.head else 0
     backward = _block_backward(facts, setup)
-    layer_gradients = sum(parameter_bytes(p, setup) for p in trained if p.in_block) // facts.config.num_hidden_layers
-    # of all other layers and the head: the embedding's own comes last
-    others = held - layer_gradients - (0 if facts.config.tie_word_embeddings else head * setup.weight_bytes)
-    there = earlier + layer_gradients if earlier else shared_out(others, setup, 2)
-    first_layer = total(kept_of_block(facts, setup)) + backward + there
-    update = _update_working(facts, setup)
+    own_layer = total(kept_of_block(facts, setup, share.layers[0]))
+    # what other micro-batches in the pipeline keep, while this one is at its first layer
+    others = math.ceil((kept - outside) * (share.passes - 1) / share.passes) if share.passes > 1 else 0
+    # a tied head's gradient stands beside the embedding's until both are there
+    tied = config.tie_word_embeddings and not setup.fully_sharded
+    tied_again = held.embedding.gradients if tied else 0
+    if setup.fully_sharded:
+        there = (earlier or at_hand) + gradients.layer + gradients.head
+    else:
+        # of all other layers and the head: the embedding's own comes last
+        rest = every.gradients - gradients.layer - gradients.head
+        there = earlier + gradients.layer if earlier else rest
+    head_gradient = tied_again or gradients.head
+    ending = (earlier or at_hand) if setup.fully_sharded else gradients.shards
+    update = 0 if offloaded else gradients.stepping + _update_working(facts, setup)
     moments = {
         "the loss": always + earlier + kept + casts + loss + logits,
         "backward of the loss": always + earlier + kept + 2 * loss,
         "backward of the last layer": always + max(earlier, head_gradient) + kept + backward,
-        "backward of the first layer": always + first_layer,
-        "end of the backward pass": always + gradients + embedding_again + total(kept_of_block(facts, setup)),
-        "the update": always + stepping + update,
+        "backward of the first layer": always + others + own_layer + backward + there,
+        "end of the backward pass": always + ending + gradients.outside + tied_again + others + own_layer,
+        "the update": between + (0 if setup.fully_sharded else gathered) + update,
     }
     kinds = {
-        "weights": weights,
-        "master weights": masters,
-        "optimizer": state,
-        "gradients": max(gradients, stepping),
+        "weights": 0 if offloaded else every.held,
+        "master weights": 0 if offloaded else every.masters,
+        "optimizer": 0 if offloaded else every.optimizer,
+        "gradients": max(ending, earlier, 0 if offloaded else gradients.stepping),
         "activations": kept + (casts if setup.recompute != "none" else 0),
         "loss": loss + logits,
-        "working memory": max(backward, update),
+        "working memory": max(backward, _update_working(facts, setup)),
         "weights gathered": gathered,
         "overhead": overhead,
     }
-    return Memory({name: size for name, size in kinds.items() if size}, moments, overhead)
+    return Memory({name: size for name, size in kinds.items() if size}, moments, overhead, share.pp, host)
 
 
-def _gathered(facts: ModelFacts, setup: TrainingSetup) -> int:
-    """Whole weights that a device holds under stage 3: two layers (one is fetched ahead), or embedding and head."""
-    if setup.sharding < 3 or setup.devices == 1:
+def _gathered(setup: TrainingSetup, held: Held) -> int:
+    """Weights that a device holds besides its shards while it computes.
+
+    Under stage 3 two layers (one is fetched ahead) and what is outside of them; in a pipeline all its layers, since torch's
+    pipelines let go of none after a backward pass. Below stage 3 all of them; FSDP2 copies them even where nothing is shared.
+    """
+    if not setup.fully_sharded:
         return 0
-    layers = facts.config.num_hidden_layers
-    block = sum(p.numel for p in facts.parameters if p.in_block) // layers
-    outside = sum(p.numel for p in facts.parameters if not p.in_block)
-    return (2 * block + outside) * setup.compute_bytes
+    if setup.layout.stage == 3 and setup.layout.pp == 1:
+        return min(2, held.layers) * held.layer.weights + held.outside.weights
+    return held.total.weights
 
 
-def _cached_casts(facts: ModelFacts, setup: TrainingSetup) -> int:
+def _messages(facts: ModelFacts, setup: TrainingSetup, share: Share) -> int:
+    """Hidden states that a pipeline's stages keep of each pass for the backward one: what came in and what went out."""
+    if setup.layout.pp == 1:
+        return 0
+    size = setup.stream_tokens * facts.config.hidden_size * setup.weight_bytes
+    return math.ceil(2 * size * share.passes * setup.layout.virtual)
+
+
+def _cached_casts(facts: ModelFacts, setup: TrainingSetup, layers: int) -> int:
     """Half-precision copies of trained weights that autocast keeps to the end of the forward pass.
 
-    Without recomputation autograd keeps the same copies, and they are counted there. Under stage 3 weights are cast as they
-    are gathered, a layer at a time.
+    Without recomputation autograd keeps the same copies, and they are counted there.
     """
-    if not setup.autocast or setup.recompute == "none" or setup.sharding >= 3:
+    if not setup.keeps_casts or setup.recompute == "none":
         return 0
-    cast = sum(p.numel for p in facts.parameters if p.in_block and p.ndim == 2 and p.trained)
-    kept = sum(tensor.size for tensor in kept_of_block(facts, setup) if "in half precision" in tensor.name)
-    return max(0, cast * setup.compute_bytes - kept * facts.config.num_hidden_layers)
+    cast = sum(
+        math.prod(local_shape(p, facts.config, setup.layout.tp)) for p in facts.layer if p.ndim == 2 and p.trained
+    )
+    kept = sum(tensor.size for tensor in kept_of_block(facts, setup) if tensor.cast)
+    return max(0, cast * setup.compute_bytes - kept) * layers
 
 
-def _loss_working(facts: ModelFacts, setup: TrainingSetup, head: int) -> int:
+def _loss_working(facts: ModelFacts, setup: TrainingSetup) -> int:
     """The greatest that the loss holds beside what it keeps: hidden states twice, a chunk of logits and its softmax."""
-    config = facts.config
-    chunk = min(setup.tokens, max(1, CHUNK_ELEMENTS // config.vocab_size)) * config.vocab_size
+    config, rows = facts.config, Widths.of(facts, setup.layout.tp).vocabulary
+    head = 0 if facts.lora_rank else rows * config.hidden_size
+    chunk = min(setup.tokens, max(1, CHUNK_ELEMENTS // rows)) * rows
     hidden = 2 * setup.tokens * config.hidden_size * setup.weight_bytes
     if setup.compute_bytes == FLOAT:
         return hidden + 2 * chunk * FLOAT
-    cast = config.vocab_size * config.hidden_size * setup.compute_bytes if setup.autocast else 0
+    cast = rows * config.hidden_size * setup.compute_bytes if setup.autocast else 0
     # logits and softmax in fp32, or softmax, its cast, and the product that is added to the head's gradient
     return hidden + cast + max(2 * chunk * FLOAT, chunk * (FLOAT + 2) + head * 2)
 
 
 def _block_backward(facts: ModelFacts, setup: TrainingSetup) -> int:
     """What the backward pass of one layer adds to what was kept."""
-    config, tokens = facts.config, setup.tokens
+    config, tokens, widths = facts.config, setup.tokens, Widths.of(facts, setup.layout.tp)
     stream = 3 * tokens * config.hidden_size * setup.weight_bytes
     # of the product silu(gate) * up: the gradients of both factors, beside its own, which takes the place of the product
-    mlp = 2 * tokens * config.intermediate_size * setup.compute_bytes
-    scores = 0
-    if attention_kernel(config, setup, config.num_hidden_layers - 1) == "written out":
-        scores = 2 * tokens * setup.sequence * config.num_attention_heads * FLOAT
+    mlp = 2 * tokens * widths.inner * setup.compute_bytes
+    last, pairs = config.num_hidden_layers - 1, 0
+    if attention_kernel(config, setup, last) == "written out":
+        pairs = 2 * scores(setup) * widths.heads * FLOAT
     again = 0
     if setup.recompute == "full":
-        again = total(block_saved(facts, setup, config.num_hidden_layers - 1))
+        again = total(block_saved(facts, setup, last))
     elif setup.recompute == "core_attn":
-        again = sum(t.size for t in block_saved(facts, setup, config.num_hidden_layers - 1) if t.core)
-    return again + stream + max(mlp, scores)
+        again = sum(t.size for t in block_saved(facts, setup, last) if t.core)
+    return again + stream + max(mlp, pairs)
 
 
 def _update_working(facts: ModelFacts, setup: TrainingSetup) -> int:
@@ -183,5 +249,7 @@ def _update_working(facts: ModelFacts, setup: TrainingSetup) -> int:
     """
     if setup.optimizer != "muon":
         return 0
-    matrices = [p.numel for p in facts.parameters if p.trained and p.ndim == 2 and not p.in_vocabulary]
+    matrices = [
+        math.prod(local_shape(p, facts.config, setup.layout.tp)) for p in facts.layer if p.trained and p.ndim == 2
+    ]
     return max(matrices, default=0) * (4 * 2 + 2 * FLOAT)

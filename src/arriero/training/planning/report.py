@@ -8,12 +8,12 @@ from typing import Any
 
 from arriero.training.planning.activations import attention_kernel
 from arriero.training.planning.fitting import SEQUENCE_LIMIT, Lever, largest_batch, levers, longest_sequence
-from arriero.training.planning.machine import Machine
+from arriero.training.planning.layout_report import amount, duration, gib, layout_dictionary, layout_rows
+from arriero.training.planning.machine import Links, Machine
 from arriero.training.planning.memory import Memory, training_memory
 from arriero.training.planning.setup import ModelFacts, TrainingSetup
 from arriero.training.planning.speed import Speed, training_speed
 
-GIB = 2**30
 _RECOMPUTED = {"none": "no recomputation", "core_attn": "attention recomputed", "full": "layers recomputed"}
 
 
@@ -25,6 +25,7 @@ class Plan:
         utilization: share of the device's FLOP/s that is reckoned with.
         tokens: of the whole run; None if not given.
         levers: changes that lower the memory; only where the setup does not fit.
+        links: between devices; None where they are not known.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Plan:
     sequence: int
     batch: int
     levers: tuple[Lever, ...]
+    links: Links | None = None
 
     @property
     def fits(self) -> bool:
@@ -50,7 +52,13 @@ class Plan:
 
 
 def make_plan(
-    name: str, facts: ModelFacts, setup: TrainingSetup, machine: Machine, utilization: float, tokens: float | None
+    name: str,
+    facts: ModelFacts,
+    setup: TrainingSetup,
+    machine: Machine,
+    utilization: float,
+    tokens: float | None,
+    links: Links | None = None,
 ) -> Plan:
     """Plan one setup on one machine."""
     memory = training_memory(facts, setup)
@@ -62,10 +70,11 @@ def make_plan(
         utilization=utilization,
         tokens=tokens,
         memory=memory,
-        speed=training_speed(facts, setup, machine.flops, utilization),
+        speed=training_speed(facts, setup, machine.flops, utilization, links),
         sequence=longest_sequence(facts, setup, machine.memory),
         batch=largest_batch(facts, setup, machine.memory),
         levers=tuple(levers(facts, setup)) if memory.peak > machine.memory else (),
+        links=links,
     )
 
 
@@ -81,6 +90,7 @@ def as_dictionary(plan: Plan) -> dict[str, Any]:
     return {
         "model": plan.name,
         "setup": asdict(plan.setup) | {"lora_rank": facts.lora_rank},
+        **layout_dictionary(plan.setup, machine.flops, speed, plan.links),
         "parameters": {
             "total": facts.total,
             "embedding_and_head": facts.vocabulary,
@@ -97,6 +107,8 @@ def as_dictionary(plan: Plan) -> dict[str, Any]:
             "moments": plan.memory.moments,
             "peak": plan.memory.peak,
             "peak_moment": plan.memory.moment,
+            "pipeline_place": plan.memory.pp,
+            "host": plan.memory.host,
         },
         "device_memory": {"bytes": machine.memory, "source": machine.memory_source},
         "fits": plan.fits,
@@ -118,9 +130,11 @@ def as_text(plan: Plan) -> str:
     sections = [
         (f"Model: {plan.name}", _model_rows(facts)),
         (f"Memory of one device: {_described(setup)}", _memory_rows(plan.memory)),
-        (f"Fits into {_gib(machine.memory)} ({machine.memory_source})?", _fit_rows(plan)),
+        (f"Fits into {gib(machine.memory)} ({machine.memory_source})?", _fit_rows(plan)),
         ("Work and time", _time_rows(plan)),
     ]
+    if setup.layout.size > 1:
+        sections.append((f"Layout: {setup.layout}", layout_rows(facts, setup, plan.speed, plan.links, machine)))
     if plan.levers:
         sections.insert(3, ("What would lower it", _lever_rows(plan)))
     lines = []
@@ -138,10 +152,8 @@ def _described(setup: TrainingSetup) -> str:
     words.append(
         {"none": "no recomputation", "core_attn": "attention recomputed", "full": "layers recomputed"}[setup.recompute]
     )
-    if setup.devices > 1:
-        words.append(
-            f"{setup.devices} devices, " + (f"sharding stage{setup.sharding}" if setup.sharding else "a copy each")
-        )
+    if setup.layout.size > 1:
+        words.append(f"{setup.layout.size} devices, {setup.layout}")
     return ", ".join([*words, setup.device])
 
 
@@ -158,13 +170,16 @@ def _model_rows(facts: ModelFacts) -> list[tuple[str, str]]:
 
 
 def _memory_rows(memory: Memory) -> list[tuple[str, str]]:
-    rows = [(kind, f"{_gib(size):>14}") for kind, size in memory.kinds.items()]
-    return [*rows, ("peak", f"{_gib(memory.peak):>14}  at {memory.moment}; not all kinds are there at once")]
+    rows = [(kind, f"{gib(size):>14}") for kind, size in memory.kinds.items()]
+    if memory.host:
+        rows.append(("host memory", f"{gib(memory.host):>14}  offloaded, not part of the peak"))
+    place = f" in place {memory.pp} of the pipeline" if memory.pp else ""
+    return [*rows, ("peak", f"{gib(memory.peak):>14}  at {memory.moment}{place}; not all kinds are there at once")]
 
 
 def _fit_rows(plan: Plan) -> list[tuple[str, str]]:
     spare = plan.machine.memory - plan.memory.peak
-    verdict = f"yes, {_gib(spare)} to spare" if spare >= 0 else f"no, {_gib(-spare)} too much"
+    verdict = f"yes, {gib(spare)} to spare" if spare >= 0 else f"no, {gib(-spare)} too much"
     rows = [("as asked", verdict)]
     limit = plan.facts.config.max_position_embeddings
     sequence = f"{plan.sequence:,} tokens" if plan.sequence < SEQUENCE_LIMIT else f"more than {SEQUENCE_LIMIT:,} tokens"
@@ -178,64 +193,44 @@ def _fit_rows(plan: Plan) -> list[tuple[str, str]]:
 
 def _lever_rows(plan: Plan) -> list[tuple[str, str]]:
     marks = {True: "fits", False: "still too much"}
-    return [(lv.options, f"{_gib(lv.peak):>14}  {marks[lv.peak <= plan.machine.memory]}") for lv in plan.levers]
+    return [(lv.options, f"{gib(lv.peak):>14}  {marks[lv.peak <= plan.machine.memory]}") for lv in plan.levers]
 
 
 def _time_rows(plan: Plan) -> list[tuple[str, str]]:
     speed, machine = plan.speed, plan.machine
     rule = "4 a weight, 6 a trained one" if plan.facts.lora_rank else "6N"
     rows = [
-        ("forward", f"{_amount(speed.forward_per_token, 'FLOP')} a token"),
+        ("forward", f"{amount(speed.forward_per_token, 'FLOP')} a token"),
         (
             "training",
-            f"{_amount(speed.training_per_token, 'FLOP')} a token ({rule} + attention, N without the embedding)",
+            f"{amount(speed.training_per_token, 'FLOP')} a token ({rule} + attention, N without the embedding)",
         ),
     ]
     if speed.recomputed_per_token:
-        rows.append(("computed again", f"{_amount(speed.recomputed_per_token, 'FLOP')} a token"))
+        rows.append(("computed again", f"{amount(speed.recomputed_per_token, 'FLOP')} a token"))
     if "written out" in kernels(plan):
         rows.append(("attention", "no fused kernel takes this: scores of every pair are kept"))
     if machine.flops is None:
         return [*rows, ("peak of a device", machine.flops_source)]
-    rows.append(("peak of a device", f"{_amount(machine.flops, 'FLOP/s')} ({machine.flops_source})"))
+    rows.append(("peak of a device", f"{amount(machine.flops, 'FLOP/s')} ({machine.flops_source})"))
     rows.append(("reached, assumed", f"{plan.utilization:.0%} of it; --mfu changes that"))
     if speed.step_seconds is not None and speed.tokens_per_second is not None:
         tokens = f"{speed.tokens_per_second:,.0f} tokens a second"
-        rows.append(("a step", f"{speed.step_tokens:,} tokens in {_time(speed.step_seconds)}: {tokens}"))
+        rows.append(("a step", f"{speed.step_tokens:,} tokens in {duration(speed.step_seconds)}: {tokens}"))
     if plan.tokens is not None and plan.seconds is not None:
         rows.append(
-            (f"{plan.tokens:,.0f} tokens", f"{plan.tokens / speed.step_tokens:,.0f} steps, {_time(plan.seconds)}")
+            (f"{plan.tokens:,.0f} tokens", f"{plan.tokens / speed.step_tokens:,.0f} steps, {duration(plan.seconds)}")
         )
     return rows
 
 
 def too_much(plan: Plan) -> str:
     """One line for a setup that does not fit: by how much, and what helps."""
-    lacking = _gib(plan.memory.peak - plan.machine.memory)
-    line = f"does not fit: {_gib(plan.memory.peak)} needed, {lacking} more than there is"
+    lacking = gib(plan.memory.peak - plan.machine.memory)
+    line = f"does not fit: {gib(plan.memory.peak)} needed, {lacking} more than there is"
     helping = [lever for lever in plan.levers if lever.peak <= plan.machine.memory]
     if helping:
-        best: Sequence[str] = [f"{lever.options} ({_gib(lever.peak)})" for lever in helping[:3]]
+        best: Sequence[str] = [f"{lever.options} ({gib(lever.peak)})" for lever in helping[:3]]
         return f"{line}; what helps: {' or '.join(best)}"
     least = min((lever.peak for lever in plan.levers), default=plan.memory.peak)
-    return f"{line}, and {_gib(least)} at the least with other options: take a larger device, more of them, or a smaller model"
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:,.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:,.2f} MiB"
-
-
-def _amount(value: float, unit: str) -> str:
-    for prefix in ("", "k", "M", "G", "T"):
-        if value < 1000:
-            return f"{value:.3g} {prefix}{unit}"
-        value /= 1000
-    return f"{value:,.3g} P{unit}"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    if seconds < 2 * 3600:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 2 * 86400 else f"{seconds / 86400:,.1f} days"
+    return f"{line}, and {gib(least)} at the least with other options: take a larger device, more of them, or a smaller model"

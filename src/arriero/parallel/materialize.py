@@ -1,0 +1,36 @@
+"""Memory and values for the parameters that this process holds of a model built on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from arriero.formats.parts import Placement
+from arriero.models.llama import LlamaForCausalLM
+from arriero.parallel.placement import local_tensors, placements
+from arriero.parallel.sharding import settle
+
+# name (as stored), placement -> the box of the whole tensor
+Values = Callable[[str, Placement], Tensor]
+
+
+@torch.no_grad()
+def materialize(model: LlamaForCausalLM, device: torch.device, values: Values) -> None:
+    """Allocate what this process holds and fill it, one tensor at a time."""
+    embedding, head = model.model.embed_tokens, model.lm_head
+    tied = embedding is not None and head is not None and head.weight is embedding.weight
+    parallel = getattr(model, "parallel", None)
+    offloaded = parallel is not None and parallel.processes.layout.offload
+    model.to_empty(device="cpu" if offloaded else device)
+    if offloaded:
+        model.model.rotary.reset(device)
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    held = local_tensors(model)
+    for name, placement in placements(model).items():
+        if held[name].numel():
+            held[name].copy_(values(placement.stored_as or name, placement))
+    for stage in parallel.stages if parallel is not None else ():
+        settle(stage)
