@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.data import DataOptions
 from arriero.config.evaluation import EvaluateOptions
 from arriero.config.model import ModelOptions
-from arriero.errors import ConfigError
+from arriero.config.parallel import ParallelOptions
+
+if TYPE_CHECKING:
+    from arriero.parallel.processes import Processes
+    from arriero.training.generation_metrics import Answer
 
 HELP = (
     "Score a model, or a model with its adapter: loss, perplexity and token accuracy; exact match and F1 for squad_qa."
@@ -17,11 +24,43 @@ HELP = (
 
 SQUAD_ANSWER_TOKENS = 32  # an extracted span is short
 
-OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, DataOptions, EvaluateOptions)
+OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, DataOptions, EvaluateOptions, ParallelOptions)
 
 
-def run(model: ModelOptions, adapter: AdapterPathOptions, data: DataOptions, evaluation: EvaluateOptions) -> int:
-    """Print the scores, and write them with the answers where --output_dir says."""
+def run(
+    model: ModelOptions,
+    adapter: AdapterPathOptions,
+    data: DataOptions,
+    evaluation: EvaluateOptions,
+    parallel: ParallelOptions,
+) -> int:
+    """Print the scores, and write them with the answers where --output_dir says; of several processes the first does that."""
+    from arriero.data.sources import check_data
+    from arriero.engine.loading import pick_device
+    from arriero.parallel.processes import launched_size, start, stop
+    from arriero.training.run import heard_once
+
+    check_data(data.dataset_path, data.data_name, data.task_name)
+    processes = start(parallel.layout(launched_size()), pick_device(model.device))
+    with heard_once(processes):
+        metrics, answers = _score(model, adapter, data, evaluation, processes)
+        for name, value in metrics.items():
+            print(f"{name:12} {value:.4f}")
+        if evaluation.output_dir:
+            folder = Path(evaluation.output_dir)
+            processes.by_first(lambda: _write(folder, metrics, answers))
+    stop(processes)
+    return 0
+
+
+def _score(
+    model: ModelOptions,
+    adapter: AdapterPathOptions,
+    data: DataOptions,
+    evaluation: EvaluateOptions,
+    processes: Processes,
+) -> tuple[dict[str, float], list[Answer]]:
+    """The same in every process; the answers are none where none are asked for."""
     from tqdm import tqdm
 
     from arriero.data.batch import packed_batches
@@ -31,40 +70,43 @@ def run(model: ModelOptions, adapter: AdapterPathOptions, data: DataOptions, eva
     from arriero.engine.sampling import SamplingParams
     from arriero.training.evaluation import evaluate_loss
     from arriero.training.execution import build_execution
-    from arriero.training.generation_metrics import generate_answers, references_of, score
+    from arriero.training.finetuning import may_share_prefixes
+    from arriero.training.generation_metrics import generate_answers, score
     from arriero.training.precision import Precision
 
-    if not (data.dataset_path or data.data_name):
-        raise ConfigError("no data: give --dataset_path (a file, or a folder with dev.json)")
-    samples = load_samples(data.dataset_path, data.data_name, data.task_name, ["dev"])["dev"][: data.max_eval_samples]
-    loaded = load_for_inference(model, adapter)
-    precision = Precision(next(loaded.model.parameters()).dtype, "O2", loaded.device)
+    with processes.together():
+        samples = load_samples(data.dataset_path, data.data_name, data.task_name, ["dev"])["dev"]
+    samples = samples[: data.max_eval_samples]
+    loaded = load_for_inference(model, adapter, processes)
     examples, report = encode_all(samples, loaded.tokenizer, data.src_length, data.tgt_length)
     print(f"dev: {report}")
-    with tqdm(total=len(samples), unit="row", desc="loss", leave=False) as bar:
-        share = not loaded.model.model.rotary.is_dynamic
+    quiet = not processes.first
+    precision = Precision(next(loaded.model.parameters()).dtype, "O2", loaded.device)
+    rows = math.ceil(len(samples) / processes.layout.data)
+    with tqdm(total=rows, unit="row", desc="loss", leave=False, disable=quiet) as bar:
+        share = may_share_prefixes(loaded, processes)
         batches = packed_batches(examples, evaluation.per_device_eval_batch_size, share_prefixes=share)
         metrics = evaluate_loss(build_execution(loaded.model, precision, loaded.device), batches, bar.update)
-    answers = []
+    if not (data.eval_with_do_generation or data.task_name == "squad_qa"):
+        return metrics, []
     default_length = SQUAD_ANSWER_TOKENS if data.task_name == "squad_qa" else data.tgt_length
-    if data.eval_with_do_generation or data.task_name == "squad_qa":
-        with tqdm(total=len(samples), unit="row", desc="answers", leave=False) as bar:
-            answers = generate_answers(
-                loaded,
-                samples,
-                src_length=data.src_length,
-                params=SamplingParams(max_new_tokens=evaluation.max_new_tokens or default_length),
-                on_done=bar.update,
-            )
-        metrics |= score(answers)
-    for name, value in metrics.items():
-        print(f"{name:12} {value:.4f}")
-    if evaluation.output_dir:
-        folder = Path(evaluation.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "eval_results.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-        with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
-            for answer in answers:
-                row = {"id": answer.sample.id, "prompt": answer.sample.prompt, "output": answer.text}
-                file.write(json.dumps({**row, "references": references_of(answer.sample)}, ensure_ascii=False) + "\n")
-    return 0
+    with tqdm(total=len(samples), unit="row", desc="answers", leave=False, disable=quiet) as bar:
+        answers = generate_answers(
+            loaded,
+            samples,
+            src_length=data.src_length,
+            params=SamplingParams(max_new_tokens=evaluation.max_new_tokens or default_length),
+            on_done=bar.update,
+        )
+    return metrics | score(answers), answers
+
+
+def _write(folder: Path, metrics: dict[str, float], answers: Sequence[Answer]) -> None:
+    from arriero.training.generation_metrics import references_of
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "eval_results.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
+        for answer in answers:
+            row = {"id": answer.sample.id, "prompt": answer.sample.prompt, "output": answer.text}
+            file.write(json.dumps({**row, "references": references_of(answer.sample)}, ensure_ascii=False) + "\n")

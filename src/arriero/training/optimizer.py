@@ -14,8 +14,11 @@ from arriero.config.optimization import OptimizationOptions
 from arriero.errors import ConfigError, FormatError, TrainingError
 from arriero.formats.parts import Part, Placement
 from arriero.parallel.placement import local_tensor, placements
+from arriero.parallel.processes import Processes
 from arriero.training.optimizers.adamw_8bit import AdamW8bit
+from arriero.training.optimizers.muon import Muon
 from arriero.training.optimizers.update_rule import TorchRule, UpdateRule
+from arriero.training.optimizers.whole_matrices import WholeMatrices
 
 NAMES = ("adamw", "adamw_8bit", "muon")
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
@@ -29,8 +32,8 @@ class Optimizer:
     - ``adamw``: AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), torch's fused kernel.
     - ``adamw_8bit``: AdamW with block-wise 8-bit moments (Dettmers et al. 2022, arXiv:2110.02861). Embeddings, and tensors
       below 4096 numbers, keep fp32 moments, as the paper advises and transformers does.
-    - ``muon``: torch's Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/) for the matrices of the layers,
-      AdamW for embedding, head, norms and biases. Muon's rate is scaled by ``0.2 * sqrt(max(rows, columns))``, so that its
+    - ``muon``: Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/) for the matrices of the layers, AdamW for
+      embedding, head, norms and biases. Muon's rate is scaled by ``0.2 * sqrt(max(rows, columns))``, so that its
       updates are as large as AdamW's and one learning rate and weight decay serve both (Liu et al. 2025, arXiv:2502.16982).
 
     Matrices decay, vectors (norm weights, biases) do not. A half-precision parameter is stepped through an fp32 copy, so
@@ -64,7 +67,7 @@ class Optimizer:
             key: p.detach().float() for key, p in self.local.items() if p.dtype in (torch.float16, torch.bfloat16)
         }
         stepped = {key: self._stepped(key) for key in self.local}
-        special = {key for key, tensor in stepped.items() if name != "adamw" and _takes(name, key, tensor)}
+        special = {key: where for key, where in self.placements.items() if _takes(name, key, where.shape)}
         by_name = {key: tensor for key, tensor in stepped.items() if key in special}
         rest = {key: tensor for key, tensor in stepped.items() if key not in special}
         self.rules: list[UpdateRule] = []
@@ -72,8 +75,9 @@ class Optimizer:
             self.rules.append(_adamw(rest, betas, eps, weight_decay))
         if by_name and name == "adamw_8bit":
             self.rules.append(AdamW8bit(by_name, betas=betas, eps=eps, weight_decay=weight_decay))
-        elif by_name:
-            self.rules.append(_muon(by_name, momentum, weight_decay))
+        elif special and name == "muon":  # also where this process holds nothing of them: it takes part in the work
+            matrices = WholeMatrices(special, _processes(model))
+            self.rules.append(Muon(by_name, matrices, momentum=momentum, weight_decay=weight_decay))
 
     @classmethod
     def from_options(cls, model: nn.Module, options: OptimizationOptions) -> Self:
@@ -150,12 +154,17 @@ class Optimizer:
     def parts(self) -> dict[str, Part]:
         """What this process holds of every tensor of the optimizer, keyed ``{parameter}.{kind}``.
 
-        The kinds: AdamW has ``exp_avg``, ``exp_avg_sq`` and ``step``; 8-bit AdamW these as codes, and ``exp_avg_scale`` and
-        ``exp_avg_sq_scale``; Muon ``momentum_buffer``. Half-precision parameters have ``master``.
+        The kinds: AdamW has ``exp_avg``, ``exp_avg_sq`` and ``step``, 8-bit AdamW too, its moments unpacked to fp32; Muon has
+        ``momentum_buffer``. Half-precision parameters have ``master``.
         """
         tensors = {key: value for rule in self.rules for key, value in rule.state().items()}
         tensors |= {f"{name}.master": master for name, master in self.masters.items()}
         return {key: self._part(key.rpartition(".")[0], tensor) for key, tensor in tensors.items()}
+
+    def bytes_held(self) -> int:
+        """What its state takes between steps, master weights included."""
+        held = [tensor for rule in self.rules for tensor in rule.held()]
+        return sum(tensor.nbytes for tensor in (*held, *self.masters.values()))
 
     def _part(self, name: str, tensor: Tensor) -> Part:
         where = self.placements[name]
@@ -185,11 +194,16 @@ class Optimizer:
             master.copy_(tensors[f"{name}.master"])
 
 
-def _takes(rule: str, name: str, tensor: Tensor) -> bool:
-    """Whether "muon" or "adamw_8bit" steps a tensor itself, instead of leaving it to AdamW."""
+def _takes(rule: str, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether "muon" or "adamw_8bit" steps a parameter of this whole shape itself, instead of leaving it to AdamW."""
     if rule == "muon":
-        return tensor.ndim == 2 and EMBEDDING not in name and HEAD not in name
-    return tensor.numel() >= LEAST_8BIT and EMBEDDING not in name
+        return len(shape) == 2 and EMBEDDING not in name and HEAD not in name
+    return rule == "adamw_8bit" and math.prod(shape) >= LEAST_8BIT and EMBEDDING not in name
+
+
+def _processes(model: nn.Module) -> Processes:
+    parallel = getattr(model, "parallel", None)
+    return parallel.processes if parallel is not None else Processes()
 
 
 def _adamw(tensors: dict[str, Tensor], betas: tuple[float, float], eps: float, weight_decay: float) -> TorchRule:
@@ -204,15 +218,3 @@ def _adamw(tensors: dict[str, Tensor], betas: tuple[float, float], eps: float, w
         fused=True,
     )
     return TorchRule(optimizer, tensors, ("step", "exp_avg", "exp_avg_sq"))
-
-
-def _muon(tensors: dict[str, Tensor], momentum: float, weight_decay: float) -> TorchRule:
-    optimizer = torch.optim.Muon(
-        list(tensors.values()),
-        lr=0.0,
-        weight_decay=weight_decay,
-        momentum=momentum,
-        nesterov=True,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    return TorchRule(optimizer, tensors, ("momentum_buffer",))

@@ -80,18 +80,21 @@ def check_run(verb: str, options: RunOptions, metrics: Sequence[str]) -> None:
     Raises:
         ConfigError: one line, naming the option and the way out.
     """
-    layout = options.parallel.layout(launched_size())
-    optimizer = options.optimization.optim
-    if optimizer != "adamw" and max(layout.dp_shard, layout.cp, layout.tp) > 1:
-        raise ConfigError(
-            f"--optim {optimizer} works on whole matrices, and {layout} gives each process a part of them: take adamw, or "
-            "only --pipeline_parallel_degree and copies (no --sharding)"
-        )
+    options.parallel.layout(launched_size())  # refuses what cannot be
     best = options.checkpoint.metric_for_best_model
     if options.checkpoint.load_best_model_at_end and best is not None and best.removeprefix("eval_") not in metrics:
         raise ConfigError(f"--metric_for_best_model {best} is not computed here: choose one of {', '.join(metrics)}")
     if options.logging.sample_prompts:
         read_prompts(options.logging.sample_prompts)
+
+
+@contextlib.contextmanager
+def heard_once(processes: Processes) -> Iterator[None]:
+    """A block in which only the first of several processes writes to standard output."""
+    with contextlib.ExitStack() as stack:
+        if not processes.first:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield
 
 
 @contextlib.contextmanager
@@ -102,9 +105,7 @@ def joined(options: RunOptions) -> Iterator[Processes]:
         ConfigError: if they cannot be reached, or were started with other options.
     """
     processes = start(options.parallel.layout(launched_size()), pick_device(options.model.device))
-    with contextlib.ExitStack() as stack:
-        if not processes.first:
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+    with heard_once(processes):
         values = {name: value for name, value in effective(options.groups).items() if name not in OWN}
         said = processes.exchange({name: str(value) for name, value in values.items()})
         for rank, other in enumerate(said):

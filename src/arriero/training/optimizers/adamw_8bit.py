@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from arriero.training.optimizers.block_quantization import BLOCK, blocks, dequantize, quantize
+from arriero.training.optimizers.block_quantization import BLOCK, blocks, dequantize, dequantize_exactly, quantize
 from arriero.training.optimizers.update_rule import saved_tensor
 
 # Numbers that are unpacked at a time. On a CPU so many stay in its cache; a GPU wants few and large kernels.
 CPU_CHUNK, DEVICE_CHUNK = 2**18, 2**25
+SIGNED = {"exp_avg": True, "exp_avg_sq": False}  # the moments, and whether they can be negative
 assert CPU_CHUNK % BLOCK == DEVICE_CHUNK % BLOCK == 0
 
 
@@ -48,22 +49,18 @@ class AdamW8bit:
             if tensor.grad is None:
                 continue
             if name not in self.moments:
-                scales = [torch.zeros(blocks(tensor.numel()), device=tensor.device) for _ in range(2)]
-                codes = [torch.zeros_like(tensor, dtype=torch.uint8) for _ in range(2)]
-                self.moments[name] = _Moments(codes[0], scales[0], codes[1], scales[1])
+                self.moments[name] = _empty_moments(tensor)
             moments = self.moments[name]
             moments.step += 1
-            chunk = CPU_CHUNK if tensor.device.type == "cpu" else DEVICE_CHUNK
             decay = self.weight_decay if tensor.ndim >= 2 else 0.0
-            for start in range(0, tensor.numel(), chunk):
-                self._step_chunk(tensor, tensor.grad, moments, slice(start, start + chunk), learning_rate, decay)
+            for part, rows in _chunks(tensor):
+                self._step_chunk(tensor, tensor.grad, moments, part, rows, learning_rate, decay)
 
     def _step_chunk(
-        self, tensor: Tensor, grad: Tensor, moments: _Moments, part: slice, rate: float, decay: float
+        self, tensor: Tensor, grad: Tensor, moments: _Moments, part: slice, rows: slice, rate: float, decay: float
     ) -> None:
         beta1, beta2 = self.betas
         g = grad.reshape(-1)[part]
-        rows = slice(part.start // BLOCK, part.stop // BLOCK)
         m_codes, v_codes = moments.exp_avg.view(-1)[part], moments.exp_avg_sq.view(-1)[part]
         m_scales, v_scales = moments.exp_avg_scale[rows], moments.exp_avg_sq_scale[rows]
         m = dequantize(m_codes, m_scales, signed=True).lerp_(g, 1 - beta1)
@@ -78,25 +75,61 @@ class AdamW8bit:
         weights = tensor.view(-1)[part]
         weights.mul_(1 - rate * decay).addcdiv_(m, denominator, value=-rate / correction1)
 
+    def held(self) -> list[Tensor]:
+        return [
+            value for moments in self.moments.values() for value in vars(moments).values() if isinstance(value, Tensor)
+        ]
+
     def state(self) -> dict[str, Tensor]:
+        """As AdamW's: blocks depend on what part of a tensor is here, numbers do not. In host memory, a chunk at a time."""
         tensors = {}
         for name, moments in self.moments.items():
-            for kind, value in vars(moments).items():
-                tensors[f"{name}.{kind}"] = torch.tensor(float(value)) if kind == "step" else value
+            tensors[f"{name}.step"] = torch.tensor(float(moments.step))
+            for kind, signed in SIGNED.items():
+                tensors[f"{name}.{kind}"] = self._unpacked(
+                    getattr(moments, kind), getattr(moments, f"{kind}_scale"), signed
+                )
         return tensors
 
+    def _unpacked(self, codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
+        values = torch.empty(codes.shape, dtype=torch.float32)
+        for part, rows in _chunks(codes):
+            values.view(-1)[part] = dequantize_exactly(codes.view(-1)[part], scales[rows], signed).cpu()
+        return values
+
+    @torch.no_grad()
     def load(self, saved: Mapping[str, Tensor]) -> None:
+        """Take over a state of this rule or of AdamW. It is the same to the bit if the parts of the tensors are."""
+        exact = True
         for name, tensor in self.tensors.items():
-            scales = (blocks(tensor.numel()),)
-            kinds = {
-                "exp_avg": (tensor.shape, torch.uint8),
-                "exp_avg_scale": (scales, torch.float32),
-                "exp_avg_sq": (tensor.shape, torch.uint8),
-                "exp_avg_sq_scale": (scales, torch.float32),
-            }
-            loaded = {
-                kind: saved_tensor(saved, f"{name}.{kind}", shape, dtype, tensor.device)
-                for kind, (shape, dtype) in kinds.items()
-            }
             step = saved_tensor(saved, f"{name}.step", (), torch.float32, torch.device("cpu"))
-            self.moments[name] = _Moments(**loaded, step=int(step))
+            moments = self.moments[name] = _empty_moments(tensor)
+            moments.step = int(step)
+            for kind, signed in SIGNED.items():
+                values = saved_tensor(saved, f"{name}.{kind}", tensor.shape, torch.float32, torch.device("cpu")).view(
+                    -1
+                )
+                codes, scales = getattr(moments, kind), getattr(moments, f"{kind}_scale")
+                for part, rows in _chunks(codes):
+                    given = values[part].to(tensor.device)
+                    new_codes, new_scales = quantize(given, signed)
+                    codes.view(-1)[part], scales[rows] = new_codes, new_scales
+                    exact = exact and torch.equal(dequantize_exactly(new_codes, new_scales, signed), given)
+        if not exact:
+            print(
+                "8-bit AdamW: the moments of this checkpoint were rounded to 8 bits anew, since it was made on another layout "
+                "or by another optimizer; the run goes on within that rounding"
+            )
+
+
+def _empty_moments(tensor: Tensor) -> _Moments:
+    scales = [torch.zeros(blocks(tensor.numel()), device=tensor.device) for _ in SIGNED]
+    codes = [torch.zeros_like(tensor, dtype=torch.uint8) for _ in SIGNED]
+    return _Moments(codes[0], scales[0], codes[1], scales[1])
+
+
+def _chunks(tensor: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Runs of a flat tensor, and their blocks."""
+    size = CPU_CHUNK if tensor.device.type == "cpu" else DEVICE_CHUNK
+    for start in range(0, tensor.numel(), size):
+        yield slice(start, start + size), slice(start // BLOCK, (start + size) // BLOCK)

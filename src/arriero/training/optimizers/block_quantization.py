@@ -81,6 +81,20 @@ def quantize(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
 def dequantize(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
     """The numbers (N,) fp32 of codes (N,) and scales (blocks(N),)."""
-    count = codes.numel()
-    values = F.pad(codec(signed, codes.device).decode(codes), (0, -count % BLOCK))
-    return (values.view(-1, BLOCK) * scales[:, None]).view(-1)[:count]
+    return _scaled(codec(signed, codes.device).decode(codes), scales)
+
+
+def dequantize_exactly(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
+    """Numbers as `dequantize` gives them, of which `quantize` makes the same codes and scales again.
+
+    The greatest number of a block gives its scale, and where that is negative it has no value of its own: the least one is
+    -0.993. So its code is taken as -1 here. (Scales below 1e-31 are left out: their small values are no normal numbers.)
+    """
+    values = codec(signed, codes.device).decode(codes)
+    return _scaled(values.masked_fill_(codes == 0, -1.0) if signed else values, scales)
+
+
+def _scaled(values: Tensor, scales: Tensor) -> Tensor:
+    count = values.numel()
+    rows = F.pad(values, (0, -count % BLOCK)).view(-1, BLOCK)
+    return (rows * scales[:, None]).view(-1)[:count]

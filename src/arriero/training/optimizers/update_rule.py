@@ -21,7 +21,15 @@ class UpdateRule(Protocol):
     tensors: dict[str, Tensor]
 
     def step(self, learning_rate: float) -> None: ...
-    def state(self) -> dict[str, Tensor]: ...
+
+    def held(self) -> list[Tensor]:
+        """The tensors kept between steps."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint stores; what it takes over again must not depend on how tensors are shared out."""
+        ...
+
     def load(self, saved: Mapping[str, Tensor]) -> None: ...
 
 
@@ -60,6 +68,9 @@ class TorchRule:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
+
+    def held(self) -> list[Tensor]:
+        return list(self.state().values())
 
     def state(self) -> dict[str, Tensor]:
         held = self.optimizer.state
