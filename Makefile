@@ -6,6 +6,8 @@
 #   make lint                    style, types, layers
 #   make bench                   speed and memory of training beside the transformers Trainer; BENCH=preprocess, corpus_index
 #                                or optimizers: the other programs of benchmarks/
+#   make bench-gpu               tokens/s, MFU and memory of a 1.3B model on one GPU (docs/gpu.md)
+#   make layouts                 every layout of processes against one process; rewrites the table of docs/layouts.md
 #   make clean                   remove .venv, caches and runs/
 #
 # PYTHON    the interpreter to make .venv with (3.11 or newer): make quickstart PYTHON=python3.12
@@ -25,7 +27,7 @@ DEV := .venv/.installed-dev
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-peers lint bench clean
+.PHONY: help quickstart test test-peers lint bench bench-gpu layouts clean
 
 help:
 	@sed -n 's/^#  \{0,1\}//p' Makefile
@@ -61,6 +63,12 @@ lint: $(DEV)
 
 bench: $(DEV)
 	$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
+
+bench-gpu: $(RUNTIME)
+	$(BIN)/python benchmarks/gpu_pretrain.py $(ARGS)
+
+layouts: $(DEV)
+	$(BIN)/python benchmarks/layouts.py $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist src/*.egg-info runs

@@ -51,6 +51,8 @@ class RunStopped(ArrieroError):
 class PeerError(ArrieroError):
     """Another process of this run failed; it says itself why."""
 
+    peers_know = False  # whether the other processes have been told
+
 
 class MissingExtraError(ArrieroError):
     """An optional dependency that is not installed."""

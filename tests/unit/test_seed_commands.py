@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 import pytest
 
 from arriero.cli import main
-from arriero.commands.launch import LaunchOptions
+from arriero.commands.launch import LaunchOptions, check_command
 from arriero.commands.table import LATER, load_verb
 from arriero.config.files import effective
 from arriero.config.parser import parse
+from arriero.data import sources
+from arriero.data.sources import check_data, load_samples
+from arriero.errors import ConfigError, DataError
 
 SCRIPTS = {
     "run_pretrain.py": "pretrain",
@@ -221,9 +225,93 @@ def test_a_verb_of_a_later_version_answers_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [1, 4, 6])
-def test_several_processes_are_refused_in_one_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(COMMANDS[number]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" not in line]
-    assert len(lines) == 1
-    assert "runs in one process in this version" in lines[0]
+@pytest.mark.parametrize("number", [0, 1, 4, 6])
+def test_a_launched_command_fits_its_processes(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the launcher checks before it starts the processes: the verb, its options, and the degrees by their number."""
+    (launch,) = parse((LaunchOptions,), COMMANDS[number][1:], "arriero launch")
+    assert launch.processes == (8 if number == 0 else 4)
+    check_command(launch)
+    monkeypatch.setattr(launch, "nproc_per_node", 3)
+    if number in (1, 4):  # four processes by their degrees
+        with pytest.raises(ConfigError, match=r"needs .* 4 processes and this run has 3"):
+            check_command(launch)
+
+
+def warnings_of(command: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
+    capsys.readouterr()
+    parsed(command)
+    return [line.partition("warning: ")[2] for line in capsys.readouterr().err.splitlines()]
+
+
+def test_sharding_has_an_effect_in_several_processes_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = [line for line in warnings_of(COMMANDS[0], capsys) if line.startswith("--sharding")]
+    assert told == ["--sharding has no effect in one process: arriero launch starts several"]
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert [line for line in warnings_of(COMMANDS[0], capsys) if line.startswith("--sharding")] == []
+    whole = [*COMMANDS[0], "--tensor_parallel_degree", "8"]
+    assert [line for line in warnings_of(whole, capsys) if line.startswith("--sharding")] == [
+        "--sharding has no effect with tp8: nobody shares it"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "warning"),
+    [
+        (("--sequence_parallel", "no"), "--sequence_parallel has no effect without --tensor_parallel_degree above 1"),
+        (
+            ("--pipeline_schedule", "1f1b"),
+            "--pipeline_schedule has no effect without --pipeline_parallel_degree above 1",
+        ),
+        (("--gradient_reduce_dtype", "bfloat16"), "--gradient_reduce_dtype has no effect in one process"),
+        (("--save_sharded_model",), "--save_sharded_model has no effect without --tensor_parallel_degree or"),
+        (
+            ("--pipeline_parallel_degree", "2", "--pipeline_parallel_config", "enable_timer"),
+            "--pipeline_parallel_config enable_timer has no effect",
+        ),
+        (
+            ("--tensor_parallel_degree", "2", "--save_sharded_model", "--lora"),
+            "--save_sharded_model has no effect with --lora",
+        ),
+    ],
+)
+def test_an_option_of_a_layout_that_is_not_there_is_told(
+    options: tuple[str, ...], warning: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (told,) = warnings_of(["finetune", "--model_name_or_path", "m", "--output_dir", "o", *options], capsys)
+    assert told.startswith(warning)
+
+
+def test_without_data_squad_is_read_from_the_cache(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ARRIERO_HOME", str(tmp_path))
+    monkeypatch.setattr(sources, "_from_hub", lambda *_: pytest.fail("asked the Hub"))
+    folder = tmp_path / "data" / "squad"
+    folder.mkdir(parents=True)
+    question = {"id": "1", "question": "How long?", "answers": [{"text": "930 km", "answer_start": 12}]}
+    article = {"title": "Ebro", "paragraphs": [{"context": "The Ebro is 930 km long.", "qas": [question]}]}
+    (folder / "dev.json").write_text(json.dumps({"version": "1.1", "data": [article]}))
+    check_data(None, None, None)
+    (sample,) = load_samples(None, None, None, ["dev"])["dev"]
+    assert sample.target == "question: How long?"  # the seed's task: the question is generated
+    assert str(folder) in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"has no train\.json"):
+        load_samples(None, None, "squad", ["train"])
+
+
+def test_without_data_and_hub_the_line_names_the_ways(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ARRIERO_HOME", str(tmp_path))
+
+    def no_network(name: str, *_: object) -> None:
+        raise DataError(f"--data_name {name}: no network")
+
+    monkeypatch.setattr(sources, "_from_hub", no_network)
+    with pytest.raises(ConfigError) as error:
+        load_samples(None, None, None, ["train"])
+    for part in ("--dataset_path", str(tmp_path / "data" / "squad"), "--data_name rajpurkar/squad", "no network"):
+        assert part in str(error.value)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="no data: give --dataset_path"):
+        check_data(None, None, None)

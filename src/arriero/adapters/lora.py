@@ -130,21 +130,26 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        # every product names its dtype: under autocast (of any device) the backward runs outside of it
-        x, weight, lora_a, lora_b, low = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        wide = grad.to(lora_b.dtype)
-        grad_low = (wide @ lora_b).mul_(ctx.scaling)
-        grad_b = (wide.t() @ low.to(wide.dtype)).mul_(ctx.scaling)
-        grad_a = grad_low.t() @ x.to(lora_a.dtype)
-        grad_x = None
-        if needs_x:
-            grad_x = grad @ weight.to(grad.dtype)
-            grad_x.addmm_(grad_low.to(grad.dtype), lora_a.to(grad.dtype))
-            grad_x = grad_x.to(x.dtype)
-        grad_weight = (grad.t() @ x.to(grad.dtype)).to(weight.dtype) if needs_weight else None
-        grad_bias = grad.sum(0) if ctx.has_bias and needs_bias else None
-        return grad_x, grad_weight, grad_bias, grad_a, grad_b, None
+        # every product names its dtype; a pipeline's schedule may run the backward pass inside autocast
+        with torch.autocast(grad.device.type, enabled=False):
+            return (*_adapted_gradients(ctx, grad), None)  # type: ignore[no-untyped-call]
+
+
+def _adapted_gradients(ctx, grad):  # type: ignore[no-untyped-def]
+    x, weight, lora_a, lora_b, low = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    wide = grad.to(lora_b.dtype)
+    grad_low = (wide @ lora_b).mul_(ctx.scaling)
+    grad_b = (wide.t() @ low.to(wide.dtype)).mul_(ctx.scaling)
+    grad_a = grad_low.t() @ x.to(lora_a.dtype)
+    grad_x = None
+    if needs_x:
+        grad_x = grad @ weight.to(grad.dtype)
+        grad_x.addmm_(grad_low.to(grad.dtype), lora_a.to(grad.dtype))
+        grad_x = grad_x.to(x.dtype)
+    grad_weight = (grad.t() @ x.to(grad.dtype)).to(weight.dtype) if needs_weight else None
+    grad_bias = grad.sum(0) if ctx.has_bias and needs_bias else None
+    return grad_x, grad_weight, grad_bias, grad_a, grad_b
 
 
 def initial_values(name: str, box: Box, shape: tuple[int, ...], seed: int) -> Tensor:

@@ -182,6 +182,12 @@ def _parallel(groups: Sequence[Any], given: frozenset[str], warnings: list[str])
     if parallel is None or find(groups, PlanOptions) is not None:  # a plan may be of other machines
         return
     tensor, stages = parallel.tensor_parallel_degree, parallel.pipeline_parallel_degree
+    precision = find(groups, PrecisionOptions)
+    if stages > 1 and parallel.pipeline_schedule in ("zero_bubble", "zbv") and precision and precision.torch_compile:
+        raise ConfigError(
+            f"--torch_compile and --pipeline_schedule {parallel.pipeline_schedule} do not go together: it runs backward passes "
+            "in two parts, and compiled layers have one; choose 1f1b or interleaved, or drop the first"
+        )
     if stages == 1:
         for name in ("pipeline_parallel_config", "pipeline_schedule"):
             if _changed(parallel, name, given):

@@ -205,14 +205,12 @@ class Generator:
 
     @property
     def _device(self) -> torch.device:
-        return self._weight.device
+        return self.model.device if isinstance(self.model, SharedModel) else self.model.model.embed_tokens.weight.device
 
     @property
-    def _weight(self) -> Tensor:
-        if isinstance(self.model, SharedModel):
-            return self.model.weight
-        # The embedding, since adapters may stand in for any linear layer.
-        return self.model.model.embed_tokens.weight
+    def _dtype(self) -> torch.dtype:
+        # The embedding's, since adapters may stand in for any linear layer.
+        return self.model.dtype if isinstance(self.model, SharedModel) else self.model.model.embed_tokens.weight.dtype
 
     def _agree(self, numbers: list[int]) -> list[int]:
         """One decision in all processes that share out the model."""
@@ -256,12 +254,12 @@ class Generator:
         """How many tokens' keys and values the memory holds."""
         if self._max_cache_tokens is not None:
             return self._max_cache_tokens
-        config, weight = self.model.config, self._weight
-        if weight.is_cuda:
-            free = torch.cuda.mem_get_info(weight.device)[0]
+        config, device = self.model.config, self._device
+        if device.type == "cuda":
+            free = torch.cuda.mem_get_info(device)[0]
         else:
             free = psutil.virtual_memory().available
-        size = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * weight.element_size()
+        size = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self._dtype.itemsize
         return self._agree([int(free * CACHE_MEMORY_SHARE) // size])[0]
 
     def _run_group(self, requests: list[_Request], rows: int) -> Iterator[tuple[_Request, str]]:
@@ -297,7 +295,7 @@ class Generator:
 
     @torch.no_grad()
     def _pool(self, rows: int, length: int) -> RowPool:
-        return RowPool(ContiguousCache(self.model.config, rows, length, self._weight.dtype, self._device))
+        return RowPool(ContiguousCache(self.model.config, rows, length, self._dtype, self._device))
 
     def _prefill(
         self, cache: ContiguousCache, jobs: Sequence[PrefillJob], active: Sequence[_Request | None]

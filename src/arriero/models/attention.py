@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Backend = Literal["sdpa", "varlen", "reference"]
+Backend = Literal["sdpa", "repeated", "varlen", "reference"]
 T = TypeVar("T")
 
 try:
@@ -311,6 +311,10 @@ def _dispatch(
             return _reference(query, key, value, info, scale, sliding_window)
         case "varlen":
             return _varlen(query, key, value, info, scale, sliding_window)
+        case "repeated":  # for kernels without grouped heads: on CUDA those that take fp32 or a mask
+            groups = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
+            return _sdpa(query, key, value, info, scale, sliding_window)
         case _:
             return _sdpa(query, key, value, info, scale, sliding_window)
 

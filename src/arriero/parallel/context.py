@@ -81,7 +81,9 @@ class ContextShard:
             torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim=1)
             for chunks in (torch.split(tensor, chunk, dim=1) for tensor in (batch.input_ids, batch.labels))
         )
-        lengths = torch.tensor(whole, device=device).repeat_interleave(torch.tensor(queries, device=device))[None]
+        lengths = torch.tensor(whole, device=device).repeat_interleave(
+            torch.tensor(queries, device=device), output_size=2 * chunk
+        )[None]
         positions = attention.positions(2 * chunk, device)
         return cls(input_ids, labels, positions, lengths, attention, batch.label_tokens, group, size, tuple(key_ranges))
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -26,11 +27,12 @@ class SharedModel:
 
     Attributes:
         config: with the key-value heads that this process caches.
-        weight: a parameter that tells device and dtype.
+        device: where it computes; its weights may lie elsewhere.
     """
 
     def __init__(self, model: LlamaForCausalLM, parallel: Parallel) -> None:
         self._model, self._parallel = model, parallel
+        self.device = parallel.device
         layout = parallel.processes.layout
         heads = max(1, model.config.num_key_value_heads // layout.tp)
         self.config = dataclasses.replace(
@@ -41,8 +43,9 @@ class SharedModel:
         )
 
     @property
-    def weight(self) -> Tensor:
-        return next(self._parallel.stages[0].parameters())
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self._parallel.stages[0].layers.parameters()).dtype
 
     @property
     def training(self) -> bool:
@@ -76,7 +79,7 @@ class SharedModel:
         if outputs:
             return outputs[0]
         width = parallel.shapes["model.norm.weight"][0]
-        return self.weight.new_zeros(1).expand(*input_ids.shape, width)
+        return torch.zeros(1, dtype=self.dtype, device=self.device).expand(*input_ids.shape, width)
 
     def lm_head(self, hidden: Tensor) -> Tensor:
         """(..., hidden) -> (..., vocab_size), in every process."""

@@ -10,7 +10,6 @@ from torch import Tensor
 from arriero.formats.parts import Placement
 from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.placement import local_tensors, placements
-from arriero.parallel.sharding import settle
 
 # name (as stored), placement -> the box of the whole tensor
 Values = Callable[[str, Placement], Tensor]
@@ -23,7 +22,9 @@ def materialize(model: LlamaForCausalLM, device: torch.device, values: Values) -
     tied = embedding is not None and head is not None and head.weight is embedding.weight
     parallel = getattr(model, "parallel", None)
     offloaded = parallel is not None and parallel.processes.layout.offload
-    model.to_empty(device="cpu" if offloaded else device)
+    # by the stages, which FSDP knows: it must see the memory of what it shares out, to pad the shards that are uneven
+    for module in parallel.stages if parallel is not None else (model,):
+        module.to_empty(device="cpu" if offloaded else device)
     if offloaded:
         model.model.rotary.reset(device)
     if tied:
@@ -32,5 +33,3 @@ def materialize(model: LlamaForCausalLM, device: torch.device, values: Values) -
     for name, placement in placements(model).items():
         if held[name].numel():
             held[name].copy_(values(placement.stored_as or name, placement))
-    for stage in parallel.stages if parallel is not None else ():
-        settle(stage)

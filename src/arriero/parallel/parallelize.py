@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from arriero.config.layout import Coordinates, Layout
 from arriero.models.config import LlamaConfig
@@ -15,7 +15,7 @@ from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.activation_checkpointing import apply_activation_checkpointing
 from arriero.parallel.compilation import apply_compile
 from arriero.parallel.pipeline import Stage, keep_stages, split_layers
-from arriero.parallel.processes import Processes
+from arriero.parallel.processes import Processes, mesh_of, set_timeout
 from arriero.parallel.sharding import apply_sharding
 from arriero.parallel.tensor import TensorParallel, apply_tensor_parallel, check_heads
 
@@ -36,6 +36,7 @@ class Parallel:
     """
 
     processes: Processes
+    device: torch.device
     stages: list[Stage]
     tensor: TensorParallel | None
     shapes: dict[str, tuple[int, ...]]
@@ -107,7 +108,7 @@ def parallelize(
     mesh = _sharding_mesh(processes, device)
     for stage in stages:
         apply_sharding(stage, mesh, layout, reduce_dtype, device.type == "cuda")
-    parallel = Parallel(processes, stages, tensor, shapes, trained)
+    parallel = Parallel(processes, device, stages, tensor, shapes, trained)
     if tied:
         held = [name for name in (EMBEDDING, HEAD) if name in dict(model.named_parameters())]
         parallel.tied = dict.fromkeys(held, EMBEDDING)
@@ -132,7 +133,7 @@ def _sharding_mesh(processes: Processes, device: torch.device) -> DeviceMesh:
     layout = processes.layout
     names = ("pp", "dp_replicate", "shard", "tp")
     degrees = (layout.pp, layout.dp_replicate, layout.dp_shard * layout.cp, layout.tp)
-    mesh = init_device_mesh(device.type, degrees, mesh_dim_names=names)
+    mesh = mesh_of(device, degrees, names)
     return mesh["dp_replicate", "shard"] if layout.dp_replicate > 1 else mesh["shard"]
 
 
@@ -150,6 +151,8 @@ def _ends(processes: Processes) -> dist.ProcessGroup | None:
     for column in sorted(columns):
         ranks = [layout.rank(Coordinates(pp, *column)) for pp in (first, last)]
         group = dist.new_group(ranks)
+        if processes.rank in ranks:
+            set_timeout(group)
         if processes.rank in ranks:
             found = group
     return found

@@ -6,8 +6,11 @@ of the whole model.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +67,7 @@ class Stage(nn.Module):
 
     Attributes:
         micro_batches: what `forward` takes by number when a schedule calls it, which passes tensors only.
+        context: of its forward passes, autocast for instance.
     """
 
     def __init__(self, model: LlamaForCausalLM, index: int, count: int, layers: Sequence[int]) -> None:
@@ -76,6 +80,7 @@ class Stage(nn.Module):
         self.lm_head = model.lm_head if index == count - 1 else None
         self.rotary = model.model.rotary
         self.micro_batches: Sequence[LayerInputs] = ()
+        self.context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
     @property
     def is_first(self) -> bool:
@@ -94,7 +99,8 @@ class Stage(nn.Module):
         if inputs is None:
             assert number is not None
             inputs = self.micro_batches[int(number)]
-        return run_layers(self.embed_tokens, self.layers.values(), self.norm, self.rotary, x, inputs)
+        with self.context():
+            return run_layers(self.embed_tokens, self.layers.values(), self.norm, self.rotary, x, inputs)
 
 
 def keep_stages(model: LlamaForCausalLM, layout: Layout, pp: int, tokens: int = 2048) -> list[Stage]:

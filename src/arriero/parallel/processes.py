@@ -20,6 +20,7 @@ from arriero.errors import ArrieroError, ConfigError, PeerError
 T = TypeVar("T")
 TIMEOUT_VARIABLE = "ARRIERO_TIMEOUT"  # seconds without an answer after which a process gives its peers up
 DEFAULT_TIMEOUT = 600.0
+PATIENCE = timedelta(hours=12)
 
 
 def launched_size() -> int:
@@ -34,13 +35,16 @@ class Processes:
     Messages are numbers and JSON, never pickles.
 
     Attributes:
-        channel: the group that messages go over, None for that of all processes.
+        channel: the group that numbers go over, None for that of all processes.
+        patient: the group that messages about files go over: a peer that is alive may read or write one for hours; one
+            that is dead is noticed at once all the same.
     """
 
     layout: Layout = field(default_factory=Layout)
     rank: int = 0
     mesh: DeviceMesh | None = None
     channel: dist.ProcessGroup | None = None
+    patient: dist.ProcessGroup | None = None
 
     @property
     def size(self) -> int:
@@ -63,6 +67,11 @@ class Processes:
     def data_rank(self) -> int:
         return self.layout.data_rank(self.rank)
 
+    @property
+    def independent_rank(self) -> int:
+        """A number for random draws: the same only where processes share out one matrix and must draw alike."""
+        return self.rank // self.layout.tp
+
     def group(self, axis: str) -> dist.ProcessGroup:
         """The processes that differ from this one on one axis only."""
         assert self.mesh is not None
@@ -75,7 +84,8 @@ class Processes:
         """
         if self.mesh is None:
             return self
-        return replace(self, channel=dist.new_group(backend="gloo", timeout=_timeout()))
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        return replace(self, channel=group, patient=group)
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -83,21 +93,21 @@ class Processes:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """The sum over all processes of each number, in float64."""
-        return self._reduce(values, dist.ReduceOp.SUM)
+        return self._reduce(values, dist.ReduceOp.SUM, self.channel)
 
     def max(self, values: Sequence[float]) -> list[float]:
         """The greatest over all processes of each number."""
-        return self._reduce(values, dist.ReduceOp.MAX)
+        return self._reduce(values, dist.ReduceOp.MAX, self.channel)
 
     def any(self, flag: bool) -> bool:
         """Whether it is so in any process."""
         return self.max([float(flag)])[0] > 0.0
 
-    def _reduce(self, values: Sequence[float], operation: Any) -> list[float]:
+    def _reduce(self, values: Sequence[float], operation: Any, group: dist.ProcessGroup | None) -> list[float]:
         if self.mesh is None:
             return list(values)
         tensor = torch.tensor(list(values), dtype=torch.float64)
-        dist.all_reduce(tensor, operation, group=self.channel)
+        dist.all_reduce(tensor, operation, group=group)
         return list(tensor.tolist())
 
     def exchange(self, value: Any) -> list[Any]:
@@ -105,12 +115,13 @@ class Processes:
         if self.mesh is None:
             return [value]
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        longest = int(self.max([float(data.numel())])[0])
-        sizes = [int(size) for size in self.sum([float(data.numel()) * (r == self.rank) for r in range(self.size)])]
+        own = [float(data.numel()) * (r == self.rank) for r in range(self.size)]
+        sizes = [int(size) for size in self._reduce(own, dist.ReduceOp.SUM, self.patient)]
+        longest = max(sizes)
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: data.numel()] = data
         received = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(received, padded, group=self.channel)
+        dist.all_gather(received, padded, group=self.patient)
         return [json.loads(bytes(tensor[:size].tolist())) for tensor, size in zip(received, sizes, strict=True)]
 
     def by_first(self, work: Callable[[], T]) -> T:
@@ -139,12 +150,16 @@ class Processes:
         try:
             yield
         except BaseException as error:
-            self.exchange(_reason(error))
+            if not getattr(error, "peers_know", False):  # of a block inside this one
+                error.peers_know = True  # type: ignore[attr-defined]
+                self.exchange(_reason(error))
             raise
         failures = [(rank, said) for rank, said in enumerate(self.exchange(None)) if said is not None]
         if failures:
             rank, said = failures[0]
-            raise PeerError(f"rank {rank} failed ({said})")
+            failure = PeerError(f"rank {rank} failed ({said})")
+            failure.peers_know = True
+            raise failure
 
 
 def _reason(error: BaseException) -> str:
@@ -184,8 +199,23 @@ def start(layout: Layout, device: torch.device) -> Processes:
                 f"the other processes cannot be reached at {where} ({' '.join(str(error).split())[:200]}): "
                 "check --master, and that every process is started"
             ) from error
-    mesh = init_device_mesh(device.type, layout.degrees, mesh_dim_names=AXES)
-    return Processes(layout, rank, mesh)
+    mesh = mesh_of(device, layout.degrees, AXES)
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return Processes(layout, rank, mesh, patient=patient)
+
+
+def mesh_of(device: torch.device, degrees: Sequence[int], names: Sequence[str]) -> DeviceMesh:
+    """A mesh of all processes, whose groups give a silent peer up after the same time as all others."""
+    mesh = init_device_mesh(device.type, tuple(degrees), mesh_dim_names=tuple(names))
+    for name in names:
+        set_timeout(mesh.get_group(name))
+    return mesh
+
+
+def set_timeout(group: dist.ProcessGroup) -> None:
+    """Give a group the timeout of the run: torch makes groups of a mesh with one of its own."""
+    if dist.get_backend() != "fake":
+        dist.distributed_c10d._set_pg_timeout(_timeout(), group)
 
 
 def stop(processes: Processes) -> None:

@@ -15,7 +15,7 @@ from arriero.parallel.parallelize import Parallel
 
 @torch.no_grad()
 def relay(parallel: Parallel, inputs: Sequence[tuple[Tensor, LayerInputs]]) -> list[Tensor]:
-    """Every process runs its stages over all micro-batches, stage after stage.
+    """Every process runs its stages over all micro-batches.
 
     Args:
         inputs: of each micro-batch, its token ids (B, S) int64 and what the layers take besides; the same in every stage.
@@ -32,27 +32,23 @@ def relay(parallel: Parallel, inputs: Sequence[tuple[Tensor, LayerInputs]]) -> l
     group = parallel.processes.group("pp")
     split = parallel.tensor.size if parallel.tensor is not None and parallel.tensor.split else 1
     sent: list[tuple[dist.Work | None, Tensor]] = []  # a tensor must live until it is sent
-    held: list[Tensor] = []
-    for stage in parallel.stages:
-        outputs: list[Tensor] = []
-        weight = next(stage.layers.parameters())
-        width = parallel.shapes["model.norm.weight"][0]
-        for number, (input_ids, layer_inputs) in enumerate(inputs):
-            if stage.is_first:
-                x = input_ids
-            elif rank_of(stage.index - 1) == own:
-                x = held[number]
-            else:
+    outputs: list[Tensor] = []
+    width = parallel.shapes["model.norm.weight"][0]
+    # a micro-batch at a time: where two processes hold alternate stages, each receives before it sends the next
+    for input_ids, layer_inputs in inputs:
+        output = input_ids
+        for stage in parallel.stages:
+            if not stage.is_first and rank_of(stage.index - 1) != own:
                 rows, tokens = input_ids.shape
-                x = torch.empty(rows, tokens // split, width, dtype=weight.dtype, device=input_ids.device)
-                dist.recv(x, rank_of(stage.index - 1), group=group)
-            output = stage(x, layer_inputs)
+                dtype = next(stage.layers.parameters()).dtype
+                output = torch.empty(rows, tokens // split, width, dtype=dtype, device=input_ids.device)
+                dist.recv(output, rank_of(stage.index - 1), group=group)
+            output = stage(output, layer_inputs)
             if not stage.is_last and rank_of(stage.index + 1) != own:
                 output = output.contiguous()
                 sent.append((dist.isend(output, rank_of(stage.index + 1), group=group), output))
-            outputs.append(output)
-        held = outputs
+        outputs.append(output)
     for work, _ in sent:
         if work is not None:
             work.wait()
-    return held if parallel.stages[-1].is_last else []
+    return outputs if parallel.stages[-1].is_last else []

@@ -55,10 +55,3 @@ def hold_gradients(stage: nn.Module, layout: Layout, *, last: bool) -> None:
     else:
         stage.set_requires_gradient_sync(last)
         stage.set_reshard_after_backward(last)
-
-
-def settle(stage: nn.Module) -> None:
-    """Let FSDP see the allocated parameters, whose shards it moves once where they are uneven; no one may hold them before."""
-    for module in sharded_modules(stage):
-        module.unshard()
-        module.reshard()

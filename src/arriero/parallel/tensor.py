@@ -96,6 +96,10 @@ def check_heads(config: LlamaConfig, tp: int) -> None:
         heads = config.num_key_value_heads
         return config.num_attention_heads % degree == 0 and (heads % degree == 0 or degree % heads == 0)
 
+    if chunk(config.vocab_size, tp, tp - 1)[1] < 1:
+        raise ConfigError(
+            f"--tensor_parallel_degree {tp} leaves a process nothing of a vocabulary of {config.vocab_size}: lower it"
+        )
     if tp > 1 and not fits(tp):
         valid = [degree for degree in range(1, config.num_attention_heads + 1) if fits(degree)]
         nearest = min(valid, key=lambda degree: (abs(degree - tp), degree))
@@ -187,9 +191,6 @@ def _embedding(embedding: nn.Embedding, parallel: TensorParallel) -> Callable[[T
         start, size = parallel.vocabulary
         local = input_ids - start
         foreign = (local < 0) | (local >= size)
-        if size == 0:
-            empty = embedding.weight.new_zeros((*input_ids.shape, embedding.weight.shape[1]))
-            return parallel.leave(empty + embedding.weight.sum())
         rows = F.embedding(local.masked_fill(foreign, 0), embedding.weight)
         return parallel.leave(rows.masked_fill(foreign.unsqueeze(-1), 0.0))
 

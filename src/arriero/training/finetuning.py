@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from arriero.adapters.lora import LoRAConfig, apply_lora, initial_values, load_adapter_state, merge_lora
@@ -40,6 +42,7 @@ from arriero.training.run import (
     build_precision,
     build_trainer,
     check_run,
+    check_same_data,
     final_metrics,
     joined,
     save_weights,
@@ -199,6 +202,7 @@ def _finetune(
             examples[split], report = encode_all(rows, loaded.tokenizer, limit, data.tgt_length)
             print(f"{split}: {report}")
         weights, values = build_weights(loaded, options)
+    check_same_data(processes, {split: _known_by(rows) for split, rows in examples.items()})
     share_out(loaded, options, processes, values, data.sequence_length)
     evaluate = None
     if "dev" in examples:
@@ -219,13 +223,20 @@ def _finetune(
         results |= train(trainer, options, folder, signals)
     elif folder.resume:
         load_checkpoint(folder.resume, weights, processes=processes)
-    if not signals.received:
+    if not processes.any(signals.received is not None):  # it may have reached some of them only
         results |= final_metrics(trainer, options, evaluate)
     if optim.do_train:
         save_final(loaded, weights, options, folder.path, processes)
     write_results(folder.path, results, processes, trained=optim.do_train)
     print(f"{'adapter' if options.adapter.lora else 'model'} and log: {folder.path}")
     return results
+
+
+def _known_by(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(np.array([example.length, *example.input_ids, *example.labels], dtype=np.int64).tobytes())
+    return f"{len(examples)} rows, SHA-256 {digest.hexdigest()[:12]}"
 
 
 def save_final(

@@ -57,7 +57,10 @@ class Optimizer:
         if name not in NAMES:
             raise ConfigError(f"the optimizer is '{name}': one of {', '.join(NAMES)} is needed")
         named = {key: p for key, p in model.named_parameters() if p.requires_grad}
-        if not named:
+        parallel = getattr(model, "parallel", None)
+        if not (
+            named if parallel is None else parallel.trained
+        ):  # this process's layers may be frozen where others' are not
             raise TrainingError("no parameter of the model is trainable")
         self.placements = {key: where for key, where in placements(model).items() if key in named}
         # a process may hold nothing of a small parameter
@@ -66,6 +69,8 @@ class Optimizer:
         self.masters: dict[str, Tensor] = {
             key: p.detach().float() for key, p in self.local.items() if p.dtype in (torch.float16, torch.bfloat16)
         }
+        self._nothing = torch.zeros(1)  # what a loss scaler looks at in a process that trains nothing
+        self._nothing.grad = torch.zeros(1)
         stepped = {key: self._stepped(key) for key in self.local}
         special = {key: where for key, where in self.placements.items() if _takes(name, key, where.shape)}
         by_name = {key: tensor for key, tensor in stepped.items() if key in special}
@@ -75,7 +80,7 @@ class Optimizer:
             self.rules.append(_adamw(rest, betas, eps, weight_decay))
         if by_name and name == "adamw_8bit":
             self.rules.append(AdamW8bit(by_name, betas=betas, eps=eps, weight_decay=weight_decay))
-        elif special and name == "muon":  # also where this process holds nothing of them: it takes part in the work
+        elif name == "muon":  # also where this process holds nothing of the matrices: it takes part in the work
             matrices = WholeMatrices(special, _processes(model))
             self.rules.append(Muon(by_name, matrices, momentum=momentum, weight_decay=weight_decay))
 
@@ -97,7 +102,7 @@ class Optimizer:
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """What is stepped, in the form that `torch.amp.GradScaler.unscale_` reads."""
-        return [{"params": [self._stepped(name) for name in self.parameters]}]
+        return [{"params": [self._stepped(name) for name in self.parameters] or [self._nothing]}]
 
     @torch.no_grad()
     def collect_gradients(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +25,7 @@ from arriero.training.execution import Layers, MicroBatch, Sums
 from arriero.training.loss import LossSums
 from arriero.training.optimizer import Optimizer
 
+LENGTH_UNIT = 64  # tokens of packed micro-batches are padded to a multiple of it
 SCHEDULES: dict[str, Any] = {
     "1f1b": Schedule1F1B,
     "interleaved": ScheduleInterleaved1F1B,
@@ -51,7 +54,7 @@ class PipelineExecution:
         self.layers.precision.scaled(torch.ones((), device=self.layers.device))  # the scale is known in every process
         self._run(batches)
         optimizer.collect_gradients()
-        total = sum((sums.loss.detach() for sums in self._sums), torch.zeros(()))
+        total = sum((sums.loss for sums in self._sums), torch.zeros((), device=self.layers.device))
         return float(total) / label_tokens if self.layers.counts and self._sums else 0.0
 
     @property
@@ -76,6 +79,10 @@ class PipelineExecution:
         count = self._count(len(batches))
         filled = [*batches, *[Batch.empty()] * (count - len(batches))]
         common = to_common_shape(filled, layers.multiple)
+        if not common[0].is_matrix:  # few shapes, so that the schedule can often be kept
+            unit = math.lcm(LENGTH_UNIT, layers.multiple)
+            length = -(-common[0].input_ids.numel() // unit) * unit
+            common = [batch.fitted(length) for batch in common]
         self._micro, self._sums = [layers.micro_batch(batch) for batch in common], []
         for stage in layers.stages:
             stage.micro_batches = [micro.inputs for micro in self._micro]
@@ -85,10 +92,11 @@ class PipelineExecution:
         if any(stage.is_first for stage in layers.stages):
             inputs = (torch.cat([micro.input_ids for micro in self._micro]),)
         target = numbers if any(stage.is_last for stage in layers.stages) else None
-        with layers.precision.context():
-            schedule.step(*inputs, number=numbers, target=target, losses=[], return_outputs=False)
+        for stage in layers.stages:  # forward passes only: the schedule runs the backward passes too
+            stage.context = layers.precision.context
+        schedule.step(*inputs, number=numbers, target=target, losses=[], return_outputs=False)
         for stage in layers.stages:
-            stage.micro_batches = ()
+            stage.micro_batches, stage.context = (), contextlib.nullcontext
         self._micro = []
 
     def _count(self, batches: int) -> int:
@@ -128,6 +136,7 @@ class PipelineExecution:
         )
 
     def _loss(self, hidden: Tensor, number: Tensor) -> Tensor:
-        sums = self.layers.loss(hidden, self._micro[int(number)].labels)
-        self._sums.append(sums)
+        with self.layers.precision.context():
+            sums = self.layers.loss(hidden, self._micro[int(number)].labels)
+        self._sums.append(LossSums(sums.loss.detach(), sums.correct, sums.tokens))  # not the graph
         return self.layers.precision.scaled(sums.loss / self._label_tokens)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,6 +42,7 @@ from arriero.training.run import (
     build_precision,
     build_trainer,
     check_run,
+    check_same_data,
     final_metrics,
     joined,
     save_weights,
@@ -193,6 +196,11 @@ def load_data(options: PretrainOptions, tokenizer: Tokenizer, copies: int) -> di
     )
 
 
+def _known_by(dataset: CorpusDataset) -> str:
+    digest = hashlib.sha256(json.dumps(dataset.fingerprint(), sort_keys=True).encode()).hexdigest()
+    return f"{len(dataset)} samples, SHA-256 of their order {digest[:12]}"
+
+
 def pretrain(options: PretrainOptions) -> dict[str, Any]:
     """Train, evaluate, and write the final model into the run folder.
 
@@ -222,6 +230,7 @@ def _pretrain(
         tokenizer = find_tokenizer(options.model)
         datasets = load_data(options, tokenizer, processes.layout.data)
         loaded = load_or_make(options, tokenizer, processes)
+    check_same_data(processes, {part: _known_by(dataset) for part, dataset in datasets.items()})
     share_out(loaded, options, processes, loaded.values, corpus.max_seq_length)
     set_seed(optim.seed)
     precision = build_precision(options.precision, loaded.device)
@@ -265,7 +274,7 @@ def _pretrain(
         results |= train(trainer, options, folder, signals)
     elif folder.resume:
         load_checkpoint(folder.resume, weights, processes=processes)
-    if not signals.received:
+    if not processes.any(signals.received is not None):  # it may have reached some of them only
         results |= final_metrics(trainer, options, validate)
         if test is not None:
             scores = {f"test_{key}": value for key, value in test().items()}

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from arriero.data.steps import StepSource
 from arriero.data.tokenizer import Tokenizer
 from arriero.engine.generation import Generator
 from arriero.engine.loading import LoadedModel, pick_device
-from arriero.errors import ConfigError, RunStopped, TrainingError
+from arriero.errors import ConfigError, PeerError, RunStopped, TrainingError
 from arriero.formats.shard_writer import write_own_shard
 from arriero.models.attention import document_kernel
 from arriero.models.llama import LlamaForCausalLM
@@ -88,6 +88,44 @@ def check_run(verb: str, options: RunOptions, metrics: Sequence[str]) -> None:
         read_prompts(options.logging.sample_prompts)
 
 
+def check_same(processes: Processes, values: Mapping[str, str], line: Callable[[int, str, str, str], str]) -> None:
+    """Refuse what processes do not have in common.
+
+    Args:
+        values: of this process, by name.
+        line: from rank, name, that rank's value and rank 0's to what the user is told.
+
+    Raises:
+        ConfigError: in the first process that differs from rank 0.
+        PeerError: in the others then.
+    """
+    said = processes.exchange(dict(values))
+    for rank, other in enumerate(said):
+        for name in said[0] | other:
+            if other.get(name) != said[0].get(name):
+                told = line(rank, name, other.get(name, "none"), said[0].get(name, "none"))
+                raise ConfigError(told) if rank == processes.rank else PeerError(f"rank {rank} failed ({told})")
+
+
+def check_same_data(processes: Processes, found: Mapping[str, str]) -> None:
+    """Refuse processes that read different data, as where machines hold different files.
+
+    Args:
+        found: what each split is known by.
+
+    Raises:
+        ConfigError: in the first process that differs from rank 0.
+        PeerError: in the others then.
+    """
+    check_same(
+        processes,
+        found,
+        lambda rank, split, own, first: (
+            f"rank {rank} has other {split} data ({own}) than rank 0 ({first}): let all of them read the same files"
+        ),
+    )
+
+
 @contextlib.contextmanager
 def heard_once(processes: Processes) -> Iterator[None]:
     """A block in which only the first of several processes writes to standard output."""
@@ -106,15 +144,14 @@ def joined(options: RunOptions) -> Iterator[Processes]:
     """
     processes = start(options.parallel.layout(launched_size()), pick_device(options.model.device))
     with heard_once(processes):
-        values = {name: value for name, value in effective(options.groups).items() if name not in OWN}
-        said = processes.exchange({name: str(value) for name, value in values.items()})
-        for rank, other in enumerate(said):
-            for name in said[0]:
-                if other.get(name) != said[0][name]:
-                    raise ConfigError(
-                        f"rank {rank} was started with --{name} {other.get(name)} and rank 0 with {said[0][name]}: "
-                        "give all processes the same options"
-                    )
+        values = {name: str(value) for name, value in effective(options.groups).items() if name not in OWN}
+        check_same(
+            processes,
+            values,
+            lambda rank, name, own, first: (
+                f"rank {rank} was started with --{name} {own} and rank 0 with {first}: give all processes the same options"
+            ),
+        )
         try:
             yield processes
         except RunStopped:  # in order, in all of them

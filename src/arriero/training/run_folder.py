@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from arriero.config.checkpoint import CheckpointOptions
-from arriero.errors import ConfigError, FormatError
+from arriero.errors import ConfigError, FormatError, PeerError
 from arriero.parallel.processes import Processes
 from arriero.training.checkpoint import checkpoint_step, list_checkpoints, verify
 
@@ -46,15 +46,14 @@ class RunFolder:
         self.processes = processes or Processes()
         self._overwrite = options.overwrite_output_dir
         self._lock: int | None = None
-        resume = self.processes.by_first(lambda: self._claim(options))
-        self.resume = None if resume is None else Path(resume)
+        self.processes.by_first(lambda: self._claim(options))
+        if options.resume_from_checkpoint == "auto":
+            self.resume = newest_checkpoint(self.path, self.processes)
+        else:
+            self.resume = Path(options.resume_from_checkpoint) if options.resume_from_checkpoint else None
 
-    def _claim(self, options: CheckpointOptions) -> str | None:
-        """Make the folder this run's.
-
-        Returns:
-            The checkpoint to go on from.
-        """
+    def _claim(self, options: CheckpointOptions) -> None:
+        """Make the folder this run's."""
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"--output_dir {self.path} is a file: name a folder")
         explicit = options.resume_from_checkpoint not in (None, "auto")
@@ -72,10 +71,6 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"--output_dir {self.path}: cannot be written ({error.strerror})") from error
         self._remove_leftovers()
-        if options.resume_from_checkpoint == "auto":
-            newest = newest_checkpoint(self.path)
-            return None if newest is None else str(newest)
-        return options.resume_from_checkpoint or None
 
     def _acquire(self) -> int:
         """The kernel drops the lock with the process, however it ends: it can never be stale."""
@@ -165,17 +160,19 @@ class RunFolder:
             os.close(self._lock)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run; damaged ones are named and passed over.
+def newest_checkpoint(folder: Path, processes: Processes | None = None) -> Path | None:
+    """The newest whole checkpoint of a run; damaged ones are named and passed over. Processes look at it together.
 
     Raises:
         FormatError: if there are checkpoints and none is whole.
     """
-    checkpoints = list_checkpoints(folder)
+    processes = processes or Processes()
+    names = processes.by_first(lambda: [checkpoint.name for checkpoint in list_checkpoints(folder)])
+    checkpoints = [folder / name for name in names]
     for checkpoint in reversed(checkpoints):
         try:
-            verify(checkpoint)
-        except FormatError as error:
+            verify(checkpoint, processes)
+        except (FormatError, PeerError) as error:
             print(f"warning: {error}")
             continue
         return checkpoint

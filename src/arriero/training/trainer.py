@@ -103,6 +103,7 @@ class Trainer:
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation, and the step it was made at
     metrics_step: int = -1
     should_stop: bool = False  # end after this step
+    failed: bool = False  # an error ended the run: other processes may not come along any more
     save_now: bool = False  # a checkpoint is due at this step, whatever the strategy says
 
     def __post_init__(self) -> None:
@@ -160,6 +161,7 @@ class Trainer:
                     callback.on_step_end(self, record)
         except BaseException:
             # what ended the run is what the user must hear of, not what closing up meets after it
+            self.failed = True
             with contextlib.suppress(Exception):
                 self._end()
             raise
@@ -182,7 +184,7 @@ class Trainer:
         start = time.perf_counter()
         left_out = self.state.step in self.skip_steps
         if not self.processes.alone:  # dropout as a function of the step, so that no generator's state need be kept
-            torch.manual_seed(self.seed + self.state.step * self.processes.layout.data + self.processes.data_rank)
+            torch.manual_seed(self.seed + self.state.step * self.processes.size + self.processes.independent_rank)
         batches = [] if left_out else list(self.data(self.state.step))
         label_tokens, tokens, rows, flops = self._totals(batches)
         learning_rate = self.schedule(self.state.step)
@@ -232,11 +234,11 @@ class Trainer:
         if self.precision.forgives_overflow and loss == loss and abs(loss) != float("inf"):
             return True
         culprit = first_non_finite(self.optimizer, self.model)
-        culprits = [found for found in self.processes.exchange(culprit) if found != NOTHING]
-        culprit = culprits[0] if culprits else NOTHING
+        told = self.processes.exchange([culprit, self.data.describe(self.state.step)])
+        culprit, data = next((found for found in told if found[0] != NOTHING), told[0])
         raise TrainingError(
             f"step {self.state.step + 1}: loss {loss}, gradient norm {norm}; the first bad tensor is {culprit}; "
-            f"{self.data.describe(self.state.step)}: lower --learning_rate, use bf16 or fp32 in place of fp16, "
+            f"{data}: lower --learning_rate, use bf16 or fp32 in place of fp16, "
             "or leave this data out"
         )
 

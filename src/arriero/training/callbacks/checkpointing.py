@@ -73,7 +73,13 @@ class Checkpointing(Callback):
     def on_train_end(self, trainer: Trainer) -> None:
         self.writer.wait()
         best = trainer.state.best_checkpoint
-        if self.load_best and best and trainer.state.step == trainer.total_steps and not self.unwritten:
+        if (
+            self.load_best
+            and best
+            and not trainer.failed
+            and trainer.state.step == trainer.total_steps
+            and not self.unwritten
+        ):
             try:
                 load_checkpoint(trainer.run_folder / best, trainer.weights, processes=trainer.processes)
                 found = f"best checkpoint: {best} ({(self.metric or '')[5:]} {trainer.state.best_metric:.4f}), loaded"

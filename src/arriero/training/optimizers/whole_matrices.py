@@ -13,7 +13,7 @@ from torch import Tensor
 
 from arriero.config.layout import Coordinates
 from arriero.formats.parts import Placement
-from arriero.parallel.processes import Processes
+from arriero.parallel.processes import Processes, set_timeout
 
 AXES = ("dp_shard", "cp", "tp")  # that cut matrices
 
@@ -55,7 +55,7 @@ class WholeMatrices:
         names = sorted(placements, key=lambda name: prod(self.shapes[name]))  # equal work in a round
         size = self.group.size() if self.group is not None else 1
         self.rounds = [names[start : start + size] for start in range(0, len(names), size)]
-        if self.group is None:
+        if self.group is None or not names:
             return
         assert processes.mesh is not None
         self.device = torch.device(processes.mesh.device_type)
@@ -123,5 +123,6 @@ def _holders(processes: Processes) -> dist.ProcessGroup | None:
         ranks = [layout.rank(Coordinates(pp, replica, *at)) for at in inner]
         group = dist.new_group(ranks)
         if processes.rank in ranks:
+            set_timeout(group)
             found = group
     return found
