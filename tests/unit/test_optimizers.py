@@ -374,6 +374,14 @@ def test_masters_keep_what_half_precision_would_round_away(name: str) -> None:
         assert torch.equal(dict(half.named_parameters())[key], parameter.bfloat16()), key
 
 
+def test_the_norm_of_a_large_tensor_is_right() -> None:
+    model = nn.Linear(512, 20000)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    exact = math.sqrt(sum(float(parameter.grad.double().square().sum()) for parameter in model.parameters()))
+    assert math.sqrt(Optimizer(model).squared_norm()) == pytest.approx(exact, rel=1e-6)
+
+
 def test_clipping_is_torchs() -> None:
     for limit in (0.0, 0.1, 1e6):
         ours, theirs = Net(), Net()

@@ -134,7 +134,11 @@ class Optimizer:
         gradients = self.gradients()
         if not gradients:
             return 0.0
-        norms = torch.stack(torch._foreach_norm(list(gradients.values()))).double()
+        tensors = list(gradients.values())
+        if tensors[0].device.type == "cpu":  # torch adds up all squares of a tensor one after the other there: 1e-3 off
+            tensors = [torch.linalg.vector_norm(tensor, dim=-1) if tensor.ndim > 1 else tensor for tensor in tensors]
+            tensors = [tensor.double() for tensor in tensors]
+        norms = torch.stack(torch._foreach_norm(tensors)).double()
         copies = torch.tensor([self.placements[name].copies for name in gradients], device=norms.device)
         return float((norms.square() / copies).sum())
 
