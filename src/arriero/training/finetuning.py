@@ -51,7 +51,7 @@ from arriero.training.run import (
     train,
     write_results,
 )
-from arriero.training.run_folder import RunFolder
+from arriero.training.run_folder import MERGED, RunFolder
 from arriero.training.weights import AdapterWeights, FullWeights
 
 
@@ -252,8 +252,8 @@ def save_final(
             if options.adapter.merge_weights:
                 model = loaded.model if processes.alone else _whole_model(loaded, folder)
                 merge_lora(model)
-                hf.save_model(model, model.config, folder / "merged", extra_files_from=loaded.folder)
-                print(f"merged model: {folder / 'merged'}")
+                hf.save_model(model, model.config, folder / MERGED, extra_files_from=loaded.folder)
+                print(f"merged model: {folder / MERGED}")
 
 
 def _whole_model(loaded: LoadedModel, adapter: Path) -> LlamaForCausalLM:

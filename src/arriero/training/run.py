@@ -46,7 +46,7 @@ from arriero.training.checkpoint import WeightStore
 from arriero.training.memory import freed_memory_kept
 from arriero.training.optimizer import Optimizer
 from arriero.training.precision import Precision
-from arriero.training.run_folder import RunFolder
+from arriero.training.run_folder import SHARDED, RunFolder
 from arriero.training.schedule import Schedule
 from arriero.training.trainer import Callback, Trainer
 from arriero.training.weights import FullWeights
@@ -357,7 +357,7 @@ def save_weights(weights: WeightStore, folder: Path, processes: Processes, *, sh
             # Cut from the folder just written, so that every layout has one way: FSDP shares out the local tensors too.
             names, degrees = weights.parts().keys(), (layout.tp, layout.pp)
             first = at.dp_replicate == at.dp_shard == at.cp == 0
-            write_own_shard(folder, folder / "sharded", names, degrees, (at.tp, at.pp), processes, writes=first)
+            write_own_shard(folder, folder / SHARDED, names, degrees, (at.tp, at.pp), processes, writes=first)
             print(f"shards: {folder / 'sharded'}")
     except OSError as error:
         raise TrainingError(

@@ -16,6 +16,7 @@ from arriero.parallel.processes import Processes
 from arriero.training.checkpoint import checkpoint_step, list_checkpoints, verify
 
 LOCK = ".lock"
+MERGED, SHARDED = "merged", "sharded"  # other forms of the final model, in folders of their own
 # Of an earlier run, beside its checkpoints.
 RESULTS = (
     "train_log.jsonl",
@@ -123,6 +124,8 @@ class RunFolder:
         for pattern in RESULTS:
             for path in self.path.glob(pattern):
                 path.unlink()
+        for form in (MERGED, SHARDED):
+            shutil.rmtree(self.path / form, ignore_errors=True)
 
     def check_inputs(self, *names: str | None) -> None:
         """Refuse to overwrite what the run is made from.

@@ -245,11 +245,10 @@ def _block_backward(facts: ModelFacts, setup: TrainingSetup) -> int:
 def _update_working(facts: ModelFacts, setup: TrainingSetup) -> int:
     """What an optimizer holds while it steps; AdamW's kernel works in place.
 
-    Muon orthogonalises one matrix after another with a handful of copies in bf16, and scales an fp32 update.
+    Muon orthogonalises one whole matrix after another, wherever its parts are, with a handful of copies (bf16 on a GPU, fp32 on
+    a CPU), and scales an fp32 update.
     """
     if setup.optimizer != "muon":
         return 0
-    matrices = [
-        math.prod(local_shape(p, facts.config, setup.layout.tp)) for p in facts.layer if p.trained and p.ndim == 2
-    ]
-    return max(matrices, default=0) * (4 * 2 + 2 * FLOAT)
+    item = FLOAT if setup.device == "cpu" else 2
+    return max((p.numel for p in facts.layer if p.trained and p.ndim == 2), default=0) * (4 * item + 2 * FLOAT)

@@ -120,6 +120,6 @@ def optimizer_bytes(parameter: Parameter, rule: str, size: int | None = None) ->
     size, eight = parameter.numel if size is None else size, rule == "adamw_8bit"
     if rule == "muon" and parameter.ndim == 2 and EMBEDDING not in parameter.name and HEAD not in parameter.name:
         return size * FLOAT
-    if eight and size >= LEAST_8BIT and EMBEDDING not in parameter.name:
+    if eight and parameter.numel >= LEAST_8BIT and EMBEDDING not in parameter.name:
         return 2 * (size + -(-size // BLOCK) * FLOAT)
     return 2 * size * FLOAT + FLOAT  # the step count is a tensor too
