@@ -224,7 +224,7 @@ def test_an_error_on_one_machine_ends_the_other(start: Start) -> None:
     assert err[-1].startswith("arriero [rank 0]: another process of this run ended or does not answer")
 
 
-@pytest.mark.slow  # the rendezvous waits 30 s for more machines
+@pytest.mark.peers  # the rendezvous waits 30 s for more machines
 def test_a_machine_that_joins_later_stops_the_others_in_order_and_starts_with_them(
     start: Start, tmp_path: Path
 ) -> None:

@@ -117,7 +117,7 @@ def measured(layout: Layout, rows: int, sequence: int, count: int) -> list[int]:
     return [int(said) for said, _ in ended]
 
 
-@pytest.mark.slow
+@pytest.mark.peers
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("name", RUNS)
 def test_peak_of_real_steps_in_two_processes(name: str) -> None:

@@ -103,6 +103,7 @@ def test_the_pipeline_command_word_for_word(arriero: Arriero, tmp_path: Path, ho
     assert scored["eval_loss"] == pytest.approx(results(tmp_path / "one")["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.peers  # eight processes
 def test_the_sharding_command_word_for_word(arriero: Arriero, tmp_path: Path) -> None:
     """Eight processes, fp16 O2, stage2; what follows the seed's words: a small model, fewer steps, the device that is here."""
     rows = [{"text": f"The {i}th king of the {i % 7} hills had {i * 3} horses and no peace."} for i in range(1200)]

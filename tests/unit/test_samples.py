@@ -193,5 +193,5 @@ def test_splits_of_folders_and_files(tmp_path: Path) -> None:
 def test_unknown_tasks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="squad or squad_qa"):
         load_samples(str(tmp_path), None, "sqaud", ["train"])
-    with pytest.raises(ConfigError, match="--dataset_path or --data_name"):
-        load_samples(None, None, None, ["train"])
+    with pytest.raises(ConfigError, match="squad or squad_qa"):
+        load_samples(None, None, "sqaud", ["train"])

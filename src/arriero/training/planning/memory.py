@@ -131,6 +131,9 @@ def share_memory(facts: ModelFacts, setup: TrainingSetup, share: Share) -> Memor
 
     outside = total(model_saved(facts, setup)) if share.head else 0
     loss = total(loss_saved(facts, setup)) if share.head else 0
+    if setup.layout.pp > 1 and setup.layout.schedule in ("zero_bubble", "zbv"):
+        # torch's pipelines hold the losses to the end of a step; a backward pass in two halves leaves each its gradients
+        always += loss * (setup.micro_batches - 1)
     kept = blocks_kept(facts, setup, share.layers, share.passes) + outside + _messages(facts, setup, share)
     casts = _cached_casts(facts, setup, len(share.layers))
     earlier = gradients.earlier

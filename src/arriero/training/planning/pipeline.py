@@ -47,10 +47,6 @@ def _shares(facts: ModelFacts, layout: Layout, sequence: int, micro_batches: int
         stages = layout.stages_of(pp)
         layers = tuple(layer for stage in stages for layer in runs[stage])
         runs_kept = runs_in_flight(layout, micro_batches, pp)
-        if layout.stages - 1 in stages and layout.pp > 1 and layout.schedule in ("zero_bubble", "zbv"):
-            # torch's pipelines hold every micro-batch's loss to the end of a step, and with it what the last stage kept: the
-            # backward pass in two halves does not let go of it
-            runs_kept += max(0, micro_batches - runs_kept // layout.virtual)
         passes = runs_kept / layout.virtual
         found.append(Share(pp, layers, 0 in stages, layout.stages - 1 in stages, passes))
     return tuple(found)
