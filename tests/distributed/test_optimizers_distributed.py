@@ -171,7 +171,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     for world in NAMES:
-        seconds = run_ranks(world, Path(__file__), str(world), str(folder), timeout=150)
+        seconds = run_ranks(world, Path(__file__), str(world), str(folder), timeout=330)
         print(f"{world} processes: {seconds:.0f} s")
     lines = [line for world in NAMES for line in read_lines(folder / f"{world}.jsonl")]
     return {(line["layout"], line["what"]): line for line in lines}
