@@ -20,7 +20,7 @@ from arriero.formats.parts import Placement
 from arriero.formats.safe_tensors import INDEX_FILE, SINGLE_FILE, LazyTensor
 from arriero.formats.shared_files import PartReader
 from arriero.models.config import LlamaConfig
-from arriero.models.tensor_split import cut_of
+from arriero.models.tensor_split import cut_of, possible_degrees
 from arriero.models.weight_shapes import weight_shapes
 
 _FILE = re.compile(r"model-tp([0-9]{2,5})-of-([0-9]{2,5})(?:-pp([0-9]{2,5})-of-([0-9]{2,5}))?\.safetensors")
@@ -55,16 +55,11 @@ def is_sharded(folder: str | Path) -> bool:
 
 def check_degree(config: LlamaConfig, tp: int, source: str | Path) -> None:
     """Raises FormatError where so many processes cannot share out the heads."""
-
-    def fits(degree: int) -> bool:
-        heads = config.num_key_value_heads
-        return config.num_attention_heads % degree == 0 and (heads % degree == 0 or degree % heads == 0)
-
-    if not fits(tp):
-        possible = [str(degree) for degree in range(1, config.num_attention_heads + 1) if fits(degree)]
+    possible = possible_degrees(config)
+    if tp not in possible:
         raise FormatError(
             f"{source}: {config.num_attention_heads} heads with {config.num_key_value_heads} key-value heads cannot be "
-            f"shared out among {tp} tensor-parallel processes (possible: {', '.join(possible)})"
+            f"shared out among {tp} tensor-parallel processes (possible: {', '.join(map(str, possible))})"
         )
 
 

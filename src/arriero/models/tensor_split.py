@@ -34,6 +34,12 @@ class Cut:
     copy: int
 
 
+def possible_degrees(config: LlamaConfig) -> list[int]:
+    """Numbers of processes that the heads can be shared out among: evenly, or each key-value head held by equally many."""
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    return [n for n in range(1, heads + 1) if heads % n == 0 and (shared % n == 0 or n % shared == 0)]
+
+
 def chunk(length: int, parts: int, index: int) -> tuple[int, int]:
     """Start and size of one of `parts` runs of a length, as `torch.chunk` cuts: the last ones may be shorter or empty."""
     step = -(-length // parts)

@@ -21,7 +21,7 @@ from arriero.adapters.lora import LoRALinear
 from arriero.errors import ConfigError
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import DecoderLayer, LlamaForCausalLM
-from arriero.models.tensor_split import KEY_VALUE, Cut, chunk, cut_of
+from arriero.models.tensor_split import KEY_VALUE, Cut, chunk, cut_of, possible_degrees
 from arriero.parallel.collectives import enter, leave
 
 
@@ -37,7 +37,7 @@ class TensorParallel:
         vocabulary: first row and number of rows of this process's part of embedding and head.
     """
 
-    group: dist.ProcessGroup | None
+    group: dist.ProcessGroup
     rank: int
     size: int
     split: bool
@@ -55,12 +55,10 @@ class TensorParallel:
             self.split = before
 
     def enter(self, x: Tensor) -> Tensor:
-        assert self.group is not None
         entered: Tensor = enter(x, self.group, split=self.split)
         return entered
 
     def leave(self, x: Tensor) -> Tensor:
-        assert self.group is not None
         left: Tensor = leave(x, self.group, split=self.split)
         return left
 
@@ -68,7 +66,7 @@ class TensorParallel:
     def add_up_partial(self, gradients: dict[str, Tensor]) -> None:
         """Add up the gradients of `partial` over the processes, in place; all in one message."""
         names = [name for name in gradients if name in self.partial]
-        if self.group is None or not names:
+        if not names:
             return
         shared = {name: self._rows(gradients[name], self.cuts[name]) for name in names}
         flat = torch.cat([tensor.reshape(-1) for tensor in shared.values()])
@@ -91,17 +89,12 @@ class TensorParallel:
 
 def check_heads(config: LlamaConfig, tp: int) -> None:
     """Raises ConfigError where the heads cannot be shared out, with the nearest degree that can."""
-
-    def fits(degree: int) -> bool:
-        heads = config.num_key_value_heads
-        return config.num_attention_heads % degree == 0 and (heads % degree == 0 or degree % heads == 0)
-
     if chunk(config.vocab_size, tp, tp - 1)[1] < 1:
         raise ConfigError(
             f"--tensor_parallel_degree {tp} leaves a process nothing of a vocabulary of {config.vocab_size}: lower it"
         )
-    if tp > 1 and not fits(tp):
-        valid = [degree for degree in range(1, config.num_attention_heads + 1) if fits(degree)]
+    valid = possible_degrees(config)
+    if tp not in valid:
         nearest = min(valid, key=lambda degree: (abs(degree - tp), degree))
         raise ConfigError(
             f"--tensor_parallel_degree {tp} does not share out {config.num_attention_heads} heads with "
@@ -200,7 +193,6 @@ def _embedding(embedding: nn.Embedding, parallel: TensorParallel) -> Callable[[T
 def whole_logits(head: nn.Module, hidden: Tensor, vocab_size: int, parallel: TensorParallel) -> Tensor:
     """Logits (B, S, vocab_size) in every process, without gradients."""
     part: Tensor = head(hidden)
-    assert parallel.group is not None
     width = -(-vocab_size // parallel.size)
     padded = F.pad(part, (0, width - part.shape[-1]))
     pieces = [torch.empty_like(padded) for _ in range(parallel.size)]

@@ -128,7 +128,6 @@ class Layers:
         tensor = self.parallel.tensor if self.parallel is not None else None
         part = None
         if tensor is not None:
-            assert tensor.group is not None
             hidden = tensor.enter(hidden)
             part = VocabularyPart(tensor.group, tensor.vocabulary[0], self.model.config.vocab_size)
         return linear_cross_entropy(hidden, head.weight, labels, label_smoothing=self.label_smoothing, part=part)

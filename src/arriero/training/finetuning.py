@@ -202,7 +202,8 @@ def _finetune(
             examples[split], report = encode_all(rows, loaded.tokenizer, limit, data.tgt_length)
             print(f"{split}: {report}")
         weights, values = build_weights(loaded, options)
-    check_same_data(processes, {split: _known_by(rows) for split, rows in examples.items()})
+    if not processes.alone:
+        check_same_data(processes, {split: _known_by(rows) for split, rows in examples.items()})
     share_out(loaded, options, processes, values, data.sequence_length)
     evaluate = None
     if "dev" in examples:

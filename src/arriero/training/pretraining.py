@@ -230,7 +230,8 @@ def _pretrain(
         tokenizer = find_tokenizer(options.model)
         datasets = load_data(options, tokenizer, processes.layout.data)
         loaded = load_or_make(options, tokenizer, processes)
-    check_same_data(processes, {part: _known_by(dataset) for part, dataset in datasets.items()})
+    if not processes.alone:
+        check_same_data(processes, {part: _known_by(dataset) for part, dataset in datasets.items()})
     share_out(loaded, options, processes, loaded.values, corpus.max_seq_length)
     set_seed(optim.seed)
     precision = build_precision(options.precision, loaded.device)
