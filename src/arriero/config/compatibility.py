@@ -216,7 +216,7 @@ def _data_parallel(parallel: ParallelOptions, given: frozenset[str], warnings: l
     except ConfigError:  # refused when the run starts: a command line may be read for another machine
         return
     alone = "in one process: arriero launch starts several"
-    if layout.dp_shard == 1 and _changed(parallel, "sharding", given):
+    if layout.stage == 0 and _changed(parallel, "sharding", given):
         warnings.append(f"--sharding has no effect {alone if processes == 1 else f'with {layout}: nobody shares it'}")
     if processes == 1 and _changed(parallel, "gradient_reduce_dtype", given):
         warnings.append(f"--gradient_reduce_dtype has no effect {alone}")

@@ -29,7 +29,7 @@ class Layout:
         dp_shard: processes that see other data and share out optimizer (stage 1), gradients (2), weights (3).
         cp: processes that share out each sequence.
         tp: processes that share out each weight matrix.
-        stage: what `dp_shard` shares out, 1 to 3; 0 with `dp_shard` 1.
+        stage: what `dp_shard` x `cp` share out, 1 to 3; 0 where both are 1.
         offload: whether the shards live in host memory.
         virtual: stages of the pipeline in each process.
         schedule: of the pipeline, one of `SCHEDULES`.

@@ -122,7 +122,7 @@ class ParallelOptions(OptionGroup):
             dp_shard=shard,
             cp=self.context_parallel_degree,
             tp=self.tensor_parallel_degree,
-            stage=self.sharding_stage if shard > 1 else 0,
+            stage=self.sharding_stage if shard * self.context_parallel_degree > 1 else 0,
             offload="offload" in self.sharding,
             virtual=self.virtual_pp_degree,
             schedule=schedule,
