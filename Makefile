@@ -22,6 +22,8 @@ BENCH ?= train
 WORKERS ?= 2
 
 BIN := .venv/bin
+# tests write beside the code and not into the shared folder of /tmp, which other runs and the system tidy up
+PYTEST_TMP := .pytest_tmp
 RUNTIME := .venv/.installed-runtime
 DEV := .venv/.installed-dev
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
@@ -50,10 +52,14 @@ quickstart: $(RUNTIME)
 
 test: $(DEV)
 	@$(BIN)/arriero download smollm2-135m-instruct
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not peers" -n $(WORKERS) $(ARGS)
+	@mkdir -p $(PYTEST_TMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --basetemp $(PYTEST_TMP)/$$$$ -m "not peers" -n $(WORKERS) $(ARGS)
+	@rm -rf $(PYTEST_TMP)
 
 test-peers: $(DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m peers $(ARGS)
+	@mkdir -p $(PYTEST_TMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --basetemp $(PYTEST_TMP)/$$$$ -m peers $(ARGS)
+	@rm -rf $(PYTEST_TMP)
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -71,5 +77,5 @@ layouts: $(DEV)
 	$(BIN)/python benchmarks/layouts.py $(ARGS)
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist src/*.egg-info runs
+	rm -rf .venv .pytest_cache $(PYTEST_TMP) .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist src/*.egg-info runs
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sqlite3
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,8 +58,12 @@ def test_wandb_works_offline_and_goes_on_under_its_id(tmp_path: Path, monkeypatc
     drive(first)
     assert not first.failed
     (stored,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    words = (b"train/loss", b"4.25", b"eval/loss", b"learning_rate", b"0.003", b"mules", b"first")
+    deadline = time.monotonic() + 30  # a process of wandb's own writes the file
+    while not all(word in stored.read_bytes() for word in words) and time.monotonic() < deadline:
+        time.sleep(0.2)
     raw = stored.read_bytes()
-    for word in (b"train/loss", b"4.25", b"eval/loss", b"learning_rate", b"0.003", b"mules", b"first"):
+    for word in words:
         assert word in raw, word
     run_id = stored.stem.removeprefix("run-")
     resumed = only(options, tmp_path)
