@@ -293,7 +293,8 @@ def test_warm_start_goes_on_from_the_stored_adapter(tmp_path: Path) -> None:
     from arriero.config.quantization import QuantizationOptions
     from arriero.engine.loading import LoadedModel
     from arriero.parallel.processes import Processes
-    from arriero.training.finetuning import FinetuneOptions, build_weights
+    from arriero.training.finetune_options import FinetuneOptions
+    from arriero.training.methods.build import build_weights
 
     ours, theirs = pair()
     wrapped = peft.get_peft_model(

@@ -39,7 +39,8 @@ def run(
     logging: LoggingOptions,
 ) -> int:
     """Fine-tune."""
-    from arriero.training.finetuning import FinetuneOptions, finetune
+    from arriero.training.finetune_options import FinetuneOptions
+    from arriero.training.finetuning import finetune
 
     finetune(
         FinetuneOptions(

@@ -136,7 +136,8 @@ def _finetune(options: QuickstartOptions, model: Path, data: Path, adapter: Path
     from arriero.config.parallel import ParallelOptions
     from arriero.config.precision import PrecisionOptions
     from arriero.config.quantization import QuantizationOptions
-    from arriero.training.finetuning import FinetuneOptions, finetune
+    from arriero.training.finetune_options import FinetuneOptions
+    from arriero.training.finetuning import finetune
 
     finetuning = FinetuneOptions(
         model=ModelOptions(model_name_or_path=str(model)),

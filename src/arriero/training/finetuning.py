@@ -4,40 +4,34 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from arriero.adapters.lora import LoRAConfig, apply_lora, initial_values, load_adapter_state, merge_lora
+from arriero.adapters.lora import apply_lora, load_adapter_state, merge_lora
 from arriero.adapters.peft_config import from_peft
-from arriero.config.adapter import AdapterOptions
-from arriero.config.data import DataOptions
-from arriero.config.quantization import QuantizationOptions
 from arriero.data.batch import packed_batches
 from arriero.data.order import StepOrder, prefix_clusters
 from arriero.data.samples import Sample
 from arriero.data.sft import Example, encode_all
 from arriero.data.sources import check_data, load_samples
 from arriero.data.steps import DataShare, FinetuningSteps
-from arriero.engine.loading import LoadedModel, load, with_adapter
+from arriero.engine.loading import LoadedModel, load
 from arriero.errors import ConfigError
 from arriero.formats import hf, peft
-from arriero.formats.parts import Placement
 from arriero.models.llama import LlamaForCausalLM
-from arriero.parallel.materialize import Values
 from arriero.parallel.processes import Processes
 from arriero.training.callbacks.stop_signals import StopSignals
 from arriero.training.checkpoint import WeightStore, load_checkpoint
 from arriero.training.evaluation import evaluate_loss
 from arriero.training.execution import build_execution
+from arriero.training.finetune_options import FinetuneOptions
 from arriero.training.generation_metrics import evaluate_generation
+from arriero.training.methods.build import build_weights
 from arriero.training.run import (
     Evaluate,
-    RunOptions,
     build_callbacks,
     build_precision,
     build_trainer,
@@ -52,16 +46,7 @@ from arriero.training.run import (
     write_results,
 )
 from arriero.training.run_folder import MERGED, RunFolder
-from arriero.training.weights import AdapterWeights, FullWeights
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(RunOptions):
-    """The option groups of a fine-tuning run."""
-
-    data: DataOptions
-    adapter: AdapterOptions
-    quantization: QuantizationOptions
+from arriero.training.weights import AdapterWeights
 
 
 def check_supported(options: FinetuneOptions) -> None:
@@ -77,52 +62,6 @@ def check_supported(options: FinetuneOptions) -> None:
     if options.quantization.qat:
         raise ConfigError("--qat is not in this version yet: fine-tune without it")
     check_data(options.data.dataset_path, options.data.data_name, options.data.task_name)
-
-
-def build_weights(loaded: LoadedModel, options: FinetuneOptions) -> tuple[WeightStore, Values | None]:
-    """Make the model trainable as asked.
-
-    Returns:
-        How its trained weights are stored; and where all its weights come from, if it is on the meta device still.
-    """
-    adapter = options.adapter
-    if not adapter.lora:
-        folder = loaded.tokenizer.folder
-        return FullWeights(loaded.model, loaded.folder, folder, options.checkpoint.max_shard_size), loaded.values
-    state = None
-    if adapter.lora_path:
-        stored, state = peft.load_adapter(Path(adapter.lora_path))
-        config = from_peft(stored)
-    else:
-        config = LoRAConfig(
-            rank=adapter.lora_rank,
-            alpha=adapter.lora_alpha or 2.0 * adapter.lora_rank,
-            dropout=adapter.lora_dropout,
-            target_modules=tuple(adapter.lora_target_modules),
-            bias=adapter.lora_bias,  # type: ignore[arg-type]
-        )
-    seed = options.optimization.seed
-    names = apply_lora(loaded.model, config, seed)
-    values = loaded.values
-    if values is not None:
-        values = with_adapter(values, state) if state is not None else _with_fresh_adapter(values, seed)
-    elif state is not None:
-        load_adapter_state(loaded.model, state)
-    trained = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
-    total = loaded.model.config.num_parameters()
-    print(
-        f"LoRA: rank {config.rank} on {len(names)} layers, {trained:,} trained parameters ({trained / total:.2%} of {total:,})"
-    )
-    return AdapterWeights(loaded.model, config, options.model.model_name_or_path), values
-
-
-def _with_fresh_adapter(values: Values, seed: int) -> Values:
-    def value(name: str, placement: Placement) -> Tensor:
-        if ".lora_" not in name:
-            return values(name, placement)
-        return initial_values(name, placement.box, placement.shape, seed)
-
-    return value
 
 
 def may_share_prefixes(loaded: LoadedModel, processes: Processes) -> bool:

@@ -1,0 +1,19 @@
+"""The option groups of a fine-tuning run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from arriero.config.adapter import AdapterOptions
+from arriero.config.data import DataOptions
+from arriero.config.quantization import QuantizationOptions
+from arriero.training.run import RunOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(RunOptions):
+    """The option groups of a fine-tuning run."""
+
+    data: DataOptions
+    adapter: AdapterOptions
+    quantization: QuantizationOptions

@@ -1,0 +1,1 @@
+"""What each method of fine-tuning trains, and how that is stored."""

@@ -1,0 +1,22 @@
+"""From options to trainable parameters: the one place that knows every method."""
+
+from __future__ import annotations
+
+from arriero.engine.loading import LoadedModel
+from arriero.parallel.materialize import Values
+from arriero.training.checkpoint import WeightStore
+from arriero.training.finetune_options import FinetuneOptions
+from arriero.training.methods.lora import lora_weights
+from arriero.training.weights import FullWeights
+
+
+def build_weights(loaded: LoadedModel, options: FinetuneOptions) -> tuple[WeightStore, Values | None]:
+    """Make the model trainable as asked, in place.
+
+    Returns:
+        How its trained weights are stored; and where all its weights come from, if it is on the meta device still.
+    """
+    if options.adapter.lora:
+        return lora_weights(loaded, options)
+    folder = loaded.tokenizer.folder
+    return FullWeights(loaded.model, loaded.folder, folder, options.checkpoint.max_shard_size), loaded.values
