@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from arriero.config.layout import Coordinates, Layout
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
+from arriero.models.tensor_split import EVERYWHERE
 from arriero.parallel.activation_checkpointing import apply_activation_checkpointing
 from arriero.parallel.compilation import apply_compile
 from arriero.parallel.pipeline import Stage, keep_stages, split_layers
@@ -31,6 +32,7 @@ class Parallel:
         tensor: None where no matrices are shared out.
         shapes: of every parameter of the whole model.
         trained: names of the parameters that are trained, of the whole model.
+        everywhere: names of the parameters that every process holds whole, each with a part of the gradient.
         tied: of the embedding and of its copy at the other end of the pipeline, the name that is stored.
         ends: the two processes that hold them, None where they are one process or none.
     """
@@ -41,6 +43,7 @@ class Parallel:
     tensor: TensorParallel | None
     shapes: dict[str, tuple[int, ...]]
     trained: frozenset[str]
+    everywhere: frozenset[str] = frozenset()
     tied: dict[str, str] = field(default_factory=dict)
     ends: dist.ProcessGroup | None = None
 
@@ -53,6 +56,12 @@ class Parallel:
         """
         if self.tensor is not None:
             self.tensor.add_up_partial(gradients)
+        parts = [gradients[name] for name in sorted(self.everywhere & gradients.keys())]
+        if parts:
+            flat = torch.cat([part.reshape(-1) for part in parts])
+            dist.all_reduce(flat)
+            for part, total in zip(parts, torch.split(flat, [part.numel() for part in parts]), strict=True):
+                part.copy_(total.view_as(part))
         held = [gradients[name] for name in self.tied if name in gradients]
         if len(held) == 2:  # both ends of the pipeline are here
             held[0] += held[1]
@@ -108,11 +117,12 @@ def parallelize(
     mesh = _sharding_mesh(processes, device)
     for stage in stages:
         apply_sharding(stage, mesh, layout, reduce_dtype, device.type == "cuda")
-    parallel = Parallel(processes, device, stages, tensor, shapes, trained)
+    everywhere = frozenset(name for name in shapes if name.startswith(EVERYWHERE + "."))
+    parallel = Parallel(processes, device, stages, tensor, shapes, trained, everywhere)
     if tied:
         held = [name for name in (EMBEDDING, HEAD) if name in dict(model.named_parameters())]
         parallel.tied = dict.fromkeys(held, EMBEDDING)
-        parallel.ends = _ends(processes)
+        parallel.ends = processes.kept("ends", lambda: _ends(processes))
     model.parallel = parallel  # type: ignore[assignment]  # no module: a note for whoever asks where a tensor lies
     return parallel
 
@@ -133,7 +143,7 @@ def _sharding_mesh(processes: Processes, device: torch.device) -> DeviceMesh:
     layout = processes.layout
     names = ("pp", "dp_replicate", "shard", "tp")
     degrees = (layout.pp, layout.dp_replicate, layout.dp_shard * layout.cp, layout.tp)
-    mesh = mesh_of(device, degrees, names)
+    mesh = processes.kept("sharding", lambda: mesh_of(device, degrees, names))
     return mesh["dp_replicate", "shard"] if layout.dp_replicate > 1 else mesh["shard"]
 
 

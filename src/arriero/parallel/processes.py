@@ -45,6 +45,17 @@ class Processes:
     mesh: DeviceMesh | None = None
     channel: dist.ProcessGroup | None = None
     patient: dist.ProcessGroup | None = None
+    _kept: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def kept(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` gives the first time: groups of processes are dear (three threads each) and never given back.
+
+        Every process must call it at the same point.
+        """
+        if name not in self._kept:
+            self._kept[name] = make()
+        result: T = self._kept[name]
+        return result
 
     @property
     def size(self) -> int:
