@@ -1,14 +1,17 @@
-"""Context parallelism against every document alone in one process: loss and gradients, on 2 and 4 processes.
+"""Context parallelism, by gathering and in a ring, against every document alone in one process: loss and gradients, on 2
+and 4 processes.
 
 Run as a program, this file is one of the processes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
@@ -23,9 +26,11 @@ from torch import Tensor
 from arriero.data.batch import Batch
 from arriero.data.sft import IGNORE
 from arriero.models.config import LlamaConfig
-from arriero.models.llama import LayerInputs, LlamaForCausalLM, run_layers
+from arriero.models.llama import LlamaForCausalLM, run_layers
 from arriero.parallel.activation_checkpointing import apply_activation_checkpointing
 from arriero.parallel.context import ContextShard
+from arriero.parallel.launching.report import says_peer
+from arriero.parallel.ring import RingAttention
 from arriero.training.loss import linear_cross_entropy
 
 VOCABULARY = 64
@@ -45,6 +50,13 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any], int]] = {
     "as many heads as keys": ((13, 30, 9), {"num_key_value_heads": 4}, 1),
     "multiples of 3": ((13, 30, 9, 21), {}, 3),
     "matrix": ((18, 18, 18), {}, 1),
+}
+
+# by what the activations are: how processes attend to each other's keys; "written out" is the kernel where none is fused
+METHODS = {
+    "kept": ("gather", "ring, written out"),
+    "recomputed": ("gather", "ring"),
+    "single precision": ("gather", "ring"),
 }
 
 
@@ -92,16 +104,20 @@ def alone(model: LlamaForCausalLM, batch: Batch, dtype: torch.dtype) -> tuple[Te
 
 
 def together(
-    model: LlamaForCausalLM, batch: Batch, dtype: torch.dtype, multiple: int
+    model: LlamaForCausalLM, batch: Batch, dtype: torch.dtype, multiple: int, method: str
 ) -> tuple[Tensor, list[Tensor], ContextShard]:
     """The batch shared out: loss and gradients added up over the processes."""
     model = model.to(dtype)
     model.zero_grad()
     assert dist.group.WORLD is not None
-    shard = ContextShard.of(batch, dist.group.WORLD, dist.get_rank(), dist.get_world_size(), multiple=multiple)
+    group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    shard = ContextShard.of(batch, group, rank, size, multiple=multiple, ring=method != "gather")
+    if method == "ring, written out":
+        assert shard.ring is not None
+        shard = dataclasses.replace(shard, ring=dataclasses.replace(shard.ring, kernel="written out"))
     body = model.model
-    inputs = LayerInputs(shard.positions, shard.attention, shard, shard.lengths)
-    hidden = run_layers(body.embed_tokens, body.layers.children(), body.norm, body.rotary, shard.input_ids, inputs)
+    layers = body.layers.children()
+    hidden = run_layers(body.embed_tokens, layers, body.norm, body.rotary, shard.input_ids, shard.inputs)
     if dtype == torch.float32:
         loss = linear_cross_entropy(hidden, model.lm_head.weight, shard.labels).loss
     else:
@@ -127,23 +143,43 @@ def process() -> None:
     found: dict[str, Any] = {}
     for name, (lengths, changes, multiple) in CASES.items():
         batch = make_batch(lengths, name == "matrix")
-        for memory in ("kept", "recomputed", "single precision"):
+        for memory, methods in METHODS.items():
             dtype = torch.float32 if memory == "single precision" else torch.float64
             expected, expected_gradients = alone(make_model(changes), batch, dtype)
-            model = make_model(changes)
-            if memory == "recomputed":
-                apply_activation_checkpointing(model.model.layers)
-            loss, gradients, shard = together(model, batch, dtype, multiple)
-            error = float((loss - expected).abs() / expected.abs())
-            found[f"{name}, {memory}"] = [error, *difference(gradients, expected_gradients)]
+            for method in methods:
+                model = make_model(changes)
+                if memory == "recomputed":
+                    apply_activation_checkpointing(model.model.layers)
+                loss, gradients, shard = together(model, batch, dtype, multiple, method)
+                error = float((loss - expected).abs() / expected.abs())
+                found[f"{name}, {memory}, {method}"] = [error, *difference(gradients, expected_gradients)]
         lengths_and_keys = zip(shard.attention.lengths, shard.attention.kv_lengths, strict=True)
         pairs = sum(q * (q + 1) / 2 + q * (k - q) for q, k in lengths_and_keys)
         of_all = torch.zeros(2, dist.get_world_size())
         of_all[:, dist.get_rank()] = torch.tensor([pairs, shard.input_ids.shape[1]])
         dist.all_reduce(of_all)
         found[name] = {"pairs": of_all[0].tolist(), "tokens": of_all[1].tolist(), "labels": shard.label_tokens}
+    if dist.get_world_size() == 2:
+        found |= faults()
     if dist.get_rank() == 0:
         print(json.dumps(found))
+
+
+def faults() -> dict[str, Any]:
+    """The second process says nothing for a while and then dies; what the first makes of either."""
+    silent = dist.new_group(timeout=timedelta(seconds=1))
+    if dist.get_rank() == 1:
+        time.sleep(4)
+        os._exit(0)
+    found = {}
+    for name, group in (("silent", silent), ("dead", dist.group.WORLD)):
+        assert group is not None
+        ring, began = RingAttention(group, 0, 2, (8,), 2), time.monotonic()
+        try:
+            ring.attend(torch.ones(1, 4, 4, 8), torch.ones(1, 2, 4, 8), torch.ones(1, 2, 4, 8), scale=1.0)
+        except RuntimeError as error:
+            found[name] = [says_peer(error), time.monotonic() - began, str(error)]
+    return found
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -163,7 +199,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         for rank in range(request.param)
     ]
     try:
-        ends = [process.communicate(timeout=100) for process in processes]
+        ends = [process.communicate(timeout=150) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -174,10 +210,12 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_gradients_are_those_of_the_documents_alone(found: dict[str, Any], name: str) -> None:
     for memory in ("kept", "recomputed"):
-        assert max(found[f"{name}, {memory}"]) < 1e-12
-    loss, _, gradient = found[f"{name}, single precision"]
-    assert loss < 1e-6
-    assert gradient < 1e-6
+        for method in METHODS[memory]:
+            assert max(found[f"{name}, {memory}, {method}"]) < 1e-12, method
+    for method in METHODS["single precision"]:
+        loss, _, gradient = found[f"{name}, single precision, {method}"]
+        assert loss < 1e-6, method
+        assert gradient < 1e-6, method
 
 
 def test_every_process_has_as_many_tokens_and_a_long_document_is_equal_work(found: dict[str, Any]) -> None:
@@ -190,6 +228,14 @@ def test_every_process_has_as_many_tokens_and_a_long_document_is_equal_work(foun
     pairs = found["one document"]["pairs"]
     assert len(set(pairs)) == 1
     assert sum(pairs) == 48 * 49 / 2
+
+
+def test_a_peer_that_is_silent_or_dies_ends_the_ring(found: dict[str, Any]) -> None:
+    if found["size"] == 2:
+        for name in ("silent", "dead"):
+            of_peer, seconds, said = found[name]
+            assert of_peer, said
+            assert seconds < 20, said  # the silent one's timeout is 1 s, that of the other 30 s
 
 
 def test_shared_beginnings_are_refused() -> None:

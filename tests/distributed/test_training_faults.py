@@ -153,11 +153,18 @@ def kill_in_save(launcher: subprocess.Popen[str], rank: int, folder: Path, step:
     process.kill()
 
 
+TENSOR = ("--tensor_parallel_degree", "2")
+
+
 @pytest.fixture(scope="module")
 def whole(work: Path) -> Path:
     """The uninterrupted run on two processes that share out matrices."""
+    return uninterrupted(work, "whole", *TENSOR)
+
+
+def uninterrupted(work: Path, output: str, *options: str) -> Path:
     variables = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "ARRIERO_TIMEOUT": "30"}
-    command = ["launch", "--nproc_per_node", "2", *training("whole", "--tensor_parallel_degree", "2")]
+    command = ["launch", "--nproc_per_node", "2", *training(output, *options)]
     done = subprocess.run(
         [sys.executable, "-m", "arriero", *command],
         cwd=work,
@@ -168,7 +175,7 @@ def whole(work: Path) -> Path:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return work / "whole"
+    return work / output
 
 
 def test_a_vocabulary_that_the_processes_do_not_divide_trains_as_in_one(
@@ -184,8 +191,23 @@ def test_a_vocabulary_that_the_processes_do_not_divide_trains_as_in_one(
 def test_killed_in_a_step_then_in_a_save_it_ends_as_the_uninterrupted_run(
     whole: Path, work: Path, launch: Launch
 ) -> None:
-    command = training("torn", "--tensor_parallel_degree", "2", "--resume_from_checkpoint", "auto")
-    torn = work / "torn"
+    kill_twice(whole, work / "torn", launch, *TENSOR)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    "options",
+    [("--pipeline_parallel_degree", "2"), ("--sharding", "stage3"), ("--sharding", "stage2", "--async_save")],
+    ids=["pp2", "stage3", "stage2-async-save"],
+)
+def test_killed_twice_on_other_layouts(options: tuple[str, ...], work: Path, launch: Launch) -> None:
+    name = "-".join(options).replace("--", "")
+    kill_twice(uninterrupted(work, f"whole-{name}", *options), work / f"torn-{name}", launch, *options)
+
+
+def kill_twice(whole: Path, torn: Path, launch: Launch, *options: str) -> None:
+    """In a step, then in a save; the third sitting ends as the uninterrupted run did."""
+    command = training(torn.name, *options, "--resume_from_checkpoint", "auto")
     launcher = launch("--nproc_per_node", "2", *command)
     kill_in_step(launcher, 1, 3)
     code, _, err = end(launcher)

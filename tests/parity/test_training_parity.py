@@ -18,6 +18,7 @@ from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 from arriero.training import loss as loss_module
 from arriero.training.loss import linear_cross_entropy
+from arriero.training.objectives.cross_entropy import CrossEntropy
 from arriero.training.optimizer import Optimizer
 from arriero.training.precision import Precision
 from arriero.training.schedule import Schedule
@@ -189,7 +190,7 @@ def test_whole_loop_equals_an_independent_one(tied: bool, smoothing: float, tmp_
         run_folder=tmp_path,
         device=CPU,
         max_grad_norm=CLIP,
-        label_smoothing=smoothing,
+        objective=CrossEntropy(smoothing),
         callbacks=[records],
     )
     trainer.train()

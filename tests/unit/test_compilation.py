@@ -56,7 +56,7 @@ def loss_and_gradients(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, d
     model.zero_grad()
     device = torch.device("cpu")
     sums = DirectExecution(Layers(model, Precision(torch.float32, "O1", device), device)).batch_loss(batch)
-    (sums.loss / sums.tokens).backward()
+    (sums.loss / sums.count).backward()
     return sums.loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

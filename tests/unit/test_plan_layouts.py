@@ -125,7 +125,7 @@ from arriero.training.loss import VocabularyPart, linear_cross_entropy
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
 groups = {2: dist.new_group([0, 1]), 4: dist.group.WORLD}
 found = []
-for shape, tp, cp, split, rows, sequence, recompute, dtype in json.loads(sys.argv[1]):
+for shape, tp, cp, split, rows, sequence, recompute, dtype, method in json.loads(sys.argv[1]):
     config = LlamaConfig(**shape)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(getattr(torch, dtype))
@@ -142,9 +142,9 @@ for shape, tp, cp, split, rows, sequence, recompute, dtype in json.loads(sys.arg
     if cp > 1:
         row = ids.view(1, -1)
         batch = Batch(row, row, ((sequence,),) * rows, rows=rows, row_tokens=row.numel(), label_tokens=row.numel())
-        shard = ContextShard.of(batch, groups[cp], 1, cp)  # the first has one chunk without a mask
-        ids, labels = shard.input_ids, shard.labels
-        inputs = LayerInputs(shard.positions, shard.attention, shard, shard.lengths)
+        # the first has one chunk without a mask
+        shard = ContextShard.of(batch, groups[cp], 1, cp, ring=method == "ring")
+        ids, labels, inputs = shard.input_ids, shard.labels, shard.inputs
     else:
         labels, info = ids, AttentionInfo.causal()
         inputs = LayerInputs(info.positions(sequence, ids.device), info, None, None)
@@ -163,17 +163,19 @@ for shape, tp, cp, split, rows, sequence, recompute, dtype in json.loads(sys.arg
     found.append(sum(t.untyped_storage().nbytes() for t in kept.values()))
 print(json.dumps(found))
 """
-# tp, cp, sequence parallel, rows, sequence, recompute, dtype
-KEPT_CASES: list[tuple[int, int, bool, int, int, str, str]] = [
-    (2, 1, True, 2, 128, "none", "float32"),
-    (2, 1, False, 2, 128, "none", "float32"),
-    (4, 1, True, 2, 128, "none", "float32"),
-    (2, 1, True, 1, 256, "full", "float32"),
-    (2, 1, True, 2, 128, "core_attn", "float32"),
-    (2, 1, True, 2, 128, "none", "bfloat16"),
-    (1, 2, True, 1, 256, "none", "float32"),
-    (1, 4, True, 1, 256, "none", "float32"),
-    (1, 2, True, 3, 128, "core_attn", "float32"),
+# tp, cp, sequence parallel, rows, sequence, recompute, dtype, how cp attends
+KEPT_CASES: list[tuple[int, int, bool, int, int, str, str, str]] = [
+    (2, 1, True, 2, 128, "none", "float32", "gather"),
+    (2, 1, False, 2, 128, "none", "float32", "gather"),
+    (4, 1, True, 2, 128, "none", "float32", "gather"),
+    (2, 1, True, 1, 256, "full", "float32", "gather"),
+    (2, 1, True, 2, 128, "core_attn", "float32", "gather"),
+    (2, 1, True, 2, 128, "none", "bfloat16", "gather"),
+    (1, 2, True, 1, 256, "none", "float32", "gather"),
+    (1, 4, True, 1, 256, "none", "float32", "gather"),
+    (1, 2, True, 3, 128, "core_attn", "float32", "gather"),
+    (1, 4, True, 1, 256, "none", "float32", "ring"),
+    (1, 2, True, 3, 128, "none", "bfloat16", "ring"),
 ]
 
 
@@ -186,14 +188,14 @@ def test_activations_are_what_autograd_keeps_of_shared_out_models() -> None:
     assert result.returncode == 0, result.stderr
     facts = model_facts(LlamaConfig(**shape))
     for case, measured in zip(KEPT_CASES, json.loads(result.stdout), strict=True):
-        tp, cp, split, rows, sequence, recompute, dtype = case
+        tp, cp, split, rows, sequence, recompute, dtype, method = case
         setup = TrainingSetup(
             batch=rows,
             sequence=sequence,
             recompute=recompute,  # type: ignore[arg-type]
             compute_dtype=dtype,
             weight_dtype=dtype,
-            layout=Layout(tp=tp, cp=cp, sequence_parallel=split),
+            layout=Layout(tp=tp, cp=cp, sequence_parallel=split, context_method=method),
         )
         planned = blocks_kept(facts, setup) + total(model_saved(facts, setup)) + total(loss_saved(facts, setup))
         if recompute == "full":  # checkpointed layers hold cos and sin as arguments, which autograd's hooks do not see
@@ -249,6 +251,12 @@ def test_context_parallelism_and_pipelines_send_what_is_between_them() -> None:
     assert sizes(facts, setup)[("cp", "reduce-scatter")] == (6 * keys, 6)
     again = replace(setup, recompute="full")
     assert sizes(facts, again)[("cp", "all-gather")] == (2 * 6 * keys, 12)
+    ring = replace(setup, layout=Layout(cp=4, pp=3, context_method="ring"), compute_dtype="bfloat16")
+    found = {
+        one.what: (one.size, one.calls) for one in traffic(facts, ring, shares(facts, ring)[0]) if one.axis == "cp"
+    }
+    # forward and backward in bf16; every sum of gradients passes all other processes, in fp32
+    assert found == {"ring of keys and values": (6 * keys, 12), "ring of their gradients": (6 * keys, 6)}
     state = 2 * 96 / 4 * 192 * 4
     assert [sizes(facts, setup, place)[("pp", "hidden")] for place in range(3)] == [
         (6 * state, 6),

@@ -6,7 +6,7 @@ import json
 from importlib import resources
 from typing import Any
 
-from arriero.data.samples import read_samples
+from arriero.data.sources import read_samples
 
 FOLDER = resources.files("arriero") / "assets" / "quickstart"
 

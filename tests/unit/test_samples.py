@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from arriero.data.samples import QA_SYSTEM, find_splits, read_jsonl, read_samples, sample_from_row
-from arriero.data.sources import load_samples
+from arriero.data.row_files import read_jsonl
+from arriero.data.rows.formats import sample_from_row
+from arriero.data.rows.questions import QA_SYSTEM
+from arriero.data.sources import find_splits, load_samples, read_samples
 from arriero.errors import ConfigError, DataError
 
 
@@ -84,7 +86,7 @@ def test_prediction_rows_need_no_answer() -> None:
 WRONG: list[tuple[Any, str]] = [
     (["a list"], "a JSON object is expected, found list"),
     ({}, "found nothing"),
-    ({"prompt": "x", "completion": "y"}, "found prompt, completion"),
+    ({"question": "x", "response": "y"}, "found question, response"),
     ({"src": 3, "tgt": "x"}, "'src' must be a string"),
     ({"src": [], "tgt": "x"}, "'src' must be a string"),
     ({"src": "x"}, "'tgt' must be a string"),

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from arriero.commands.predict import _CONTEXT, BUILT_IN
 from arriero.data.batch import pack
-from arriero.data.samples import Sample, sample_from_row
+from arriero.data.rows.formats import sample_from_row
+from arriero.data.samples import Sample
 from arriero.data.sft import IGNORE, Example, encode_all, encode_prompt, encode_sample, fit_prompt
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.errors import DataError

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from arriero.adapters.lora import LoRAConfig
+from arriero.adapters.pissa import as_plain
 from arriero.formats import peft
 
 
 def to_peft(config: LoRAConfig, base_model: str) -> peft.PeftLoraConfig:
-    """Our LoRA configuration in PEFT's words."""
+    """Our LoRA configuration in PEFT's words; of PiSSA that of the ordinary adapter which its file holds."""
+    config = as_plain(config)
     targets = config.target_modules if isinstance(config.target_modules, str) else tuple(config.target_modules)
     return peft.PeftLoraConfig(
         r=config.rank,
@@ -16,6 +18,9 @@ def to_peft(config: LoRAConfig, base_model: str) -> peft.PeftLoraConfig:
         target_modules=targets,
         bias=config.bias,
         use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        rank_pattern=dict(config.rank_pattern),
+        alpha_pattern=dict(config.alpha_pattern),
         base_model_name_or_path=base_model,
     )
 
@@ -29,4 +34,7 @@ def from_peft(config: peft.PeftLoraConfig) -> LoRAConfig:
         target_modules=config.target_modules,
         bias=config.bias,  # type: ignore[arg-type]
         use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        rank_pattern=dict(config.rank_pattern),
+        alpha_pattern=dict(config.alpha_pattern),
     )

@@ -28,6 +28,11 @@ class ConvertOptions(OptionGroup):
         "type of the weights written; auto: float32 for a GGUF file, else as they are",
         ("auto", "float32", "bfloat16", "float16"),
     )
+    to: str = option(
+        "model",
+        "quantized: the integers that a run of finetune --qat was trained for; model: weights as they are",
+        ("model", "quantized"),
+    )
     max_shard_size: str = option("5GB", "largest weight file, e.g. 500MB; a larger model is cut into several")
     tensor_parallel_degree: int = option(
         1, "above 1: write one weight file a process, cut as so many tensor-parallel processes hold it", minimum=1
@@ -48,6 +53,7 @@ def run(options: ConvertOptions) -> int:
     from arriero.formats.download import resolve_model
     from arriero.formats.gguf_model import convert_gguf
     from arriero.formats.hf import open_state, save_model
+    from arriero.formats.quantized import is_quantized, plain
     from arriero.formats.safe_tensors import parse_size
     from arriero.models.config import LlamaConfig
 
@@ -66,6 +72,8 @@ def run(options: ConvertOptions) -> int:
                 f"{source} is a GGUF file: convert it without --tensor_parallel_degree and --pipeline_parallel_degree "
                 "first, then the folder with them"
             )
+        if options.to == "quantized":
+            raise ConfigError(f"{source} is a GGUF file: --to quantized takes the folder of a run of finetune --qat")
         result = convert_gguf(source, output, "float32" if options.dtype == "auto" else options.dtype, size)
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(result.tensor_types.items()))
         licence = f"; licence {result.licence}" if result.licence else ""
@@ -73,10 +81,24 @@ def run(options: ConvertOptions) -> int:
             f"{source.name}: {result.config.num_parameters():,} parameters, tensors {kinds}{licence}", file=sys.stderr
         )
     else:
-        folder = resolve_model(
-            options.model_name_or_path, cache_dir=Path(options.cache_dir).expanduser() if options.cache_dir else None
-        )
-        config, dtype = LlamaConfig.from_file(folder), None if options.dtype == "auto" else options.dtype
+        cache_dir = Path(options.cache_dir).expanduser() if options.cache_dir else None
+        folder = resolve_model(options.model_name_or_path, cache_dir=cache_dir)
+        dtype = None if options.dtype == "auto" else options.dtype
+        if options.to == "quantized":
+            from arriero.engine.qat import convert_trained
+
+            if tp * pp > 1:
+                raise ConfigError(
+                    "--to quantized writes no shards: drop --tensor_parallel_degree and --pipeline_parallel_degree"
+                )
+            settings = convert_trained(folder, output, cache_dir=cache_dir, max_shard_size=size, dtype=dtype)
+            print(f"{settings}; embedding and output head stay as they are", file=sys.stderr)
+            print(output)
+            return 0
+        config = LlamaConfig.from_file(folder)
+        if is_quantized(config):
+            print(f"{folder}: its quantized weights are dequantized", file=sys.stderr)
+            config = plain(config)
         if tp * pp > 1:
             from arriero.formats.shard_writer import write_shards
             from arriero.parallel.pipeline import split_layers

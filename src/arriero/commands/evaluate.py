@@ -43,7 +43,7 @@ def run(
     check_data(data.dataset_path, data.data_name, data.task_name)
     processes = start(parallel.layout(launched_size()), pick_device(model.device))
     with heard_once(processes):
-        metrics, answers = _score(model, adapter, data, evaluation, processes)
+        metrics, answers = score_model(model, adapter, data, evaluation, processes)
         for name, value in metrics.items():
             print(f"{name:12} {value:.4f}")
         if evaluation.output_dir:
@@ -53,7 +53,7 @@ def run(
     return 0
 
 
-def _score(
+def score_model(
     model: ModelOptions,
     adapter: AdapterPathOptions,
     data: DataOptions,
@@ -75,10 +75,16 @@ def _score(
     from arriero.training.precision import Precision
 
     with processes.together():
-        samples = load_samples(data.dataset_path, data.data_name, data.task_name, ["dev"])["dev"]
-    samples = samples[: data.max_eval_samples]
+        samples = load_samples(
+            data.dataset_path,
+            data.data_name,
+            data.task_name,
+            ["dev"],
+            data_format=data.data_format,
+            limits={"dev": data.max_eval_samples},
+        )["dev"]
     loaded = load_for_inference(model, adapter, processes)
-    examples, report = encode_all(samples, loaded.tokenizer, data.src_length, data.tgt_length)
+    examples, report = encode_all(samples, loaded.tokenizer, data.src_length, data.tgt_length, train_on=data.train_on)
     print(f"dev: {report}")
     quiet = not processes.first
     precision = Precision(next(loaded.model.parameters()).dtype, "O2", loaded.device)

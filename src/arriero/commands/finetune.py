@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from arriero.config.adapter import AdapterOptions
 from arriero.config.checkpoint import CheckpointOptions
-from arriero.config.data import DataOptions
+from arriero.config.data import DataOptions, PreviewOptions
 from arriero.config.logging import LoggingOptions
 from arriero.config.model import ModelOptions
 from arriero.config.optimization import OptimizationOptions
 from arriero.config.parallel import ParallelOptions
 from arriero.config.precision import PrecisionOptions
+from arriero.config.preference import PreferenceOptions
 from arriero.config.quantization import QuantizationOptions
 
 HELP = "Fine-tune a model on questions and answers, instructions or conversations: all weights, or LoRA with --lora."
@@ -21,9 +25,11 @@ OPTIONS: tuple[type, ...] = (
     PrecisionOptions,
     AdapterOptions,
     QuantizationOptions,
+    PreferenceOptions,
     ParallelOptions,
     CheckpointOptions,
     LoggingOptions,
+    PreviewOptions,
 )
 
 
@@ -34,11 +40,16 @@ def run(
     precision: PrecisionOptions,
     adapter: AdapterOptions,
     quantization: QuantizationOptions,
+    preference: PreferenceOptions,
     parallel: ParallelOptions,
     checkpoint: CheckpointOptions,
     logging: LoggingOptions,
+    preview: PreviewOptions,
 ) -> int:
-    """Fine-tune."""
+    """Fine-tune, or with --preview only show rows."""
+    if preview.preview is not None:
+        _show_rows(model, data, preview, pairs=preference.preference is not None)
+        return 0
     from arriero.training.finetune_options import FinetuneOptions
     from arriero.training.finetuning import finetune
 
@@ -50,9 +61,26 @@ def run(
             precision=precision,
             adapter=adapter,
             quantization=quantization,
+            preference=preference,
             parallel=parallel,
             checkpoint=checkpoint,
             logging=logging,
         )
     )
     return 0
+
+
+def _show_rows(model: ModelOptions, data: DataOptions, options: PreviewOptions, *, pairs: bool) -> None:
+    """Print the first training rows; of several processes the first does that."""
+    from arriero.data.preview import preview, preview_pairs, wants_color
+    from arriero.data.sources import check_data
+    from arriero.data.tokenizer import load_tokenizer
+    from arriero.formats.download import resolve_model
+
+    if os.environ.get("RANK", "0") != "0":
+        return
+    check_data(data.dataset_path, data.data_name, data.task_name)
+    cache = Path(model.cache_dir) if model.cache_dir else None
+    tokenizer = load_tokenizer(resolve_model(model.tokenizer_name_or_path or model.model_name_or_path, cache_dir=cache))
+    show = preview_pairs if pairs else preview
+    print(show(data, tokenizer, options.preview or 1, color=wants_color(options.preview_color)))

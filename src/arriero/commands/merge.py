@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.merging import MergeOptions
 from arriero.config.model import ModelOptions
 from arriero.errors import ConfigError, FormatError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from arriero.adapters.lora import LoRAConfig
+    from arriero.models.llama import LlamaForCausalLM
+
 HELP = (
-    "Join a LoRA adapter and its base, or a model's tensor-parallel shards, into one model folder; the result is checked "
+    "Join LoRA adapters and their base, or a model's tensor-parallel shards, into one model folder; the result is checked "
     "numerically."
 )
 
@@ -78,14 +86,16 @@ def _merge_adapter(model: ModelOptions, lora_path: str, merge: MergeOptions) -> 
     import torch
 
     from arriero.adapters.lora import apply_lora, load_adapter_state, merge_lora
-    from arriero.adapters.peft_config import from_peft
     from arriero.engine.loading import load
-    from arriero.formats import hf, peft
+    from arriero.formats import hf
 
     target = Path(merge.output_path)
-    config, state = peft.load_adapter(Path(lora_path))
+    config, state = _adapter_of(lora_path, merge)
+    if merge.output_kind == "adapter":
+        return _write_adapter(config, state, model.model_name_or_path, target)
     loaded = load(model)
-    apply_lora(loaded.model, from_peft(config))
+    _dequantize(loaded.model)
+    apply_lora(loaded.model, config, fresh=False)
     load_adapter_state(loaded.model, state)
     loaded.model.eval()
     probe = torch.randint(loaded.model.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0)).to(
@@ -116,3 +126,50 @@ def _merge_adapter(model: ModelOptions, lora_path: str, merge: MergeOptions) -> 
         f"merged model: {target} (logits differ from base + adapter by at most {difference:.1e}, largest logit {size:.1f})"
     )
     return 0
+
+
+def _adapter_of(lora_path: str, merge: MergeOptions) -> tuple[LoRAConfig, Mapping[str, Tensor]]:
+    """The adapter of one folder as it is, or the weighted sum of those of several."""
+    from arriero.adapters.lora_mix import check_mix, mix_adapters
+    from arriero.adapters.peft_config import from_peft
+    from arriero.formats import peft
+
+    paths = [lora_path] if Path(lora_path).is_dir() else [path.strip() for path in lora_path.split(",")]
+    adapters = []
+    for path in paths:
+        stored, state = peft.load_adapter(Path(path))
+        adapters.append((from_peft(stored), state))
+    if len(adapters) == 1 and not merge.adapter_weights:
+        if merge.output_kind == "adapter":
+            raise ConfigError("--output_kind adapter joins several adapters: give --lora_path a,b or --adapter_weights")
+        return adapters[0]
+    weights = merge.adapter_weights or [1.0] * len(adapters)
+    mixed = mix_adapters(adapters, weights)
+    if merge.verify:
+        check_mix(mixed, adapters, weights)
+    for path, weight in zip(paths, weights, strict=True):
+        print(f"{weight:g} x {path}")
+    return mixed
+
+
+def _write_adapter(config: LoRAConfig, state: Mapping[str, Tensor], base_model: str, target: Path) -> int:
+    from arriero.adapters.peft_config import to_peft
+    from arriero.formats import peft
+
+    peft.save_adapter(target, state, to_peft(config, base_model))
+    print(f"adapter of rank {config.rank}: {target}")
+    return 0
+
+
+def _dequantize(model: LlamaForCausalLM) -> None:
+    """Give a quantized model plain weights, and say so."""
+    from arriero.formats.quantized import plain
+    from arriero.quantization.linear import dequantize_layers
+
+    names = dequantize_layers(model)
+    if names:
+        model.config = plain(model.config)
+        print(
+            f"warning: the base is quantized: {len(names)} layers are dequantized for the merge, and the merged model is a "
+            "plain one (arriero quantize makes it small again)"
+        )

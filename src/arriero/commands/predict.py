@@ -39,7 +39,9 @@ def run(
 
     from arriero.commands.merge import check_target
     from arriero.config.layout import Layout
-    from arriero.data.samples import Sample, read_jsonl, sample_from_row
+    from arriero.data.row_files import read_rows
+    from arriero.data.rows.formats import sample_from_row
+    from arriero.data.samples import Sample
     from arriero.data.sft import fit_prompt
     from arriero.engine.generation import Generation, Generator
     from arriero.engine.loading import load_for_inference, pick_device
@@ -55,9 +57,7 @@ def run(
             )
         check_target(predict.merge_tensor_parallel_path, "--merge_tensor_parallel_path")
     if predict.data_file:
-        samples = [
-            sample_from_row(row, where, needs_target=False) for where, row in read_jsonl(Path(predict.data_file))
-        ]
+        samples = [sample_from_row(row, where, needs_target=False) for where, row in read_rows(Path(predict.data_file))]
     else:
         samples = [Sample(f"answer: {answer} context: ", _CONTEXT, "", None, ends_prompt=True) for answer in BUILT_IN]
     if not samples:

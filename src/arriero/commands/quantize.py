@@ -1,32 +1,68 @@
-"""`arriero quantize`: post-training weight quantization."""
+"""`arriero quantize`: post-training weight quantization, and what it costs in quality."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from arriero.commands.unavailable import not_available
+from arriero.config.adapter import AdapterPathOptions
+from arriero.config.data import DataOptions
+from arriero.config.evaluation import EvaluateOptions
 from arriero.config.model import ModelOptions
-from arriero.config.option import REQUIRED, OptionGroup, option
+from arriero.config.quantization import QuantizeOptions
 
-HELP = "Make the weights of a trained model smaller."
+if TYPE_CHECKING:
+    from torch import Tensor
 
-
-@dataclass(kw_only=True)
-class QuantizeOptions(OptionGroup):
-    """Quantization."""
-
-    output_path: str = option(REQUIRED, "folder of the quantized model", aliases=("output_dir",))
-    quant_type: str = option("weight_only_int8", "the scheme", ("weight_only_int8", "weight_only_int4", "a8w8"))
-    group_size: int = option(-1, "weights that share a scale; -1: a whole output channel", minimum=-1)
-    data_file: str | None = option(None, "rows to calibrate activations with")
-
-
-OPTIONS: tuple[type, ...] = (
-    ModelOptions,
-    QuantizeOptions,
+HELP = (
+    "Make the linear layers of a trained model smaller, embedding and output head left as they are; with --data_file the "
+    "perplexity before and after is printed, with --dataset_path the task's scores too. transformers and vLLM read the result."
 )
 
+OPTIONS: tuple[type, ...] = (ModelOptions, QuantizeOptions, DataOptions, EvaluateOptions)
 
-def run(model: ModelOptions, quantize: QuantizeOptions) -> int:
-    """Answer that this comes in a later version."""
-    raise not_available("quantize", "arriero convert --dtype bfloat16 halves a float32 model")
+
+def run(model: ModelOptions, quantize: QuantizeOptions, data: DataOptions, evaluation: EvaluateOptions) -> int:
+    """Quantize, write, read back and print what changed."""
+    from arriero.commands.merge import check_target
+    from arriero.data.sources import check_data
+    from arriero.engine.loading import model_folder
+    from arriero.training.quantizing import quantize_folder, weight_bytes
+
+    output = Path(quantize.output_path).expanduser()
+    check_target(str(output), "--output_path")
+    has_task = bool(data.dataset_path or data.data_name or data.task_name)
+    if has_task:
+        check_data(data.dataset_path, data.data_name, data.task_name)
+    blocks = quantize_folder(dataclasses.replace(quantize, output_path=str(output)), model)
+    source = model_folder(model.model_name_or_path, model.cache_dir)
+    rows = {"weights (MB)": [weight_bytes(folder) / 1e6 for folder in (source, output)]}
+    held = blocks.held if blocks is not None else []
+    for folder in (source, output) if held or has_task else ():
+        scored = dataclasses.replace(model, model_name_or_path=str(folder))
+        for name, value in _scores(scored, held, data if has_task else None, evaluation).items():
+            rows.setdefault(name, []).append(value)
+    print(f"{'':14} {'before':>12} {'after':>12}")
+    for name, (before, after) in rows.items():
+        print(f"{name:14} {before:12.4f} {after:12.4f}")
+    print(f"quantized model: {output}")
+    return 0
+
+
+def _scores(
+    model: ModelOptions, held: list[Tensor], data: DataOptions | None, evaluation: EvaluateOptions
+) -> dict[str, float]:
+    """Perplexity on the held text, and the task's metrics."""
+    from arriero.commands.evaluate import score_model
+    from arriero.engine.loading import load_for_inference
+    from arriero.parallel.processes import Processes
+    from arriero.training.quantizing import perplexity
+
+    scores = {}
+    if held:
+        scores["perplexity"] = perplexity(load_for_inference(model, AdapterPathOptions()).model, held)
+    if data is not None:
+        metrics, _ = score_model(model, AdapterPathOptions(), data, evaluation, Processes())
+        scores |= {f"task {name}": value for name, value in metrics.items()}
+    return scores

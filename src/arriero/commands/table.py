@@ -33,8 +33,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "launch": ("arriero.commands.launch", "start a verb on several processes"),
     "completion": ("arriero.commands.completion", "print a completion script for bash, zsh or fish"),
 }
-LATER = frozenset({"quantize", "export", "infer", "serve", "bench"})
-ONE_PROCESS = frozenset({"quickstart", "download", "convert", "preprocess", "plan", "chat", "completion"})
+LATER = frozenset({"export", "infer", "serve", "bench"})
+ONE_PROCESS = frozenset({"quickstart", "quantize", "download", "convert", "preprocess", "plan", "chat", "completion"})
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ class AdapterPathOptions(OptionGroup):
     lora_path: str | None = option(
         None, "folder of a LoRA adapter in PEFT's format to load (in training: to go on with)"
     )
-    prefix_path: str | None = option(None, "folder of a trained prefix to load")
+    prefix_path: str | None = option(
+        None, "folder of a trained prefix in PEFT's format to load (in training: to go on with)"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,13 +46,46 @@ class AdapterOptions(AdapterPathOptions):
         only_with="lora",
     )
     lora_bias: str = option("none", "which biases are trained too", ("none", "all", "lora_only"), only_with="lora")
+    lora_rslora: bool = option(
+        False,
+        "scale by alpha / sqrt(rank), for large ranks (rsLoRA)",
+        aliases=("use_rslora", "rslora"),
+        only_with="lora",
+    )
+    lora_dora: bool = option(
+        False,
+        "train the length of each row of the weights beside the additions (DoRA)",
+        aliases=("use_dora",),
+        only_with="lora",
+    )
+    lora_plus_scale: float = option(
+        1.0,
+        "learning rate of every B matrix over that of A (LoRA+)",
+        aliases=("loraplus_lr_ratio",),
+        above=0.0,
+        only_with="lora",
+    )
+    lora_init: str = option(
+        "default",
+        "how the additions start: as zero, or from the greatest singular values of the weights (pissa)",
+        ("default", "pissa"),
+        aliases=("init_lora_weights",),
+        only_with="lora",
+    )
+    pissa: bool = option(False, "the same as --lora_init pissa", only_with="lora")
     merge_weights: bool = option(
         False, "after training also write the model with the additions merged into its weights", only_with="lora"
     )
     prefix_tuning: bool = option(False, "train keys and values put before each layer's own (prefix tuning)")
     num_prefix_tokens: int = option(10, "length of the prefix", minimum=1, only_with="prefix_tuning")
     prefix_projection: bool = option(
-        False, "make the prefix by a small network, dropped afterwards", only_with="prefix_tuning"
+        False, "make the prefix by a small network, which only training needs", only_with="prefix_tuning"
+    )
+    prefix_projection_hidden_size: int | None = option(
+        None, "width of that network (default: the model's hidden size)", minimum=1, only_with="prefix_projection"
+    )
+    prefix_dropout: float = option(
+        0.0, "dropout on the prefix's keys and values", minimum=0.0, below=1.0, only_with="prefix_tuning"
     )
 
     def __post_init__(self) -> None:
@@ -61,12 +96,18 @@ class AdapterOptions(AdapterPathOptions):
             )
         if self.prefix_tuning and self.lora:
             raise ConfigError("--lora and --prefix_tuning exclude each other: keep one")
-        self.lora = self.lora or self.lora_path is not None  # training with a given adapter means going on with it
+        # training with a given adapter means going on with it
+        self.lora = self.lora or self.lora_path is not None
+        self.prefix_tuning = self.prefix_tuning or self.prefix_path is not None
         if self.lora and self.prefix_path is not None:
             raise ConfigError("--lora and --prefix_path do not go together: drop one of them")
         if "all-linear" in self.lora_target_modules:
             self.lora_target_modules = list(LINEAR_LAYERS)
         if self.lora and not self.lora_target_modules:
             raise ConfigError(f"--lora_target_modules is empty: name some of {', '.join(LINEAR_LAYERS)}")
+        if self.pissa:
+            self.lora_init = "pissa"
+        if self.lora_dora and self.lora_init == "pissa":
+            raise ConfigError("--lora_dora and --lora_init pissa do not go together: choose one of them")
         if self.lora and self.lora_path is None and self.lora_alpha is None:
             self.lora_alpha = 2.0 * self.lora_rank

@@ -9,9 +9,9 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from arriero.config.adapter import AdapterOptions
+from arriero.config.adapter import AdapterOptions, AdapterPathOptions
 from arriero.config.checkpoint import CheckpointOptions
-from arriero.config.data import DataOptions
+from arriero.config.data import DataOptions, dataset_parts
 from arriero.config.evaluation import EvaluateOptions
 from arriero.config.generation import GenerationOptions
 from arriero.config.logging import LoggingOptions
@@ -21,6 +21,7 @@ from arriero.config.option import specs_of
 from arriero.config.parallel import ParallelOptions
 from arriero.config.planning import PlanOptions
 from arriero.config.precision import PrecisionOptions
+from arriero.config.preference import PreferenceOptions
 from arriero.config.pretraining import CorpusOptions
 from arriero.config.quantization import QuantizationOptions
 from arriero.errors import ConfigError
@@ -144,19 +145,109 @@ def _precision(groups: Sequence[Any], given: frozenset[str], warnings: list[str]
         raise ConfigError(f"--dtype {model.dtype} and --{flag} ask for different number formats: drop one of them")
 
 
+def _stored_adapter(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
+    adapter = find(groups, AdapterOptions)
+    if adapter is None or adapter.lora_path is None:
+        return
+    stored = ("rank", "alpha", "dropout", "target_modules", "bias", "rslora", "dora", "init")
+    for name in (*(f"lora_{word}" for word in stored), "pissa"):
+        if _changed(adapter, name, given):
+            warnings.append(f"--{name} has no effect with --lora_path: the stored adapter's own is kept")
+
+
 def _quantization(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
     adapter, quantization = find(groups, AdapterOptions), find(groups, QuantizationOptions)
-    if adapter is None or quantization is None or not quantization.qat:
+    if adapter is None or quantization is None:
         return
+    if quantization.quantize_base is not None and not (adapter.lora or adapter.prefix_tuning):
+        raise ConfigError(
+            f"--quantize_base {quantization.quantize_base} (--qlora) is for a base model that is not trained: add --lora or "
+            "--prefix_tuning"
+        )
+    if not quantization.qat:
+        return
+    if quantization.qat_type == "W4" and _changed(quantization, "qat_activation", given):
+        warnings.append("--qat_activation has no effect with --qat_type W4, which rounds no activations")
+    checkpoint = find(groups, CheckpointOptions)
+    if checkpoint is not None and checkpoint.save_sharded_model and not adapter.lora:
+        warnings.append("--save_sharded_model has no effect with --qat: `arriero convert` cuts the folder into shards")
     if adapter.prefix_tuning:
         raise ConfigError(
             "--qat and --prefix_tuning do not go together: a prefix has no weights to quantize; drop one of them"
         )
+    if adapter.lora and (adapter.lora_dora or adapter.lora_init == "pissa"):
+        kind = "--lora_dora" if adapter.lora_dora else "--lora_init pissa"
+        raise ConfigError(f"--qat rounds the sum of the weight and a plain addition: drop {kind}")
     if adapter.lora and adapter.lora_dropout > 0:
         raise ConfigError(
             f"--qat with --lora needs --lora_dropout 0 (it is {adapter.lora_dropout:g}): "
             "the sum of both weights is quantized"
         )
+
+
+def _prefix(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
+    adapter, parallel = find(groups, AdapterPathOptions), find(groups, ParallelOptions)
+    if adapter is None or parallel is None:
+        return
+    tuned = isinstance(adapter, AdapterOptions) and adapter.prefix_tuning
+    name = "prefix_path" if adapter.prefix_path else "prefix_tuning" if tuned else None
+    if name is None:
+        return
+    if parallel.context_parallel_degree > 1:
+        raise ConfigError(
+            f"--{name} and --context_parallel_degree {parallel.context_parallel_degree} do not go together: each document's "
+            "prefix would stand in the middle of a shared-out row; use --sharding or --tensor_parallel_degree"
+        )
+    if isinstance(adapter, AdapterOptions) and adapter.prefix_projection:
+        check_projection(parallel)
+
+
+def check_projection(parallel: ParallelOptions) -> None:
+    """Raises ConfigError for a pipeline that cannot train the network of a projected prefix."""
+    schedule = parallel.pipeline_schedule
+    if parallel.pipeline_parallel_degree > 1 and schedule in ("zero_bubble", "zbv"):
+        raise ConfigError(
+            f"--prefix_projection and --pipeline_schedule {schedule} do not go together: it runs backward passes in two parts, "
+            "of which the second knows only parameters of one stage, and all share the network; choose 1f1b or interleaved"
+        )
+
+
+def _preference(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
+    """What does not go with pairs of answers, and options of another loss than the chosen one."""
+    preference, data = find(groups, PreferenceOptions), find(groups, DataOptions)
+    if preference is None or data is None or preference.preference is None:
+        return
+    name = f"--preference {preference.preference}"
+    if data.dataset_path is None:
+        raise ConfigError(
+            f"{name} needs --dataset_path: a file or folder of rows with prompt, chosen and rejected"
+            + (f" (download {data.data_name} first)" if data.data_name else "")
+        )
+    if any(part.weight is not None for part in dataset_parts(data.dataset_path, data.dataset_weights)):
+        raise ConfigError(f"{name} takes every pair once an epoch: drop the weights of --dataset_path")
+    parallel, optimization = find(groups, ParallelOptions), find(groups, OptimizationOptions)
+    quantization = find(groups, QuantizationOptions)
+    refused = {
+        f"--task_name {data.task_name}": data.task_name is not None,
+        "--eval_with_do_generation": data.eval_with_do_generation,
+        "--packing no": not data.packing,
+        f"--max_tokens_per_batch {data.max_tokens_per_batch}": data.max_tokens_per_batch is not None,
+        "--context_parallel_degree": parallel is not None and parallel.context_parallel_degree > 1,
+        # its ranges are not known before the first step, when the reference is scored
+        "--qat": quantization is not None and quantization.qat,
+    }
+    for option, wanted in refused.items():
+        if wanted:
+            raise ConfigError(f"{name} and {option} do not go together: drop one of them")
+    if optimization is not None and optimization.label_smoothing > 0:
+        raise ConfigError(f"{name} and --label_smoothing do not go together: --dpo_label_smoothing is that of pairs")
+    losses = {"dpo_beta": ("dpo", "ipo", "simpo"), "dpo_label_smoothing": ("dpo",)}
+    losses |= {"simpo_gamma": ("simpo",), "orpo_lambda": ("orpo",)}
+    idle = [option for option, having in losses.items() if preference.preference not in having]
+    warnings += [f"--{option} has no effect with {name}" for option in idle if _changed(preference, option, given)]
+    for option in ("data_format", "train_on"):
+        if _changed(data, option, given):
+            warnings.append(f"--{option} has no effect with {name}: rows are pairs, of which the last answers count")
 
 
 def _sampling(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
@@ -166,6 +257,14 @@ def _sampling(groups: Sequence[Any], given: frozenset[str], warnings: list[str])
     for name in ("temperature", "top_k", "top_p", "min_p"):
         if _changed(generation, name, given) and not (name == "top_k" and generation.top_k == 1):
             warnings.append(f"--{name} has no effect with --do_sample no")
+
+
+def _padding(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
+    data = find(groups, DataOptions)
+    if data is None or find(groups, OptimizationOptions) is None:
+        return
+    if data.packing and _changed(data, "group_by_length", given):
+        warnings.append("--group_by_length has no effect without --packing no: packed rows have no padding to save")
 
 
 def _data_loading(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
@@ -188,6 +287,8 @@ def _parallel(groups: Sequence[Any], given: frozenset[str], warnings: list[str])
             f"--torch_compile and --pipeline_schedule {parallel.pipeline_schedule} do not go together: it runs backward passes "
             "in two parts, and compiled layers have one; choose 1f1b or interleaved, or drop the first"
         )
+    if parallel.context_parallel_degree == 1 and _changed(parallel, "context_parallel_method", given):
+        warnings.append("--context_parallel_method has no effect without --context_parallel_degree above 1")
     if stages == 1:
         for name in ("pipeline_parallel_config", "pipeline_schedule"):
             if _changed(parallel, name, given):
@@ -200,8 +301,9 @@ def _parallel(groups: Sequence[Any], given: frozenset[str], warnings: list[str])
         warnings.append("--sequence_parallel has no effect without --tensor_parallel_degree above 1")
     if checkpoint is not None and checkpoint.save_sharded_model:
         adapter = find(groups, AdapterOptions)
-        if adapter is not None and adapter.lora:
-            warnings.append("--save_sharded_model has no effect with --lora: an adapter is small and stays one file")
+        if adapter is not None and (adapter.lora or adapter.prefix_tuning):
+            name = "lora" if adapter.lora else "prefix_tuning"
+            warnings.append(f"--save_sharded_model has no effect with --{name}: an adapter is small and stays one file")
         elif tensor * stages == 1:
             warnings.append(
                 "--save_sharded_model has no effect without --tensor_parallel_degree or --pipeline_parallel_degree above 1"
@@ -227,7 +329,15 @@ def _scoring(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) 
     data = find(groups, DataOptions)
     if data is None or find(groups, EvaluateOptions) is None:
         return
-    for name in ("max_train_samples", "share_prefixes"):
+    idle = (
+        "max_train_samples",
+        "share_prefixes",
+        "packing",
+        "group_by_length",
+        "max_tokens_per_batch",
+        "dataset_weights",
+    )
+    for name in idle:
         if _changed(data, name, given):
             warnings.append(f"--{name} has no effect in evaluate, which reads the held-out rows only")
 
@@ -256,8 +366,12 @@ _RULES: tuple[Callable[[Sequence[Any], frozenset[str], list[str]], None], ...] =
     _schedule,
     _watching,
     _precision,
+    _stored_adapter,
     _quantization,
+    _preference,
+    _prefix,
     _sampling,
+    _padding,
     _data_loading,
     _corpus,
     _scoring,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 SCHEDULES = ("1f1b", "interleaved", "zero_bubble", "zbv")
+CONTEXT_METHODS = ("auto", "gather", "ring")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Layout:
         virtual: stages of the pipeline in each process.
         schedule: of the pipeline, one of `SCHEDULES`.
         sequence_parallel: whether `tp` also shares out the tokens between the matrices.
+        context_method: how `cp` attends to tokens of other processes, one of `CONTEXT_METHODS`.
     """
 
     pp: int = 1
@@ -46,6 +48,7 @@ class Layout:
     virtual: int = 1
     schedule: str = "1f1b"
     sequence_parallel: bool = True
+    context_method: str = "auto"
 
     @property
     def size(self) -> int:
@@ -86,6 +89,10 @@ class Layout:
         at = self.coordinates(rank)
         return at.dp_replicate * self.dp_shard + at.dp_shard
 
+    def has_ring(self, device: str) -> bool:
+        """Whether keys and values go around the processes of `cp` on a kind of device, or are gathered."""
+        return self.cp > 1 and (self.context_method == "ring" or (self.context_method == "auto" and device == "cuda"))
+
     def stages_of(self, pp: int) -> tuple[int, ...]:
         """The stages of one process of the pipeline: in a loop, or for "zbv" there and back in a V."""
         if self.schedule == "zbv":
@@ -104,6 +111,8 @@ class Layout:
             notes.append(f"stage{self.stage}" + (" offload" if self.offload else ""))
         if self.pp > 1:
             notes.append(self.schedule + (f", {self.virtual} stages each" if self.virtual > 1 else ""))
+        if self.cp > 1 and self.context_method != "auto":
+            notes.append(self.context_method)
         if self.tp > 1 and not self.sequence_parallel:
             notes.append("whole sequences")
         return (" x ".join(words) or "one process") + (f" ({'; '.join(notes)})" if notes else "")

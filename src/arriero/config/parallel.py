@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from arriero.config.layout import SCHEDULES, Layout
+from arriero.config.layout import CONTEXT_METHODS, SCHEDULES, Layout
 from arriero.config.option import OptionGroup, option
 from arriero.errors import ConfigError
 
@@ -51,6 +51,11 @@ class ParallelOptions(OptionGroup):
         True, "with --tensor_parallel_degree: share out the tokens between the matrices too (saves memory)"
     )
     context_parallel_degree: int = option(1, "processes that share each sequence", minimum=-1)
+    context_parallel_method: str = option(
+        "auto",
+        "how they attend to each other's keys: all gathered, or in a ring that holds few; auto: ring on CUDA, else gather",
+        CONTEXT_METHODS,
+    )
     gradient_reduce_dtype: str = option(
         "float32", "number format in which data-parallel processes add up gradients", ("float32", "bfloat16")
     )
@@ -127,6 +132,7 @@ class ParallelOptions(OptionGroup):
             virtual=self.virtual_pp_degree,
             schedule=schedule,
             sequence_parallel=self.sequence_parallel,
+            context_method=self.context_parallel_method,
         )
 
     def _misfit(self, world_size: int, needed: int) -> str:

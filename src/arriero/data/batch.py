@@ -22,8 +22,25 @@ PADDING_ID = 0  # in every vocabulary; nothing is learned from it
 
 
 @dataclass(frozen=True)
+class PairedRows:
+    """The rows of a batch as pairs: the first is the chosen answer, the second the rejected one of the same prompt, and so on.
+
+    Attributes:
+        tokens: labels of every row.
+        reference: (pairs, 2) fp32, log-probabilities of the chosen and the rejected answer by the reference model.
+    """
+
+    tokens: tuple[int, ...]
+    reference: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self.tokens) // 2
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Rows without padding, unless one was asked for (`fitted`, `to_common_shape`).
+    """Rows without padding, unless one was asked for (`pad`, `fitted`, `to_common_shape`).
 
     Attributes:
         input_ids: (1, T) int64, rows end to end; or (B, S), B rows of one length.
@@ -33,6 +50,8 @@ class Batch:
         rows: number of rows; padding is none.
         row_tokens: tokens of the rows, a shared beginning counted in each: what padding-free separate rows would hold.
         label_tokens: number of labels that are not -100.
+        lengths: of rows that `pad` padded, the tokens of each without padding; else empty.
+        pairs: which rows are the two answers of a pair, where answers are compared.
     """
 
     input_ids: Tensor
@@ -41,6 +60,8 @@ class Batch:
     rows: int
     row_tokens: int
     label_tokens: int
+    lengths: tuple[int, ...] = ()
+    pairs: PairedRows | None = None
 
     @classmethod
     def empty(cls) -> Batch:
@@ -70,6 +91,23 @@ class Batch:
             parts=self.parts + (((missing,),) if missing else ()),
         )
 
+    def real(self) -> Tensor | None:
+        """Which tokens are no padding, bool of the shape of `input_ids`; None where all are."""
+        if self.lengths:
+            lengths = [*self.lengths, *[0] * (len(self.parts) - len(self.lengths))]  # rows of padding come last
+            documents = [torch.arange(size) < length for (size,), length in zip(self.parts, lengths, strict=True)]
+            return torch.cat(documents).view(self.input_ids.shape).to(self.input_ids.device)
+        left, real = self.row_tokens, 0
+        for beginning, *rest in self.parts:
+            if left <= 0:  # padding comes last
+                break
+            real += beginning + sum(rest)
+            left -= beginning * max(1, len(rest)) + sum(rest)
+        count = self.input_ids.numel()
+        if real == count:
+            return None
+        return (torch.arange(count, device=self.input_ids.device) < real).view(self.input_ids.shape)
+
     def attention(self) -> AttentionInfo:
         """Which tokens attend to which: every row is causal and alone."""
         if self.is_matrix:
@@ -82,12 +120,25 @@ class Batch:
         if device.type == "cpu":
             return self
         ids, labels = (tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.labels))
-        return Batch(ids, labels, self.parts, self.rows, self.row_tokens, self.label_tokens)
+        pairs = self.pairs
+        if pairs is not None and pairs.reference is not None:
+            pairs = replace(pairs, reference=pairs.reference.to(device, non_blocking=True))
+        return replace(self, input_ids=ids, labels=labels, pairs=pairs)
 
 
 def pack(examples: Sequence[Example], *, share_prefixes: bool = False) -> Batch:
     """The examples as one packed batch, in the order given (rows that begin alike are brought together)."""
     groups = group_by_prefix(examples) if share_prefixes else [(0, [example]) for example in examples]
+    return pack_groups(groups)
+
+
+def pack_groups(groups: Sequence[tuple[int, Sequence[Example]]]) -> Batch:
+    """Groups of rows as one packed batch.
+
+    Args:
+        groups: of each, how many tokens its rows begin with in common, and the rows.
+    """
+    examples = [member for _, members in groups for member in members]
     ids: list[int] = []
     labels: list[int] = []
     parts: list[tuple[int, ...]] = []
@@ -107,6 +158,26 @@ def pack(examples: Sequence[Example], *, share_prefixes: bool = False) -> Batch:
         rows=len(examples),
         row_tokens=sum(example.length for example in examples),
         label_tokens=int((target != IGNORE).sum()),
+    )
+
+
+def pad(examples: Sequence[Example]) -> Batch:
+    """The examples as a matrix (B, S), S the length of the longest, each padded at its end.
+
+    No mask is needed: attention is causal, so that what comes after a row's end is seen by no token of the row, and its
+    own outputs carry no label.
+    """
+    length = max(example.length for example in examples)
+    ids = [example.input_ids + [PADDING_ID] * (length - example.length) for example in examples]
+    labels = [example.labels + [IGNORE] * (length - example.length) for example in examples]
+    return Batch(
+        input_ids=torch.tensor(ids),
+        labels=torch.tensor(labels),
+        parts=((length,),) * len(examples),
+        rows=len(examples),
+        row_tokens=sum(example.length for example in examples),
+        label_tokens=sum(example.label_count for example in examples),
+        lengths=tuple(example.length for example in examples),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -40,13 +41,28 @@ class TemplateWorker:
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
 
-    def render(self, source: str, variables: Mapping[str, Any], seconds: float = CPU_SECONDS) -> str:
+    def render(
+        self,
+        source: str,
+        variables: Mapping[str, Any],
+        seconds: float = CPU_SECONDS,
+        generation_marks: tuple[str, str] | None = None,
+    ) -> str:
         """The text of a template.
+
+        Args:
+            generation_marks: what is written before and after each `{% generation %}` block.
 
         Raises:
             TemplateError: with the bare reason.
         """
-        request = {"source": source, "variables": variables, "seconds": seconds, "output_limit": OUTPUT_LIMIT}
+        request = {
+            "source": source,
+            "variables": variables,
+            "seconds": seconds,
+            "output_limit": OUTPUT_LIMIT,
+            "generation_marks": generation_marks,
+        }
         try:
             line = json.dumps(request).encode("ascii") + b"\n"
         except (TypeError, ValueError, RecursionError) as error:
@@ -135,10 +151,15 @@ if hasattr(os, "register_at_fork"):
 
 @dataclass(frozen=True)
 class MarkedChat:
-    """A rendered conversation in which special tokens' names that came from a message stand between two marks."""
+    """A rendered conversation in which special tokens' names that came from a message stand between two marks.
+
+    Attributes:
+        generation_marks: the two characters around what the template says is the assistant's, if that was asked for.
+    """
 
     rendered: str
     marks: tuple[str, str] | None
+    generation_marks: tuple[str, str] | None = None
 
     @property
     def marked(self) -> bool:
@@ -148,7 +169,28 @@ class MarkedChat:
     @property
     def text(self) -> str:
         """The conversation without marks."""
-        return self.rendered if self.marks is None else self._unmarked(self.rendered)
+        return self._unmarked(self.rendered)
+
+    def without_generation_marks(self) -> tuple[MarkedChat, list[tuple[int, int]]]:
+        """The conversation, and what of it the assistant says: (start, end) in characters of `text`."""
+        opening, closing = self.generation_marks or ("", "")
+        quotes = self.marks or ()
+        spans: list[tuple[int, int]] = []
+        starts: list[int] = []
+        position = 0
+        for character in self.rendered if self.generation_marks else "":
+            if character == opening:
+                starts.append(position)
+            elif character == closing:
+                start = starts.pop() if starts else position
+                if not starts:  # a block inside another is part of it
+                    spans.append((start, position))
+            elif character not in quotes:
+                position += 1
+        rendered = self.rendered
+        for mark in self.generation_marks or ():
+            rendered = rendered.replace(mark, "")
+        return MarkedChat(rendered, self.marks), spans
 
     def split(self, special_tokens: Collection[str]) -> list[tuple[str, bool]]:
         """(text, whether it is a control token that the template wrote), in order; no empty texts."""
@@ -166,7 +208,7 @@ class MarkedChat:
         return [part for part in parts if part[0]]
 
     def _unmarked(self, text: str) -> str:
-        for mark in self.marks or ():
+        for mark in (*(self.marks or ()), *(self.generation_marks or ())):
             text = text.replace(mark, "")
         return text
 
@@ -188,18 +230,27 @@ class ChatTemplate:
         self.source = source
         self.name = name
 
+    @property
+    def marks_generation(self) -> bool:
+        """Whether the template says itself what is the assistant's, by `{% generation %}` blocks."""
+        return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self.source) is not None
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         named: Mapping[str, str] | None = None,
         add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        generation_marks: tuple[str, str] | None = None,
     ) -> str:
         """The conversation as text.
 
         Args:
             messages: {"role", "content"} each; keys whose value is None count as absent.
             named: bos_token, eos_token ..., which templates write.
+            tools: JSON schemas of the functions that the assistant may call.
+            generation_marks: what is written before and after each `{% generation %}` block.
 
         Raises:
             TemplateError: in one line, what the template refused or why it was stopped.
@@ -212,12 +263,12 @@ class ChatTemplate:
         variables = {
             **(named or {}),
             "messages": [{key: value for key, value in m.items() if value is not None} for m in messages],
-            "tools": None,
+            "tools": list(tools) if tools else None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return _worker.render(self.source, variables)
+            return _worker.render(self.source, variables, generation_marks=generation_marks)
         except TemplateError as error:
             raise TemplateError(f"{self.name}: the chat template failed: {error}") from error
 
@@ -228,17 +279,35 @@ class ChatTemplate:
         special_tokens: Collection[str],
         named: Mapping[str, str] | None = None,
         add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        mark_generation: bool = False,
     ) -> MarkedChat:
-        """`render`, with special tokens' names in the messages marked as text."""
+        """`render`, with special tokens' names in the messages and tools marked as text.
+
+        Args:
+            mark_generation: mark `{% generation %}` blocks too.
+        """
         for message in messages:
             self._check_role(message, special_tokens)
-        if not any(_holds(message, special_tokens) for message in messages):
-            return MarkedChat(self.render(messages, named=named, add_generation_prompt=add_generation_prompt), None)
-        opening, closing = _unused_marks(messages, self.source)
-        names = re.compile("|".join(re.escape(token) for token in sorted(special_tokens, key=len, reverse=True)))
-        marked = [_marked(message, names, f"{opening}\\g<0>{closing}") for message in messages]
-        rendered = self.render(marked, named=named, add_generation_prompt=add_generation_prompt)
-        return MarkedChat(rendered, (opening, closing))
+        given = [*messages, *(tools or ())]
+        held = any(_holds(item, special_tokens) for item in given)
+        marks = _unused_marks(given, self.source, 4) if held or mark_generation else ()
+        generation = (marks[2], marks[3]) if mark_generation else None
+        quotes = None
+        if held:
+            quotes = (marks[0], marks[1])
+            names = re.compile("|".join(re.escape(token) for token in sorted(special_tokens, key=len, reverse=True)))
+            replacement = f"{marks[0]}\\g<0>{marks[1]}"
+            messages = [_marked(message, names, replacement) for message in messages]
+            tools = [_marked(tool, names, replacement) for tool in tools or ()]
+        rendered = self.render(
+            messages,
+            named=named,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            generation_marks=generation,
+        )
+        return MarkedChat(rendered, quotes, generation)
 
     def _check_role(self, message: Mapping[str, Any], special_tokens: Collection[str]) -> None:
         # Some templates write '<|' + role + '|>': a role may complete no token but those of the known roles.
@@ -271,11 +340,11 @@ def _marked(value: Any, names: re.Pattern[str], replacement: str) -> Any:
     return value
 
 
-def _unused_marks(messages: Sequence[Mapping[str, Any]], source: str) -> tuple[str, str]:
-    """Two private-use characters that occur nowhere, so that no message can forge a mark."""
+def _unused_marks(messages: Sequence[Mapping[str, Any]], source: str, count: int) -> tuple[str, ...]:
+    """Private-use characters that occur nowhere, so that no message can forge a mark."""
     used = set(source).union(*(set(text) for message in messages for text in _strings(message)))
     free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
-    try:
-        return next(free), next(free)
-    except StopIteration as error:
-        raise TemplateError("the messages use every private-use character there is") from error
+    marks = tuple(itertools.islice(free, count))
+    if len(marks) < count:
+        raise TemplateError("the messages use every private-use character there is")
+    return marks

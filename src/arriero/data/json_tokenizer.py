@@ -73,19 +73,21 @@ class JsonTokenizer:
         """`encode` of each, on all cores."""
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def encode_literal(self, text: str, *, after_token: bool = False) -> list[int]:
-        """Ids of a text, special tokens in it not recognised.
+    def encode_literal(self, text: str) -> list[int]:
+        """Ids of a text, special tokens in it not recognised."""
+        ids: list[int] = self._literal_tokenizer().encode(text, add_special_tokens=False).ids
+        return ids
+
+    def offsets(self, text: str, *, after_token: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode_literal`, with the (start, end) of each token in characters of the text.
 
         Args:
             after_token: the text follows a control token, rather than beginning a sequence.
         """
-        ids: list[int] = (
-            self._literal_tokenizer().encode(self._seam + text if after_token else text, add_special_tokens=False).ids
-        )
-        return ids[1:] if after_token else ids
-
-    def offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """`encode_literal`, with the (start, end) of each token in characters of the text."""
+        if after_token:
+            encoding = self._literal_tokenizer().encode(self._seam + text, add_special_tokens=False)
+            seam = len(self._seam)
+            return encoding.ids[1:], [(max(0, start - seam), end - seam) for start, end in encoding.offsets[1:]]
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         if any(i in self.decoding.special_ids for i in encoding.ids):
             encoding = self._literal_tokenizer().encode(text, add_special_tokens=False)

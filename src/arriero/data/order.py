@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from arriero.data.batch import MIN_SHARED_TOKENS, shared_prefix
+from arriero.data.filling import fill
+from arriero.data.mixture import Mixture
 from arriero.data.sft import Example
 from arriero.errors import DataError
 
@@ -34,6 +37,20 @@ def prefix_clusters(examples: Sequence[Example], largest: int) -> list[list[int]
     return clusters
 
 
+def grouped_by_length(order: Sequence[int], lengths: Sequence[int], rows_per_step: int) -> list[int]:
+    """Shuffled rows, brought into an order in which neighbours are of like length.
+
+    As `get_length_grouped_indices` of transformers: the rows are cut into runs of at most 50 steps, a run is sorted from the
+    longest row to the shortest, and the longest row of all goes first, so that memory runs out in the first step if at all.
+    """
+    steps = min(len(order) // (4 * rows_per_step), 50) or 1
+    size = steps * rows_per_step
+    runs = [sorted(order[i : i + size], key=lambda row: -lengths[row]) for i in range(0, len(order), size)]
+    longest = max(range(len(runs)), key=lambda run: lengths[runs[run][0]])
+    runs[0][0], runs[longest][0] = runs[longest][0], runs[0][0]
+    return [row for run in runs for row in run]
+
+
 class StepOrder:
     """Which rows each optimizer step sees.
 
@@ -52,21 +69,65 @@ class StepOrder:
         processes: int = 1,
         shuffle: bool = True,
         clusters: list[list[int]] | None = None,
+        mixture: Mixture | None = None,
+        lengths: Sequence[int] | None = None,
+        group_by_length: bool = False,
+        max_tokens: int | None = None,
     ) -> None:
+        """
+        Args:
+            mixture: draws the rows of an epoch from several data sets; not with `clusters`.
+            lengths: tokens of each row; what follows needs them.
+            group_by_length: rows of like length into one step; not with `clusters`.
+            max_tokens: micro-batches of up to so many tokens instead of `micro_batch_size` rows. A step has the same rows.
+
+        Raises:
+            DataError: there is no row, or one has more than `max_tokens`.
+        """
         if rows < 1:
             raise DataError("the training set is empty")
+        if lengths is not None and max_tokens is not None and max(lengths) > max_tokens:
+            row = max(range(rows), key=lambda row: lengths[row])
+            raise DataError(
+                f"training row {row} (counted from 0) has {lengths[row]} tokens, --max_tokens_per_batch allows {max_tokens}: "
+                "raise it, or lower --src_length"
+            )
         self.rows, self.seed, self.shuffle, self.clusters = rows, seed, shuffle, clusters
         self.micro_batch_size, self.rows_per_step = micro_batch_size, micro_batch_size * accumulation * processes
         self.steps_per_epoch = math.ceil(rows / self.rows_per_step)
+        self.processes, self.mixture = processes, mixture
+        self.lengths, self.group_by_length, self.max_tokens = lengths or (), group_by_length, max_tokens
+        self._last: tuple[int, list[int]] = (-1, [])  # an epoch and its rows
 
     def _rows(self, epoch: int) -> list[int]:
-        if self.clusters is None:
-            return list(epoch_order(self.rows, self.seed, epoch, self.shuffle).tolist())
-        order = epoch_order(len(self.clusters), self.seed, epoch, self.shuffle)
-        return [row for cluster in order.tolist() for row in self.clusters[cluster]]
+        if self._last[0] != epoch:
+            self._last = (epoch, self._order(epoch))
+        return self._last[1]
+
+    def _order(self, epoch: int) -> list[int]:
+        if self.clusters is not None:
+            order = epoch_order(len(self.clusters), self.seed, epoch, self.shuffle)
+            return [row for cluster in order.tolist() for row in self.clusters[cluster]]
+        rows: list[int] = epoch_order(self.rows, self.seed, epoch, self.shuffle).tolist()
+        if self.mixture is not None:
+            drawn = self.mixture.epoch(epoch, self.seed)
+            rows = [drawn[place] for place in rows]
+        return grouped_by_length(rows, self.lengths, self.rows_per_step) if self.group_by_length else rows
+
+    def variation(self) -> dict[str, Any]:
+        """What besides rows, seed and clusters decides which rows a step has, as JSON; empty by default."""
+        varied: dict[str, Any] = {}
+        if self.mixture is not None:
+            varied["mixture"] = {"rows": list(self.mixture.rows), "weights": list(self.mixture.weights)}
+        if self.group_by_length:
+            varied["group_by_length"] = True
+        return varied
 
     def __call__(self, step: int) -> list[list[int]]:
         """The micro-batches of optimizer step number `step` (from 0), of all processes: each a list of row numbers."""
         epoch, index = divmod(step, self.steps_per_epoch)
         rows = self._rows(epoch)[index * self.rows_per_step : (index + 1) * self.rows_per_step]
-        return [rows[i : i + self.micro_batch_size] for i in range(0, len(rows), self.micro_batch_size)]
+        if self.max_tokens is None:
+            return [rows[i : i + self.micro_batch_size] for i in range(0, len(rows), self.micro_batch_size)]
+        groups = fill([self.lengths[row] for row in rows], self.max_tokens, self.processes)
+        return [[rows[place] for place in group] for group in groups]

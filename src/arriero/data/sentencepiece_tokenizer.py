@@ -100,22 +100,22 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, special tokens in it recognised; nothing added."""
-        return self._encode(text, self._pattern, at_start=True)
+        return self._encode(text, self._pattern)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each."""
         return [self.encode(text) for text in texts]
 
-    def encode_literal(self, text: str, *, after_token: bool = False) -> list[int]:
-        """Ids of a text, special tokens in it not recognised.
+    def encode_literal(self, text: str) -> list[int]:
+        """Ids of a text, special tokens in it not recognised."""
+        return self._encode(text, self._plain_pattern)
+
+    def offsets(self, text: str, *, after_token: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode_literal`, with the (start, end) of each token in characters of the text.
 
         Args:
             after_token: the text follows a control token, rather than beginning a sequence.
         """
-        return self._encode(text, self._plain_pattern, at_start=not after_token)
-
-    def offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """`encode_literal`, with the (start, end) of each token in characters of the text."""
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         for start, part, token_id in self._split(text, self._plain_pattern):
@@ -123,7 +123,7 @@ class SentencePieceTokenizer:
                 ids.append(token_id)
                 spans.append((start, start + len(part)))
                 continue
-            mapping = self._model_for(part, at_start=not ids).encode_as_offset_mapping(part)
+            mapping = self._model_for(part, at_start=not (ids or after_token)).encode_as_offset_mapping(part)
             ids += mapping["ids"]
             spans += [(start + begin, start + end) for begin, end in mapping["offsets"]]
         return ids, spans
@@ -137,8 +137,9 @@ class SentencePieceTokenizer:
         spec = self._matched[token]
         return spec.lstrip, spec.rstrip
 
-    def _encode(self, text: str, pattern: re.Pattern[str], at_start: bool) -> list[int]:
+    def _encode(self, text: str, pattern: re.Pattern[str]) -> list[int]:
         ids: list[int] = []
+        at_start = True
         for _, part, token_id in self._split(text, pattern):
             if token_id is not None:
                 ids.append(token_id)

@@ -1,17 +1,27 @@
-"""Where fine-tuning rows come from: a file, a folder, or a data set on the Hub."""
+"""Where fine-tuning rows come from: files, folders, a mixture of them, or a data set on the Hub."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from arriero.data.samples import SQUAD_TASKS, Sample, find_splits, question_from_row, read_samples, sample_from_row
+from arriero.config.data import dataset_parts
+from arriero.data.row_files import MAX_ROW_BYTES, SUFFIXES, read_rows
+from arriero.data.rows.formats import sample_from_row
+from arriero.data.rows.questions import SQUAD_TASKS, question_from_row, samples_of
+from arriero.data.samples import Sample
+from arriero.data.squad import read_squad
 from arriero.errors import ConfigError, DataError, MissingExtraError, require
 from arriero.formats.download import default_cache_dir
 
 SQUAD_ON_HUB = "rajpurkar/squad"
 HUB_SPLITS = {"train": ("train",), "dev": ("validation", "dev", "test")}
+FILE_STEMS = {"train": ("train",), "dev": ("dev", "validation", "valid", "test")}
 
 
 def check_data(dataset_path: str | None, data_name: str | None, task: str | None) -> None:
@@ -33,9 +43,20 @@ def own_squad() -> Path | None:
 
 
 def load_samples(
-    dataset_path: str | None, data_name: str | None, task: str | None, splits: Sequence[str]
+    dataset_path: str | None,
+    data_name: str | None,
+    task: str | None,
+    splits: Sequence[str],
+    *,
+    data_format: str = "auto",
+    limits: dict[str, int | None] | None = None,
 ) -> dict[str, list[Sample]]:
     """The rows of the wanted splits ("train", "dev"); where no data is named, those of SQuAD v1.1, as in the seed.
+
+    Args:
+        dataset_path: a file or folder, or several with commas between them: a mixture, whose rows follow each other here.
+        data_format: how rows are read (`arriero.data.rows.formats`).
+        limits: of each split, how many rows of each file are used.
 
     Raises:
         ConfigError: if the place does not hold a split.
@@ -45,11 +66,102 @@ def load_samples(
         raise ConfigError(
             f"--task_name {task} is not known: {' or '.join(SQUAD_TASKS)}, or leave it out for jsonl rows"
         )
+    limits = limits or {}
     if data_name is not None:
-        return {split: _from_hub(data_name, task, split) for split in splits}
+        rows = {split: _from_hub(data_name, task, split, data_format) for split in splits}
+        return {split: samples[: limits.get(split)] for split, samples in rows.items()}
     if dataset_path is None:
-        return _squad(task or "squad", splits)
-    return {split: read_samples(path, task) for split, path in find_splits(dataset_path, splits).items()}
+        return {split: samples[: limits.get(split)] for split, samples in _squad(task or "squad", splits).items()}
+    found: dict[str, list[Sample]] = {split: [] for split in splits}
+    for number, part in enumerate(dataset_parts(dataset_path)):
+        for split, path in find_splits(part.path, splits).items():
+            rows_of_part = read_samples(path, task, data_format)[: limits.get(split)]
+            found[split] += [replace(sample, source=number) for sample in rows_of_part] if number else rows_of_part
+    return found
+
+
+def read_samples(path: Path, task: str | None, data_format: str = "auto") -> list[Sample]:
+    """Every row of one file.
+
+    A `.json` file that holds one object with `data` is SQuAD; otherwise the suffix says whether it is a table, and
+    everything else is JSON lines.
+
+    Args:
+        task: `squad` or `squad_qa` for SQuAD files and rows; None decides by the rows' keys.
+
+    Raises:
+        DataError: if the file is missing, malformed or without a row.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    if _is_squad(path):
+        samples = samples_of(read_squad(path), task or "squad")
+    else:
+        samples = _samples(read_rows(path), task, data_format)
+    if not samples:
+        raise DataError(f"{path}: holds no row to learn from")
+    return samples
+
+
+def _samples(rows: Iterable[tuple[str, Any]], task: str | None, data_format: str) -> list[Sample]:
+    if task == "squad_qa":
+        return samples_of((question_from_row(row, where) for where, row in rows), task)
+    return [sample_from_row(row, where, data_format=data_format) for where, row in rows]
+
+
+def _is_squad(path: Path) -> bool:
+    """SQuAD is one JSON object with a list `data`; a JSON-lines file's first line is a whole object of its own."""
+    if path.suffix != ".json":
+        return False
+    with path.open("rb") as file:
+        first = file.readline(MAX_ROW_BYTES)
+    try:
+        value = json.loads(first)
+    except (ValueError, RecursionError):
+        return True  # an object over several lines; read_squad says what is wrong if it is not SQuAD
+    return isinstance(value, dict) and isinstance(value.get("data"), list)
+
+
+def find_splits(dataset_path: str, wanted: Sequence[str]) -> dict[str, Path]:
+    """The files of the wanted splits ("train", "dev").
+
+    A folder holds `train.json` and `dev.json` (or `.jsonl`, `.csv`, `.tsv`, `.parquet`); a file is the split that is asked
+    for; where both are, it is the training split, and the dev split is the `dev.json` (or so) beside it, or the same file if
+    there is none.
+
+    Raises:
+        ConfigError: if a wanted split has no file.
+    """
+    path = Path(dataset_path)
+    if path.is_file():
+        beside = [path.parent / name for name in _split_names("dev")] if "train" in wanted else []
+        dev = next((sibling for sibling in beside if sibling.is_file()), path)
+        return {split: dev if split == "dev" else path for split in wanted}
+    if not path.is_dir():
+        raise ConfigError(
+            f"--dataset_path {dataset_path}: no such file or folder (a Hub data set is named by --data_name)"
+        )
+    found: dict[str, Path] = {}
+    for split in wanted:
+        for name in _split_names(split):
+            if (path / name).is_file():
+                found[split] = path / name
+                break
+        else:
+            raise ConfigError(
+                f"--dataset_path {dataset_path}: the folder has no {' or '.join(_split_names(split)[:2])}"
+            )
+    return found
+
+
+def _split_names(split: str) -> list[str]:
+    return [f"{stem}{suffix}" for stem in FILE_STEMS[split] for suffix in SUFFIXES]
+
+
+def rows_by_source(samples: Sequence[Sample]) -> list[int]:
+    """How many rows of each part of a mixture there are."""
+    counts = Counter(sample.source for sample in samples)
+    return [counts[source] for source in range(max(counts, default=0) + 1)]
 
 
 def _squad(task: str, splits: Sequence[str]) -> dict[str, list[Sample]]:
@@ -58,7 +170,7 @@ def _squad(task: str, splits: Sequence[str]) -> dict[str, list[Sample]]:
     if folder is not None:
         return {split: read_samples(path, task) for split, path in find_splits(str(folder), splits).items()}
     try:
-        return {split: _from_hub(SQUAD_ON_HUB, task, split) for split in splits}
+        return {split: _from_hub(SQUAD_ON_HUB, task, split, "auto") for split in splits}
     except (DataError, MissingExtraError) as error:
         raise ConfigError(f"{_no_data(task)} ({error})") from error
 
@@ -71,7 +183,7 @@ def _no_data(task: str | None) -> str:
     )
 
 
-def _from_hub(name: str, task: str | None, split: str) -> list[Sample]:
+def _from_hub(name: str, task: str | None, split: str, data_format: str) -> list[Sample]:
     datasets = require("datasets", "data")
     try:
         found = datasets.load_dataset(name)
@@ -85,7 +197,7 @@ def _from_hub(name: str, task: str | None, split: str) -> list[Sample]:
             f"--data_name {name} has no {' or '.join(HUB_SPLITS[split])} split: it has {', '.join(found)}"
         )
     where = f"{name}[{candidate}]"
-    rows = [(f"{where} row {i}", dict(row)) for i, row in enumerate(found[candidate])]
+    rows = ((f"{where} row {i}", dict(row)) for i, row in enumerate(found[candidate]))
     if task in SQUAD_TASKS:
-        return [SQUAD_TASKS[task](question_from_row(row, place)) for place, row in rows]
-    return [sample_from_row(row, place) for place, row in rows]
+        return samples_of((question_from_row(row, place) for place, row in rows), task)
+    return _samples(rows, task, data_format)

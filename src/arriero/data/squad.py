@@ -1,7 +1,11 @@
-"""SQuAD v1.1: its file format and its official metric (Rajpurkar et al. 2016, arXiv:1606.05250, section 6.1).
+"""SQuAD: its file format and its official metric (Rajpurkar et al. 2016, arXiv:1606.05250, section 6.1).
 
 The metric follows the data set's published `evaluate-v1.1.py`: answers are lower-cased, stripped of punctuation and of the
 articles a, an, the, and compared as strings (exact match) or as bags of words (F1), the best over the reference answers.
+
+SQuAD v2 (Rajpurkar et al. 2018, arXiv:1806.03822) has questions that the passage does not answer (`is_impossible`). Their
+one reference is the empty string, and a prediction scores 1 if it says nothing, else 0, as in `evaluate-v2.0.py`. A model
+that writes text says so by `NO_ANSWER`, which counts as saying nothing.
 """
 
 from __future__ import annotations
@@ -17,10 +21,12 @@ from typing import Any
 
 from arriero.errors import DataError
 
+NO_ANSWER = "unanswerable"
+
 
 @dataclass(frozen=True)
 class Question:
-    """One question on one passage with its reference answers."""
+    """One question on one passage with its reference answers; none if the passage does not answer it."""
 
     id: str
     title: str
@@ -30,7 +36,9 @@ class Question:
 
 
 def read_squad(path: Path) -> Iterator[Question]:
-    """The questions of a SQuAD v1.1 JSON file, in file order; questions without an answer are skipped.
+    """The questions of a SQuAD JSON file, v1.1 or v2, in file order.
+
+    A question without an answer that is not marked `is_impossible` is skipped: what is right there is not known.
 
     Raises:
         DataError: if the file is not JSON or not of that format; the place is named.
@@ -40,7 +48,7 @@ def read_squad(path: Path) -> Iterator[Question]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{path}: not a readable JSON file ({error})") from error
     if not isinstance(document, dict) or not isinstance(document.get("data"), list):
-        raise DataError(f"{path}: no list 'data' at the top: SQuAD v1.1 JSON is expected")
+        raise DataError(f"{path}: no list 'data' at the top: SQuAD JSON is expected")
     for a, article in enumerate(document["data"]):
         where = f"{path}: data[{a}]"
         for p, paragraph in enumerate(_get(article, "paragraphs", list, where)):
@@ -49,19 +57,20 @@ def read_squad(path: Path) -> Iterator[Question]:
             for q, item in enumerate(_get(paragraph, "qas", list, there)):
                 place = f"{there}.qas[{q}]"
                 answers = tuple(_get(x, "text", str, f"{place}.answers") for x in _get(item, "answers", list, place))
-                if answers:
+                impossible = item.get("is_impossible") is True
+                if answers or impossible:
                     yield Question(
                         id=str(item.get("id", f"{a}-{p}-{q}")),
                         title=str(article.get("title", "")),
                         context=context,
                         question=_get(item, "question", str, place).strip(),
-                        answers=answers,
+                        answers=() if impossible else answers,
                     )
 
 
 def _get(value: Any, key: str, kind: type, where: str) -> Any:
     if not isinstance(value, dict) or not isinstance(value.get(key), kind):
-        raise DataError(f"{where}: no {kind.__name__} '{key}': SQuAD v1.1 JSON is expected")
+        raise DataError(f"{where}: no {kind.__name__} '{key}': SQuAD JSON is expected")
     return value[key]
 
 
@@ -73,14 +82,26 @@ def normalize_answer(text: str) -> str:
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
     """1.0 if the prediction equals one of the references after normalisation, else 0.0."""
+    if _is_unanswerable(references):
+        return float(_says_nothing(prediction))
     return max(float(normalize_answer(prediction) == normalize_answer(reference)) for reference in references)
 
 
 def f1_score(prediction: str, references: Sequence[str]) -> float:
     """Harmonic mean of precision and recall over words, the best over the references."""
+    if _is_unanswerable(references):
+        return float(_says_nothing(prediction))
     return max(
         _f1(normalize_answer(prediction).split(), normalize_answer(reference).split()) for reference in references
     )
+
+
+def _is_unanswerable(references: Sequence[str]) -> bool:
+    return tuple(references) == ("",)
+
+
+def _says_nothing(prediction: str) -> bool:
+    return normalize_answer(prediction) in ("", NO_ANSWER)
 
 
 def _f1(prediction: list[str], reference: list[str]) -> float:

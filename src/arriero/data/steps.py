@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from arriero.data.batch import Batch, LazyBatches, pack
+from arriero.data.batch import Batch, LazyBatches, pack, pad
 from arriero.data.corpus.dataset import CorpusDataset, CorpusSample
 from arriero.data.order import StepOrder
 from arriero.data.sft import IGNORE, Example
@@ -76,17 +76,19 @@ class StepSource(Protocol):
 
 @dataclass(frozen=True)
 class FinetuningSteps:
-    """Rows of prompts and answers, packed without padding.
+    """Rows of prompts and answers, packed without padding unless `padded` is asked for.
 
     Attributes:
         order: the rows of every step, of all processes.
         share_prefixes: compute the common beginning of a micro-batch's rows once (see `arriero.data.batch`).
+        padded: rows as a matrix, each padded to the longest of its micro-batch; nothing is shared then.
     """
 
     examples: Sequence[Example]
     order: StepOrder
     share_prefixes: bool = False
     share: DataShare = DataShare()
+    padded: bool = False
 
     @property
     def steps_per_epoch(self) -> int:
@@ -99,7 +101,8 @@ class FinetuningSteps:
         rows = self.order(step)
 
         def make(number: int) -> Batch:
-            return pack([self.examples[row] for row in rows[number]], share_prefixes=self.share_prefixes)
+            chosen = [self.examples[row] for row in rows[number]]
+            return pad(chosen) if self.padded else pack(chosen, share_prefixes=self.share_prefixes)
 
         return list(share_out(LazyBatches(len(rows), make), self.share))
 
@@ -111,6 +114,7 @@ class FinetuningSteps:
             "seed": self.order.seed,
             # they follow from the rows a micro-batch has, and the order of the rows from them
             "clusters": hashlib.sha256(json.dumps(clusters).encode()).hexdigest()[:16] if clusters else "",
+            **self.order.variation(),
         }
 
     def describe(self, step: int) -> str:

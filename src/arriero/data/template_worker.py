@@ -29,14 +29,23 @@ RECURSION_LIMIT = 2000
 
 
 class GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}` … `{% endgeneration %}` marks what the assistant says; it renders as its content."""
+    """`{% generation %}` … `{% endgeneration %}` holds what the assistant says; it renders as its content.
+
+    Where the request gives two marks, they are written around it.
+    """
 
     tags = {"generation"}  # noqa: RUF012  jinja2 declares it without ClassVar
+    marks = ("", "")
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """The block's content as a scope of its own."""
+        """A call of `_marked` with the block's content."""
         line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_marked"), [], [], body, lineno=line)
+
+    def _marked(self, caller: Callable[[], str]) -> str:
+        opening, closing = self.marks
+        return opening + caller() + closing
 
 
 def raise_exception(message: object) -> NoReturn:
@@ -79,6 +88,9 @@ def render(request: dict[str, Any]) -> dict[str, str]:
     limit: int = request["output_limit"]
     parts: list[str] = []
     size = 0
+    blocks = environment().extensions[GenerationBlock.identifier]
+    assert isinstance(blocks, GenerationBlock)
+    blocks.marks = tuple(request.get("generation_marks") or ("", ""))
     try:
         for part in compiled(request["source"]).generate(request["variables"]):
             size += len(part)

@@ -7,7 +7,7 @@ special token's name inside a text is encoded as the letters it is made of and n
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,8 +33,8 @@ class Vocabulary(Protocol):
     def id_to_token(self, token_id: int) -> str | None: ...
     def encode(self, text: str) -> list[int]: ...
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
-    def encode_literal(self, text: str, *, after_token: bool = ...) -> list[int]: ...
-    def offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]: ...
+    def encode_literal(self, text: str) -> list[int]: ...
+    def offsets(self, text: str, *, after_token: bool = ...) -> tuple[list[int], list[tuple[int, int]]]: ...
     def framing(self) -> tuple[list[int], list[int]]: ...
     def swallows_blanks(self, token: str) -> tuple[bool, bool]: ...
 
@@ -119,14 +119,17 @@ class Tokenizer:
             ids = self._encode_literal(text)
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 
-    def _encode_literal(self, text: str, *, after_token: bool = False) -> list[int]:
-        ids = self._vocabulary.encode_literal(text, after_token=after_token)
+    def _encode_literal(self, text: str) -> list[int]:
+        ids = self._vocabulary.encode_literal(text)
+        self._check_ordinary(ids)
+        return ids
+
+    def _check_ordinary(self, ids: list[int]) -> None:
         # An unknown character gives the unknown token without anyone having typed its name.
         strange = self._special_ids.intersection(ids) - {self._vocabulary.unknown_id}
         if strange:
             token = self.id_to_token(min(strange))
             raise FormatError(f"{self.folder}: its vocabulary makes the control token {token!r} of ordinary text")
-        return ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """`encode(text)`, with the (start, end) of each token in characters of the text."""
@@ -176,33 +179,80 @@ class Tokenizer:
         """
         return self._render(messages, add_generation_prompt).text
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """Token ids of a conversation; special tokens come from the template only, never from a message.
 
         Args:
             messages: {"role", "content"} each.
             add_generation_prompt: end where the assistant's answer begins.
+            tools: JSON schemas of the functions that the assistant may call.
 
         Raises:
             TemplateError: no template, or one that fails on these messages.
         """
-        chat = self._render(messages, add_generation_prompt)
+        chat = self._render(messages, add_generation_prompt, tools)
         if not chat.marked:
             return self._vocabulary.encode(chat.text)
+        return [token_id for ids, _, _ in self._pieces(chat) for token_id in ids]
+
+    @property
+    def marks_generation(self) -> bool:
+        """Whether the chat template says itself what of a conversation is the assistant's."""
+        return self._template is not None and self._template.marks_generation
+
+    def chat_with_generation(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[list[int], list[bool]]:
+        """`chat` of a whole conversation, and of each token whether a `{% generation %}` block of the template wrote it.
+
+        A token that is partly inside a block counts as inside, as in transformers' `return_assistant_tokens_mask`.
+        """
+        chat, spans = self._render(messages, False, tools, mark_generation=True).without_generation_marks()
         ids: list[int] = []
+        mask: list[bool] = []
+        span = 0
+        for piece, offsets, start in self._pieces(chat):
+            ids += piece
+            for begin, end in offsets:
+                while span < len(spans) and spans[span][1] <= start + begin:
+                    span += 1
+                mask.append(span < len(spans) and start + end > spans[span][0] and end > begin)
+        return ids, mask
+
+    def _pieces(self, chat: MarkedChat) -> Iterator[tuple[list[int], list[tuple[int, int]], int]]:
+        """A conversation's control tokens and the texts between them: ids, (start, end) of each within the piece in
+        characters, and where the piece starts in the text."""
         parts = chat.split(self.special_tokens)
+        position = 0
         for i, (text, is_control) in enumerate(parts):
+            start = position
+            position += len(text)
             if is_control:
-                ids.append(self.special_tokens[text])
+                yield [self.special_tokens[text]], [(0, len(text))], start
                 continue
             if i + 1 < len(parts) and self._vocabulary.swallows_blanks(parts[i + 1][0])[0]:
                 text = text.rstrip()
             if i > 0 and self._vocabulary.swallows_blanks(parts[i - 1][0])[1]:
+                start += len(text) - len(text.lstrip())
                 text = text.lstrip()
-            ids += self._encode_literal(text, after_token=i > 0)
-        return ids
+            ids, offsets = self._vocabulary.offsets(text, after_token=i > 0)
+            self._check_ordinary(ids)
+            yield ids, offsets, start
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> MarkedChat:
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        mark_generation: bool = False,
+    ) -> MarkedChat:
         if self._template is None:
             raise TemplateError(
                 f"{self.folder}: this model has no chat template; use an instruct model, or a plain prompt"
@@ -213,7 +263,12 @@ class Tokenizer:
             if token is not None:
                 named.setdefault(key, token)
         return self._template.render_marked(
-            messages, special_tokens=self.special_tokens, named=named, add_generation_prompt=add_generation_prompt
+            messages,
+            special_tokens=self.special_tokens,
+            named=named,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            mark_generation=mark_generation,
         )
 
 

@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from arriero.adapters.prefix import prefix_kv
 from arriero.data.tokenizer import Tokenizer
 from arriero.engine.row_pool import PrefillJob, RowPool, split_jobs
 from arriero.engine.sampling import Sampler, SamplingParams, SamplingRow
@@ -188,10 +189,11 @@ class Generator:
                     f"prompt {index} holds token id {strange} and the model has ids 0 to {config.vocab_size - 1}: "
                     "the tokenizer is not this model's"
                 )
-            if len(prompt) + own.max_new_tokens > config.max_position_embeddings:
+            if len(prompt) + own.max_new_tokens > self.context:
+                prefix = f" less a prefix of {self._prefix_length}" if self._prefix_length else ""
                 raise GenerationError(
                     f"prompt {index} has {len(prompt)} tokens and max_new_tokens is {own.max_new_tokens}: together "
-                    f"more than max_position_embeddings, {config.max_position_embeddings}; shorten one of them"
+                    f"more than max_position_embeddings, {config.max_position_embeddings}{prefix}; shorten one of them"
                 )
             stop_ids = frozenset(own.stop_token_ids) | frozenset(
                 () if own.ignore_eos else self.tokenizer.stop_token_ids
@@ -202,6 +204,16 @@ class Generator:
             sampling = SamplingRow.start(own, prompt, stop_ids, config.vocab_size, self._device)
             requests.append(_Request(index, list(prompt), own, stop_ids, sampling, stream))
         return requests
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self.model.config.max_position_embeddings - self._prefix_length
+
+    @property
+    def _prefix_length(self) -> int:
+        model = self.model
+        return model.prefix_length if isinstance(model, SharedModel) else model.model.prefix_length
 
     @property
     def _device(self) -> torch.device:
@@ -233,8 +245,8 @@ class Generator:
         """
         if not requests:
             return
-        room = self._cache_room()
-        need = max(request.longest for request in requests)
+        room, prefix = self._cache_room(), self._prefix_length
+        need = prefix + max(request.longest for request in requests)
         if need > room:
             raise GenerationError(
                 f"{need} tokens of prompt and answer need more memory for keys and values than there is room for "
@@ -247,7 +259,7 @@ class Generator:
             for request in requests:
                 by_size.setdefault(request.longest.bit_length(), []).append(request)
         for _, group in sorted(by_size.items()):
-            need = max(request.longest for request in group)
+            need = prefix + max(request.longest for request in group)
             yield sorted(group, key=lambda r: r.prompt), min(self.max_batch_size, len(group), room // need)
 
     def _cache_room(self) -> int:
@@ -295,7 +307,12 @@ class Generator:
 
     @torch.no_grad()
     def _pool(self, rows: int, length: int) -> RowPool:
-        return RowPool(ContiguousCache(self.model.config, rows, length, self._dtype, self._device))
+        model = self.model
+        cache = ContiguousCache(model.config, rows, self._prefix_length + length, self._dtype, self._device)
+        prefix = model.prefix_kv() if isinstance(model, SharedModel) else prefix_kv(model)
+        if prefix is not None:
+            cache.begin_with(prefix.keys, prefix.values)
+        return RowPool(cache)
 
     def _prefill(
         self, cache: ContiguousCache, jobs: Sequence[PrefillJob], active: Sequence[_Request | None]

@@ -10,19 +10,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arriero.adapters.lora import apply_lora, load_adapter_state, merge_lora
+from arriero.adapters.lora import apply_lora, check_adapter, load_adapter_state, merge_lora
 from arriero.adapters.peft_config import from_peft
+from arriero.adapters.prefix import apply_prefix, load_prefix_state, prefix_state
+from arriero.adapters.prefix_files import open_prefix, whole_state, with_prefix
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.model import ModelOptions
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
+from arriero.engine.qat import apply_stored_rounding
 from arriero.errors import ConfigError, FormatError
 from arriero.formats import hf, peft
 from arriero.formats.download import resolve_model
 from arriero.formats.parts import Placement
+from arriero.formats.quantized import quantizing
+from arriero.models.config import LlamaConfig
 from arriero.models.llama import Attention, LlamaForCausalLM, RMSNorm
 from arriero.parallel.materialize import Values, materialize
 from arriero.parallel.parallelize import check_layout, parallelize
 from arriero.parallel.processes import Processes, launched_size
+from arriero.quantization.choice import scheme_for
+from arriero.quantization.linear import has_quantized_layers, linear_layers
+from arriero.quantization.qat import SETTINGS_FILE
+from arriero.quantization.schemes import WeightScheme
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class LoadedModel:
 
     Attributes:
         values: where the weights come from, if the model is still on the meta device: several processes are to share it out.
+        scheme: of the linear layers that were quantized while they were loaded.
     """
 
     model: LlamaForCausalLM
@@ -38,6 +48,7 @@ class LoadedModel:
     folder: Path
     device: torch.device
     values: Values | None = None
+    scheme: WeightScheme | None = None
 
 
 def pick_device(name: str) -> torch.device:
@@ -59,11 +70,18 @@ def model_folder(name: str, cache_dir: str | None) -> Path:
     return resolve_model(name, cache_dir=Path(cache_dir) if cache_dir else None)
 
 
-def load(options: ModelOptions, dtype: str | None = None, processes: Processes | None = None) -> LoadedModel:
+def load(
+    options: ModelOptions,
+    dtype: str | None = None,
+    processes: Processes | None = None,
+    quantize_base: str | None = None,
+) -> LoadedModel:
     """The base model of the options; on the meta device where several processes are to share it out.
 
     Args:
         dtype: overrules `options.dtype` where that is "auto".
+        quantize_base: "nf4" or "int8", to hold the linear layers in few bits; they are quantized as they are read, so that
+            little more memory than theirs is taken.
     """
     processes = processes or Processes()
     device = pick_device(options.device)
@@ -74,21 +92,24 @@ def load(options: ModelOptions, dtype: str | None = None, processes: Processes |
     folder = model_folder(options.model_name_or_path, options.cache_dir)
     if (folder / peft.ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
         raise ConfigError(
-            f"--model_name_or_path {folder} is an adapter: give its base there and this folder as --lora_path"
+            f"--model_name_or_path {folder} is an adapter: give its base there and this folder as --lora_path, or --prefix_path"
         )
     wanted = options.dtype if options.dtype != "auto" else dtype
     kind = getattr(torch, wanted) if wanted else None
-    values = None
+    values = scheme = None
+    if quantize_base is not None:
+        scheme = scheme_for(quantize_base, LlamaConfig.from_file(folder))
     if processes.alone:
-        model = hf.load_model(folder, dtype=kind, device=device)
+        model = hf.load_model(folder, dtype=kind, device=device, scheme=scheme)
     else:
-        model, _ = hf.empty_model(folder, kind)
+        model, _ = hf.empty_model(folder, kind, scheme=scheme)
         check_layout(model.config, processes.layout)
-        values = hf.open_parts(folder, model.config).read_part
+        read = hf.open_parts(folder, model.config).read_part
+        values = read if scheme is None else quantizing(read, scheme, linear_layers(model.config))
     tokenizer = load_tokenizer(model_folder(names, options.cache_dir) if names else folder)
     check_vocabulary(tokenizer, model)
     choose_kernels(model, options)
-    return LoadedModel(model, tokenizer, folder, device, values)
+    return LoadedModel(model, tokenizer, folder, device, values, scheme)
 
 
 def check_vocabulary(tokenizer: Tokenizer, model: LlamaForCausalLM) -> None:
@@ -112,19 +133,31 @@ def choose_kernels(model: LlamaForCausalLM, options: ModelOptions) -> None:
 def load_for_inference(
     options: ModelOptions, adapter: AdapterPathOptions, processes: Processes | None = None
 ) -> LoadedModel:
-    """A model with its adapter merged into the weights, in evaluation mode."""
-    if adapter.prefix_path:
-        raise ConfigError("--prefix_path: prefix tuning is not in this version yet; --lora_path takes a LoRA adapter")
+    """A model with its adapter merged into the weights, or its prefix before its keys and values, in evaluation mode.
+
+    What was trained with rounded weights (a folder with `qat.json`) computes with them.
+    """
     dtype = None if pick_device(options.device).type == "cuda" else "float32"
     loaded = load(options, dtype=dtype, processes=processes)
+    trained = Path(adapter.lora_path) if adapter.lora_path else loaded.folder
+    rounded = (trained / SETTINGS_FILE).is_file()
     if adapter.lora_path:
         config, state = peft.load_adapter(Path(adapter.lora_path))
-        apply_lora(loaded.model, from_peft(config))
+        apply_lora(loaded.model, from_peft(config), fresh=False)
         if loaded.values is not None:
+            check_adapter(loaded.model, state)
             loaded = replace(loaded, values=with_adapter(loaded.values, state))
         else:
             load_adapter_state(loaded.model, state)
-            merge_lora(loaded.model)
+            # else the weights would grow to what they were, or the sum that is to be rounded be rounded before
+            if not has_quantized_layers(loaded.model) and not rounded:
+                merge_lora(loaded.model)
+    if rounded:
+        tensor_parts = processes.layout.tp if processes is not None else 1
+        values = apply_stored_rounding(loaded.model, trained, loaded.values, column_parts=tensor_parts)
+        loaded = replace(loaded, values=values)
+    if adapter.prefix_path:
+        loaded = with_stored_prefix(loaded, adapter.prefix_path, options.model_name_or_path)
     loaded.model.requires_grad_(False)
     if processes is not None and loaded.values is not None:
         parallelize(loaded.model, processes, loaded.device)
@@ -133,17 +166,21 @@ def load_for_inference(
     return loaded
 
 
+def with_stored_prefix(loaded: LoadedModel, prefix_path: str, base_model: str) -> LoadedModel:
+    """The model with a stored prefix before its keys and values."""
+    stored = open_prefix(prefix_path, loaded.model.config, base_model)
+    apply_prefix(loaded.model, stored.config)
+    if loaded.values is not None:
+        return replace(loaded, values=with_prefix(loaded.values, stored.read))
+    shapes = {name: tuple(tensor.shape) for name, tensor in prefix_state(loaded.model).items()}
+    load_prefix_state(loaded.model, whole_state(stored, shapes))
+    return loaded
+
+
 def with_adapter(values: Values, state: Mapping[str, Tensor]) -> Values:
     """The values of a model with an adapter: the base's, and those of `state` where it has the name."""
 
     def value(name: str, placement: Placement) -> Tensor:
-        if name not in state:
-            return values(name, placement)
-        if tuple(state[name].shape) != placement.shape:
-            raise FormatError(
-                f"adapter tensor {name} is {tuple(state[name].shape)}, the model needs {placement.shape}: "
-                "is it for another base model?"
-            )
-        return state[name][placement.box]
+        return state[name][placement.box] if name in state else values(name, placement)
 
     return value

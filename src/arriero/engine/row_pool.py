@@ -19,7 +19,7 @@ class PrefillJob:
 
     Attributes:
         row: where they go.
-        start: how many tokens of the prompt the row holds already.
+        start: how many tokens the row holds already.
         tokens: the tokens.
         last: whether the prompt ends with them.
     """
@@ -66,6 +66,7 @@ class RowPool:
             ({index into `prompts`: row}, the jobs), at most one job a prompt.
         """
         rows = list(free)
+        before = self.cache.prefix_length  # counted in a row's length, not in its prompt
         waiting = list(range(len(prompts)))
         while waiting:
             placed: dict[int, int] = {}
@@ -80,10 +81,10 @@ class RowPool:
                     continue
                 row = source if source in rows else rows[0]
                 rows.remove(row)
-                self.cache.copy_prefix(source, row, shared)
+                self.cache.copy_prefix(source, row, before + shared)
                 self._held[row] = prompt
                 placed[index] = row
-                jobs.append(PrefillJob(row, shared, prompt[shared:], last=True))
+                jobs.append(PrefillJob(row, before + shared, prompt[shared:], last=True))
             yield placed, jobs
             waiting = later
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from arriero.errors import FormatError
 from arriero.formats.parts import Part
+from arriero.formats.quantized import MARKS, QuantizedFolder, is_quantized, plain
 from arriero.formats.safe_tensors import (
     WEIGHT_FILES,
     LazyTensor,
@@ -28,6 +29,8 @@ from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 from arriero.models.rope import RotaryEmbedding
 from arriero.models.weight_shapes import weight_shapes
+from arriero.quantization.linear import linear_layers, quantize_layers
+from arriero.quantization.schemes import WeightScheme
 
 __all__ = [
     "check_state",
@@ -92,7 +95,7 @@ def load_state(
     """Every weight of a model folder, by name, one at a time; shards of tensor parallelism are joined.
 
     On the CPU without a cast, a tensor is a view of the mapped file (copy-on-write): it takes no memory of its own, unless
-    it was joined.
+    it was joined. Quantized weights are dequantized, into `dtype` or that of config.json.
 
     Args:
         dtype: to cast floating-point tensors to; None keeps the file's.
@@ -106,6 +109,12 @@ def load_state(
         for name in shards.shapes:
             yield name, shards.read(name).to(device=device, dtype=wanted)
         return
+    quantized = _quantized_folder(Path(folder))
+    if quantized is not None:
+        kind = wanted or quantized.model_dtype
+        for name in quantized.plain_shapes():
+            yield name, quantized.dequantized(name, kind).to(device=device, dtype=wanted)
+        return
     seen: dict[str, Path] = {}
     for path in weight_files(folder):
         for name, tensor in read_tensors(path, device):
@@ -116,7 +125,8 @@ def load_state(
 
 
 def open_state(folder: str | Path, config: LlamaConfig) -> dict[str, Tensor | LazyTensor]:
-    """Every weight of a model folder, by name, none of it in memory yet: mapped, or joined of shards when it is loaded.
+    """Every weight of a model folder, by name, none of it in memory yet: mapped, or joined of shards or dequantized when it
+    is loaded.
 
     Raises:
         FormatError: as `load_model`.
@@ -124,14 +134,29 @@ def open_state(folder: str | Path, config: LlamaConfig) -> dict[str, Tensor | La
     if is_sharded(folder):
         return dict(ShardedState(folder, config).lazy())
     check_state(config, {name: shape for name, (_, shape) in _stored(Path(folder), config).items()}, str(folder))
-    return dict(load_state(folder))
+    quantized = _quantized_folder(Path(folder))
+    return quantized.lazy() if quantized is not None else dict(load_state(folder))
+
+
+def _quantized_folder(folder: Path) -> QuantizedFolder | None:
+    """What reads a folder whose config.json says that layers are quantized; None for a plain one."""
+    if not (folder / "config.json").is_file():  # bare weights
+        return None
+    config = LlamaConfig.from_file(folder)
+    return QuantizedFolder(folder, config) if is_quantized(config) else None
 
 
 def _stored(folder: Path, config: LlamaConfig) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
-    """Dtype and shape of every tensor of a model folder; the dtype of one that carries nothing may be None."""
+    """Dtype and shape of every plain weight of a model folder; the dtype of one that is quantized, or carries nothing, is
+    None.
+    """
     if is_sharded(folder):
         shards = ShardedState(folder, config)
         return {name: (shards.dtype(name), shape) for name, shape in shards.shapes.items()}
+    quantized = _quantized_folder(folder)
+    if quantized is not None:
+        plain_shapes = quantized.plain_shapes()
+        return {name: (quantized.plain_dtype(name), shape) for name, shape in plain_shapes.items()}
     found = {}
     for path in weight_files(folder):
         for name, (kind, shape) in read_shapes(path).items():
@@ -146,8 +171,11 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
     config: LlamaConfig | None = None,
+    scheme: WeightScheme | None = None,
 ) -> LlamaForCausalLM:
     """The model of an HF folder, or of one of shards, in evaluation mode.
+
+    Quantized layers stay so.
 
     It is built without memory and the mapped tensors become its parameters, so nothing is held twice; on the CPU
     without a cast the weights are read from disk only as they are used.
@@ -155,16 +183,29 @@ def load_model(
     Args:
         dtype: of all parameters; None keeps the file's (that of config.json if the file mixes several).
         config: instead of the folder's config.json.
+        scheme: to quantize the linear layers of a plain folder with as they are read, one weight at a time.
 
     Raises:
         FormatError: naming every tensor that is missing, unexpected, or of a wrong shape or dtype.
     """
     folder, wanted = Path(folder), parse_dtype(dtype)
-    model, stored = empty_model(folder, wanted, config)
+    model, stored = empty_model(folder, wanted, config, scheme)
     config = model.config
     if wanted is None and len(stored) > 1:
         wanted = parse_dtype(config.dtype) or torch.float32
-    state = {name: tensor for name, tensor in load_state(folder, wanted, device) if not _ignored(name, config)}
+    quantized = _quantized_folder(folder)
+    if quantized is not None:
+        state = {name: tensor for name, tensor in quantized.state(wanted, device) if not _ignored(name, config)}
+    else:
+        layers = linear_layers(config) if scheme is not None else {}
+        state = {}
+        for name, tensor in load_state(folder, wanted if scheme is None else None, device):
+            layer = name.removesuffix(".weight")
+            if scheme is not None and layer in layers and layer != name:
+                state |= {f"{layer}.{part}": stored for part, stored in scheme.quantize(tensor).items()}
+            elif not _ignored(name, config):
+                # beside quantized layers a copy, so that the mapped file, which is much larger, can go
+                state[name] = tensor.to(dtype=wanted, copy=scheme is not None)
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     for module in model.modules():
@@ -178,12 +219,13 @@ def load_model(
 
 
 def empty_model(
-    folder: Path, dtype: torch.dtype | None, config: LlamaConfig | None = None
+    folder: Path, dtype: torch.dtype | None, config: LlamaConfig | None = None, scheme: WeightScheme | None = None
 ) -> tuple[LlamaForCausalLM, set[torch.dtype]]:
     """The model of a folder on the meta device, after every check that needs no weights; and the dtypes that are stored.
 
     Args:
         dtype: of all parameters; None takes the file's (that of config.json if the file mixes several).
+        scheme: of its linear layers, for a folder of plain weights.
 
     Raises:
         FormatError: as `load_model`.
@@ -199,11 +241,23 @@ def empty_model(
         dtype = parse_dtype(config.dtype) or torch.float32 if len(kinds) > 1 else next(iter(kinds))
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    return model.to(dtype), kinds
+    model.to(dtype)
+    quantized = _quantized_folder(folder)
+    if quantized is not None and scheme is not None:
+        raise FormatError(f"{folder}: its weights are quantized already; leave out --quantize_base")
+    if quantized is not None:
+        quantized.prepare(model)
+    elif scheme is not None:
+        layers = linear_layers(config)
+        quantize_layers(model, lambda name, _: scheme if name in layers else None)
+    return model, kinds
 
 
-def open_parts(folder: str | Path, config: LlamaConfig) -> PartReader | ShardedState:
+def open_parts(folder: str | Path, config: LlamaConfig) -> PartReader | ShardedState | QuantizedFolder:
     """What reads boxes of the weights of a folder."""
+    quantized = None if is_sharded(folder) else _quantized_folder(Path(folder))
+    if quantized is not None:
+        return quantized
     return ShardedState(folder, config) if is_sharded(folder) else PartReader(folder)
 
 
@@ -248,7 +302,8 @@ def save_model(
     Weights of the folder that the new ones stand for are removed; its other files stay.
 
     Args:
-        model_or_state: a model, or its weights by name. A tied output head is left out.
+        model_or_state: a model, or its weights by name. A tied output head is left out. Of a model with quantized layers:
+            `arriero.formats.quantized.file_state`, and a configuration that says so.
         max_shard_size: largest size of one weight file, e.g. "5GB".
         dtype: to cast to; None keeps each tensor's.
         extra_files_from: a model folder whose tokenizer, generation defaults and licence are copied.
@@ -268,10 +323,13 @@ def save_model(
         _check_tied(state)
         del state[_HEAD]
     plan = agree(state, peers, wanted)
-    check_state(config, {name: shape for name, (_, shape) in plan.items()}, "the weights to save")
-    # One file must state one dtype; of a mixture the widest describes it best.
-    kinds = {kind for kind, _ in plan.values()}
-    config = dataclasses.replace(config, dtype=dtype_name(max(kinds, key=lambda kind: kind.itemsize)))
+    quantized = is_quantized(config) and any(name.endswith(MARKS) for name in plan)
+    if not quantized:
+        config = plain(config)
+        check_state(config, {name: shape for name, (_, shape) in plan.items()}, "the weights to save")
+        # One file must state one dtype; of a mixture the widest describes it best.
+        kinds = {kind for kind, _ in plan.values()}
+        config = dataclasses.replace(config, dtype=dtype_name(max(kinds, key=lambda kind: kind.itemsize)))
     # What is made when it is written comes in the order that is easiest for its maker.
     order = () if any(isinstance(value, LazyTensor) for value in state.values()) else tuple(weight_shapes(config))
     with shared_folder(folder, peers, replaces=WEIGHT_FILES) as staging:
@@ -279,6 +337,8 @@ def save_model(
         with peers.together():
             if peers.first:
                 _write_side_files(config, staging, folder, extra_files_from, extra_files or {})
+                if quantized:
+                    QuantizedFolder(staging, config)  # refuses what does not fit together
 
 
 def _write_side_files(

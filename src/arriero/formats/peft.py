@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,10 +20,13 @@ from arriero.formats.shared_files import ALONE, PartReader, Peers, agree, shared
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+Number = TypeVar("Number", int, float)
 MAX_CONFIG_BYTES = 4 * 2**20
 
 _PREFIX = "base_model.model."
 _ADAPTER = re.compile(r"(.+)\.lora_[AB]\.weight")
+_START = re.compile(r"(.+\.lora_[AB])0\.weight")  # what an update counts from; see `save_adapter`
+_MAGNITUDE = ".lora_magnitude_vector"
 # Keys that change nothing in how a saved adapter is applied, whatever they hold.
 _HARMLESS = frozenset(
     {
@@ -58,6 +62,8 @@ class PeftLoraConfig:
         target_modules: last name parts of the adapted layers, or one regular expression.
         bias: "none", "all" or "lora_only": which biases were trained too.
         use_rslora: rank-stabilised scaling.
+        use_dora: every adapted layer has a vector of row lengths, `...lora_magnitude_vector`.
+        rank_pattern, alpha_pattern: other values of r and lora_alpha, by regular expressions for ends of layer names.
         base_model_name_or_path: the model it was trained on.
         extra: every other key of the file, written back.
     """
@@ -68,6 +74,9 @@ class PeftLoraConfig:
     target_modules: tuple[str, ...] | str = ()
     bias: str = "none"
     use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
     base_model_name_or_path: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -77,15 +86,15 @@ class PeftLoraConfig:
 
         Raises:
             FormatError: for a missing or impossible value, a method that is not LoRA, or a variant of it that is not
-                supported (DoRA, rank patterns, trained embeddings, …), naming the key.
+                supported (trained embeddings, some layers only, …), naming the key.
         """
         if values.get("peft_type") != "LORA":
             raise FormatError(f"{source}: peft_type {str(values.get('peft_type'))[:40]!r} is not supported; 'LORA' is")
         rank, alpha, dropout = values.get("r"), values.get("lora_alpha"), values.get("lora_dropout", 0.0)
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        if not _is_rank(rank):
             raise FormatError(f"{source}: r must be a whole number of at least 1, got {rank!r}")
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-            raise FormatError(f"{source}: lora_alpha must be a number, got {alpha!r}")
+        if not _is_alpha(alpha):
+            raise FormatError(f"{source}: lora_alpha must be a number above 0, got {alpha!r}")
         if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise FormatError(f"{source}: lora_dropout must be a number in [0, 1), got {dropout!r}")
         targets = values.get("target_modules")
@@ -93,11 +102,17 @@ class PeftLoraConfig:
             targets = tuple(sorted(set(targets)))  # PEFT keeps a set: the order means nothing
         elif not isinstance(targets, str) or not targets:
             raise FormatError(f"{source}: target_modules must be a list of layer names or a pattern, got {targets!r}")
-        bias, rslora = values.get("bias", "none"), values.get("use_rslora", False)
+        elif not _is_pattern(targets):
+            raise FormatError(f"{source}: target_modules {targets[:60]!r} is not a regular expression")
+        bias = values.get("bias", "none")
         if bias not in ("none", "all", "lora_only"):
             raise FormatError(f"{source}: bias must be none, all or lora_only, got {bias!r}")
-        if not isinstance(rslora, bool):
-            raise FormatError(f"{source}: use_rslora must be true or false, got {rslora!r}")
+        switches = {key: values.get(key, False) for key in ("use_rslora", "use_dora")}
+        for key, value in switches.items():
+            if not isinstance(value, bool):
+                raise FormatError(f"{source}: {key} must be true or false, got {value!r}")
+        ranks = _pattern_of(values, "rank_pattern", _is_rank, source)
+        alphas = _pattern_of(values, "alpha_pattern", _is_alpha, source)
         base = values.get("base_model_name_or_path")
         own = set(cls.__dataclass_fields__) - {"extra"}
         extra = {key: value for key, value in values.items() if key not in own}
@@ -109,8 +124,25 @@ class PeftLoraConfig:
             )
         for key, value in extra.items():
             if key not in _HARMLESS and value not in (None, False, 0) and value != {} and value != []:
-                raise FormatError(f"{source}: {key} is {str(value)[:60]}, which is not supported; only plain LoRA is")
-        return cls(rank, alpha, float(dropout), targets, bias, rslora, base if isinstance(base, str) else None, extra)
+                raise FormatError(
+                    f"{source}: {key} is {str(value)[:60]}, which is not supported; only LoRA and DoRA are"
+                )
+        return cls(
+            rank,
+            alpha,
+            float(dropout),
+            targets,
+            bias,
+            **switches,
+            rank_pattern=ranks,
+            alpha_pattern=alphas,
+            base_model_name_or_path=base if isinstance(base, str) else None,
+            extra=extra,
+        )
+
+    def rank_of(self, layer: str) -> int:
+        """The rank in the layer with this full name."""
+        return of_pattern(self.rank_pattern, layer, self.r)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of an adapter_config.json for PEFT."""
@@ -120,7 +152,6 @@ class PeftLoraConfig:
             "fan_in_fan_out": False,
             "init_lora_weights": True,
             "modules_to_save": None,
-            "use_dora": False,
             **self.extra,
             "peft_type": "LORA",
             "base_model_name_or_path": self.base_model_name_or_path,
@@ -132,7 +163,41 @@ class PeftLoraConfig:
             else sorted(self.target_modules),
             "bias": self.bias,
             "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+            "rank_pattern": self.rank_pattern,
+            "alpha_pattern": self.alpha_pattern,
         }
+
+
+def of_pattern(patterns: Mapping[str, Number], layer: str, default: Number) -> Number:
+    """The value of the first pattern that a layer's full name, or its end after a dot, matches (PEFT's rule)."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), default)
+
+
+def _is_rank(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_alpha(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def _pattern_of(values: Mapping[str, Any], key: str, valid: Callable[[Any], bool], source: str) -> dict[str, Any]:
+    """One of the two patterns of the file."""
+    found = values.get(key) or {}
+    if not isinstance(found, dict) or not all(_is_pattern(name) and valid(value) for name, value in found.items()):
+        raise FormatError(
+            f"{source}: {key} must give a number above 0 for patterns of layer names, got {str(found)[:60]}"
+        )
+    return dict(found)
 
 
 def save_adapter(
@@ -142,6 +207,9 @@ def save_adapter(
     peers: Peers = ALONE,
 ) -> None:
     """Write an adapter that PEFT loads, as a whole or not at all.
+
+    Where an update counts from where it started (``B A - B0 A0``, `...lora_A0.weight` and `...lora_B0.weight` in `state`),
+    it is written as an ordinary one of twice the rank, ``[A; A0]`` and ``[B, -B0]``.
 
     Args:
         state: the adapter's tensors under the names of the adapted model, e.g.
@@ -161,14 +229,31 @@ def save_adapter(
         write_tensor_file(named, staging / ADAPTER_WEIGHTS, peers)
         with peers.together():
             if peers.first:
+                _join_starts(staging / ADAPTER_WEIGHTS)
                 text = json.dumps(config.to_dict(), indent=2, ensure_ascii=False) + "\n"
                 (staging / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+
+
+def _join_starts(path: Path) -> None:
+    """Put ``[A; A0]`` and ``[B, -B0]`` in the place of the four tensors of each layer that has them."""
+    tensors = dict(read_tensors(path))
+    if not any(_START.fullmatch(name) for name in tensors):
+        return
+    joined = {name: tensor.clone() for name, tensor in tensors.items() if not _START.fullmatch(name)}
+    for name, start in tensors.items():
+        match = _START.fullmatch(name)
+        if match is not None:
+            own = f"{match[1]}.weight"
+            is_b = own.endswith(".lora_B.weight")
+            joined[own] = torch.cat((joined[own], -start if is_b else start), dim=int(is_b))
+    write_tensor_file(joined, path)
 
 
 def _stored_name(name: str, adapted: Set[str]) -> str:
     """PEFT keeps an adapted layer's own bias one level deeper."""
     layer, _, leaf = name.rpartition(".")
-    return _PREFIX + (f"{layer}.base_layer.{leaf}" if layer in adapted else name)
+    own = layer in adapted and not leaf.startswith("lora_")
+    return _PREFIX + (f"{layer}.base_layer.{leaf}" if own else name)
 
 
 def check_config(folder: str | Path, expected: PeftLoraConfig) -> None:
@@ -178,7 +263,7 @@ def check_config(folder: str | Path, expected: PeftLoraConfig) -> None:
         FormatError: naming the first value that differs.
     """
     stored = _read_config(Path(folder))
-    for key in ("r", "lora_alpha", "target_modules", "bias", "use_rslora"):
+    for key in ("r", "lora_alpha", "target_modules", "bias", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
         found, wanted = (getattr(config, key) for config in (stored, expected))
         if isinstance(found, tuple) and isinstance(wanted, tuple):
             found, wanted = sorted(found), sorted(wanted)
@@ -199,7 +284,25 @@ def load_adapter_parts(folder: str | Path, placements: Mapping[str, Placement]) 
     """
     reader = PartReader(_weights_of(Path(folder)))
     adapted = {match[1] for name in placements if (match := _ADAPTER.fullmatch(name))}
-    return {name: reader.read_part(_stored_name(name, adapted), where) for name, where in placements.items()}
+    doubled = {f"{match[1]}.weight" for name in placements if (match := _START.fullmatch(name))}
+    found = {}
+    for name, where in placements.items():
+        match = _START.fullmatch(name)
+        own = f"{match[1]}.weight" if match else name
+        is_b = own.endswith(".lora_B.weight")
+        if own in doubled:
+            where = _half(where, int(is_b), second=match is not None)
+        tensor = reader.read_part(_stored_name(own, adapted), where)
+        found[name] = -tensor if match and is_b else tensor
+    return found
+
+
+def _half(where: Placement, dim: int, *, second: bool) -> Placement:
+    """The placement in a tensor of twice the size in `dim`, one being in the first or second half of it."""
+    shape, offset = list(where.shape), list(where.offset)
+    offset[dim] += shape[dim] if second else 0
+    shape[dim] *= 2
+    return replace(where, shape=tuple(shape), offset=tuple(offset))
 
 
 def load_adapter(folder: str | Path) -> tuple[PeftLoraConfig, dict[str, Tensor]]:
@@ -220,20 +323,36 @@ def load_adapter(folder: str | Path) -> tuple[PeftLoraConfig, dict[str, Tensor]]
             raise FormatError(f"{path}: {name} is not a tensor of a PEFT adapter (it does not start with {_PREFIX})")
         plain = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
         match = _ADAPTER.fullmatch(plain)
-        if match is None and not plain.endswith(".bias"):
-            raise FormatError(f"{path}: {name} is neither a LoRA matrix nor a bias; only plain LoRA is supported")
-        if match is not None and (tensor.dim() != 2 or tensor.shape[0 if ".lora_A." in plain else 1] != config.r):
-            raise FormatError(
-                f"{path}: {name} has the shape {list(tensor.shape)}, which does not fit the rank {config.r}"
-            )
+        if match is None and not plain.endswith((".bias", _MAGNITUDE)):
+            raise FormatError(f"{path}: {name} is neither a LoRA matrix nor a bias; only LoRA and DoRA are supported")
+        if match is not None:
+            rank = config.rank_of(match[1])
+            if tensor.dim() != 2 or tensor.shape[0 if ".lora_A." in plain else 1] != rank:
+                raise FormatError(
+                    f"{path}: {name} has the shape {list(tensor.shape)}, which does not fit the rank {rank}"
+                )
         if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
             raise FormatError(f"{path}: {name} has the dtype {str(tensor.dtype).removeprefix('torch.')}")
         state[plain] = tensor.clone(memory_format=torch.contiguous_format)  # small, and the file may be replaced
+    _check_complete(config, state, path)
+    return config, state
+
+
+def _check_complete(config: PeftLoraConfig, state: Mapping[str, Tensor], path: Path) -> None:
+    """Raises FormatError where a layer lacks a tensor, or has a vector of lengths that does not fit it."""
     for layer in {match[1] for name in state if (match := _ADAPTER.fullmatch(name))}:
         for part in ("A", "B"):
             if f"{layer}.lora_{part}.weight" not in state:
                 raise FormatError(f"{path}: {layer} has no lora_{part} matrix; the file is incomplete")
-    return config, state
+        lengths = state.get(layer + _MAGNITUDE)
+        if (lengths is not None) != config.use_dora:
+            raise FormatError(
+                f"{path}: {layer} has {'no' if lengths is None else 'a'}{_MAGNITUDE.replace('.', ' ')}, and use_dora is "
+                f"{str(config.use_dora).lower()} in {ADAPTER_CONFIG}"
+            )
+        rows = state[f"{layer}.lora_B.weight"].shape[0]
+        if lengths is not None and tuple(lengths.shape) != (rows,):
+            raise FormatError(f"{path}: {layer + _MAGNITUDE} has the shape {list(lengths.shape)}, {[rows]} is needed")
 
 
 def _weights_of(folder: Path) -> Path:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Protocol
 
@@ -21,10 +22,21 @@ class KVCacheView(Protocol):
         ...
 
 
+class AttendingView(ABC):
+    """A view that attends for itself, because its keys and values are never all in one place."""
+
+    @abstractmethod
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, sliding_window: int | None = None
+    ) -> Tensor:
+        """The output (B, H, S, D) for new tokens' queries (B, H, S, D), keys and values (B, KV, S, D); see `attention`."""
+
+
 class ContiguousCache:
     """One slot of `max_length` tokens a row and layer; rows are left-aligned, with a length each.
 
-    `lengths` are Python integers, so that scheduling never waits for a device.
+    Learned keys and values that come before all tokens (`begin_with`) count as tokens. `lengths` are Python integers, so that
+    scheduling never waits for a device.
     """
 
     def __init__(
@@ -38,6 +50,7 @@ class ContiguousCache:
         self.device = torch.device(device)
         self.max_length = max_length
         self.lengths: list[int] = [0] * batch
+        self.prefix_length = 0
         self._pending: list[int] = []
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_length, config.head_dim)
         # Zeros and not empty: a masked key has weight 0, and 0 times a NaN of stale memory would be NaN.
@@ -48,6 +61,23 @@ class ContiguousCache:
     def batch(self) -> int:
         """The number of rows."""
         return len(self.lengths)
+
+    def begin_with(self, keys: Mapping[int, Tensor], values: Mapping[int, Tensor]) -> None:
+        """Let every row begin with the same keys and values, before any token; `prefix_length` says how many.
+
+        Args:
+            keys, values: (KV, P, D) of each layer, by its number.
+
+        Raises:
+            ValueError: a row holds tokens already, or has no room for so many.
+        """
+        length = next(iter(keys.values())).shape[1]
+        if any(self.lengths) or length > self.max_length:
+            raise ValueError(f"rows of {self.max_length} tokens that hold {self.lengths} cannot begin with {length}")
+        for slots, given in ((self._keys, keys), (self._values, values)):
+            for layer, tensor in given.items():
+                slots[layer, :, :, :length] = tensor
+        self.prefix_length, self.lengths = length, [length] * self.batch
 
     def prefill(
         self, rows: Sequence[int], lengths: Sequence[int], prefix_lengths: Sequence[int] | None = None

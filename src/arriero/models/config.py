@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 MAX_CONFIG_BYTES = 4 * 1024 * 1024
 MAX_LAYERS = 10_000
+# Whose quantized weights can be read; see `arriero.formats.quantized`.
+QUANTIZATION_METHODS = ("compressed-tensors", "bitsandbytes")
 MAX_DIMENSION = 2**31 - 1
 
 
@@ -210,8 +212,14 @@ class LlamaConfig:
             raise FormatError(f"{source}: must hold a JSON object, got {type(values).__name__}")
         model_type = _read_model_type(values, source)
         family = FAMILIES[model_type]
-        if values.get("quantization_config"):
-            raise FormatError(f"{source}: quantization_config: quantised weights cannot be read; use the original ones")
+        quantization = values.get("quantization_config")
+        if quantization:
+            method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+            if method not in QUANTIZATION_METHODS:
+                raise FormatError(
+                    f"{source}: quantization_config: quantised weights of the method {method!r} cannot be read (those of "
+                    f"{' and '.join(QUANTIZATION_METHODS)} can); use the original ones"
+                )
         reader = ConfigReader(values, source)
         hidden_size, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
         layers = reader.integer("num_hidden_layers")

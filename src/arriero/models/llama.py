@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arriero.models.attention import AttentionInfo, Backend, attention
-from arriero.models.cache import KVCacheView
+from arriero.models.attention import AttentionInfo, Backend, attention, put_before
+from arriero.models.cache import AttendingView, KVCacheView
 from arriero.models.config import LlamaConfig
 from arriero.models.initialization import initial_values
 from arriero.models.rope import RotaryEmbedding, rotate
@@ -38,12 +38,19 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions."""
+    """Grouped-query self-attention with rotary positions.
+
+    Attributes:
+        backend: None for the fastest one there is.
+        prefix: gives learned keys and values, (KV, P, D) each, to attend to before the tokens' own; see
+            `arriero.adapters.prefix`. With a cache they are in it already.
+    """
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.backend: Backend | None = None  # None: the fastest one there is
+        self.backend: Backend | None = None
+        self.prefix: nn.Module | None = None
         self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5
         self.sliding_window = config.layer_sliding_window(layer)
@@ -56,7 +63,9 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rotary: Rotary, info: AttentionInfo, cache: KVCacheView | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Rotary, info: AttentionInfo, cache: KVCacheView | AttendingView | None
+    ) -> Tensor:
         """(B, S, hidden) -> (B, S, hidden)."""
         batch, size, _ = x.shape
         # The head count is left to view: under tensor parallelism it is a part of the configured one.
@@ -67,13 +76,24 @@ class Attention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, *rotary).transpose(1, 2), rotate(key, *rotary).transpose(1, 2)
         value = value.transpose(1, 2)
-        if cache is not None:
-            key, value = cache.update(self.layer, key, value)
-        heads = attention(
-            query, key, value, info, scale=self.scale, sliding_window=self.sliding_window, backend=self.backend
-        )
+        heads = self._attend(query, key, value, info, cache)
         output: Tensor = self.o_proj(heads.transpose(1, 2).reshape(batch, size, -1))
         return output
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, info: AttentionInfo, cache: KVCacheView | AttendingView | None
+    ) -> Tensor:
+        """Queries (B, H, S, D), keys and values (B, KV, S, D) of the new tokens -> (B, H, S, D)."""
+        if isinstance(cache, AttendingView):
+            return cache.attend(query, key, value, scale=self.scale, sliding_window=self.sliding_window)
+        if cache is not None:
+            key, value = cache.update(self.layer, key, value)
+        elif self.prefix is not None:
+            first_keys, first_values = self.prefix()
+            key, value = put_before(first_keys, key, info), put_before(first_values, value, info)
+        return attention(
+            query, key, value, info, scale=self.scale, sliding_window=self.sliding_window, backend=self.backend
+        )
 
 
 class MLP(nn.Module):
@@ -102,7 +122,11 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, hidden: Tensor, rotary: Rotary, attention: AttentionInfo, cache: KVCacheView | None = None
+        self,
+        hidden: Tensor,
+        rotary: Rotary,
+        attention: AttentionInfo,
+        cache: KVCacheView | AttendingView | None = None,
     ) -> Tensor:
         """(B, S, hidden) -> (B, S, hidden)."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, attention, cache)
@@ -111,7 +135,11 @@ class DecoderLayer(nn.Module):
 
 
 class LlamaModel(nn.Module):
-    """Token embedding, decoder layers, final norm."""
+    """Token embedding, decoder layers, final norm.
+
+    Attributes:
+        prefix_length: keys and values that the `prefix` of every layer's attention holds.
+    """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -119,6 +147,7 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config)
+        self.prefix_length = 0
 
     def forward(
         self,
@@ -133,6 +162,7 @@ class LlamaModel(nn.Module):
             positions = attention.positions(input_ids.shape[1], input_ids.device)
         lengths = attention.sequence_lengths(positions.device) if self.rotary.is_dynamic else None
         inputs = LayerInputs(positions, attention, cache, lengths)
+        inputs = inputs.after_prefix(self.prefix_length)
         return run_layers(self.embed_tokens, self.layers.children(), self.norm, self.rotary, input_ids, inputs)
 
 
@@ -143,12 +173,23 @@ class LayerInputs:
     Attributes:
         positions: (B or 1, S) int64.
         lengths: (B or 1, S) int64, of the sequence that each token is of; only dynamic RoPE uses them.
+        real: (B, S) bool, which tokens are no padding, for who observes activations; None for all, or if nobody does.
     """
 
     positions: Tensor
     attention: AttentionInfo
-    cache: KVCacheView | None = None
+    cache: KVCacheView | AttendingView | None = None
     lengths: Tensor | None = None
+    real: Tensor | None = None
+
+    def after_prefix(self, length: int) -> LayerInputs:
+        """The same after `length` learned keys; with a cache they count as its first tokens, and nothing changes."""
+        if length == 0 or self.cache is not None:
+            return self
+        lengths = None if self.lengths is None else self.lengths + length
+        return replace(
+            self, positions=self.positions + length, attention=self.attention.with_prefix(length), lengths=lengths
+        )
 
 
 def run_layers(
@@ -184,6 +225,7 @@ class LlamaForCausalLM(nn.Module):
         self.config = config
         self.model = LlamaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.prefix_encoder: nn.Module | None = None  # what the layers' prefixes share; see `arriero.adapters.prefix`
         self.tie_weights()
 
     def tie_weights(self) -> None:

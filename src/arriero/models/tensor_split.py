@@ -14,6 +14,12 @@ from arriero.models.config import LlamaConfig
 BY_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
 BY_COLUMNS = ("o_proj", "down_proj")
 KEY_VALUE = ("k_proj", "v_proj")
+ADAPTER_IN = {"lora_A", "lora_A0"}  # parts of adapters that have the layer's inputs only,
+ADAPTER_OUT = {"lora_B", "lora_B0", "lora_magnitude_vector"}  # and its outputs only
+INPUT_RANGE = "input_range"  # of a layer that rounds its inputs: one number
+INPUT_SCALE = "input_scale"  # the same in a quantized layer
+PREFIX = "prefix"  # of a layer's attention: keys and values (P, KV D), or matrices (KV D, Hp) and biases that make them
+EVERYWHERE = "prefix_encoder"  # whole in every process, outside the stages and their shards
 
 
 @dataclass(frozen=True)
@@ -57,14 +63,20 @@ def cut_of(name: str, shape: tuple[int, ...], config: LlamaConfig, tp: int, rank
     parts = name.split(".")
     module = next((part for part in reversed(parts) if part in BY_ROWS or part in BY_COLUMNS), None)
     dim: int | None = None
-    if module in BY_ROWS and "lora_A" not in parts:
+    if parts[-1] in (INPUT_RANGE, INPUT_SCALE):
+        pass
+    elif module in BY_ROWS and not ADAPTER_IN & {*parts}:
         dim = 0
-    elif module in BY_COLUMNS and "lora_B" not in parts and parts[-1] != "bias":
+    elif module in BY_COLUMNS and not ADAPTER_OUT & {*parts} and parts[-1] != "bias":
         dim = 1
+    elif PREFIX in parts:
+        module, dim = PREFIX, 1 if parts[-1] in ("key", "value") else 0
+    if dim == 1 and shape[1] == 1:  # scales of whole rows
+        dim = None
     if dim is None or tp == 1:
         return Cut(None, 0, shape[0] if shape else 0, tp, rank)
     heads = config.num_key_value_heads
-    if module in KEY_VALUE:
+    if module in KEY_VALUE or module == PREFIX:
         if heads >= tp:
             start, size = chunk(heads, tp, rank)
             return Cut(dim, start * config.head_dim, size * config.head_dim, 1, 0)

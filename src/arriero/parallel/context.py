@@ -1,8 +1,9 @@
-"""Context parallelism: several processes share out every sequence, and each gathers the keys and values it attends to.
+"""Context parallelism: several processes share out every sequence, and attend to each other's keys and values.
 
-All keys and values are gathered before attention, as in Llama 3 (arXiv:2407.21783, section 3.3.2): they are few beside the
-queries where heads are grouped, and documents of any lengths need no other attention than one process does. The packed
-row is cut into 2n equal chunks, and process r holds chunks r and 2n - 1 - r: under a causal mask all then have equal work.
+The packed row is cut into 2n equal chunks, and process r holds chunks r and 2n - 1 - r: under a causal mask all then have
+equal work. Keys and values are gathered before attention, as in Llama 3 (arXiv:2407.21783, section 3.3.2): they are few beside
+the queries where heads are grouped, and documents of any lengths need no other attention than one process does. Or they go
+around in a ring (`ring.py`), and no process holds more of them than its own and two others'.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from torch import Tensor
 
 from arriero.data.batch import Batch
 from arriero.models.attention import AttentionInfo
+from arriero.models.llama import LayerInputs
 from arriero.parallel import collectives
+from arriero.parallel.ring import RingAttention
 
 
 @dataclass(frozen=True, eq=False)
 class ContextShard:
     """One process's two chunks of a batch: its T/n tokens of T.
 
-    It is the `KVCacheView` of its own forward pass, and keeps nothing: a layer may be computed again.
+    Where keys and values are gathered it is the `KVCacheView` of its own forward pass, and keeps nothing: a layer may be
+    computed again.
 
     Attributes:
         input_ids, labels: (1, T/n) int64.
@@ -31,6 +35,7 @@ class ContextShard:
         lengths: (1, T/n) int64, the length of the whole document that each token is of, for RoPE that depends on it.
         attention: of the local queries to the keys that `update` returns.
         label_tokens: labels that are not -100, in all processes together.
+        ring: what attends where keys and values are not gathered.
     """
 
     input_ids: Tensor
@@ -39,17 +44,21 @@ class ContextShard:
     lengths: Tensor
     attention: AttentionInfo
     label_tokens: int
+    ring: RingAttention | None
     _group: dist.ProcessGroup
     _size: int
     _key_ranges: tuple[range, ...]  # tokens of the whole row, for each chunk
 
     @classmethod
-    def of(cls, batch: Batch, group: dist.ProcessGroup, rank: int, size: int, *, multiple: int = 1) -> ContextShard:
+    def of(
+        cls, batch: Batch, group: dist.ProcessGroup, rank: int, size: int, *, multiple: int = 1, ring: bool = False
+    ) -> ContextShard:
         """What process `rank` of `size` computes of a batch that all of them have; rows are packed end to end.
 
         Args:
             group: the processes that share the batch.
             multiple: what the tokens of each chunk are padded to a multiple of.
+            ring: whether keys and values go around instead of being gathered.
 
         Raises:
             ValueError: documents branch: a beginning that several share cannot be cut.
@@ -85,7 +94,24 @@ class ContextShard:
             torch.tensor(queries, device=device), output_size=2 * chunk
         )[None]
         positions = attention.positions(2 * chunk, device)
-        return cls(input_ids, labels, positions, lengths, attention, batch.label_tokens, group, size, tuple(key_ranges))
+        around = RingAttention(group, rank, size, tuple(documents), chunk) if ring else None
+        return cls(
+            input_ids,
+            labels,
+            positions,
+            lengths,
+            attention,
+            batch.label_tokens,
+            around,
+            group,
+            size,
+            tuple(key_ranges),
+        )
+
+    @property
+    def inputs(self) -> LayerInputs:
+        """What the decoder layers take besides the hidden states."""
+        return LayerInputs(self.positions, self.attention, self.ring or self, self.lengths)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

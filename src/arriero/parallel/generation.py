@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from arriero.adapters.prefix import PrefixKV, prefix_kv
 from arriero.config.layout import Coordinates
 from arriero.models.attention import AttentionInfo
 from arriero.models.cache import KVCacheView
@@ -45,7 +46,16 @@ class SharedModel:
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
-        return next(self._parallel.stages[0].layers.parameters()).dtype
+        return self._parallel.stages[0].dtype
+
+    @property
+    def prefix_length(self) -> int:
+        """Learned keys and values that come before every prompt."""
+        return self._model.model.prefix_length
+
+    def prefix_kv(self) -> PrefixKV | None:
+        """Those of this process's layers and heads; every process must ask."""
+        return prefix_kv(self._model)
 
     @property
     def training(self) -> bool:

@@ -23,7 +23,8 @@ def materialize(model: LlamaForCausalLM, device: torch.device, values: Values) -
     parallel = getattr(model, "parallel", None)
     offloaded = parallel is not None and parallel.processes.layout.offload
     # by the stages, which FSDP knows: it must see the memory of what it shares out, to pad the shards that are uneven
-    for module in parallel.stages if parallel is not None else (model,):
+    outside = [model.prefix_encoder] if model.prefix_encoder is not None else []
+    for module in [*parallel.stages, *outside] if parallel is not None else [model]:
         module.to_empty(device="cpu" if offloaded else device)
     if offloaded:
         model.model.rotary.reset(device)

@@ -79,8 +79,15 @@ class Stage(nn.Module):
         self.norm = model.model.norm if index == count - 1 else None
         self.lm_head = model.lm_head if index == count - 1 else None
         self.rotary = model.model.rotary
+        self.prefix_length = model.model.prefix_length
         self.micro_batches: Sequence[LayerInputs] = ()
         self.context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states between stages, and of every layer's norms (other weights may be quantized)."""
+        norms = (p for name, p in self.layers.named_parameters() if name.endswith("input_layernorm.weight"))
+        return next(norms).dtype
 
     @property
     def is_first(self) -> bool:
@@ -99,6 +106,7 @@ class Stage(nn.Module):
         if inputs is None:
             assert number is not None
             inputs = self.micro_batches[int(number)]
+        inputs = inputs.after_prefix(self.prefix_length)
         with self.context():
             return run_layers(self.embed_tokens, self.layers.values(), self.norm, self.rotary, x, inputs)
 

@@ -48,6 +48,10 @@ def placements(model: nn.Module) -> dict[str, Placement]:
     found = {}
     for name, parameter in _held_parameters(model):
         shape = parallel.shapes[name]
+        if name in parallel.everywhere:
+            whole = Placement.whole(shape)
+            found[name] = replace(whole, copies=parallel.processes.size, writes=parallel.processes.first)
+            continue
         cut = parallel.tensor.cuts.get(name) if parallel.tensor is not None else None
         outer = Placement.whole(shape) if cut is None else _cut_placement(shape, cut)
         placement = _shard_placement(parameter).within(outer)

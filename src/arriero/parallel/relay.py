@@ -40,7 +40,7 @@ def relay(parallel: Parallel, inputs: Sequence[tuple[Tensor, LayerInputs]]) -> l
         for stage in parallel.stages:
             if not stage.is_first and rank_of(stage.index - 1) != own:
                 rows, tokens = input_ids.shape
-                dtype = next(stage.layers.parameters()).dtype
+                dtype = stage.dtype
                 output = torch.empty(rows, tokens // split, width, dtype=dtype, device=input_ids.device)
                 dist.recv(output, rank_of(stage.index - 1), group=group)
             output = stage(output, layer_inputs)

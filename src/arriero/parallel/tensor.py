@@ -17,12 +17,26 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arriero.adapters.dora import DoRALinear
 from arriero.adapters.lora import LoRALinear
+from arriero.adapters.qat import RoundingLinear
 from arriero.errors import ConfigError
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import DecoderLayer, LlamaForCausalLM
-from arriero.models.tensor_split import KEY_VALUE, Cut, chunk, cut_of, possible_degrees
+from arriero.models.tensor_split import (
+    BY_COLUMNS,
+    EVERYWHERE,
+    INPUT_RANGE,
+    KEY_VALUE,
+    PREFIX,
+    Cut,
+    chunk,
+    cut_of,
+    possible_degrees,
+)
 from arriero.parallel.collectives import enter, leave
+from arriero.quantization.linear import QuantizedLinear
+from arriero.quantization.schemes import WeightScheme
 
 
 @dataclass
@@ -107,6 +121,7 @@ def apply_tensor_parallel(model: LlamaForCausalLM, parallel: TensorParallel) -> 
     """Cut the parameters of a model on the meta device and put the collectives in, in place."""
     config, size = model.config, parallel.size
     check_heads(config, size)
+    _check_quantized(model, size)
     embedding, head = model.model.embed_tokens, model.lm_head
     tied = embedding is not None and head is not None and head.weight is embedding.weight
     for name, parameter in list(model.named_parameters()):
@@ -123,8 +138,36 @@ def apply_tensor_parallel(model: LlamaForCausalLM, parallel: TensorParallel) -> 
         embedding.forward = _embedding(embedding, parallel)  # type: ignore[method-assign, assignment]
     for layer in model.model.layers.children():
         assert isinstance(layer, DecoderLayer)
+        lasts: tuple[nn.Module, ...] = (layer.self_attn.o_proj, layer.mlp.down_proj)
+        for last in lasts:
+            if isinstance(last, RoundingLinear | DoRALinear):
+                last.group = parallel.group
         layer.self_attn.forward = _shared_out(layer.self_attn.forward, layer.self_attn.o_proj, parallel)  # type: ignore[method-assign]
         layer.mlp.forward = _shared_out(layer.mlp.forward, layer.mlp.down_proj, parallel)  # type: ignore[method-assign]
+
+
+def _check_quantized(model: nn.Module, size: int) -> None:
+    """Refuse to cut a quantized layer where its parts would not be layers of their own.
+
+    Raises:
+        ConfigError: if a group of columns, or a word that several integers share, would be cut.
+    """
+    for name, layer in model.named_modules():
+        scheme = getattr(layer, "scheme", None)
+        if not isinstance(scheme, WeightScheme) or name.rpartition(".")[2] not in BY_COLUMNS:
+            continue
+        columns, unit = int(layer.in_features), scheme.column_unit
+        if columns % (size * unit):
+            raise ConfigError(
+                f"--tensor_parallel_degree {size} shares out the {columns} inputs of {name}, {columns / size:g} each, and "
+                f"would cut its quantized groups of {unit}: lower it, use sharding or pipeline parallelism, or give the "
+                "original weights"
+            )
+        if scheme.activation is not None and scheme.activation.dynamic:
+            raise ConfigError(
+                f"--tensor_parallel_degree {size}: {name} takes the range of its inputs from each token as a whole, which no "
+                "process holds; use sharding or pipeline parallelism"
+            )
 
 
 def _replace(model: nn.Module, name: str, parameter: nn.Parameter, cut: Cut) -> None:
@@ -133,13 +176,16 @@ def _replace(model: nn.Module, name: str, parameter: nn.Parameter, cut: Cut) -> 
     owner_name, _, attribute = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     shape = list(parameter.shape)
-    shape[cut.dim] = cut.size
+    whole, shape[cut.dim] = shape[cut.dim], cut.size
     small = nn.Parameter(
         torch.empty(shape, dtype=parameter.dtype, device=parameter.device), requires_grad=parameter.requires_grad
     )
     setattr(owner, attribute, small)
-    if attribute == "weight" and isinstance(owner, nn.Linear | LoRALinear):
-        owner.out_features, owner.in_features = shape
+    if attribute in ("weight", "weight_packed") and isinstance(owner, nn.Linear | LoRALinear | QuantizedLinear):
+        if cut.dim == 0:
+            owner.out_features = cut.size
+        else:
+            owner.in_features = owner.in_features * cut.size // whole
 
 
 def _is_partial(name: str, cut: Cut, *, split: bool) -> bool:
@@ -147,9 +193,13 @@ def _is_partial(name: str, cut: Cut, *, split: bool) -> bool:
     if cut.copies == 1:
         return False
     parts = name.split(".")
-    if any(part in KEY_VALUE for part in parts):  # a head that several processes hold, each with other queries
+    if parts[0] == EVERYWHERE:  # added up with all processes, not only these
+        return False
+    if any(
+        part in (*KEY_VALUE, PREFIX) for part in parts
+    ):  # a head that several processes hold, each with other queries
         return True
-    if any(part in ("q_norm", "k_norm") for part in parts) or ".lora_" in name:
+    if any(part in ("q_norm", "k_norm") for part in parts) or ".lora_" in name or parts[-1] == INPUT_RANGE:
         return True
     return split  # norms and biases between the matrices: each process sees its run of the tokens
 
@@ -169,7 +219,7 @@ def _shared_out(forward: Callable[..., Tensor], last: nn.Module, parallel: Tenso
 
 def _without_bias(linear: nn.Module) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        if isinstance(linear, LoRALinear):
+        if isinstance(linear, LoRALinear | RoundingLinear | QuantizedLinear):
             return linear.product(x, None)
         assert isinstance(linear, nn.Linear)
         return F.linear(x, linear.weight)

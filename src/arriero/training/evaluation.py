@@ -1,8 +1,7 @@
-"""Loss, perplexity and token accuracy on labelled rows."""
+"""What an objective tells of held-out rows: loss, perplexity and token accuracy, or the rewards of pairs."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import islice
 
@@ -17,19 +16,19 @@ def evaluate_loss(
     batches: LazyBatches | Sequence[Batch],
     on_rows: Callable[[int], object] | None = None,
 ) -> dict[str, float]:
-    """Metrics over every labelled token, each weighing the same; with several processes, of all their tokens.
+    """The objective's metrics over every labelled token or pair, each weighing the same; of all processes together.
 
     Args:
         batches: the same in every process, which takes its share of them.
         on_rows: called with the number of rows of this process's batches as they are done.
 
     Returns:
-        `loss` (nats a token), `ppl` (its exponential) and `accuracy` (share of labels that are the model's first choice).
+        What `layers.objective` tells: of cross-entropy `loss`, `ppl` and `accuracy`.
     """
     layers = execution.layers
     processes = layers.parallel.processes if layers.parallel is not None else Processes()
     share = DataShare(processes.data_rank, processes.layout.data)
-    total = Sums()
+    total = Sums.nothing(layers.objective)
     was_training = layers.model.training
     layers.model.eval()
     own = share_out(batches, share)
@@ -38,6 +37,5 @@ def evaluate_loss(
         if on_rows:
             on_rows(sum(batch.rows for batch in group))
     layers.model.train(was_training)
-    loss, correct, tokens = processes.sum([total.loss, total.correct, total.tokens])
-    mean = loss / max(1, tokens)
-    return {"loss": mean, "ppl": math.exp(min(mean, 700.0)), "accuracy": correct / max(1, tokens)}
+    loss, count, *statistics = processes.sum([total.loss, total.count, *total.statistics])
+    return layers.objective.evaluation(loss, count, statistics)

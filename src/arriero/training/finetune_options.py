@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from arriero.config.adapter import AdapterOptions
 from arriero.config.data import DataOptions
+from arriero.config.preference import PreferenceOptions
 from arriero.config.quantization import QuantizationOptions
 from arriero.training.run import RunOptions
 
@@ -17,3 +18,4 @@ class FinetuneOptions(RunOptions):
     data: DataOptions
     adapter: AdapterOptions
     quantization: QuantizationOptions
+    preference: PreferenceOptions = field(default_factory=PreferenceOptions)

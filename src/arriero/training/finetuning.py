@@ -12,17 +12,21 @@ import numpy as np
 
 from arriero.adapters.lora import apply_lora, load_adapter_state, merge_lora
 from arriero.adapters.peft_config import from_peft
+from arriero.config.data import DataOptions, dataset_parts
 from arriero.data.batch import packed_batches
+from arriero.data.mixture import Mixture
+from arriero.data.mixture import describe as describe_mixture
 from arriero.data.order import StepOrder, prefix_clusters
 from arriero.data.samples import Sample
 from arriero.data.sft import Example, encode_all
-from arriero.data.sources import check_data, load_samples
+from arriero.data.sources import check_data, load_samples, rows_by_source
 from arriero.data.steps import DataShare, FinetuningSteps
 from arriero.engine.loading import LoadedModel, load
 from arriero.errors import ConfigError
 from arriero.formats import hf, peft
 from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.processes import Processes
+from arriero.training.callbacks.activation_ranges import ActivationRanges
 from arriero.training.callbacks.stop_signals import StopSignals
 from arriero.training.checkpoint import WeightStore, load_checkpoint
 from arriero.training.evaluation import evaluate_loss
@@ -30,6 +34,10 @@ from arriero.training.execution import build_execution
 from arriero.training.finetune_options import FinetuneOptions
 from arriero.training.generation_metrics import evaluate_generation
 from arriero.training.methods.build import build_weights
+from arriero.training.objectives.cross_entropy import CrossEntropy
+from arriero.training.preference_data import PreferenceData, objective_of
+from arriero.training.prefix_weights import PrefixWeights
+from arriero.training.qat_weights import QatWeights, copy_rounding
 from arriero.training.run import (
     Evaluate,
     build_callbacks,
@@ -55,13 +63,19 @@ def check_supported(options: FinetuneOptions) -> None:
     Raises:
         ConfigError: one line, naming the option and the way out.
     """
-    generated = ("exact_match", "f1", "rouge1", "rouge2", "rougeL", "bleu4")
-    check_run("finetune", options, generated if options.data.eval_with_do_generation else ("loss", "ppl", "accuracy"))
-    if options.adapter.prefix_tuning:
-        raise ConfigError("--prefix_tuning is not in this version yet: --lora trains a small adapter too")
-    if options.quantization.qat:
-        raise ConfigError("--qat is not in this version yet: fine-tune without it")
-    check_data(options.data.dataset_path, options.data.data_name, options.data.task_name)
+    metrics: Sequence[str] = CrossEntropy().metrics
+    if options.preference.preference:
+        metrics = objective_of(options.preference).metrics
+    elif options.data.eval_with_do_generation:
+        metrics = ("exact_match", "f1", "rouge1", "rouge2", "rougeL", "bleu4")
+    check_run("finetune", options, metrics)
+    if options.quantization.qat and not (options.optimization.do_train or options.checkpoint.resume_from_checkpoint):
+        raise ConfigError(
+            "--qat without --do_train scores a run that was trained with it: name it with --resume_from_checkpoint, or use "
+            "`arriero evaluate`"
+        )
+    if not options.preference.preference:
+        check_data(options.data.dataset_path, options.data.data_name, options.data.task_name)
 
 
 def may_share_prefixes(loaded: LoadedModel, processes: Processes) -> bool:
@@ -71,15 +85,33 @@ def may_share_prefixes(loaded: LoadedModel, processes: Processes) -> bool:
 
 
 def build_steps(
-    train: Sequence[Example], options: FinetuneOptions, loaded: LoadedModel, processes: Processes
+    train: Sequence[Example],
+    options: FinetuneOptions,
+    loaded: LoadedModel,
+    processes: Processes,
+    rows_of_parts: Sequence[int] = (),
 ) -> FinetuningSteps:
-    """The rows of every step."""
-    optim = options.optimization
-    share = options.data.share_prefixes and may_share_prefixes(loaded, processes)
-    if options.data.share_prefixes and processes.layout.cp > 1:
+    """The rows of every step.
+
+    Args:
+        rows_of_parts: of the data sets that follow each other in `train`, where there are several.
+
+    Raises:
+        ConfigError: padded rows, where RoPE depends on a row's length.
+        DataError: a row longer than a micro-batch may be, or a share of the mixture below one row.
+    """
+    optim, data = options.optimization, options.data
+    if not data.packing and loaded.model.model.rotary.is_dynamic:
+        raise ConfigError("--packing no does not go with this model: its RoPE depends on the length of a row, padding too")
+    share = data.packing and data.share_prefixes and may_share_prefixes(loaded, processes)
+    if data.packing and data.share_prefixes and processes.layout.cp > 1:
         print("--share_prefixes is off: it does not go with --context_parallel_degree, which cuts the rows")
     micro_batch = optim.per_device_train_batch_size
-    clusters = prefix_clusters(train, micro_batch) if share else None
+    mixture = build_mixture(data, rows_of_parts)
+    by_length = data.group_by_length and not data.packing
+    # what a mixture draws and what goes by tokens are single rows
+    single = mixture is not None or by_length or data.max_tokens_per_batch is not None
+    clusters = prefix_clusters(train, micro_batch) if share and not single else None
     own = DataShare(processes.data_rank, processes.layout.data)
     order = StepOrder(
         len(train),
@@ -88,8 +120,23 @@ def build_steps(
         optim.seed,
         clusters=clusters,
         processes=own.size,
+        mixture=mixture,
+        lengths=[example.length for example in train],
+        group_by_length=by_length,
+        max_tokens=data.max_tokens_per_batch,
     )
-    return FinetuningSteps(train, order, share_prefixes=share, share=own)
+    return FinetuningSteps(train, order, share_prefixes=share, share=own, padded=not data.packing)
+
+
+def build_mixture(data: DataOptions, rows_of_parts: Sequence[int]) -> Mixture | None:
+    """What draws an epoch's rows from several data sets; None where every row is visited once."""
+    parts = dataset_parts(data.dataset_path, data.dataset_weights) if data.dataset_path else []
+    if len(parts) < 2:
+        return None
+    weights = [part.weight for part in parts if part.weight is not None]
+    mixture = Mixture(tuple(rows_of_parts), tuple(weights)) if weights else None
+    print(f"mixture:\n{describe_mixture([part.path for part in parts], rows_of_parts, mixture)}")
+    return mixture
 
 
 def build_evaluation(
@@ -119,7 +166,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
     """
     check_supported(options)
     with joined(options) as processes, RunFolder(options.checkpoint, processes) as folder, StopSignals() as signals:
-        folder.check_inputs(options.model.model_name_or_path, options.adapter.lora_path)
+        folder.check_inputs(options.model.model_name_or_path, options.adapter.lora_path, options.adapter.prefix_path)
         return _finetune(options, folder, signals, processes)
 
 
@@ -128,24 +175,46 @@ def _finetune(
 ) -> dict[str, Any]:
     optim, data = options.optimization, options.data
     wanted = [split for split, do in (("train", optim.do_train), ("dev", optim.do_eval)) if do]
+    preferred: PreferenceData | None = None
+    samples: dict[str, list[Sample]] = {}
     with processes.together():
-        samples = load_samples(data.dataset_path, data.data_name, data.task_name, wanted)
-        limits = {"train": data.max_train_samples, "dev": data.max_eval_samples}
-        samples = {split: rows[: limits[split]] for split, rows in samples.items()}
-        loaded = load(options.model, dtype=options.precision.weight_dtype, processes=processes)
+        if options.preference.preference:
+            preferred = PreferenceData.read(options, wanted)
+        else:
+            samples = load_samples(
+                data.dataset_path,
+                data.data_name,
+                data.task_name,
+                wanted,
+                data_format=data.data_format,
+                limits={"train": data.max_train_samples, "dev": data.max_eval_samples},
+            )
+        loaded = load(
+            options.model,
+            dtype=options.precision.weight_dtype,
+            processes=processes,
+            quantize_base=options.quantization.quantize_base,
+        )
         set_seed(optim.seed)
         examples = {}
-        src_length = data.sequence_length - data.tgt_length
         for split, rows in samples.items():
-            limit = min(data.src_length, src_length)
-            examples[split], report = encode_all(rows, loaded.tokenizer, limit, data.tgt_length)
+            examples[split], report = encode_all(
+                rows, loaded.tokenizer, data.prompt_length, data.tgt_length, train_on=data.train_on
+            )
             print(f"{split}: {report}")
+        if preferred is not None:
+            preferred.encode(loaded.tokenizer)
         weights, values = build_weights(loaded, options)
+        trained = sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
     if not processes.alone:
-        check_same_data(processes, {split: _known_by(rows) for split, rows in examples.items()})
+        known_by = {split: _known_by(rows) for split, rows in examples.items()}
+        check_same_data(processes, known_by if preferred is None else preferred.fingerprints())
     share_out(loaded, options, processes, values, data.sequence_length)
     evaluate = None
-    if "dev" in examples:
+    if preferred is not None:
+        preferred.score_reference(loaded, processes, folder.resume)
+        evaluate = preferred.evaluation(loaded) if optim.do_eval else None
+    elif "dev" in examples:
         evaluate = build_evaluation(loaded, samples["dev"], examples["dev"], options, processes)
     results: dict[str, Any] = {}
     trainer = None
@@ -153,14 +222,22 @@ def _finetune(
         trainer = build_trainer(
             options,
             loaded.model,
-            build_steps(examples["train"], options, loaded, processes),
+            build_steps(examples["train"], options, loaded, processes, rows_by_source(samples["train"]))
+            if preferred is None
+            else preferred.steps(loaded, processes),
             weights,
             folder.path,
             loaded.device,
-            build_callbacks(options, folder.path, evaluate, loaded.model, loaded.tokenizer, signals, processes),
+            [
+                # first, so that evaluation and checkpoints see the ranges of their step
+                *([ActivationRanges(weights.settings)] if isinstance(weights, QatWeights) else []),
+                *(preferred.callbacks() if preferred is not None else []),
+                *build_callbacks(options, folder.path, evaluate, loaded.model, loaded.tokenizer, signals, processes),
+            ],
             processes,
+            objective=preferred.objective if preferred is not None else None,
         )
-        results |= train(trainer, options, folder, signals)
+        results |= train(trainer, options, folder, signals) | {"trained_parameters": trained}
     elif folder.resume:
         load_checkpoint(folder.resume, weights, processes=processes)
     if not processes.any(signals.received is not None):  # it may have reached some of them only
@@ -168,7 +245,10 @@ def _finetune(
     if optim.do_train:
         save_final(loaded, weights, options, folder.path, processes)
     write_results(folder.path, results, processes, trained=optim.do_train)
-    print(f"{'adapter' if options.adapter.lora else 'model'} and log: {folder.path}")
+    kind = "adapter" if options.adapter.lora else "prefix" if options.adapter.prefix_tuning else "model"
+    print(f"{kind} and log: {folder.path}")
+    if isinstance(weights, QatWeights) and optim.do_train:
+        print(f"its weights are exact: arriero convert {folder.path} OUTPUT --to quantized rounds and packs them")
     return results
 
 
@@ -184,21 +264,24 @@ def save_final(
 ) -> None:
     """The final weights, and with --merge_weights the merged model in `merged/`."""
     save_weights(weights, folder, processes, sharded=options.checkpoint.save_sharded_model)
-    if not isinstance(weights, AdapterWeights):
+    stored = weights.exact if isinstance(weights, QatWeights) else weights
+    if not isinstance(stored, AdapterWeights | PrefixWeights):
         return
     with processes.together():
         if processes.first:
             loaded.tokenizer.save(folder)
-            if options.adapter.merge_weights:
-                model = loaded.model if processes.alone else _whole_model(loaded, folder)
+            if options.adapter.merge_weights and isinstance(stored, AdapterWeights):
+                in_place = processes.alone and stored is weights
+                model = loaded.model if in_place else _whole_model(loaded, folder)
                 merge_lora(model)
                 hf.save_model(model, model.config, folder / MERGED, extra_files_from=loaded.folder)
+                copy_rounding(folder, folder / MERGED)
                 print(f"merged model: {folder / MERGED}")
 
 
 def _whole_model(loaded: LoadedModel, adapter: Path) -> LlamaForCausalLM:
     """The base and the adapter just written, in one process."""
-    model = hf.load_model(loaded.folder)
+    model = hf.load_model(loaded.folder, scheme=loaded.scheme)
     config, state = peft.load_adapter(adapter)
     apply_lora(model, from_peft(config))
     load_adapter_state(model, state)

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from arriero.adapters.lora import adapted_layers
 from arriero.config.optimization import OptimizationOptions
 from arriero.errors import ConfigError, FormatError, TrainingError
 from arriero.formats.parts import Part, Placement
@@ -21,7 +22,7 @@ from arriero.training.optimizers.update_rule import TorchRule, UpdateRule
 from arriero.training.optimizers.whole_matrices import WholeMatrices
 
 NAMES = ("adamw", "adamw_8bit", "muon")
-EMBEDDING, HEAD = "embed_tokens", "lm_head"
+EMBEDDING, HEAD, PREFIX = "embed_tokens", "lm_head", "prefix"
 # Smaller tensors keep fp32 moments: nothing is to be gained by them (the paper's and bitsandbytes' limit).
 LEAST_8BIT = 4096
 
@@ -37,7 +38,8 @@ class Optimizer:
       updates are as large as AdamW's and one learning rate and weight decay serve both (Liu et al. 2025, arXiv:2502.16982).
 
     Matrices decay, vectors (norm weights, biases) do not. A half-precision parameter is stepped through an fp32 copy, so
-    that updates smaller than its rounding are not lost.
+    that updates smaller than its rounding are not lost. The B matrices of adapters may have a learning rate of their own,
+    with the same weight decay (Hayou et al. 2024, "LoRA+", arXiv:2402.12354): `LoRAConfig.plus_scale`.
 
     Raises:
         ConfigError: an unknown name.
@@ -72,17 +74,22 @@ class Optimizer:
         self._nothing = torch.zeros(1)  # what a loss scaler looks at in a process that trains nothing
         self._nothing.grad = torch.zeros(1)
         stepped = {key: self._stepped(key) for key in self.local}
-        special = {key: where for key, where in self.placements.items() if _takes(name, key, where.shape)}
-        by_name = {key: tensor for key, tensor in stepped.items() if key in special}
-        rest = {key: tensor for key, tensor in stepped.items() if key not in special}
+        scales = _rate_scales(model)
         self.rules: list[UpdateRule] = []
-        if rest:
-            self.rules.append(_adamw(rest, betas, eps, weight_decay))
-        if by_name and name == "adamw_8bit":
-            self.rules.append(AdamW8bit(by_name, betas=betas, eps=eps, weight_decay=weight_decay))
-        elif name == "muon":  # also where this process holds nothing of the matrices: it takes part in the work
-            matrices = WholeMatrices(special, _processes(model))
-            self.rules.append(Muon(by_name, matrices, momentum=momentum, weight_decay=weight_decay))
+        self.scales: list[float] = []  # of each rule's learning rate
+        for scale in dict.fromkeys((1.0, *scales.values())):
+            group = {key: where for key, where in self.placements.items() if scales.get(key, 1.0) == scale}
+            special = {key: where for key, where in group.items() if _takes(name, key, where.shape)}
+            by_name = {key: tensor for key, tensor in stepped.items() if key in special}
+            rest = {key: tensor for key, tensor in stepped.items() if key in group and key not in special}
+            if rest:
+                self.rules.append(_adamw(rest, betas, eps, weight_decay))
+            if by_name and name == "adamw_8bit":
+                self.rules.append(AdamW8bit(by_name, betas=betas, eps=eps, weight_decay=weight_decay))
+            elif name == "muon":  # also where this process holds nothing of the matrices: it takes part in the work
+                matrices = WholeMatrices(special, _processes(model))
+                self.rules.append(Muon(by_name, matrices, momentum=momentum, weight_decay=weight_decay))
+            self.scales += [scale] * (len(self.rules) - len(self.scales))
 
     @classmethod
     def from_options(cls, model: nn.Module, options: OptimizationOptions) -> Self:
@@ -151,8 +158,8 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        for rule in self.rules:
-            rule.step(learning_rate)
+        for rule, scale in zip(self.rules, self.scales, strict=True):
+            rule.step(scale * learning_rate)
         for name, master in self.masters.items():
             self.local[name].copy_(master)
 
@@ -205,9 +212,16 @@ class Optimizer:
 
 def _takes(rule: str, name: str, shape: tuple[int, ...]) -> bool:
     """Whether "muon" or "adamw_8bit" steps a parameter of this whole shape itself, instead of leaving it to AdamW."""
+    if PREFIX in name:  # a small table of keys and values, or what makes one
+        return False
     if rule == "muon":
         return len(shape) == 2 and EMBEDDING not in name and HEAD not in name
     return rule == "adamw_8bit" and math.prod(shape) >= LEAST_8BIT and EMBEDDING not in name
+
+
+def _rate_scales(model: nn.Module) -> dict[str, float]:
+    """Factors on the learning rates of single parameters."""
+    return {f"{name}.lora_B.weight": layer.plus_scale for name, layer in adapted_layers(model)}
 
 
 def _processes(model: nn.Module) -> Processes:

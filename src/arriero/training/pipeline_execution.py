@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,8 @@ from torch.distributed.pipelining.schedules import (
 from arriero.config.layout import Layout
 from arriero.data.batch import Batch, to_common_shape
 from arriero.parallel.relay import relay
-from arriero.training.execution import Layers, MicroBatch, Sums
-from arriero.training.loss import LossSums
+from arriero.training.execution import Layers, MicroBatch, Sums, T
+from arriero.training.objectives.objective import ObjectiveSums
 from arriero.training.optimizer import Optimizer
 
 LENGTH_UNIT = 64  # tokens of packed micro-batches are padded to a multiple of it
@@ -46,32 +46,32 @@ class PipelineExecution:
     layout: Layout
     _kept: tuple[int, tuple[int, ...], Any] | None = None  # micro-batches, shape, schedule
     _micro: list[MicroBatch] = field(default_factory=list)
-    _sums: list[LossSums] = field(default_factory=list)
-    _label_tokens: int = 1
+    _sums: list[ObjectiveSums] = field(default_factory=list)
+    _divisor: int = 1
 
-    def train(self, batches: Sequence[Batch], label_tokens: int, optimizer: Optimizer) -> float:
-        self._label_tokens = label_tokens
+    def train(self, batches: Sequence[Batch], count: int, optimizer: Optimizer) -> Sums:
+        self._divisor = count
         self.layers.precision.scaled(torch.ones((), device=self.layers.device))  # the scale is known in every process
         self._run(batches)
         optimizer.collect_gradients()
-        total = sum((sums.loss for sums in self._sums), torch.zeros((), device=self.layers.device))
-        return float(total) / label_tokens if self.layers.counts and self._sums else 0.0
+        return self.layers.total(self._sums)
 
     @property
     def batches_at_once(self) -> int:
         return 2 * self.layout.stages  # twice through the pipeline
 
     @torch.no_grad()
-    def score(self, batches: Sequence[Batch]) -> Sums:
+    def each(self, batches: Sequence[Batch], compute: Callable[[Tensor, MicroBatch], T]) -> list[T]:
         layers = self.layers
         assert layers.parallel is not None
         micro = [layers.micro_batch(batch) for batch in to_common_shape(batches, layers.multiple)]
-        total = Sums()
         with layers.precision.context():
             outputs = relay(layers.parallel, [(one.input_ids, one.inputs) for one in micro])
-            for one, hidden in zip(micro, outputs, strict=False):  # none where another process has the last stage
-                total += layers.share(layers.loss(hidden, one.labels))
-        return total
+            # none where another process has the last stage
+            return [compute(hidden, one) for one, hidden in zip(micro, outputs, strict=False)]
+
+    def score(self, batches: Sequence[Batch]) -> Sums:
+        return self.layers.total(self.each(batches, self.layers.loss))
 
     def _run(self, batches: Sequence[Batch]) -> None:
         """Fill `_sums`, in the process that holds the last stage."""
@@ -122,8 +122,7 @@ class PipelineExecution:
         rows, tokens = shape
         if tensor is not None and tensor.split:
             tokens //= tensor.size
-        weight = next(stage.layers.parameters())
-        hidden = torch.empty(rows, tokens, config.hidden_size, dtype=weight.dtype, device="meta", requires_grad=True)
+        hidden = torch.empty(rows, tokens, config.hidden_size, dtype=stage.dtype, device="meta", requires_grad=True)
         ids = torch.empty(shape, dtype=torch.int64, device="meta")
         return PipelineStage(
             stage,
@@ -137,6 +136,6 @@ class PipelineExecution:
 
     def _loss(self, hidden: Tensor, number: Tensor) -> Tensor:
         with self.layers.precision.context():
-            sums = self.layers.loss(hidden, self._micro[int(number)].labels)
-        self._sums.append(LossSums(sums.loss.detach(), sums.correct, sums.tokens))  # not the graph
-        return self.layers.precision.scaled(sums.loss / self._label_tokens)
+            sums = self.layers.loss(hidden, self._micro[int(number)])
+        self._sums.append(sums.without_graph())
+        return self.layers.precision.scaled(sums.loss / self._divisor)

@@ -32,6 +32,7 @@ from arriero.models.initialization import initial_values
 from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.parallelize import check_layout
 from arriero.parallel.processes import Processes
+from arriero.quantization.linear import refuse_quantized
 from arriero.training.callbacks.stop_signals import StopSignals
 from arriero.training.checkpoint import load_checkpoint
 from arriero.training.evaluation import evaluate_loss
@@ -144,6 +145,7 @@ def load_or_make(options: PretrainOptions, tokenizer: Tokenizer, processes: Proc
     given, length = options.model, options.corpus.max_seq_length
     if given.continue_training:
         loaded = load(given, dtype=options.precision.weight_dtype, processes=processes)
+        refuse_quantized(loaded.model, "--continue_training", "give the original model")
         context = loaded.model.config.max_position_embeddings
         if length > context:
             raise ConfigError(

@@ -44,6 +44,8 @@ from arriero.training.callbacks.text_samples import TextSamples, read_prompts
 from arriero.training.callbacks.trackers import build_trackers
 from arriero.training.checkpoint import WeightStore
 from arriero.training.memory import freed_memory_kept
+from arriero.training.objectives.cross_entropy import CrossEntropy
+from arriero.training.objectives.objective import Objective
 from arriero.training.optimizer import Optimizer
 from arriero.training.precision import Precision
 from arriero.training.run_folder import SHARDED, RunFolder
@@ -205,8 +207,13 @@ def build_trainer(
     callbacks: list[Callback],
     processes: Processes,
     skip_steps: frozenset[int] = frozenset(),
+    objective: Objective | None = None,
 ) -> Trainer:
-    """The trainer of a run."""
+    """The trainer of a run.
+
+    Args:
+        objective: by default cross-entropy with `--label_smoothing`.
+    """
     optim = options.optimization
     steps = optim.max_steps if optim.max_steps > 0 else data.steps_in(optim.num_train_epochs)
     if steps < 1:
@@ -222,7 +229,7 @@ def build_trainer(
         run_folder=folder,
         device=device,
         max_grad_norm=optim.max_grad_norm,
-        label_smoothing=optim.label_smoothing,
+        objective=objective or CrossEntropy(optim.label_smoothing),
         processes=processes,
         seed=optim.seed,
         skip_steps=skip_steps,

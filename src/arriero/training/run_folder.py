@@ -25,6 +25,7 @@ RESULTS = (
     "loss.png",
     "*.safetensors",
     "*.safetensors.index.json",
+    "qat.json",
 )
 
 

@@ -1,8 +1,8 @@
 """The one training loop.
 
 A method (full, LoRA, ...) is a set of trainable parameters and a way to store them; what surrounds the loop (logging,
-evaluation, checkpoints, plots) is callbacks. Every loss is a sum over labelled tokens divided by their number in the whole
-step, so that accumulation and packing change nothing but rounding.
+evaluation, checkpoints, plots) is callbacks. Every loss is a sum over labelled tokens, or over the pairs of a preference,
+divided by their number in the whole step, so that accumulation and packing change nothing but rounding.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from arriero.parallel.processes import Processes
 from arriero.training.checkpoint import TrainState, WeightStore, load_checkpoint, restore_random_state
 from arriero.training.execution import build_execution
 from arriero.training.flops import step_cost
+from arriero.training.objectives.cross_entropy import CrossEntropy
+from arriero.training.objectives.objective import Objective
 from arriero.training.optimizer import Optimizer
 from arriero.training.precision import NOTHING, Precision, first_non_finite
 from arriero.training.schedule import Schedule
@@ -31,7 +33,13 @@ from arriero.training.schedule import Schedule
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one optimizer step did. `loss` is the mean over its labelled tokens, in nats."""
+    """What one optimizer step did.
+
+    Attributes:
+        loss: the mean over its labelled tokens, in nats, or over what else the objective counts.
+        count: what the loss is the mean over.
+        metrics: what the objective tells besides the loss.
+    """
 
     step: int
     loss: float
@@ -43,6 +51,8 @@ class StepRecord:
     flops: float
     seconds: float
     skipped: bool = False
+    count: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class Callback:
@@ -78,6 +88,7 @@ class Trainer:
     Args:
         total_steps: optimizer steps of the whole run.
         data: this process's micro-batches.
+        objective: what is made smaller.
         processes: all that train together; every one of them runs this loop in step with the others.
         skip_steps: numbers (from 0) of steps that pass without training on their data.
         max_grad_norm: gradient norm above which gradients are scaled down; 0 turns clipping off.
@@ -95,7 +106,7 @@ class Trainer:
     device: torch.device
     seed: int = 0
     max_grad_norm: float = 1.0
-    label_smoothing: float = 0.0
+    objective: Objective = field(default_factory=CrossEntropy)
     processes: Processes = field(default_factory=Processes)
     skip_steps: frozenset[int] = frozenset()
     callbacks: list[Callback] = field(default_factory=list)
@@ -108,7 +119,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.cost = step_cost(self.model)
-        self.execution = build_execution(self.model, self.precision, self.device, self.label_smoothing)
+        self.execution = build_execution(self.model, self.precision, self.device, self.objective)
         self.state.total_steps = self.total_steps
         self.state.data = self.data.fingerprint()
 
@@ -186,16 +197,19 @@ class Trainer:
         if not self.processes.alone:  # dropout as a function of the step, so that no generator's state need be kept
             torch.manual_seed(self.seed + self.state.step * self.processes.size + self.processes.independent_rank)
         batches = [] if left_out else list(self.data(self.state.step))
-        label_tokens, tokens, rows, flops = self._totals(batches)
+        count, label_tokens, tokens, rows, flops = self._totals(batches)
         learning_rate = self.schedule(self.state.step)
         loss, norm, skipped = 0.0, 0.0, False
-        if label_tokens:
-            share = self.execution.train(batches, label_tokens, self.optimizer)
+        metrics: dict[str, float] = {}
+        if count:
+            share = self.execution.train(batches, count, self.optimizer)
             parallel = self.execution.layers.parallel
             if parallel is not None:
                 parallel.finish_gradients(self.optimizer.gradients())
             self.precision.unscale(self.optimizer)
-            loss, squared_norm = self.processes.sum([share, self.optimizer.squared_norm()])
+            own = [share.loss / count, self.optimizer.squared_norm(), *share.statistics]
+            loss, squared_norm, *statistics = self.processes.sum(own)
+            metrics = self.objective.training(statistics, count)
             norm = math.sqrt(squared_norm) if squared_norm == squared_norm else math.nan
             self.optimizer.clip(self.max_grad_norm, norm)
             skipped = self._check_finite(loss, norm)
@@ -209,12 +223,24 @@ class Trainer:
         self.state.label_tokens += label_tokens
         self.state.seconds += seconds
         return StepRecord(
-            self.state.step, loss, norm, learning_rate, tokens, label_tokens, rows, flops, seconds, skipped
+            step=self.state.step,
+            loss=loss,
+            grad_norm=norm,
+            learning_rate=learning_rate,
+            tokens=tokens,
+            label_tokens=label_tokens,
+            rows=rows,
+            flops=flops,
+            seconds=seconds,
+            skipped=skipped,
+            count=count,
+            metrics=metrics,
         )
 
-    def _totals(self, batches: list[Batch]) -> tuple[int, int, int, float]:
-        """Label tokens, tokens, rows and FLOPs of the step, in all processes."""
+    def _totals(self, batches: list[Batch]) -> tuple[int, int, int, int, float]:
+        """What the objective counts, label tokens, tokens, rows and FLOPs of the step, in all processes."""
         own = [
+            sum(map(self.objective.count, batches)),
             sum(batch.label_tokens for batch in batches),
             sum(batch.row_tokens for batch in batches),
             sum(batch.rows for batch in batches),
@@ -222,10 +248,10 @@ class Trainer:
         ]
         layout = self.processes.layout
         # several processes see the same rows
-        label_tokens, tokens, rows, flops = (
+        count, label_tokens, tokens, rows, flops = (
             total / (layout.pp * layout.cp * layout.tp) for total in self.processes.sum(own)
         )
-        return round(label_tokens), round(tokens), round(rows), flops
+        return round(count), round(label_tokens), round(tokens), round(rows), flops
 
     def _check_finite(self, loss: float, norm: float) -> bool:
         """Whether the step must be skipped (an fp16 overflow); raises if the numbers are really broken."""

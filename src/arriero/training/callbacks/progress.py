@@ -51,13 +51,15 @@ class Averages(Callback):
     def _record(self, trainer: Trainer) -> dict[str, float]:
         steps = self.pending
         seconds = sum(step.seconds for step in steps)
-        labels = sum(step.label_tokens for step in steps)
+        count = sum(step.count for step in steps)
         speed = trainer.state.seconds / max(1, trainer.state.step)
-        learned = [step for step in steps if step.label_tokens]
+        learned = [step for step in steps if step.count]
         measured = {  # nothing of it if the data of all steps were left out
-            "loss": sum(step.loss * step.label_tokens for step in learned) / max(1, labels),
+            "loss": sum(step.loss * step.count for step in learned) / max(1, count),
             "grad_norm": learned[-1].grad_norm if learned else 0.0,
         }
+        for name in learned[-1].metrics if learned else {}:
+            measured[name] = sum(step.metrics[name] * step.count for step in learned) / count
         return {
             "step": steps[-1].step,
             "epoch": round(trainer.epoch, 4),
@@ -92,6 +94,8 @@ def format_record(record: dict[str, float], total_steps: int) -> str:
             f"lr {record['learning_rate']:.2e} | {record['tokens_per_second']:,.0f} tok/s | MFU {record['mfu']:.0%} | "
             f"{record['memory_gib']:.2f} GiB | ETA {duration(record['eta_seconds'])}"
         )
+        if "reward_accuracy" in record:
+            line += f" | reward accuracy {record['reward_accuracy']:.2f}, margin {record['reward_margin']:+.3f}"
         return line + (f" | {int(record['skipped_steps'])} skipped (fp16 overflow)" if record["skipped_steps"] else "")
     metrics = " | ".join(f"{key} {value:.4f}" for key, value in record.items() if key.startswith("eval_"))
     return f"step {int(record['step'])} | {metrics}"

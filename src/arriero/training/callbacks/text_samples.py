@@ -86,7 +86,7 @@ class TextSamples(Callback):
         # an eos that the tokenizer sets behind every text would end it
         suffix = tokenizer.eos_token_id
         self.ids = [row[:-1] if len(row) > 1 and row[-1] == suffix else row for row in ids]
-        room = generator.model.config.max_position_embeddings - max_new_tokens
+        room = generator.context - max_new_tokens
         for prompt, row in zip(self.prompts, self.ids, strict=True):
             if not 0 < len(row) <= room:
                 raise ConfigError(

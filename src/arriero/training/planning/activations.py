@@ -77,8 +77,12 @@ def _widths(facts: ModelFacts, tp: int) -> Widths:
 
 
 def gathered_tokens(setup: TrainingSetup) -> int:
-    """Keys that a device holds for its queries; under context parallelism as `parallel/context.py` gathers them."""
-    return setup.tokens if setup.layout.cp == 1 else _gathered(setup.batch, setup.sequence, setup.layout.cp)
+    """Keys that a device holds for its queries; under context parallelism as `parallel/context.py` gathers them.
+
+    In a ring they are its own until the backward pass.
+    """
+    alone = setup.layout.cp == 1 or setup.layout.has_ring(setup.device)
+    return setup.tokens if alone else _gathered(setup.batch, setup.sequence, setup.layout.cp)
 
 
 @lru_cache(maxsize=1024)
@@ -102,11 +106,11 @@ def scores(setup: TrainingSetup) -> int:
 def attention_kernel(config: LlamaConfig, setup: TrainingSetup, layer: int) -> Kernel:
     """Which attention torch takes: "fused" ones keep no scores, "written out" (its math kernel) keeps all of them.
 
-    The CPU's flash kernel takes everything that this model asks for. On CUDA flash attention wants half precision and no
-    mask, and the memory-efficient kernel, which takes fp32 and masks, refuses grouped heads
-    (https://github.com/pytorch/pytorch/issues/154363); a sliding window shorter than the row is a mask.
+    The CPU's flash kernel takes everything that this model asks for, and a ring keeps no scores by any kernel. On CUDA
+    flash attention wants half precision and no mask, and the memory-efficient kernel, which takes fp32 and masks, refuses
+    grouped heads (https://github.com/pytorch/pytorch/issues/154363); a sliding window shorter than the row is a mask.
     """
-    if setup.device == "cpu":
+    if setup.device == "cpu" or setup.layout.has_ring(setup.device):
         return "fused"
     window = config.layer_sliding_window(layer)
     masked = window is not None and window < setup.sequence
@@ -161,7 +165,7 @@ def block_saved(facts: ModelFacts, setup: TrainingSetup, layer: int = 0) -> list
 def _attention_saved(facts: ModelFacts, setup: TrainingSetup, layer: int, widths: Widths) -> list[Saved]:
     config, tokens, item = facts.config, setup.tokens, setup.compute_bytes
     heads, query, window = widths.heads, widths.query, config.layer_sliding_window(layer)
-    keys = gathered_tokens(setup)
+    keys, ring = gathered_tokens(setup), setup.layout.has_ring(setup.device)
     saved = [Saved("attention output", tokens * query * item, True)]
     if attention_kernel(config, setup, layer) == "written out":
         # keys and values are repeated for every query head, and all of it is fp32
@@ -172,9 +176,9 @@ def _attention_saved(facts: ModelFacts, setup: TrainingSetup, layer: int, widths
         saved.append(Saved("q", tokens * query * item, True))
         saved += [Saved(name, keys * widths.key * item, True) for name in ("k", "v")]
         saved.append(Saved("log-sum-exp of the scores", tokens * heads * FLOAT, True))
-        if window is not None and window < setup.sequence:
+        if window is not None and window < setup.sequence and not ring:
             saved.append(Saved("mask of the window", setup.sequence**2 * item, True))
-    if setup.layout.cp > 1 and (setup.device == "cpu" or item == FLOAT):
+    if setup.layout.cp > 1 and not ring and (setup.device == "cpu" or item == FLOAT):
         # without a kernel for documents each chunk is one call of attention, with a mask that ends at its last query
         saved.append(Saved("attention output of each chunk", tokens * query * item, True))
         saved.append(Saved("masks of the chunks", scores(setup) * item, True))

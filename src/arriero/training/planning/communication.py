@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from arriero.config.layout import Layout
-from arriero.training.planning.activations import Widths
+from arriero.training.planning.activations import FLOAT, Widths
 from arriero.training.planning.machine import Links
 from arriero.training.planning.pipeline import Share
 from arriero.training.planning.setup import ModelFacts, TrainingSetup
@@ -125,13 +125,22 @@ def _tensor(facts: ModelFacts, setup: TrainingSetup, share: Share) -> list[Traff
 
 
 def _context(facts: ModelFacts, setup: TrainingSetup, share: Share) -> list[Traffic]:
-    """Keys and values of every layer are gathered, again if attention is computed again, and their gradients scattered."""
+    """Keys and values of every layer are gathered, again if attention is computed again, and their gradients scattered.
+
+    In a ring they go around in each pass, which is as much, and their gradients, in fp32, once (`parallel/ring.py`).
+    """
     n, layers, m = setup.layout.cp, len(share.layers), setup.micro_batches
     if n == 1:
         return []
     key = Widths.of(facts, setup.layout.tp).key
     one = (n - 1) / n * setup.batch * setup.sequence * 2 * key * setup.compute_bytes
     gathers, scatters = m * layers * (1 if setup.recompute == "none" else 2), m * layers
+    if setup.layout.has_ring(setup.device):
+        passes, wider = gathers + m * layers, FLOAT / setup.compute_bytes
+        return [
+            Traffic("cp", "ring of keys and values", one * passes, passes, (n - 1) * passes, False),
+            Traffic("cp", "ring of their gradients", one * wider * scatters, scatters, (n - 1) * scatters, False),
+        ]
     return [
         Traffic("cp", "all-gather of keys and values", one * gathers, gathers, (n - 1) * gathers, False),
         Traffic("cp", "reduce-scatter of their gradients", one * scatters, scatters, (n - 1) * scatters, False),

@@ -41,6 +41,8 @@ class Found:
                 words.append(f"--virtual_pp_degree {layout.virtual}")
         if layout.cp > 1:
             words.append(f"--context_parallel_degree {layout.cp}")
+            if layout.context_method != "auto":
+                words.append(f"--context_parallel_method {layout.context_method}")
         if layout.stage:
             words.append(f"--sharding stage{layout.stage} --sharding_parallel_degree {layout.dp_shard}")
         words.append(f"--per_device_train_batch_size {setup.batch} --gradient_accumulation_steps {setup.accumulation}")
@@ -122,6 +124,7 @@ def candidates(facts: ModelFacts, setup: TrainingSetup, rows: int | None = None)
                         schedule=schedule,
                         virtual=virtual,
                         sequence_parallel=setup.layout.sequence_parallel,
+                        context_method=setup.layout.context_method,
                         offload=setup.layout.offload and stage > 0,
                     )
                     for recompute in recomputes:

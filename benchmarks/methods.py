@@ -1,0 +1,167 @@
+"""Every recipe of configs/finetune on the same rows: score before and after, trained parameters, memory, time.
+
+    make bench BENCH=methods ARGS="--dataset_path ../shared/data/squad"
+    make bench BENCH=methods ARGS="--only lora,prefix --max_train_samples 160"
+
+Each training and each scoring is a process of its own, by the commands a user gives. Results are added to
+RUNS/methods.jsonl as they come; what is there already is not run again. Afterwards the table of configs/README.md is rewritten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from layouts import processor
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "configs/finetune"
+DOCUMENT = ROOT / "configs/README.md"
+BEGIN, END = "<!-- made by make bench BENCH=methods: begin -->", "<!-- made by make bench BENCH=methods: end -->"
+BASE = "none (the model as it comes)"
+AFTERWARDS = {  # what is made of a finished run, and scored in its place
+    "full, then int4": ("full", ["quantize", "--quant_type", "weight_only_int4", "--group_size", "32"]),
+    "full, then int8": ("full", ["quantize", "--quant_type", "weight_only_int8"]),
+}
+
+
+def arriero(*arguments: str, log: Path) -> tuple[float, float]:
+    """Run a command; gives its seconds and its peak memory in GiB.
+
+    Raises:
+        SystemExit: with the end of what it printed, if it failed.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    with log.open("w", encoding="utf-8") as output:
+        process = subprocess.Popen([sys.executable, "-m", "arriero", *arguments], stdout=output, stderr=output)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(arguments)}\n{log.read_text(encoding='utf-8')[-3000:]}")
+    return time.monotonic() - began, usage.ru_maxrss / 2**20
+
+
+def score(model: Path | str, adapter: list[str], given: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Exact match and F1 on the held-out questions."""
+    arguments = ["evaluate", "--model_name_or_path", str(model), "--task_name", "squad_qa"]
+    arguments += ["--dataset_path", given.dataset_path, "--src_length", "448", "--tgt_length", "24"]
+    arguments += ["--max_new_tokens", "24", "--max_eval_samples", str(given.max_eval_samples)]
+    arriero(*arguments, *adapter, "--output_dir", str(folder / "score"), log=folder / "score.log")
+    result: dict[str, float] = json.loads((folder / "score/eval_results.json").read_text(encoding="utf-8"))
+    return result
+
+
+def size_of(folder: Path) -> float:
+    """MiB of what has to be kept: the weights or the adapter."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**20
+
+
+def train(recipe: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Train by a recipe and score what came out; a run with rounded weights is converted first."""
+    arguments = ["finetune", "--config", str(RECIPES / f"{recipe}.yaml"), "--dataset_path", given.dataset_path]
+    arguments += ["--max_train_samples", str(given.max_train_samples), "--output_dir", str(folder)]
+    arguments += ["--overwrite_output_dir", "--disable_tqdm", "--report_to", "none"]
+    _, memory = arriero(*arguments, log=folder.with_suffix(".train.log"))
+    results = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+    model, adapter, kept = str(folder), [], folder
+    if recipe.startswith("prefix"):
+        model, adapter = given.model, ["--prefix_path", str(folder)]
+    elif (folder / "adapter_config.json").is_file():
+        model, adapter = given.model, ["--lora_path", str(folder)]
+    if "qat" in recipe:
+        kept = folder / "quantized"
+        arriero(
+            *["convert", "--model_name_or_path", str(folder), "--output_path", str(kept), "--to", "quantized"],
+            log=folder / "convert.log",
+        )
+        model, adapter = str(kept), []
+    return {
+        "memory": memory,
+        "seconds": results["train_seconds"],
+        "trained": results["trained_parameters"],
+        "megabytes": size_of(kept),
+        **score(model, adapter, given, folder),
+    }
+
+
+def afterwards(name: str, given: argparse.Namespace, runs: Path) -> dict[str, Any]:
+    """Quantize a finished run and score it."""
+    source, (verb, *options) = AFTERWARDS[name]
+    folder = runs / name.replace(", ", "-").replace(" ", "-")
+    arguments = [verb, "--model_name_or_path", str(runs / source), "--output_path", str(folder / "model"), *options]
+    seconds, memory = arriero(*arguments, log=folder / "quantize.log")
+    kept = folder / "model"
+    return {"memory": memory, "seconds": seconds, "megabytes": size_of(kept), **score(kept, [], given, folder)}
+
+
+def table(results: dict[str, dict[str, Any]], given: argparse.Namespace) -> str:
+    rows = [
+        "| Recipe | exact match | F1 | trained parameters | kept | peak memory | time |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, found in results.items():
+        label = f"[{name}](finetune/{name}.yaml)" if (RECIPES / f"{name}.yaml").is_file() else name
+        trained = f"{found['trained']:,}" if "trained" in found else ""
+        kept = f"{found['megabytes']:.1f} MiB" if "megabytes" in found else ""
+        memory = f"{found['memory']:.1f} GiB" if "memory" in found else ""
+        took = f"{found['seconds']:.0f} s" if "seconds" in found else ""
+        rows.append(
+            f"| {label} | {found['exact_match']:.1f} | {found['f1']:.1f} | {trained} | {kept} | {memory} | {took} |"
+        )
+    made = (
+        f"{datetime.date.today()}, {processor()}, Python {platform.python_version()}, torch {version('torch')}, fp32, "
+        f"2 threads; {given.max_train_samples} training questions, {given.max_eval_samples} held-out ones"
+    )
+    return "\n".join([*rows, "", f"{made}."])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_path", default=str(ROOT / "../shared/data/squad"))
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/methods")
+    parser.add_argument("--max_train_samples", type=int, default=480)
+    parser.add_argument("--max_eval_samples", type=int, default=400)
+    parser.add_argument("--only", help="names, by commas; default all")
+    parser.add_argument("--print", action="store_true", help="only print the table")
+    given = parser.parse_args()
+    recipes = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("dpo"))
+    names = given.only.split(",") if given.only else [BASE, *recipes, *AFTERWARDS]
+    record = given.runs / "methods.jsonl"
+    record.parent.mkdir(parents=True, exist_ok=True)
+    lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
+    results = {line["name"]: line for line in map(json.loads, lines)}
+    for name in names:
+        if name in results:
+            continue
+        if name == BASE:
+            found: dict[str, Any] = dict(score(given.model, [], given, given.runs / "base"))
+        elif name in AFTERWARDS:
+            found = afterwards(name, given, given.runs)
+        else:
+            found = train(name, given, given.runs / name)
+        results[name] = {"name": name, **found}
+        with record.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(results[name]) + "\n")
+        print(f"{name}: exact match {found['exact_match']:.1f}, F1 {found['f1']:.1f}", flush=True)
+    made = table({name: results[name] for name in [BASE, *recipes, *AFTERWARDS] if name in results}, given)
+    print(made)
+    if not given.print:
+        text = DOCUMENT.read_text(encoding="utf-8")
+        before, rest = text.split(BEGIN)
+        _, after = rest.split(END)
+        DOCUMENT.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

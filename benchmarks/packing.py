@@ -1,0 +1,254 @@
+"""Useful tokens a second of a LoRA fine-tune on uneven rows: ours packed, the transformers Trainer with PEFT padded.
+
+Both sides train the same model on the same token ids with the same rows in each optimizer step, so that their losses are the
+same numbers; what differs is how a step is cut into micro-batches. Theirs are `--batch` rows padded to the longest of them.
+Ours hold as many tokens as their largest does (`--batch` rows of the longest row's length), filled by best fit: the same
+memory for a micro-batch. Each side runs in a process of its own and they take turns. Useful tokens are those of the rows,
+padding not counted; the first step of each process is left out.
+
+    python benchmarks/packing.py --steps 6 --rounds 3
+    python benchmarks/packing.py --group_by_length    # transformers' own remedy
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+SIDES = ("arriero", "transformers")
+DATA = Path(__file__).parents[2] / "shared" / "data" / "instruct" / "seed_tasks.jsonl"
+RANK, ALPHA = 8, 16
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PAD_ID = 2
+
+
+def encode(arguments: argparse.Namespace, model: Path) -> list[dict[str, list[int]]]:
+    """The rows of every step, in order; labels are shifted (ours), `hf_labels` are not (transformers shifts itself)."""
+    from arriero.data.order import StepOrder
+    from arriero.data.sft import IGNORE, encode_all
+    from arriero.data.sources import read_samples
+    from arriero.data.tokenizer import load_tokenizer
+
+    samples = read_samples(Path(arguments.dataset_path), None, "alpaca")
+    examples, report = encode_all(samples, load_tokenizer(model), arguments.src_length, arguments.tgt_length)
+    print(f"data: {report}")
+    order = StepOrder(
+        len(examples),
+        arguments.batch,
+        arguments.accumulation,
+        0,
+        lengths=[example.length for example in examples],
+        group_by_length=arguments.group_by_length,
+    )
+    chosen = [row for step in range(arguments.steps) for batch in order(step) for row in batch]
+    chosen = chosen[: arguments.steps * arguments.batch * arguments.accumulation]
+    rows = [examples[row] for row in chosen]
+    return [{"input_ids": row.input_ids, "labels": row.labels, "hf_labels": [IGNORE, *row.labels[:-1]]} for row in rows]
+
+
+def run_arriero(model: Path, rows: list[dict[str, list[int]]], arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from arriero.adapters.lora import LoRAConfig, apply_lora
+    from arriero.data.order import StepOrder
+    from arriero.data.sft import Example
+    from arriero.data.steps import FinetuningSteps
+    from arriero.formats import hf
+    from arriero.training.memory import freed_memory_kept
+    from arriero.training.optimizer import Optimizer
+    from arriero.training.precision import Precision
+    from arriero.training.schedule import Schedule
+    from arriero.training.trainer import Trainer
+    from arriero.training.weights import FullWeights
+
+    torch.manual_seed(0)
+    network = hf.load_model(model, dtype=torch.float32)
+    apply_lora(network, LoRAConfig(rank=RANK, alpha=ALPHA))
+    lengths = [len(row["input_ids"]) for row in rows]
+    order = StepOrder(
+        len(rows),
+        arguments.batch,
+        arguments.accumulation,
+        0,
+        shuffle=False,
+        lengths=lengths,
+        max_tokens=arguments.batch * max(lengths),
+    )
+    trainer = Trainer(
+        model=network,
+        data=FinetuningSteps(
+            [Example(row["input_ids"], row["labels"]) for row in rows],
+            order,
+            share_prefixes=not arguments.no_share_prefixes,
+        ),
+        optimizer=Optimizer(network),
+        schedule=Schedule("constant", arguments.learning_rate, 0.0, 0, arguments.steps),
+        precision=Precision(torch.float32, "O1", torch.device("cpu")),
+        weights=FullWeights(network, model),
+        total_steps=arguments.steps,
+        run_folder=Path(tempfile.gettempdir()),
+        device=torch.device("cpu"),
+    )
+    network.train()
+    with freed_memory_kept():  # as every training run on a CPU does
+        records = [trainer.step() for _ in range(arguments.steps)]
+    micro_batches = [len(order(step)) for step in range(arguments.steps)]
+    return {
+        "losses": [record.loss for record in records],
+        "seconds": [record.seconds for record in records],
+        "micro_batches": sum(micro_batches),
+    }
+
+
+def run_transformers(model: Path, rows: list[dict[str, list[int]]], arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from torch.utils.data import SequentialSampler
+    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
+    network = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), config)
+
+    def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        longest = max(len(row["input_ids"]) for row in batch)
+
+        def pad(key: str, value: int) -> torch.Tensor:
+            return torch.tensor([row[key] + [value] * (longest - len(row[key])) for row in batch])
+
+        mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in batch])
+        return {"input_ids": pad("input_ids", PAD_ID), "labels": pad("hf_labels", -100), "attention_mask": mask}
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+            self.losses: list[float] = []
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.start)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+            if "loss" in logs:
+                self.losses.append(float(logs["loss"]))
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_: Any) -> SequentialSampler:
+            return SequentialSampler(rows)
+
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = TrainingArguments(
+            output_dir=scratch, per_device_train_batch_size=arguments.batch, max_steps=arguments.steps, use_cpu=True,
+            gradient_accumulation_steps=arguments.accumulation, learning_rate=arguments.learning_rate,
+            lr_scheduler_type="constant", logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True,
+            remove_unused_columns=False, dataloader_pin_memory=False, optim="adamw_torch_fused",
+        )  # fmt: skip
+        InOrder(model=network, args=settings, train_dataset=rows, data_collator=collate, callbacks=[clock]).train()
+    return {
+        "losses": clock.losses,
+        "seconds": clock.seconds,
+        "micro_batches": arguments.steps * arguments.accumulation,
+    }
+
+
+def measure(side: str, data: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One side in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--data", str(data)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(arguments.threads)}
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    values: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return values
+
+
+def step_tokens(rows: list[dict[str, list[int]]], arguments: argparse.Namespace) -> tuple[list[int], int]:
+    """Useful tokens of each step, and those that the padded side computes in all steps."""
+    lengths = [len(row["input_ids"]) for row in rows]
+    per_step = arguments.batch * arguments.accumulation
+    useful = [sum(lengths[i : i + per_step]) for i in range(0, len(lengths), per_step)]
+    batches = [lengths[i : i + arguments.batch] for i in range(0, len(lengths), arguments.batch)]
+    return useful, sum(len(batch) * max(batch) for batch in batches)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--dataset_path", default=str(DATA))
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps; the first is not counted")
+    parser.add_argument("--batch", type=int, default=8, help="rows of a padded micro-batch")
+    parser.add_argument("--accumulation", type=int, default=4, help="padded micro-batches of a step")
+    parser.add_argument("--src_length", type=int, default=512)
+    parser.add_argument("--tgt_length", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument(
+        "--group_by_length", action="store_true", help="rows of like length into one step, on both sides"
+    )
+    parser.add_argument(
+        "--no_share_prefixes", action="store_true", help="compute the common system message in each row"
+    )
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--data", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    from arriero.formats.download import resolve_model
+
+    model = resolve_model(arguments.model)
+    if arguments.side:
+        import torch
+
+        torch.set_num_threads(arguments.threads)
+        rows = json.loads(Path(arguments.data).read_text())
+        run = run_arriero if arguments.side == "arriero" else run_transformers
+        values = run(model, rows, arguments)
+        values["memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(json.dumps(values))
+        return
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    with tempfile.TemporaryDirectory() as scratch:
+        data = Path(scratch) / "rows.json"
+        rows = encode(arguments, model)
+        useful, padded = step_tokens(rows, arguments)
+        data.write_text(json.dumps(rows))
+        for _ in range(arguments.rounds):
+            for side in SIDES:
+                runs[side].append(measure(side, data, arguments))
+    for run in [*runs["arriero"], *runs["transformers"]]:
+        run["speed"] = sum(useful[1:]) / sum(run["seconds"][1:])
+    ratios = [a["speed"] / b["speed"] for a, b in zip(runs["arriero"], runs["transformers"], strict=True)]
+    longest = max(len(row["input_ids"]) for row in rows)
+    print(
+        f"{date.today()}, {platform.machine()}, {arguments.threads} threads, torch {version('torch')}, "
+        f"transformers {version('transformers')}, peft {version('peft')}, fp32\n"
+        f"LoRA fine-tune (rank {RANK}) of {arguments.model} on {Path(arguments.dataset_path).name}, {arguments.steps} steps of "
+        f"{arguments.batch * arguments.accumulation} rows, micro-batches of {arguments.batch} rows or "
+        f"{arguments.batch * longest} tokens; of the padded tokens {100 * sum(useful) / padded:.0f} % are useful; "
+        f"median of {arguments.rounds} rounds"
+    )
+    for side in SIDES:
+        speed = statistics.median(run["speed"] for run in runs[side])
+        memory = max(run["memory_gib"] for run in runs[side])
+        first = runs[side][0]
+        print(
+            f"{side:14}{speed:8.1f} useful tok/s   {memory:5.2f} GiB   {first['micro_batches']} micro-batches   "
+            f"loss {first['losses'][0]:.4f} -> {first['losses'][-1]:.4f}"
+        )
+    print(f"ratio {statistics.median(ratios):.2f} (of each round: {', '.join(f'{ratio:.2f}' for ratio in ratios)})")
+
+
+if __name__ == "__main__":
+    main()

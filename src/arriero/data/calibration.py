@@ -1,0 +1,81 @@
+"""Text as blocks of tokens: to calibrate on, and to measure perplexity on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from arriero.data.row_files import SUFFIXES
+from arriero.data.sources import read_samples
+from arriero.data.tokenizer import Tokenizer
+from arriero.errors import DataError
+
+MAX_HELD = 64
+_PIECE = 1 << 20  # characters read at once
+_HELD_SHARE = 10  # one block of so many is held out
+
+
+@dataclass(frozen=True)
+class TextBlocks:
+    """Blocks of tokens, (1, length) int64 each.
+
+    Attributes:
+        calibration: spread evenly over the text before the held part.
+        held: the end of what was read.
+    """
+
+    calibration: list[Tensor]
+    held: list[Tensor]
+
+
+def read_blocks(path: str | Path, tokenizer: Tokenizer, samples: int, length: int) -> TextBlocks:
+    """Cut a file's text into blocks; texts of rows follow one another with an end-of-sequence token between them.
+
+    No more is read than is needed for `samples` blocks with as many again, and the held ones.
+
+    Args:
+        samples: at most so many to calibrate on.
+        length: tokens of a block.
+
+    Raises:
+        DataError: if the file cannot be read, or its text is too short for a block of each kind.
+    """
+    path = Path(path)
+    wanted = (2 * samples + MAX_HELD) * length
+    ids: list[int] = []
+    for text in _texts(path):
+        ids += tokenizer.encode(text)
+        if path.suffix.lower() in SUFFIXES and tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+        if len(ids) >= wanted:
+            break
+    count = min(len(ids), wanted) // length
+    if count < 2:
+        raise DataError(
+            f"{path}: holds {len(ids)} tokens, at least {2 * length} are needed: give more text or a smaller "
+            "--calibration_length"
+        )
+    blocks = list(torch.tensor(ids[: count * length]).view(count, 1, length))
+    held = min(MAX_HELD, max(1, count // _HELD_SHARE))
+    before = blocks[:-held]
+    used = min(samples, len(before))
+    return TextBlocks([before[number * len(before) // used] for number in range(used)], blocks[-held:])
+
+
+def _texts(path: Path) -> Iterator[str]:
+    if not path.is_file():
+        raise DataError(f"--data_file {path}: no such file")
+    if path.suffix.lower() in SUFFIXES:
+        for sample in read_samples(path, None):
+            yield sample.prompt + (sample.target or "")
+        return
+    try:
+        with path.open(encoding="utf-8") as file:
+            while text := file.read(_PIECE):
+                yield text + file.readline()  # tokens do not cross lines
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--data_file {path}: cannot be read as UTF-8 text ({error})") from error

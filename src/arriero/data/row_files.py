@@ -1,0 +1,119 @@
+"""Files of rows: JSON lines, tables (CSV, TSV, parquet). Each row comes with its place, for messages."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from arriero.errors import DataError, require
+
+MAX_ROW_BYTES = 16 << 20
+PARQUET_ROWS = 512
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+SUFFIXES = (".json", ".jsonl", *DELIMITERS, ".parquet")
+# Columns of a table that hold lists: in CSV they are JSON text
+LIST_COLUMNS = ("messages", "conversations", "instances", "tools", "answers")
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a file as ("path:line", value), by its suffix; JSON lines if it is not that of a table.
+
+    Raises:
+        DataError: naming the row that cannot be read.
+    """
+    suffix = path.suffix.lower()
+    if suffix in DELIMITERS:
+        return read_csv(path, DELIMITERS[suffix])
+    return read_parquet(path) if suffix == ".parquet" else read_jsonl(path)
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a JSON-lines file as ("path:line", value); blank lines are skipped.
+
+    Raises:
+        DataError: naming the line that is not JSON.
+    """
+    try:
+        with path.open("rb") as lines:
+            number = 0
+            while line := lines.readline(MAX_ROW_BYTES + 1):
+                number += 1
+                where = f"{path}:{number}"
+                if len(line) > MAX_ROW_BYTES:
+                    raise DataError(f"{where}: a row of more than {MAX_ROW_BYTES} bytes, the most that are read")
+                if line.strip():
+                    try:
+                        yield where, json.loads(line)
+                    except (ValueError, RecursionError) as error:
+                        raise DataError(f"{where}: not JSON ({error})") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a table in text (RFC 4180, UTF-8), keyed by the names in its first line; blank lines are skipped.
+
+    Raises:
+        DataError: naming the line: not UTF-8, no header, more or fewer fields than names, or a field that is too long.
+    """
+    csv.field_size_limit(MAX_ROW_BYTES)
+    try:
+        # utf-8-sig: spreadsheets write a byte order mark, which must not become part of the first name
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            names: list[str] = []
+            try:
+                for fields in reader:
+                    where = f"{path}:{reader.line_num}"
+                    if not fields:
+                        continue
+                    if not names:
+                        names = _header(fields, where)
+                    elif len(fields) != len(names):
+                        raise DataError(f"{where}: {len(fields)} fields, the header names {len(names)}")
+                    else:
+                        yield where, {name: _field(name, text) for name, text in zip(names, fields, strict=True)}
+            except csv.Error as error:
+                raise DataError(f"{path}:{reader.line_num}: not readable as a table ({error})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not a table in UTF-8 ({error})") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _header(fields: list[str], where: str) -> list[str]:
+    names = [field.strip() for field in fields]
+    if len(set(names)) < len(names) or "" in names:
+        raise DataError(f"{where}: the first line must name every column, each once")
+    return names
+
+
+def _field(name: str, text: str) -> Any:
+    if name in LIST_COLUMNS and text.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            return text  # the row's reader says what it expects there
+    return text
+
+
+def read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a parquet file, keyed by column, as ("path row N", row), N from 0; it needs the extra `data`.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    parquet, arrow = require("pyarrow.parquet", "data"), require("pyarrow", "data")
+    number = 0
+    try:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+                for row in batch.to_pylist():
+                    yield f"{path} row {number}", row
+                    number += 1
+    except (OSError, ValueError, arrow.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: not a readable parquet file ({reason}); fetch or write it again") from error

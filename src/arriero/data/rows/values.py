@@ -1,0 +1,49 @@
+"""Values of a row, checked: a message names the row and the key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from arriero.errors import DataError
+
+Row = Mapping[str, Any]
+
+
+def first_text(row: Row, key: str, where: str) -> str:
+    """The string under `key`, or the first one of a list of strings.
+
+    Raises:
+        DataError: there is none.
+    """
+    value = row.get(key)
+    if isinstance(value, list) and value:
+        value = value[0]
+    if not isinstance(value, str):
+        raise DataError(
+            f"{where}: '{key}' must be a string or a list that starts with one, found {type(value).__name__}"
+        )
+    return value
+
+
+def answer_text(row: Row, key: str, where: str, needed: bool) -> str | None:
+    """The answer under `key`; None where a row need not have one and has none.
+
+    Raises:
+        DataError: it is needed and missing.
+    """
+    return first_text(row, key, where) if needed or row.get(key) is not None else None
+
+
+def optional_text(row: Row, key: str, where: str) -> str:
+    """The string under `key`, "" where it is missing or null.
+
+    Raises:
+        DataError: it is something else.
+    """
+    value = row.get(key)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{where}: '{key}' must be a string, found {type(value).__name__}")
+    return value

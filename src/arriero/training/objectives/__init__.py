@@ -1,0 +1,1 @@
+"""What a run makes smaller: of each token, or of each pair of answers."""

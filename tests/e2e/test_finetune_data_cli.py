@@ -1,0 +1,109 @@
+"""Fine-tuning data through the real command line: a look at the rows, a mixture, padded rows and micro-batches by tokens."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+TINY = "__internal_testing__/tiny-random-llama"
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    turns = [
+        {"role": "user", "content": "first \x1b[31m question"},
+        {"role": "assistant", "content": "first answer"},
+        {"role": "user", "content": "second question"},
+        {"role": "assistant", "content": "second answer " * 20},
+    ]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "chat.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 6)
+    (folder / "table.csv").write_text("src,tgt\n" + "".join(f"what follows {i}?,{i + 1}\n" for i in range(10)))
+    return folder
+
+
+def test_preview_shows_rows_and_does_nothing_else(arriero: Command, data: Path, tmp_path: Path) -> None:
+    common = ("finetune", "--model_name_or_path", TINY, "--dataset_path", str(data / "chat.jsonl"), "--tgt_length", "8")
+    result = arriero(*common, "--output_dir", "out", "--preview", "2")
+    assert result.returncode == 0, result.stderr
+    assert f"--- {data}/chat.jsonl:1, " in result.stdout
+    assert "answer cut to fit tgt_length ---" in result.stdout
+    assert "[[ first answer</s>]]" in result.stdout or "[[first answer</s>]]" in result.stdout
+    assert "second question" in result.stdout
+    assert "\x1b" not in result.stdout, "a row cannot steer the terminal"
+    assert "\\x1b[31m" in result.stdout
+    assert result.stdout.rstrip().endswith("2 of 6 training rows; nothing was trained")
+    assert not list(tmp_path.rglob("out*"))
+    coloured = arriero(
+        *common, "--output_dir", "out", "--preview", "1", "--preview_color", "always", "--train_on", "last"
+    )
+    assert coloured.stdout.count("\x1b[32m") == 1, "only the last answer is learned"
+    assert "\x1b[2m" in coloured.stdout
+    assert "[[" not in coloured.stdout
+
+
+def test_a_mixture_padded_and_by_tokens(arriero: Command, data: Path, tmp_path: Path) -> None:
+    mixed = f"{data}/chat.jsonl:1,{data}/table.csv:3"
+    common = ("finetune", "--model_name_or_path", TINY, "--dataset_path", mixed, "--max_steps", "3", "--lora")
+    common += (
+        "--per_device_train_batch_size",
+        "4",
+        "--disable_tqdm",
+        "True",
+        "--report_to",
+        "none",
+        "--save_strategy",
+        "no",
+    )
+    losses = {}
+    for name, more in {
+        "packed": (),
+        "padded": ("--packing", "no"),
+        "tokens": ("--max_tokens_per_batch", "600"),
+    }.items():
+        result = arriero(*common, *more, "--output_dir", name, "--logging_steps", "1")
+        assert result.returncode == 0, result.stderr
+        assert "chat.jsonl: 6 rows, 4 an epoch (25.0 %)" in result.stdout
+        assert "table.csv: 10 rows, 12 an epoch (75.0 %)" in result.stdout
+        lines = (tmp_path / name / "train_log.jsonl").read_text().splitlines()
+        losses[name] = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+    assert len(losses["packed"]) == 3
+    assert losses["padded"] == pytest.approx(losses["packed"], rel=1e-5)
+    assert losses["tokens"] == pytest.approx(losses["packed"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--max_tokens_per_batch", "8"), "--max_tokens_per_batch allows 8"),
+        (("--data_format", "sharegpt"), "chat.jsonl:1: none of the keys conversations"),
+        (("--dataset_weights", "0.5,0.5"), "--dataset_weights has 2 numbers, --dataset_path 1 files"),
+    ],
+)
+def test_a_wrong_choice_is_one_line(arriero: Command, data: Path, options: tuple[str, ...], message: str) -> None:
+    result = arriero(
+        *("finetune", "--model_name_or_path", TINY, "--dataset_path", str(data / "chat.jsonl"), "--output_dir", "out"),
+        *options,
+    )
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_preview_of_pairs(arriero: Command, tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "2+2?", "chosen": "four", "rejected": "five"}) + "\n")
+    result = arriero(
+        *("finetune", "--model_name_or_path", TINY, "--dataset_path", "pairs.jsonl", "--output_dir", "out"),
+        *("--preference", "dpo", "--preview", "3"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "pair 1, chosen" in result.stdout
+    assert "four</s>]]" in result.stdout
+    assert "five</s>]]" in result.stdout
+    assert "1 of 1 training pairs; nothing was trained" in result.stdout

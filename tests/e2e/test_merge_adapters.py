@@ -1,0 +1,123 @@
+"""`arriero merge` of adapters: each kind, several by weights, into a model or into one adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from arriero.adapters.lora import LoRAConfig, adapter_state, apply_lora, load_adapter_state
+from arriero.adapters.peft_config import from_peft, to_peft
+from arriero.cli import main
+from arriero.formats import hf, peft
+from arriero.formats.download import resolve_model
+
+IDS = torch.arange(3, 23)[None]
+TARGETS = ("q_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return resolve_model("tiny-random-llama", tmp_path_factory.mktemp("home"))
+
+
+def make_adapter(tiny: Path, folder: Path, config: LoRAConfig, seed: int) -> Tensor:
+    """Write an adapter with random values; gives the logits of the base with it."""
+    model = hf.load_model(tiny, torch.float32)
+    apply_lora(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        peft.save_adapter(folder, adapter_state(model), to_peft(config, "base"))
+        logits: Tensor = model(IDS)
+    return logits
+
+
+def logits_of(folder: Path) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = hf.load_model(folder, torch.float32)(IDS)
+    return logits
+
+
+@pytest.mark.parametrize("kind", ["use_dora", "pissa"])
+def test_each_kind(kind: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = LoRAConfig(rank=2, alpha=4.0, target_modules=TARGETS, **{kind: True})  # type: ignore[arg-type]
+    expected = make_adapter(tiny, tmp_path / "a", config, 1)
+    arguments = ["--lora_path", str(tmp_path / "a"), "--output_path", str(tmp_path / "m"), "--dtype", "float32"]
+    assert main(["merge", "--model_name_or_path", str(tiny), *arguments]) == 0
+    assert "logits differ from base + adapter by at most" in capsys.readouterr().out
+    assert float((logits_of(tmp_path / "m") - expected).abs().max()) <= 1e-5
+    assert float((logits_of(tiny) - expected).abs().max()) > 1e-3
+
+
+def test_several_by_weights(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_adapter(tiny, tmp_path / "a", LoRAConfig(rank=2, alpha=4.0, target_modules=TARGETS), 1)
+    make_adapter(tiny, tmp_path / "b", LoRAConfig(rank=3, use_rslora=True, target_modules=("q_proj",)), 2)
+    base = load_file(tiny / "model.safetensors")
+    expected = {name: tensor.float() for name, tensor in base.items()}
+    for folder, weight in (("a", 0.7), ("b", 0.3)):  # the sum, written out
+        config, state = peft.load_adapter(tmp_path / folder)
+        for name in state:
+            layer = name.partition(".lora_A")[0]
+            if layer != name:
+                delta = state[f"{layer}.lora_B.weight"] @ state[name] * from_peft(config).scaling
+                expected[f"{layer}.weight"] = expected[f"{layer}.weight"] + weight * delta
+    both = ["--lora_path", f"{tmp_path / 'a'},{tmp_path / 'b'}", "--adapter_weights", "0.7,0.3", "--dtype", "float32"]
+    merge = ["merge", "--model_name_or_path", str(tiny), *both]
+    assert main([*merge, "--output_path", str(tmp_path / "m")]) == 0
+    assert f"0.3 x {tmp_path / 'b'}" in capsys.readouterr().out
+    found = load_file(tmp_path / "m/model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name])
+    assert main([*merge, "--output_path", str(tmp_path / "j"), "--output_kind", "adapter"]) == 0
+    assert json.loads((tmp_path / "j/adapter_config.json").read_text())["r"] == 5
+    config, state = peft.load_adapter(tmp_path / "j")
+    model = hf.load_model(tiny, torch.float32)
+    apply_lora(model, from_peft(config), fresh=False)
+    load_adapter_state(model, state)
+    with torch.no_grad():
+        assert float((model(IDS) - logits_of(tmp_path / "m")).abs().max()) <= 1e-5
+
+
+def test_a_quantized_base_is_dequantized(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from arriero.formats.quantized import file_state, with_scheme
+    from arriero.quantization.integers import IntegerScheme
+    from arriero.quantization.schemes import IntegerWeights
+
+    scheme = IntegerWeights(IntegerScheme(8, None))
+    small = hf.load_model(tiny, torch.float32, scheme=scheme)
+    config = with_scheme(small.config, scheme)
+    hf.save_model(file_state(small, torch.float32), config, tmp_path / "int8", extra_files_from=tiny)
+    adapter = LoRAConfig(rank=2, alpha=4.0, target_modules=TARGETS)
+    expected = make_adapter(tmp_path / "int8", tmp_path / "a", adapter, 1)
+    arguments = ["--lora_path", str(tmp_path / "a"), "--output_path", str(tmp_path / "m"), "--dtype", "float32"]
+    assert main(["merge", "--model_name_or_path", str(tmp_path / "int8"), *arguments]) == 0
+    assert "warning: the base is quantized" in capsys.readouterr().out
+    assert "quantization_config" not in json.loads((tmp_path / "m/config.json").read_text())
+    assert {tensor.dtype for tensor in load_file(tmp_path / "m/model.safetensors").values()} == {torch.float32}
+    assert float((logits_of(tmp_path / "m") - expected).abs().max()) <= 1e-5
+
+
+def test_refusals(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_adapter(tiny, tmp_path / "a", LoRAConfig(rank=2, target_modules=TARGETS), 1)
+    make_adapter(tiny, tmp_path / "d", LoRAConfig(rank=2, target_modules=TARGETS, use_dora=True), 1)
+    cases = [
+        (f"{tmp_path / 'a'},{tmp_path / 'd'}", [], "DoRA"),
+        (f"{tmp_path / 'a'},{tmp_path / 'a'}", ["--adapter_weights", "1"], "1 numbers for 2"),
+        (f"{tmp_path / 'a'},nowhere", [], "nowhere"),
+        (str(tmp_path / "a"), ["--output_kind", "adapter"], "joins several adapters"),
+    ]
+    for path, more, words in cases:
+        out = ["--lora_path", path, "--output_path", str(tmp_path / "out"), *more]
+        assert main(["merge", "--model_name_or_path", str(tiny), *out]) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
