@@ -60,11 +60,29 @@ def numbers(output: str, row: str) -> list[float]:
 
 @pytest.mark.parametrize(
     ("kind", "method"),
-    [("int4", "rtn"), ("weight_only_int8", "gptq"), ("int4", "awq"), ("nf4", "rtn"), ("a8w8", "rtn")],
+    [
+        ("int4", "rtn"),
+        ("weight_only_int8", "gptq"),
+        ("int4", "awq"),
+        ("nf4", "rtn"),
+        ("a8w8", "rtn"),
+        ("a8w8 static", "gptq"),
+    ],
 )
 def test_quantize(base: Path, text: Path, tmp_path: Path, capsys: Any, kind: str, method: str) -> None:
     output = tmp_path / "q"
-    flags = ["--quant_type", kind, "--quant_method", method, "--data_file", str(text), "--calibration_length", "64"]
+    kind, *static = kind.split()
+    flags = [
+        *(["--activation_scale", "static"] if static else []),
+        "--quant_type",
+        kind,
+        "--quant_method",
+        method,
+        "--data_file",
+        str(text),
+        "--calibration_length",
+        "64",
+    ]
     assert main(["quantize", "--model_name_or_path", str(base), "--output_path", str(output), *flags]) == 0
     printed = capsys.readouterr().out
     before, after = numbers(printed, "weights (MB)")
@@ -94,6 +112,8 @@ def test_quantize(base: Path, text: Path, tmp_path: Path, capsys: Any, kind: str
         (["--quant_type", "nf4", "--quant_method", "awq"], "--quant_type nf4 is none: give int8, int4"),
         (["--quant_type", "int3"], "quant_type"),
         (["--group_size", "0"], "--group_size is 0"),
+        (["--activation_scale", "static"], "int8 rounds no inputs"),
+        (["--activation_scale", "static", "--quant_type", "a8w8"], "finds ranges on text: give --data_file"),
         (["--quant_type", "int4", "--group_size", "48"], "48 does not divide"),
         (["--quant_type", "fp8", "--group_size", "32"], "fp8 has one scale for each output channel"),
         (["--data_file", "nowhere.txt"], "nowhere.txt: no such file"),

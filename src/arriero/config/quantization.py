@@ -84,6 +84,11 @@ class QuantizeOptions(OptionGroup):
         "the model, for nf4 64 (or 32), else -1",
         minimum=-1,
     )
+    activation_scale: str = option(
+        "dynamic",
+        "of a8w8, the range of a layer's inputs: dynamic: of each token; static: one for all, the greatest on --data_file",
+        ("dynamic", "static"),
+    )
     data_file: str | None = option(
         None, "text (.txt) or rows (.jsonl and others) to calibrate on; its end is kept to measure perplexity on"
     )
@@ -103,5 +108,11 @@ class QuantizeOptions(OptionGroup):
             )
         if self.quant_method != "rtn" and self.data_file is None:
             raise ConfigError(f"--quant_method {self.quant_method} calibrates on text: give --data_file")
+        if self.activation_scale == "static" and self.quant_type != "a8w8":
+            raise ConfigError(
+                f"--activation_scale static is for --quant_type a8w8, --quant_type {self.quant_type} rounds no inputs: drop one"
+            )
+        if self.activation_scale == "static" and self.data_file is None:
+            raise ConfigError("--activation_scale static finds ranges on text: give --data_file")
         if self.quant_type == "fp8" and self.group_size not in (None, -1):
             raise ConfigError("--quant_type fp8 has one scale for each output channel: leave out --group_size")

@@ -40,7 +40,7 @@ def quantize_folder(options: QuantizeOptions, model: ModelOptions) -> TextBlocks
     if quantized.is_quantized(config):
         raise ConfigError(f"{folder}: its weights are quantized already; give the original model")
     storage = _stored_dtype(folder, config)
-    static = options.data_file is not None
+    static = options.activation_scale == "static"
     scheme = scheme_for(options.quant_type, config, group_size=options.group_size, scale_dtype=storage, static=static)
     print(f"{options.quant_method}: {scheme}; embedding, norms and output head stay as they are")
     loaded = load(dataclasses.replace(model, dtype="float32"))
