@@ -21,7 +21,9 @@ class CheckpointOptions(OptionGroup):
     """
 
     output_dir: str = option(
-        REQUIRED, "the run folder: checkpoints, log, plot, effective configuration and the final model"
+        REQUIRED,
+        "the run folder: checkpoints, log, plot, effective configuration and the final model",
+        unless="preview",
     )
     overwrite_output_dir: bool = option(
         False, "start afresh in a folder that already holds a run; its checkpoints are deleted"

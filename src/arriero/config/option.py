@@ -43,6 +43,7 @@ class _Metadata:
     remainder: bool
     split: bool
     only_with: tuple[str, ...]
+    unless: str
 
 
 def option(
@@ -59,6 +60,7 @@ def option(
     remainder: bool = False,
     split: bool = True,
     only_with: str | Sequence[str] = (),
+    unless: str = "",
 ) -> Any:
     """A dataclass field that is an option of the command line and a key of a configuration file.
 
@@ -72,6 +74,7 @@ def option(
         remainder: a positional list that takes everything that follows, options included.
         split: whether an item of a list option is split at commas and blanks (`--x a,b` = `--x a b`).
         only_with: names of options of which one must be on for this one to have any effect; else a warning is printed.
+        unless: name of an option that, when given, makes this required folder unnecessary.
     """
     metadata = _Metadata(
         help=help,
@@ -85,6 +88,7 @@ def option(
         remainder=remainder,
         split=split,
         only_with=(only_with,) if isinstance(only_with, str) else tuple(only_with),
+        unless=unless,
     )
     stored = {_METADATA_KEY: metadata}
     if default is REQUIRED:
@@ -118,6 +122,7 @@ class OptionSpec:
     remainder: bool = False
     split: bool = True
     only_with: tuple[str, ...] = ()
+    unless: str = ""
 
     @property
     def required(self) -> bool:

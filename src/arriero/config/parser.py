@@ -190,6 +190,9 @@ def parse(groups: Sequence[type], argv: Sequence[str], prog: str, *, warn: bool 
         where = name.upper() if spec.positional else f"--{name}"
         values[name] = raw if spec.remainder else convert(spec, raw, where)
     specs = [spec for group in groups for spec in specs_of(group)]
+    for spec in specs:
+        if spec.required and spec.unless and values.get(spec.unless) is not None:
+            values.setdefault(spec.name, ".")
     missing = [spec for spec in specs if spec.required and spec.name not in values]
     if missing:
         names = ", ".join(spec.name.upper() if spec.positional else f"--{spec.name}" for spec in missing)

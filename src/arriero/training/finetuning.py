@@ -102,7 +102,9 @@ def build_steps(
     """
     optim, data = options.optimization, options.data
     if not data.packing and loaded.model.model.rotary.is_dynamic:
-        raise ConfigError("--packing no does not go with this model: its RoPE depends on the length of a row, padding too")
+        raise ConfigError(
+            "--packing no does not go with this model: its RoPE depends on the length of a row, padding too"
+        )
     share = data.packing and data.share_prefixes and may_share_prefixes(loaded, processes)
     if data.packing and data.share_prefixes and processes.layout.cp > 1:
         print("--share_prefixes is off: it does not go with --context_parallel_degree, which cuts the rows")
