@@ -110,7 +110,7 @@ def table(results: dict[str, dict[str, Any]], given: argparse.Namespace) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, found in results.items():
-        label = f"[{name}](finetune/{name}.yaml)" if (RECIPES / f"{name}.yaml").is_file() else name
+        label = f"[{name}.yaml](finetune/{name}.yaml)" if (RECIPES / f"{name}.yaml").is_file() else name
         trained = f"{found['trained']:,}" if "trained" in found else ""
         kept = f"{found['megabytes']:.1f} MiB" if "megabytes" in found else ""
         memory = f"{found['memory']:.1f} GiB" if "memory" in found else ""

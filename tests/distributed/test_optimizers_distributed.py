@@ -27,7 +27,7 @@ from arriero.training.checkpoint import take_snapshot, write_checkpoint
 from arriero.training.optimizers.adamw_8bit import AdamW8bit
 from arriero.training.trainer import Trainer
 
-LAYOUTS |= {"fsdp4": (4, {"sharding": ["stage3"]})}
+FSDP4 = {"fsdp4": (4, {"sharding": ["stage3"]})}
 NAMES = {
     2: ("stage3", "tp2", "pp2 1f1b", "cp2"),
     4: ("fsdp4", "hsdp 2x2", "tp4, 2 kv heads", "tp2 x fsdp2"),
@@ -47,7 +47,7 @@ CASES = [(layout, what) for layouts in NAMES.values() for layout in layouts for 
 
 
 def copies(layout: str) -> int:
-    world, flags = LAYOUTS[layout]
+    world, flags = (LAYOUTS | FSDP4)[layout]
     return ParallelOptions(**flags).layout(world).data
 
 
@@ -230,4 +230,5 @@ def test_the_state_is_shared_out(
 
 
 if __name__ == "__main__":
+    LAYOUTS.update(FSDP4)  # of this process alone: other tests read the same dictionary
     main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -23,7 +23,8 @@ from arriero.config.pretraining import PretrainModelOptions
 from arriero.models.config import LlamaConfig
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+RECIPES = sorted((ROOT / "configs/pretrain").glob("*.yaml"))
+FINETUNING = sorted((ROOT / "configs/finetune").glob("*.yaml"))
 SMALL = ("--model_name_or_path", "smollm2-135m", "--flops", "1e11", "--memory", "16GB")
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -260,8 +261,19 @@ def test_recipe_parses_and_is_planned(
     assert math.isfinite(plan["run_seconds"])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("recipe", FINETUNING, ids=lambda path: path.stem)
+def test_recipe_of_fine_tuning_parses_and_nothing_in_it_is_idle(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    verb = load_verb("finetune")
+    parse(verb.options, ["--config", str(recipe)], verb.prog)
+    assert capsys.readouterr().err == ""
+
+
 def test_every_recipe_has_a_row() -> None:
     table = (ROOT / "configs/README.md").read_text()
     assert RECIPES
-    for recipe in RECIPES:
+    assert FINETUNING
+    for recipe in [*RECIPES, *FINETUNING]:
         assert f"[{recipe.name}]({os.path.relpath(recipe, ROOT / 'configs')})" in table

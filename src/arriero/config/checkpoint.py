@@ -52,12 +52,20 @@ class CheckpointOptions(OptionGroup):
         False, "finish with the checkpoint of the best evaluation instead of the last"
     )
     metric_for_best_model: str | None = option(
-        None, "what the best is judged by: loss, accuracy, ... (default: loss)", only_with="load_best_model_at_end"
+        None,
+        "what the best is judged by: loss, accuracy, ... (default: loss)",
+        only_with=("load_best_model_at_end", "early_stopping_patience"),
     )
     greater_is_better: bool | None = option(
         None,
         "whether more of that metric is better (default: yes, but for loss and perplexity)",
-        only_with="load_best_model_at_end",
+        only_with=("load_best_model_at_end", "early_stopping_patience"),
+    )
+    early_stopping_patience: int | None = option(
+        None, "end the run after so many evaluations in a row without a better --metric_for_best_model", minimum=1
+    )
+    early_stopping_threshold: float = option(
+        0.0, "by more than this it must be better", minimum=0.0, only_with="early_stopping_patience"
     )
     max_shard_size: str = option("5GB", "largest safetensors file of a saved model; a larger model is cut into several")
     save_sharded_model: bool = option(
@@ -83,6 +91,8 @@ class CheckpointOptions(OptionGroup):
             )
         if self.load_best_model_at_end:
             self._settle_best()
+        if self.load_best_model_at_end or self.early_stopping_patience is not None:
+            self._settle_metric()
         if self.evaluation_strategy == "steps" and self.eval_steps is None:
             self.eval_steps = self.save_steps
 
@@ -103,6 +113,8 @@ class CheckpointOptions(OptionGroup):
                 f"--load_best_model_at_end needs every checkpoint evaluated: --save_steps {self.save_steps} is not "
                 f"a multiple of --eval_steps {self.eval_steps}"
             )
+
+    def _settle_metric(self) -> None:
         if self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"
         self.metric_for_best_model = self.metric_for_best_model.removeprefix("eval_").replace("perplexity", "ppl")

@@ -89,6 +89,10 @@ def _evaluation(groups: Sequence[Any], given: frozenset[str], warnings: list[str
         warnings.append(f"--save_steps has no effect with --save_strategy {checkpoint.save_strategy}")
     if checkpoint.evaluation_strategy != "no":
         optimization.do_eval = True
+    elif checkpoint.early_stopping_patience is not None:
+        raise ConfigError(
+            "--early_stopping_patience needs evaluations and there are none: add --do_eval or --evaluation_strategy steps"
+        )
     corpus = find(groups, CorpusOptions)
     if not optimization.do_train and not optimization.do_eval and not (corpus is not None and corpus.do_predict):
         raise ConfigError("--do_train and --do_eval are both off, so there is nothing to do: switch one on")
@@ -117,6 +121,32 @@ def _schedule(groups: Sequence[Any], given: frozenset[str], warnings: list[str])
             warnings.append(f"--{name} has no effect with --lr_scheduler_type {schedule}{instead}")
     if optimization.optim != "muon" and _changed(optimization, "muon_momentum", given):
         warnings.append(f"--muon_momentum has no effect with --optim {optimization.optim}")
+
+
+def _regularized(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
+    """`--freeze` and `--neftune_noise_alpha` where they do not go."""
+    optimization = find(groups, OptimizationOptions)
+    if optimization is None:
+        return
+    if find(groups, PlanOptions) is not None:
+        if optimization.freeze:
+            warnings.append("--freeze has no effect on a plan, which counts every parameter as trained")
+        return
+    adapter, preference = find(groups, AdapterOptions), find(groups, PreferenceOptions)
+    if optimization.freeze and adapter is not None and (adapter.lora or adapter.prefix_tuning):
+        name = "lora" if adapter.lora else "prefix_tuning"
+        raise ConfigError(
+            f"--freeze and --{name} do not go together: all weights of the model are frozen already; drop the first"
+            + (" (--lora_target_modules chooses what is adapted)" if adapter.lora else "")
+        )
+    if optimization.neftune_noise_alpha > 0:
+        if preference is not None and preference.preference is not None:
+            raise ConfigError(
+                f"--neftune_noise_alpha and --preference {preference.preference} do not go together: the two answers of a pair "
+                "would be compared under different noise; drop the first"
+            )
+        if find(groups, CorpusOptions) is not None:
+            raise ConfigError("--neftune_noise_alpha is for fine-tuning: its size depends on the length of a row; drop it")
 
 
 def _watching(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
@@ -364,6 +394,7 @@ _RULES: tuple[Callable[[Sequence[Any], frozenset[str], list[str]], None], ...] =
     _without_effect,
     _evaluation,
     _schedule,
+    _regularized,
     _watching,
     _precision,
     _stored_adapter,

@@ -67,6 +67,14 @@ class OptimizationOptions(OptionGroup):
         minimum=0.0,
         below=1.0,
     )
+    freeze: list[str] = option(
+        [],
+        "parameters that keep their values: names, or of modules that hold them, with the wildcards of a shell "
+        "(model.embed_tokens,model.layers.[0-3])",
+    )
+    neftune_noise_alpha: float = option(
+        0.0, "NEFTune: uniform noise of this size on the embeddings while training (5 to 15 are usual); 0: none", minimum=0.0
+    )
     seed: int = option(42, "seed of the data order, dropout and fresh weights", minimum=0)
 
     def __post_init__(self) -> None:

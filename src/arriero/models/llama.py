@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from arriero.models.attention import AttentionInfo, Backend, attention, put_before
 from arriero.models.cache import AttendingView, KVCacheView
 from arriero.models.config import LlamaConfig
+from arriero.models.embedding_noise import EmbeddingNoise
 from arriero.models.initialization import initial_values
 from arriero.models.rope import RotaryEmbedding, rotate
 
@@ -174,6 +175,7 @@ class LayerInputs:
         positions: (B or 1, S) int64.
         lengths: (B or 1, S) int64, of the sequence that each token is of; only dynamic RoPE uses them.
         real: (B, S) bool, which tokens are no padding, for who observes activations; None for all, or if nobody does.
+        noise: what is added to the embeddings, in training by NEFTune.
     """
 
     positions: Tensor
@@ -181,6 +183,7 @@ class LayerInputs:
     cache: KVCacheView | AttendingView | None = None
     lengths: Tensor | None = None
     real: Tensor | None = None
+    noise: EmbeddingNoise | None = None
 
     def after_prefix(self, length: int) -> LayerInputs:
         """The same after `length` learned keys; with a cache they count as its first tokens, and nothing changes."""
@@ -206,6 +209,8 @@ def run_layers(
         x: (B, S) int64, or (B, S, hidden) without an embedding.
     """
     hidden = x if embed_tokens is None else embed_tokens(x)
+    if embed_tokens is not None and inputs.noise is not None:
+        hidden = inputs.noise.added_to(hidden)
     angles = rotary(inputs.positions, hidden.dtype, inputs.lengths)
     for layer in layers:
         hidden = layer(hidden, angles, inputs.attention, inputs.cache)

@@ -70,6 +70,7 @@ class TrainState:
         seconds: wall-clock seconds of training, over all sittings.
         total_steps: steps of the whole run.
         data: fingerprint of what decides the order of the data: rows, batch, accumulation, seed.
+        best_watched: the best evaluation that early stopping has seen; `evaluations_without_gain`: how many came since.
     """
 
     step: int = 0
@@ -79,6 +80,8 @@ class TrainState:
     total_steps: int = 0
     best_metric: float | None = None
     best_checkpoint: str | None = None
+    best_watched: float | None = None
+    evaluations_without_gain: int = 0
     data: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from arriero.data.batch import Batch, PairedRows, to_common_shape
+from arriero.models.embedding_noise import EmbeddingNoise
 from arriero.models.llama import LayerInputs, LlamaForCausalLM
 from arriero.parallel.context import ContextShard
 from arriero.parallel.parallelize import Parallel
@@ -25,6 +26,7 @@ from arriero.training.objectives.cross_entropy import CrossEntropy
 from arriero.training.objectives.objective import Objective, ObjectiveSums
 from arriero.training.optimizer import Optimizer
 from arriero.training.precision import Precision
+from arriero.training.row_noise import RowNoise
 
 T = TypeVar("T")
 
@@ -99,6 +101,7 @@ class Layers:
 
     Attributes:
         marks_padding: whether the layers' inputs say which tokens are no padding.
+        noise: what is added to the embeddings.
     """
 
     model: LlamaForCausalLM
@@ -107,6 +110,7 @@ class Layers:
     objective: Objective = field(default_factory=CrossEntropy)
     stages: list[Stage] = field(default_factory=list)
     marks_padding: bool = False
+    noise: RowNoise | None = None
 
     def __post_init__(self) -> None:
         parallel = self.parallel
@@ -151,6 +155,9 @@ class Layers:
                 real = batch.real()
                 marks = torch.ones_like(batch.labels) if real is None else real.long()
                 inputs = replace(inputs, real=cut(replace(batch, labels=marks)).labels == 1)
+            if self.noise is not None:
+                whole = self.noise.keys_and_lengths(batch)
+                inputs = self._with_noise(inputs, *(cut(replace(batch, labels=tensor)).labels for tensor in whole))
             return MicroBatch(shard.input_ids, shard.labels, inputs)
         attention = batch.attention()
         positions = attention.positions(batch.input_ids.shape[1], self.device)
@@ -158,7 +165,17 @@ class Layers:
         lengths = attention.sequence_lengths(self.device) if dynamic else None
         real = batch.real() if self.marks_padding else None
         inputs = LayerInputs(positions, attention, None, lengths, real)
+        if self.noise is not None:
+            inputs = self._with_noise(inputs, *self.noise.keys_and_lengths(batch))
         return MicroBatch(batch.input_ids, batch.labels, inputs, batch.pairs)
+
+    def _with_noise(self, inputs: LayerInputs, keys: Tensor, lengths: Tensor) -> LayerInputs:
+        assert self.noise is not None
+        noise = EmbeddingNoise(keys, lengths, self.noise.alpha)
+        tensor = self.parallel.tensor if self.parallel is not None else None
+        if tensor is not None and tensor.split:  # the embeddings come as this process's run of the tokens
+            noise = noise.part(tensor.rank, tensor.size)
+        return replace(inputs, noise=noise)
 
     def at_head(self, hidden: Tensor) -> tuple[Tensor, Tensor, VocabularyPart | None]:
         """The last stage's output, all its tokens; the head's weight; and which of its rows this process holds."""

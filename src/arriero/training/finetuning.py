@@ -32,6 +32,7 @@ from arriero.training.checkpoint import WeightStore, load_checkpoint
 from arriero.training.evaluation import evaluate_loss
 from arriero.training.execution import build_execution
 from arriero.training.finetune_options import FinetuneOptions
+from arriero.training.freezing import freeze
 from arriero.training.generation_metrics import evaluate_generation
 from arriero.training.methods.build import build_weights
 from arriero.training.objectives.cross_entropy import CrossEntropy
@@ -105,8 +106,11 @@ def build_steps(
         raise ConfigError(
             "--packing no does not go with this model: its RoPE depends on the length of a row, padding too"
         )
-    share = data.packing and data.share_prefixes and may_share_prefixes(loaded, processes)
-    if data.packing and data.share_prefixes and processes.layout.cp > 1:
+    noisy = optim.neftune_noise_alpha > 0
+    share = data.packing and data.share_prefixes and may_share_prefixes(loaded, processes) and not noisy
+    if data.packing and data.share_prefixes and noisy:
+        print("--share_prefixes is off: with --neftune_noise_alpha every row has noise of its own")
+    elif data.packing and data.share_prefixes and processes.layout.cp > 1:
         print("--share_prefixes is off: it does not go with --context_parallel_degree, which cuts the rows")
     micro_batch = optim.per_device_train_batch_size
     mixture = build_mixture(data, rows_of_parts)
@@ -207,6 +211,8 @@ def _finetune(
         if preferred is not None:
             preferred.encode(loaded.tokenizer)
         weights, values = build_weights(loaded, options)
+        if optim.freeze:
+            print(f"frozen by --freeze: {freeze(loaded.model, optim.freeze):,} parameters")
         trained = sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
     if not processes.alone:
         known_by = {split: _known_by(rows) for split, rows in examples.items()}

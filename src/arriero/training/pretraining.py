@@ -37,6 +37,7 @@ from arriero.training.callbacks.stop_signals import StopSignals
 from arriero.training.checkpoint import load_checkpoint
 from arriero.training.evaluation import evaluate_loss
 from arriero.training.execution import Execution, build_execution
+from arriero.training.freezing import freeze
 from arriero.training.run import (
     RunOptions,
     build_callbacks,
@@ -232,6 +233,8 @@ def _pretrain(
         tokenizer = find_tokenizer(options.model)
         datasets = load_data(options, tokenizer, processes.layout.data)
         loaded = load_or_make(options, tokenizer, processes)
+        if optim.freeze:
+            print(f"frozen by --freeze: {freeze(loaded.model, optim.freeze):,} parameters")
     if not processes.alone:
         check_same_data(processes, {part: _known_by(dataset) for part, dataset in datasets.items()})
     share_out(loaded, options, processes, loaded.values, corpus.max_seq_length)

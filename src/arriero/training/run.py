@@ -35,7 +35,9 @@ from arriero.parallel.parallelize import parallelize
 from arriero.parallel.processes import Processes, launched_size, start, stop
 from arriero.training.callbacks.anomalies import Anomalies
 from arriero.training.callbacks.checkpointing import Checkpointing
+from arriero.training.callbacks.early_stopping import EarlyStopping
 from arriero.training.callbacks.evaluation import Evaluation
+from arriero.training.callbacks.neftune import Neftune
 from arriero.training.callbacks.profiling import Profiling
 from arriero.training.callbacks.progress import Averages, Console, duration
 from arriero.training.callbacks.records import JsonLines, LossPlot
@@ -84,7 +86,8 @@ def check_run(verb: str, options: RunOptions, metrics: Sequence[str]) -> None:
     """
     options.parallel.layout(launched_size())  # refuses what cannot be
     best = options.checkpoint.metric_for_best_model
-    if options.checkpoint.load_best_model_at_end and best is not None and best.removeprefix("eval_") not in metrics:
+    judged = options.checkpoint.load_best_model_at_end or options.checkpoint.early_stopping_patience is not None
+    if judged and best is not None and best.removeprefix("eval_") not in metrics:
         raise ConfigError(f"--metric_for_best_model {best} is not computed here: choose one of {', '.join(metrics)}")
     if options.logging.sample_prompts:
         read_prompts(options.logging.sample_prompts)
@@ -253,6 +256,8 @@ def build_callbacks(
     checkpoint, logging = options.checkpoint, options.logging
     profiled = logging.profile_range()
     callbacks: list[Callback] = [Profiling(*profiled, memory=logging.profile_memory)] if profiled else []
+    if options.optimization.neftune_noise_alpha > 0:
+        callbacks.append(Neftune(options.optimization.neftune_noise_alpha, options.optimization.seed))
     if processes.first:
         callbacks += [Averages(logging.logging_steps), Console(progress_bar=not logging.disable_tqdm)]
     callbacks.append(Anomalies(logging.grad_norm_spike, stop=logging.stop_on_spike))
@@ -261,6 +266,16 @@ def build_callbacks(
     strategy, every = checkpoint.evaluation_strategy or "no", checkpoint.eval_steps or checkpoint.save_steps
     if evaluate is not None:
         callbacks.append(Evaluation(evaluate, strategy, every))
+        if checkpoint.early_stopping_patience is not None:
+            callbacks.append(
+                EarlyStopping(
+                    checkpoint.early_stopping_patience,
+                    checkpoint.metric_for_best_model or "loss",
+                    threshold=checkpoint.early_stopping_threshold,
+                    greater_is_better=bool(checkpoint.greater_is_better),
+                    save=checkpoint.save_strategy != "no",
+                )
+            )
     if logging.sample_prompts:
         callbacks.append(
             TextSamples(
@@ -323,7 +338,7 @@ def train(trainer: Trainer, options: RunOptions, folder: RunFolder, signals: Sto
     on_cpu = trainer.device.type == "cpu"
     with freed_memory_kept() if on_cpu and not options.precision.recompute else contextlib.nullcontext():
         state = trainer.train()
-    if signals.received and state.step < trainer.total_steps:
+    if signals.received and state.step < trainer.total_steps and not trainer.stopped_early:
         raise RunStopped(
             f"{signals.received.name}: stopped after step {state.step} of {trainer.total_steps}, which is saved; "
             "--resume_from_checkpoint auto goes on",

@@ -114,6 +114,7 @@ class Trainer:
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation, and the step it was made at
     metrics_step: int = -1
     should_stop: bool = False  # end after this step
+    stopped_early: bool = False  # it ends as if this step were the last, because training on would not help
     failed: bool = False  # an error ended the run: other processes may not come along any more
     save_now: bool = False  # a checkpoint is due at this step, whatever the strategy says
 

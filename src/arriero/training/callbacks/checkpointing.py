@@ -77,7 +77,7 @@ class Checkpointing(Callback):
             self.load_best
             and best
             and not trainer.failed
-            and trainer.state.step == trainer.total_steps
+            and (trainer.state.step == trainer.total_steps or trainer.stopped_early)
             and not self.unwritten
         ):
             try:
