@@ -61,7 +61,7 @@ METHODS: dict[str, list[str]] = {
     "QAT A8W4": ["--qat", "--qat_type", "A8W4"],
     "QAT A8W8, moving average": ["--qat", "--qat_type", "A8W8", "--qat_activation", "moving_average"],
     "LoRA, QAT A8W8": [*LORA, "--qat", "--qat_type", "A8W8"],
-    "freeze": ["--freeze", "model.embed_tokens,model.layers.[0-1],*.norm"],
+    "freeze": ["--freeze", "model.embed_tokens,model.layers.[0-2],*.norm"],
     "NEFTune": ["--neftune_noise_alpha", "15"],
     "LoRA, NEFTune": [*LORA, "--neftune_noise_alpha", "15"],
     "DPO": DPO,

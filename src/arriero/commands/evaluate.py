@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.data import DataOptions
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from arriero.training.generation_metrics import Answer
 
 HELP = (
-    "Score a model, or a model with its adapter: loss, perplexity and token accuracy; exact match and F1 for squad_qa."
+    "Score a model, or a model with its adapter: loss, perplexity and token accuracy; exact match and F1 for squad_qa; "
+    "tasks of lm-eval."
 )
 
 SQUAD_ANSWER_TOKENS = 32  # an extracted span is short
@@ -40,6 +41,8 @@ def run(
     from arriero.parallel.processes import launched_size, start, stop
     from arriero.training.run import heard_once
 
+    if evaluation.tasks:
+        return _run_tasks(model, adapter, evaluation, parallel)
     check_data(data.dataset_path, data.data_name, data.task_name)
     processes = start(parallel.layout(launched_size()), pick_device(model.device))
     with heard_once(processes):
@@ -51,6 +54,46 @@ def run(
             processes.by_first(lambda: _write(folder, metrics, answers))
     stop(processes)
     return 0
+
+
+def _run_tasks(
+    model: ModelOptions, adapter: AdapterPathOptions, evaluation: EvaluateOptions, parallel: ParallelOptions
+) -> int:
+    """Print the harness's table; `--output_dir` gets its results and the scored samples of each task."""
+    from arriero.engine.loading import load_for_inference, pick_device
+    from arriero.errors import require
+    from arriero.parallel.processes import launched_size, start, stop
+    from arriero.training.finetuning import may_share_prefixes
+    from arriero.training.run import heard_once
+
+    require("lm_eval", "eval")
+    from arriero.training.harness import HarnessModel, find_tasks, run_tasks, table_of
+
+    assert evaluation.tasks
+    manager, tasks = find_tasks(evaluation.tasks, evaluation.include_path)
+    processes = start(parallel.layout(launched_size()), pick_device(model.device))
+    with heard_once(processes):
+        loaded = load_for_inference(model, adapter, processes)
+        shares = may_share_prefixes(loaded, processes)
+        harness = HarnessModel(loaded, evaluation.per_device_eval_batch_size, share_prefixes=shares)
+        with processes.together():
+            results = run_tasks(harness, manager, tasks, evaluation)
+        if processes.first and results is not None:
+            print(table_of(results))
+            if evaluation.output_dir:
+                _write_tasks(Path(evaluation.output_dir), results)
+    stop(processes)
+    return 0
+
+
+def _write_tasks(folder: Path, results: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    samples = results.pop("samples", {})
+    text = json.dumps(results, indent=1, default=str, ensure_ascii=False)
+    (folder / "eval_results.json").write_text(text + "\n", encoding="utf-8")
+    for task, rows in samples.items():
+        with (folder / f"samples_{task}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, default=str, ensure_ascii=False) + "\n" for row in rows)
 
 
 def score_model(

@@ -146,7 +146,7 @@ def _regularized(groups: Sequence[Any], given: frozenset[str], warnings: list[st
                 "would be compared under different noise; drop the first"
             )
         if find(groups, CorpusOptions) is not None:
-            raise ConfigError("--neftune_noise_alpha is for fine-tuning: its size depends on the length of a row; drop it")
+            raise ConfigError("--neftune_noise_alpha is for fine-tuning, where a row has a length of its own: drop it")
 
 
 def _watching(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
@@ -370,6 +370,18 @@ def _scoring(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) 
     for name in idle:
         if _changed(data, name, given):
             warnings.append(f"--{name} has no effect in evaluate, which reads the held-out rows only")
+    evaluation = find(groups, EvaluateOptions)
+    if evaluation is None or not evaluation.tasks:
+        return
+    for source in ("dataset_path", "data_name", "task_name"):
+        if getattr(data, source) is not None:
+            raise ConfigError(f"--tasks and --{source} both name what is scored: drop one of them")
+    rows_only = ("src_length", "tgt_length", "max_seq_length", "max_eval_samples", "eval_with_do_generation")
+    for group, names in ((data, (*rows_only, "data_format", "train_on")), (evaluation, ("max_new_tokens",))):
+        for name in names:
+            if _changed(group, name, given):
+                instead = ": --limit is that of tasks" if name == "max_eval_samples" else ", whose files say it"
+                warnings.append(f"--{name} has no effect with --tasks{instead}")
 
 
 def _corpus(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:

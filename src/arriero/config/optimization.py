@@ -73,7 +73,9 @@ class OptimizationOptions(OptionGroup):
         "(model.embed_tokens,model.layers.[0-3])",
     )
     neftune_noise_alpha: float = option(
-        0.0, "NEFTune: uniform noise of this size on the embeddings while training (5 to 15 are usual); 0: none", minimum=0.0
+        0.0,
+        "NEFTune: uniform noise of this size on the embeddings while training (5 to 15 are usual); 0: none",
+        minimum=0.0,
     )
     seed: int = option(42, "seed of the data order, dropout and fresh weights", minimum=0)
 

@@ -108,7 +108,10 @@ class Stage(nn.Module):
             inputs = self.micro_batches[int(number)]
         inputs = inputs.after_prefix(self.prefix_length)
         with self.context():
-            return run_layers(self.embed_tokens, self.layers.values(), self.norm, self.rotary, x, inputs)
+            output = run_layers(self.embed_tokens, self.layers.values(), self.norm, self.rotary, x, inputs)
+        if self.count > 1 and torch.is_grad_enabled() and not output.requires_grad:
+            output.requires_grad_()  # all before it is frozen, and the schedule's backward pass wants an end here
+        return output
 
 
 def keep_stages(model: LlamaForCausalLM, layout: Layout, pp: int, tokens: int = 2048) -> list[Stage]:

@@ -18,18 +18,18 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 from torch import Tensor
 from tqdm import tqdm
 
 from arriero.config.evaluation import EvaluateOptions
 from arriero.data.batch import group_by_prefix, pack_groups
 from arriero.data.sft import IGNORE, Example
-from arriero.engine.generation import Generator
+from arriero.engine.generation import Generation, Generator
 from arriero.engine.loading import LoadedModel
 from arriero.engine.sampling import SamplingParams
 from arriero.errors import ArrieroError, ConfigError, DataError, GenerationError
-from arriero.parallel.generation import SharedModel, for_generation
+from arriero.parallel.generation import for_generation
 
 MAX_GENERATED_TOKENS = 256  # where a task says nothing: as the harness's own model classes
 LOGITS_AT_ONCE = 1 << 25  # elements of fp32, 128 MiB
@@ -55,7 +55,7 @@ class _Row:
         return Example(self.tokens, [IGNORE] * (len(self.tokens) - len(self.targets)) + self.targets)
 
 
-class HarnessModel(TemplateLM):
+class HarnessModel(TemplateLM):  # type: ignore[misc]
     """A loaded model as the harness asks it: how likely is a continuation, what comes next.
 
     Rows are packed without padding, and contexts in common (the choices of a question, few-shot examples) are computed once
@@ -94,10 +94,6 @@ class HarnessModel(TemplateLM):
     def tokenizer_name(self) -> str:
         return str(self.loaded.folder)
 
-    def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template's source: the harness keeps its hash beside the results."""
-        return self._text.chat_template_source if chat_template else None
-
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as text; without a generation prompt its last message stays open."""
         text = self._text.render_chat(chat_history, add_generation_prompt=add_generation_prompt)
@@ -117,12 +113,15 @@ class HarnessModel(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Of each (texts, context, continuation): log-probability of the continuation, and whether it is the greedy one."""
-        rows = []
+        rows: list[_Row] = []
+        results: dict[int, tuple[float, bool]] = {}
         for index, (_, context, continuation) in enumerate(requests):
+            if not continuation:  # its letters are part of the context's last token
+                results[index] = (0.0, True)
+                continue
             tokens = (context + continuation)[-(self.max_length + 1) :]
             rows.append(_Row(index, tokens[:-1], continuation[-len(tokens[:-1]) :]))
         rows.sort(key=lambda row: row.tokens)  # common beginnings meet in a batch
-        results: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(rows), unit="row", desc="loglikelihood", leave=False, disable=disable_tqdm) as bar:
             for start in range(0, len(rows), self.batch_size):
                 batch = rows[start : start + self.batch_size]
@@ -132,7 +131,7 @@ class HarnessModel(TemplateLM):
                     if texts is not None:
                         self.cache_hook.add_partial("loglikelihood", texts, result)
                 bar.update(len(batch))
-        return [results[index] for index in range(len(rows))]
+        return [results[index] for index in range(len(requests))]
 
     @torch.no_grad()
     def _score(self, rows: Sequence[_Row]) -> list[tuple[_Row, tuple[float, bool]]]:
@@ -149,14 +148,16 @@ class HarnessModel(TemplateLM):
         sizes = [len(row.targets) for row in order]
         return [
             (row, (float(own.double().sum()), bool(hits.all())))
-            for row, own, hits in zip(order, logps.cpu().split(sizes), greedy.cpu().split(sizes), strict=True)
+            for row, own, hits in zip(
+                order, torch.split(logps.cpu(), sizes), torch.split(greedy.cpu(), sizes), strict=True
+            )
         ]
 
     def _likelihoods(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Of each position (N, hidden): log-probability of its target (N,), and whether that is the likeliest token."""
         chunk = max(1, LOGITS_AT_ONCE // self.loaded.model.config.vocab_size)
         logps, greedy = [], []
-        for part, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        for part, target in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True):
             logits = self._model.lm_head(part).float()
             logps.append(logits.log_softmax(-1).gather(1, target[:, None])[:, 0])
             greedy.append(logits.argmax(-1) == target)
@@ -183,7 +184,9 @@ class HarnessModel(TemplateLM):
         """The answer to each prompt, up to the first of its stop texts or the end of the text."""
         generator = Generator(self._model, self._text, max_batch_size=self.batch_size)
         end = self._text.decode([self._end], skip_special_tokens=False)
-        prompts, params, stops = [], [], []
+        prompts: list[list[int]] = []
+        params: list[SamplingParams] = []
+        stops: list[list[str]] = []
         for request in requests:
             context, settings = request.args
             kwargs = dict(normalize_gen_kwargs(settings, MAX_GENERATED_TOKENS))
@@ -198,7 +201,11 @@ class HarnessModel(TemplateLM):
             params.append(_sampling(kwargs, stop, seed=len(params)))
             stops.append(stop)
         with tqdm(total=len(requests), unit="row", desc="answers", leave=False, disable=disable_tqdm) as bar:
-            answers = generator.generate(prompts, params, on_done=lambda _, __: bar.update())
+
+            def done(_: int, __: Generation) -> None:
+                bar.update()
+
+            answers = generator.generate(prompts, params, on_done=done)
         texts = [
             postprocess_generated_text(answer.text, stop, None) for answer, stop in zip(answers, stops, strict=True)
         ]
@@ -228,6 +235,8 @@ def find_tasks(names: Sequence[str], include_path: str | None) -> tuple[TaskMana
     """
     manager = None
     if include_path is not None:
+        if not any(Path(include_path).rglob("*.yaml")):
+            raise ConfigError(f"--include_path {include_path}: there is no task file (*.yaml) there")
         manager = TaskManager(include_path=include_path, include_defaults=False)
     if manager is None or any(not manager.match_tasks([name]) for name in names):
         manager = TaskManager(include_path=include_path)  # reads the thousands of files that come with the harness
@@ -268,7 +277,7 @@ def run_tasks(
     return results
 
 
-def folder_exists(include_path: str) -> None:
-    """Raises ConfigError where `--include_path` is no folder with task files."""
-    if not any(Path(include_path).rglob("*.yaml")):
-        raise ConfigError(f"--include_path {include_path}: there is no task file (*.yaml) in it")
+def table_of(results: dict[str, Any]) -> str:
+    """The scores as the harness's own table, groups below."""
+    tables = [make_table(results), *([make_table(results, "groups")] if results.get("groups") else [])]
+    return "\n".join(tables)

@@ -154,7 +154,9 @@ class Optimizer:
         """Scale the gradients, whose norm is `norm`, down to `max_norm` (not at all if it is 0)."""
         # not finite: one bad gradient would spoil all the others; small enough: a pass over all gradients for nothing
         if max_norm > 0 and max_norm < norm < math.inf:
-            torch._foreach_mul_(list(self.gradients().values()), max_norm / (norm + 1e-6))
+            gradients = list(self.gradients().values())
+            if gradients:  # this process's layers may be frozen where others' are not
+                torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
