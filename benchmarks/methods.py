@@ -29,8 +29,8 @@ DOCUMENT = ROOT / "configs/README.md"
 BEGIN, END = "<!-- made by make bench BENCH=methods: begin -->", "<!-- made by make bench BENCH=methods: end -->"
 BASE = "none (the model as it comes)"
 AFTERWARDS = {  # what is made of a finished run, and scored in its place
-    "full, then int4": ("full", ["quantize", "--quant_type", "weight_only_int4", "--group_size", "32"]),
-    "full, then int8": ("full", ["quantize", "--quant_type", "weight_only_int8"]),
+    "full + int4": ("full", ["quantize", "--quant_type", "weight_only_int4", "--group_size", "32"]),
+    "full + int8": ("full", ["quantize", "--quant_type", "weight_only_int8"]),
 }
 
 
@@ -97,7 +97,7 @@ def train(recipe: str, given: argparse.Namespace, folder: Path) -> dict[str, Any
 def afterwards(name: str, given: argparse.Namespace, runs: Path) -> dict[str, Any]:
     """Quantize a finished run and score it."""
     source, (verb, *options) = AFTERWARDS[name]
-    folder = runs / name.replace(", ", "-").replace(" ", "-")
+    folder = runs / name.replace(" + ", "-")
     arguments = [verb, "--model_name_or_path", str(runs / source), "--output_path", str(folder / "model"), *options]
     seconds, memory = arriero(*arguments, log=folder / "quantize.log")
     kept = folder / "model"

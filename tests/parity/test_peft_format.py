@@ -14,8 +14,18 @@ transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from arriero.errors import FormatError  # noqa: E402
-from arriero.formats.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PeftLoraConfig, load_adapter, save_adapter  # noqa: E402
+from arriero.adapters.lora import LoRAConfig, apply_lora  # noqa: E402
+from arriero.errors import ConfigError, FormatError  # noqa: E402
+from arriero.formats.peft import (  # noqa: E402
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    PeftLoraConfig,
+    is_pattern,
+    load_adapter,
+    save_adapter,
+)
+from arriero.models.config import LlamaConfig  # noqa: E402
+from arriero.models.llama import LlamaForCausalLM  # noqa: E402
 
 
 def base(bias: bool = False) -> Any:
@@ -182,3 +192,38 @@ def test_nothing_to_save(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="no LoRA tensors"):
         save_adapter(tmp_path / "x", {"a.weight": torch.zeros(1)}, PeftLoraConfig(target_modules=("a",)))
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "valid"),
+    [
+        (r"model\.layers\.\d+\.self_attn\.(q|k)_proj", True),
+        (r".*\.(q_proj|v_proj)", True),
+        ("([a-z_.0-9]+)+X", False),  # twice as long for each character of a name
+        ("(a|aa)*b", False),
+        (".*" * 6, False),
+        ("(?i)q_proj", False),  # valid alone, but not where it is put
+        ("(", False),
+    ],
+)
+def test_expressions_of_a_file_that_could_take_for_ever_are_refused(pattern: str, valid: bool) -> None:
+    assert is_pattern(pattern) is valid
+
+
+def test_a_rank_that_no_layer_can_use_is_refused_before_it_is_allocated() -> None:
+    config = LlamaConfig.from_dict(
+        {
+            "model_type": "llama",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 1,
+            "vocab_size": 32,
+        }
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    with pytest.raises(
+        ConfigError, match=r"rank 100000000000 is more than model\.layers\.0\.self_attn\.q_proj can use"
+    ):
+        apply_lora(model, LoRAConfig(rank=10**11), fresh=False)

@@ -254,6 +254,37 @@ def test_broken_nf4_states_are_refused(tmp_path: Path, state: bytes, message: st
         hf.load_model(folder)
 
 
+@pytest.mark.parametrize(
+    ("tensors", "nested", "message"),
+    [
+        ({"absmax": torch.zeros(8)}, {}, "this scheme asks for"),
+        ({"absmax": torch.zeros(64, dtype=torch.float16)}, {}, "is torch.float16"),
+        ({"quant_map": torch.zeros(16)}, {}, "other levels than nf4's"),
+        ({"absmax": torch.zeros(64, dtype=torch.uint8)}, {}, "lacks its block size"),
+        (
+            {
+                "absmax": torch.zeros(64, dtype=torch.uint8),
+                "nested_quant_map": torch.zeros(16),
+                "nested_absmax": torch.zeros(1),
+            },
+            {"nested_blocksize": 2**50, "nested_offset": 0.0},
+            r"has the shape \[16\], this scheme asks for \[256\]",
+        ),
+    ],
+    ids=["too few", "another type", "another codebook", "no block size", "a huge block"],
+)
+def test_scales_of_nf4_that_do_not_fit_are_refused(
+    tmp_path: Path, tensors: dict[str, Tensor], nested: dict[str, Any], message: str
+) -> None:
+    folder = make_quantized(tmp_path, Nf4Weights())
+    state = json.dumps({"quant_type": "nf4", "blocksize": 64, "shape": [64, 64], **nested}).encode()
+    named = {f"{Q}.weight.{name}": tensor for name, tensor in tensors.items()}
+    named[f"{Q}.weight.quant_state.bitsandbytes__nf4"] = torch.frombuffer(bytearray(state), dtype=torch.uint8)
+    rewrite(folder, {}, named)
+    with pytest.raises(FormatError, match=message):
+        hf.load_model(folder)
+
+
 def test_config_says_quantized_but_nothing_is(tmp_path: Path) -> None:
     folder = make_quantized(tmp_path, SCHEMES["int8"])
     shutil.copy(tmp_path / "plain/model.safetensors", folder / "model.safetensors")

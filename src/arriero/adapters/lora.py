@@ -48,7 +48,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, seed: int = 0, *, fresh: bo
         The full names of the adapted layers.
 
     Raises:
-        ConfigError: if no layer matches the targets.
+        ConfigError: if no layer matches the targets, or a rank is larger than a layer.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -57,8 +57,10 @@ def apply_lora(model: nn.Module, config: LoRAConfig, seed: int = 0, *, fresh: bo
         raise ConfigError(f"lora_target_modules {config.target_modules!r} match no linear layer of this model")
     kind = DoRALinear if config.use_dora else PiSSALinear if config.pissa else LoRALinear
     for name in names:
-        base = model.get_submodule(name)
-        replace_layer(model, name, kind(base, config.of_layer(name)).train(base.training))  # type: ignore[arg-type]
+        base, own = model.get_submodule(name), config.of_layer(name)
+        if own.rank > base.in_features + base.out_features:  # type: ignore[operator]  # else a file says what is allocated
+            raise ConfigError(f"rank {own.rank} is more than {name} can use, {base.out_features} x {base.in_features}")
+        replace_layer(model, name, kind(base, own).train(base.training))  # type: ignore[arg-type]
     if fresh:
         values = FreshAdapter(config, seed, lambda layer: model.get_submodule(layer).base_weight())  # type: ignore[operator]
         for name, parameter in model.named_parameters():

@@ -109,5 +109,10 @@ class AdapterOptions(AdapterPathOptions):
             self.lora_init = "pissa"
         if self.lora_dora and self.lora_init == "pissa":
             raise ConfigError("--lora_dora and --lora_init pissa do not go together: choose one of them")
-        if self.lora and self.lora_path is None and self.lora_alpha is None:
-            self.lora_alpha = 2.0 * self.lora_rank
+        if self.lora and self.lora_path is None:
+            self.lora_alpha = self.alpha
+
+    @property
+    def alpha(self) -> float:
+        """Strength of fresh additions."""
+        return 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha

@@ -223,6 +223,10 @@ def _prefix(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -
     name = "prefix_path" if adapter.prefix_path else "prefix_tuning" if tuned else None
     if name is None:
         return
+    if adapter.prefix_path:
+        for stored in ("num_prefix_tokens", "prefix_projection", "prefix_projection_hidden_size"):
+            if isinstance(adapter, AdapterOptions) and _changed(adapter, stored, given):
+                warnings.append(f"--{stored} has no effect with --prefix_path: the stored prefix's own is kept")
     if parallel.context_parallel_degree > 1:
         raise ConfigError(
             f"--{name} and --context_parallel_degree {parallel.context_parallel_degree} do not go together: each document's "

@@ -45,7 +45,9 @@ def dataset_parts(dataset_path: str, weights: Sequence[float] | None = None) -> 
         if given:
             raise ConfigError("--dataset_weights and the weights in --dataset_path say the same: give one of them")
         if len(weights) != len(parts):
-            raise ConfigError(f"--dataset_weights has {len(weights)} numbers, --dataset_path {len(parts)} files")
+            raise ConfigError(
+                f"--dataset_weights has {len(weights)} numbers and --dataset_path names {len(parts)}: give one for each"
+            )
         parts = [DataPart(part.path, weight) for part, weight in zip(parts, weights, strict=True)]
         given = list(weights)
     elif given and len(given) < len(parts):

@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from arriero.errors import DataError, require
 
@@ -63,7 +63,7 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, 
     try:
         # utf-8-sig: spreadsheets write a byte order mark, which must not become part of the first name
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            reader = csv.reader(_bounded_lines(file, path), delimiter=delimiter, strict=True)
             names: list[str] = []
             try:
                 for fields in reader:
@@ -82,6 +82,16 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, 
         raise DataError(f"{path}: not a table in UTF-8 ({error})") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _bounded_lines(file: TextIO, path: Path) -> Iterator[str]:
+    """The lines of a file, none of them longer than a row may be."""
+    number = 0
+    while line := file.readline(MAX_ROW_BYTES + 1):
+        number += 1
+        if len(line) > MAX_ROW_BYTES:
+            raise DataError(f"{path}:{number}: a line of more than {MAX_ROW_BYTES} characters")
+        yield line
 
 
 def _header(fields: list[str], where: str) -> list[str]:

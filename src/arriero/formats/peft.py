@@ -22,6 +22,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 Number = TypeVar("Number", int, float)
 MAX_CONFIG_BYTES = 4 * 2**20
+MAX_PATTERN = 2000  # characters of a regular expression
+MAX_REPETITIONS = 5  # in one expression; each multiplies the ways to match a name of a layer by the name's length
 
 _PREFIX = "base_model.model."
 _ADAPTER = re.compile(r"(.+)\.lora_[AB]\.weight")
@@ -102,8 +104,11 @@ class PeftLoraConfig:
             targets = tuple(sorted(set(targets)))  # PEFT keeps a set: the order means nothing
         elif not isinstance(targets, str) or not targets:
             raise FormatError(f"{source}: target_modules must be a list of layer names or a pattern, got {targets!r}")
-        elif not _is_pattern(targets):
-            raise FormatError(f"{source}: target_modules {targets[:60]!r} is not a regular expression")
+        elif not is_pattern(targets):
+            raise FormatError(
+                f"{source}: target_modules {targets[:60]!r} is not a regular expression, or one with more than "
+                f"{MAX_REPETITIONS} repetitions or a repeated group"
+            )
         bias = values.get("bias", "none")
         if bias not in ("none", "all", "lora_only"):
             raise FormatError(f"{source}: bias must be none, all or lora_only, got {bias!r}")
@@ -182,9 +187,14 @@ def _is_alpha(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def _is_pattern(text: str) -> bool:
+def is_pattern(text: str) -> bool:
+    """Whether an expression of a stranger's file may be matched with names of layers: short, valid where it is put, with few
+    repetitions and none of a group, which could take for ever."""
+    repetitions = re.findall(r"(?<!\\)[*+{]", text)
+    if len(text) > MAX_PATTERN or len(repetitions) > MAX_REPETITIONS or re.search(r"(?<!\\)\)[*+{]", text):
+        return False
     try:
-        re.compile(text)
+        re.compile(rf"(.*\.)?({text})$")
     except (re.error, RecursionError, OverflowError):
         return False
     return True
@@ -193,7 +203,7 @@ def _is_pattern(text: str) -> bool:
 def _pattern_of(values: Mapping[str, Any], key: str, valid: Callable[[Any], bool], source: str) -> dict[str, Any]:
     """One of the two patterns of the file."""
     found = values.get(key) or {}
-    if not isinstance(found, dict) or not all(_is_pattern(name) and valid(value) for name, value in found.items()):
+    if not isinstance(found, dict) or not all(is_pattern(name) and valid(value) for name, value in found.items()):
         raise FormatError(
             f"{source}: {key} must give a number above 0 for patterns of layer names, got {str(found)[:60]}"
         )

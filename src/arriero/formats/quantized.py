@@ -193,6 +193,12 @@ class QuantizedFolder:
             self._check_state(layer)
             nested = [f"{layer}.weight.nested_{key}" for key in ("absmax", "quant_map")]
             self._need(f"{layer}.weight", (rows * columns // 2, 1), torch.uint8)
+            self._check_absmax(layer, rows * columns // self.scheme.block_size)
+            levels = f"{layer}.weight.quant_map"
+            if levels in self._files:
+                self._need(levels, (16,), torch.float32)
+                if not torch.allclose(self._files.read(levels), torch.tensor(nf4.LEVELS), rtol=0, atol=1e-6):
+                    raise FormatError(f"{levels} holds other levels than nf4's")
             known = {f"{layer}.{key}" for key in ("weight", "weight.absmax", "weight.quant_map", _STATE)}
             return known | {name for name in nested if name in self._files}
         for part, (shape, dtype) in self.scheme.tensors(rows, columns).items():
@@ -204,6 +210,20 @@ class QuantizedFolder:
                 raise FormatError(f"{described} is not {[rows, columns]}, as config.json has it")
             known.add(described)
         return known
+
+    def _check_absmax(self, layer: str, blocks: int) -> None:
+        """The scales of an nf4 layer, and those of the scales where they are quantized themselves."""
+        name = f"{layer}.weight.absmax"
+        self._need(name, (blocks,), None)
+        if self._files.dtype(name) == torch.float32:
+            return
+        self._need(name, (blocks,), torch.uint8)
+        state = self._state(layer)
+        size, offset = state.get("nested_blocksize"), state.get("nested_offset")
+        if type(size) is not int or size < 1 or type(offset) not in (int, float):
+            raise FormatError(f"{layer}: the quantized absmax lacks its block size or offset")
+        self._need(f"{layer}.weight.nested_quant_map", (256,), torch.float32)
+        self._need(f"{layer}.weight.nested_absmax", (-(-blocks // size),), torch.float32)
 
     def _need(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
         found = self._files.shapes.get(name)
@@ -282,12 +302,11 @@ class QuantizedFolder:
         if absmax.dtype == torch.float32:
             return absmax
         state = self._state(layer)
-        size, offset = state.get("nested_blocksize"), state.get("nested_offset")
-        if not isinstance(size, int) or size < 1 or not isinstance(offset, float):
-            raise FormatError(f"{self.folder}: {layer}: the quantized absmax lacks its block size or offset")
+        size, offset = state["nested_blocksize"], state["nested_offset"]  # looked at by `_check_absmax`
         levels = self._files.read(f"{layer}.weight.nested_quant_map")
         scales = self._files.read(f"{layer}.weight.nested_absmax")
-        return levels[absmax.int()] * scales.repeat_interleave(size)[: absmax.numel()] + offset
+        spread = scales.repeat_interleave(min(int(size), absmax.numel()))[: absmax.numel()]
+        return levels[absmax.int()] * spread + float(offset)
 
     def dequantized(self, name: str, dtype: torch.dtype) -> Tensor:
         """A weight of the plain model."""

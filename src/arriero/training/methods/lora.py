@@ -31,7 +31,7 @@ def lora_weights(loaded: LoadedModel, options: FinetuneOptions) -> tuple[Adapter
     else:
         config = LoRAConfig(
             rank=adapter.lora_rank,
-            alpha=adapter.lora_alpha or 2.0 * adapter.lora_rank,
+            alpha=adapter.alpha,
             dropout=adapter.lora_dropout,
             target_modules=tuple(adapter.lora_target_modules),
             bias=adapter.lora_bias,  # type: ignore[arg-type]
