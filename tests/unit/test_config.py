@@ -9,7 +9,6 @@ import pytest
 
 from arriero.config.adapter import AdapterOptions
 from arriero.config.checkpoint import CheckpointOptions
-from arriero.config.compatibility import find
 from arriero.config.data import DataOptions
 from arriero.config.files import effective, write_config
 from arriero.config.generation import GenerationOptions, PredictOptions
@@ -22,6 +21,7 @@ from arriero.config.parser import parse
 from arriero.config.precision import PrecisionOptions
 from arriero.config.pretraining import CorpusOptions, PretrainOptimizationOptions
 from arriero.config.quantization import QuantizationOptions
+from arriero.config.rules.groups import find
 from arriero.errors import ConfigError
 
 TRAINING = (

@@ -12,7 +12,7 @@ from arriero.adapters.prefix import (
     prefix_state,
 )
 from arriero.adapters.prefix_files import StoredPrefix, open_prefix, whole_state, with_prefix
-from arriero.config.compatibility import check_projection
+from arriero.config.rules.methods import check_projection
 from arriero.engine.loading import LoadedModel
 from arriero.errors import ConfigError
 from arriero.formats.parts import Placement

@@ -1,0 +1,1 @@
+"""Rules between option groups, by what they are about; `arriero.config.compatibility` applies them all."""
