@@ -111,6 +111,9 @@ def table(results: dict[str, dict[str, Any]], given: argparse.Namespace) -> str:
     ]
     for name, found in results.items():
         label = f"[{name}.yaml](finetune/{name}.yaml)" if (RECIPES / f"{name}.yaml").is_file() else name
+        if not found:
+            rows.append(f"| {label} | not measured yet | | | | | |")
+            continue
         trained = f"{found['trained']:,}" if "trained" in found else ""
         kept = f"{found['megabytes']:.1f} MiB" if "megabytes" in found else ""
         memory = f"{found['memory']:.1f} GiB" if "memory" in found else ""
@@ -154,7 +157,7 @@ def main() -> None:
         with record.open("a", encoding="utf-8") as file:
             file.write(json.dumps(results[name]) + "\n")
         print(f"{name}: exact match {found['exact_match']:.1f}, F1 {found['f1']:.1f}", flush=True)
-    made = table({name: results[name] for name in [BASE, *recipes, *AFTERWARDS] if name in results}, given)
+    made = table({name: results.get(name, {}) for name in [BASE, *recipes, *AFTERWARDS]}, given)
     print(made)
     if not given.print:
         text = DOCUMENT.read_text(encoding="utf-8")

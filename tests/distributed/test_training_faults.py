@@ -197,8 +197,8 @@ def test_killed_in_a_step_then_in_a_save_it_ends_as_the_uninterrupted_run(
 @pytest.mark.peers
 @pytest.mark.parametrize(
     "options",
-    [("--pipeline_parallel_degree", "2"), ("--sharding", "stage3"), ("--sharding", "stage2", "--async_save")],
-    ids=["pp2", "stage3", "stage2-async-save"],
+    [("--pipeline_parallel_degree", "2"), ("--sharding", "stage3")],
+    ids=["pp2", "stage3"],
 )
 def test_killed_twice_on_other_layouts(options: tuple[str, ...], work: Path, launch: Launch) -> None:
     name = "-".join(options).replace("--", "")
