@@ -83,7 +83,7 @@ def test_a_mixture_padded_and_by_tokens(arriero: Command, data: Path, tmp_path: 
     [
         (("--max_tokens_per_batch", "8"), "--max_tokens_per_batch allows 8"),
         (("--data_format", "sharegpt"), "chat.jsonl:1: none of the keys conversations"),
-        (("--dataset_weights", "0.5,0.5"), "--dataset_weights has 2 numbers, --dataset_path 1 files"),
+        (("--dataset_weights", "0.5,0.5"), "--dataset_weights has 2 numbers and --dataset_path names 1"),
     ],
 )
 def test_a_wrong_choice_is_one_line(arriero: Command, data: Path, options: tuple[str, ...], message: str) -> None:

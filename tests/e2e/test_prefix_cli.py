@@ -150,7 +150,7 @@ def test_predict_equals_pefts_generate(work: Path, call: Call) -> None:
 def test_bad_input_is_one_line(arguments: tuple[str, ...], parts: tuple[str, ...], call: Call) -> None:
     code, _, err = call(*TRAINING, "--output_dir", "bad", *arguments)
     assert code == 2, err
-    (line,) = [line for line in err.splitlines() if line.startswith("arriero")]
+    (line,) = [line for line in err.splitlines() if line.startswith("arriero") and "warning" not in line]
     for part in parts:
         assert part in line
 

@@ -26,6 +26,7 @@ MAX_LAYERS = 10_000
 # Whose quantized weights can be read; see `arriero.formats.quantized`.
 QUANTIZATION_METHODS = ("compressed-tensors", "bitsandbytes")
 MAX_DIMENSION = 2**31 - 1
+MAX_ELEMENTS = 1 << 48  # of one matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,11 @@ class LlamaConfig:
             limit = MAX_LAYERS if key == "num_hidden_layers" else MAX_DIMENSION
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
                 raise FormatError(f"{key} must be a whole number from 1 to {limit}, got {value!r}")
+        widest = max(self.vocab_size, self.intermediate_size, self.num_attention_heads * self.head_dim)
+        if self.hidden_size * widest > MAX_ELEMENTS:  # torch cannot even name the size of such a tensor
+            raise FormatError(
+                f"a matrix of {self.hidden_size} x {widest} numbers is larger than any machine can address"
+            )
         for key in ("rms_norm_eps", "rope_theta", "initializer_range"):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
