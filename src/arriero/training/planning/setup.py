@@ -12,7 +12,6 @@ import torch
 
 from arriero.adapters.lora import LoRAConfig, apply_lora
 from arriero.config.layout import Layout
-from arriero.errors import ConfigError
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 from arriero.training.flops import StepCost, step_cost
