@@ -374,12 +374,25 @@ def _weights_of(folder: Path) -> Path:
 
 
 def _read_config(folder: Path) -> PeftLoraConfig:
+    values, source = read_adapter_config(folder, "an adapter folder needs it")
+    return PeftLoraConfig.from_dict(values, source)
+
+
+def read_adapter_config(folder: Path, missing: str) -> tuple[dict[str, Any], str]:
+    """The JSON object of a folder's adapter_config.json, of whatever kind of adapter, and the file's name for messages.
+
+    Args:
+        missing: what a message says where there is none.
+
+    Raises:
+        FormatError: when the file is missing, too large or no JSON object.
+    """
     path = folder / ADAPTER_CONFIG
     try:
         with path.open("rb") as file:
             text = file.read(MAX_CONFIG_BYTES + 1)
     except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror}); an adapter folder needs it") from error
+        raise FormatError(f"{path}: cannot be read ({error.strerror}); {missing}") from error
     if len(text) > MAX_CONFIG_BYTES:
         raise FormatError(f"{path}: is larger than {MAX_CONFIG_BYTES} bytes; this is not an adapter's configuration")
     try:
@@ -388,4 +401,4 @@ def _read_config(folder: Path) -> PeftLoraConfig:
         raise FormatError(f"{path}: is not valid JSON ({error})") from error
     if not isinstance(values, dict):
         raise FormatError(f"{path}: must hold a JSON object, got {type(values).__name__}")
-    return PeftLoraConfig.from_dict(values, str(path))
+    return values, str(path)

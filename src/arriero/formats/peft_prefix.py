@@ -18,7 +18,7 @@ from torch import Tensor
 
 from arriero.errors import FormatError
 from arriero.formats.parts import Part, Placement
-from arriero.formats.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MAX_CONFIG_BYTES
+from arriero.formats.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 from arriero.formats.shared_files import ALONE, PartReader, Peers, shared_folder, write_tensor_file
 
 ENCODER_WEIGHTS = "prefix_encoder.safetensors"
@@ -126,21 +126,8 @@ def read_config(folder: str | Path) -> PeftPrefixConfig:
     Raises:
         FormatError: when the file is missing or broken, or of another kind of adapter.
     """
-    path = Path(folder) / ADAPTER_CONFIG
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror}); a prefix folder needs it") from error
-    if len(text) > MAX_CONFIG_BYTES:
-        raise FormatError(f"{path}: is larger than {MAX_CONFIG_BYTES} bytes; this is not an adapter's configuration")
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: is not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise FormatError(f"{path}: must hold a JSON object, got {type(values).__name__}")
-    return PeftPrefixConfig.from_dict(values, str(path))
+    values, source = read_adapter_config(Path(folder), "a prefix folder needs it")
+    return PeftPrefixConfig.from_dict(values, source)
 
 
 def save_prefix(
