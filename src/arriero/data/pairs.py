@@ -6,7 +6,6 @@ The rows of a pair begin with the same prompt, so that its tokens stand in the b
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from arriero.data.row_files import read_rows
 from arriero.data.rows.preferences import PairSample, pair_from_row
 from arriero.data.sft import Example, SFTTokenizer, encode_sample
 from arriero.data.sources import find_splits
-from arriero.data.steps import DataShare, share_out
+from arriero.data.steps import DataShare, OrderedSteps
 from arriero.errors import DataError
 
 
@@ -155,7 +154,7 @@ def pair_batches(
 
 
 @dataclass(frozen=True)
-class PreferenceSteps:
+class PreferenceSteps(OrderedSteps):
     """The pairs of every step (see `arriero.data.steps.StepSource`). A pair is never in two micro-batches.
 
     Attributes:
@@ -169,22 +168,9 @@ class PreferenceSteps:
     share_prefixes: bool = True
     share: DataShare = field(default_factory=DataShare)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.order.steps_per_epoch
-
-    def steps_in(self, epochs: float) -> int:
-        return math.ceil(epochs * self.steps_per_epoch)
-
-    def __call__(self, step: int) -> list[Batch]:
-        micro_batches = self.order(step)
-
-        def make(number: int) -> Batch:
-            chosen = micro_batches[number]
-            reference = None if self.reference is None else self.reference[chosen]
-            return pack_pairs([self.pairs[i] for i in chosen], reference, share_prefixes=self.share_prefixes)
-
-        return list(share_out(LazyBatches(len(micro_batches), make), self.share))
+    def batch_of(self, rows: Sequence[int]) -> Batch:
+        reference = None if self.reference is None else self.reference[list(rows)]
+        return pack_pairs([self.pairs[row] for row in rows], reference, share_prefixes=self.share_prefixes)
 
     def fingerprint(self) -> dict[str, Any]:
         return {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -74,8 +75,30 @@ class StepSource(Protocol):
         ...
 
 
+class OrderedSteps(ABC):
+    """What sources have in common whose rows a `StepOrder` gives."""
+
+    order: StepOrder
+    share: DataShare
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.order.steps_per_epoch
+
+    def steps_in(self, epochs: float) -> int:
+        return math.ceil(epochs * self.steps_per_epoch)
+
+    def __call__(self, step: int) -> list[Batch]:
+        rows = self.order(step)
+        return list(share_out(LazyBatches(len(rows), lambda number: self.batch_of(rows[number])), self.share))
+
+    @abstractmethod
+    def batch_of(self, rows: Sequence[int]) -> Batch:
+        """One micro-batch."""
+
+
 @dataclass(frozen=True)
-class FinetuningSteps:
+class FinetuningSteps(OrderedSteps):
     """Rows of prompts and answers, packed without padding unless `padded` is asked for.
 
     Attributes:
@@ -90,21 +113,9 @@ class FinetuningSteps:
     share: DataShare = DataShare()
     padded: bool = False
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.order.steps_per_epoch
-
-    def steps_in(self, epochs: float) -> int:
-        return math.ceil(epochs * self.steps_per_epoch)
-
-    def __call__(self, step: int) -> list[Batch]:
-        rows = self.order(step)
-
-        def make(number: int) -> Batch:
-            chosen = [self.examples[row] for row in rows[number]]
-            return pad(chosen) if self.padded else pack(chosen, share_prefixes=self.share_prefixes)
-
-        return list(share_out(LazyBatches(len(rows), make), self.share))
+    def batch_of(self, rows: Sequence[int]) -> Batch:
+        chosen = [self.examples[row] for row in rows]
+        return pad(chosen) if self.padded else pack(chosen, share_prefixes=self.share_prefixes)
 
     def fingerprint(self) -> dict[str, Any]:
         clusters = self.order.clusters
