@@ -17,8 +17,8 @@ tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
 from arriero.errors import FormatError  # noqa: E402
-from arriero.formats.gguf import GGUFFile  # noqa: E402
-from arriero.formats.gguf_model import convert_gguf, hf_name, unpermute  # noqa: E402
+from arriero.formats.gguf.file import GGUFFile  # noqa: E402
+from arriero.formats.gguf.model import convert_gguf, hf_name, unpermute  # noqa: E402
 from arriero.formats.hf import load_model  # noqa: E402
 from arriero.models.config import LlamaConfig  # noqa: E402
 from arriero.models.llama import LlamaForCausalLM  # noqa: E402

@@ -13,7 +13,7 @@ import pytest
 gguf = pytest.importorskip("gguf")
 
 from arriero.errors import FormatError  # noqa: E402
-from arriero.formats.gguf import GGUFFile  # noqa: E402
+from arriero.formats.gguf.file import GGUFFile  # noqa: E402
 
 Types = gguf.GGMLQuantizationType
 

@@ -21,8 +21,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers import pre_tokenizers as pre  # noqa: E402
 
 from arriero.errors import FormatError  # noqa: E402
-from arriero.formats.gguf import GGUFFile  # noqa: E402
-from arriero.formats.gguf_tokenizer import tokenizer_files  # noqa: E402
+from arriero.formats.gguf.file import GGUFFile  # noqa: E402
+from arriero.formats.gguf.tokenizer import tokenizer_files  # noqa: E402
 
 CORPUS = (Path(__file__).parents[2] / "LICENSE").read_text() + Path(__file__).read_text()
 TEXTS = [

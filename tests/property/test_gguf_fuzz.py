@@ -16,8 +16,8 @@ from hypothesis import example, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from arriero.errors import FormatError  # noqa: E402
-from arriero.formats.gguf import GGUFFile  # noqa: E402
-from arriero.formats.gguf_model import convert_gguf  # noqa: E402
+from arriero.formats.gguf.file import GGUFFile  # noqa: E402
+from arriero.formats.gguf.model import convert_gguf  # noqa: E402
 
 
 def sample() -> bytes:

@@ -11,7 +11,7 @@ import pytest
 gguf = pytest.importorskip("gguf")
 
 from arriero.errors import FormatError  # noqa: E402
-from arriero.formats.gguf import GGUFFile  # noqa: E402
+from arriero.formats.gguf.file import GGUFFile  # noqa: E402
 
 
 def text(value: str | bytes) -> bytes:

@@ -51,7 +51,7 @@ def run(options: ConvertOptions) -> int:
     """Convert and print the new folder."""
     from arriero.errors import ConfigError
     from arriero.formats.download import resolve_model
-    from arriero.formats.gguf_model import convert_gguf
+    from arriero.formats.gguf.model import convert_gguf
     from arriero.formats.hf import open_state, save_model
     from arriero.formats.quantized import is_quantized, plain
     from arriero.formats.safe_tensors import parse_size

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from arriero.errors import FormatError
-from arriero.formats.gguf_model import convert_gguf
+from arriero.formats.gguf.model import convert_gguf
 from arriero.formats.receipt import check_sha256, is_complete, write_receipt
 from arriero.formats.staging import write_error
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from arriero.errors import FormatError
-from arriero.formats.gguf import GGUFFile
-from arriero.formats.gguf_tokenizer import tokenizer_files
+from arriero.formats.gguf.file import GGUFFile
+from arriero.formats.gguf.tokenizer import tokenizer_files
 from arriero.formats.hf import check_state, parse_dtype, save_model
 from arriero.formats.safe_tensors import LazyTensor
 from arriero.models.config import LlamaConfig
