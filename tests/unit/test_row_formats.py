@@ -167,10 +167,10 @@ WRONG: list[tuple[str, Any, str]] = [
     ),
     ("auto", {"messages": [USER, {"role": "assistant", "content": "x"}], "tools": {"a": 1}}, "'tools' must be a list"),
     ("auto", {"instruction": "x", "instances": []}, "'instances' must be a list of objects"),
-    ("auto", {"instruction": "x", "instances": [{"input": ""}]}, "'output' must be a string"),
-    ("auto", {"prompt": "x"}, "'completion' must be a string"),
+    ("auto", {"instruction": "x", "instances": [{"input": ""}]}, "has no 'output'"),
+    ("auto", {"prompt": "x"}, "has no 'completion'"),
     ("auto", {"prompt": [USER], "completion": "x"}, "'completion' must be a list of turns"),
-    ("auto", {"text": None}, "'text' must be a string"),
+    ("auto", {"text": None}, "has no 'text'"),
     ("alpaca", {"src": "a", "tgt": "b"}, "none of the keys instruction: found src, tgt"),
     ("sharegpt", {"messages": []}, "none of the keys conversations: found messages"),
 ]

@@ -17,7 +17,9 @@ def first_text(row: Row, key: str, where: str) -> str:
         DataError: there is none.
     """
     value = row.get(key)
-    if isinstance(value, list) and value:
+    if value is None or value == []:
+        raise DataError(f"{where}: has no '{key}': add it, or leave out this row")
+    if isinstance(value, list):
         value = value[0]
     if not isinstance(value, str):
         raise DataError(
