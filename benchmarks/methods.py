@@ -2,9 +2,11 @@
 
     make bench BENCH=methods ARGS="--dataset_path ../shared/data/squad"
     make bench BENCH=methods ARGS="--only lora,prefix --max_train_samples 160"
+    make bench BENCH=methods ARGS=--speed    # a few steps of each, on a machine that does nothing else
 
 Each training and each scoring is a process of its own, by the commands a user gives. Results are added to
-RUNS/methods.jsonl as they come; what is there already is not run again. Afterwards the table of configs/README.md is rewritten.
+RUNS/methods.jsonl and RUNS/speed.jsonl as they come; what is there already is not run again. Afterwards the table of
+configs/README.md is rewritten.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import datetime
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -28,6 +31,7 @@ RECIPES = ROOT / "configs/finetune"
 DOCUMENT = ROOT / "configs/README.md"
 BEGIN, END = "<!-- made by make bench BENCH=methods: begin -->", "<!-- made by make bench BENCH=methods: end -->"
 BASE = "none (the model as it comes)"
+SPEED_STEPS = 5
 AFTERWARDS = {  # what is made of a finished run, and scored in its place
     "full + int4": ("full", ["quantize", "--quant_type", "weight_only_int4", "--group_size", "32"]),
     "full + int8": ("full", ["quantize", "--quant_type", "weight_only_int8"]),
@@ -94,6 +98,21 @@ def train(recipe: str, given: argparse.Namespace, folder: Path) -> dict[str, Any
     }
 
 
+def speed(recipe: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Tokens a second: the median of a few steps, the first left out. Every recipe has the same rows in each of them."""
+    arguments = ["finetune", "--config", str(RECIPES / f"{recipe}.yaml"), "--dataset_path", given.dataset_path]
+    arguments += ["--max_train_samples", "80", "--max_steps", str(SPEED_STEPS), "--output_dir", str(folder)]
+    arguments += ["--overwrite_output_dir", "--disable_tqdm", "--report_to", "none", "--logging_steps", "1"]
+    arriero(*arguments, log=folder.with_suffix(".train.log"))
+    lines = (folder / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+    rates = [step["tokens_per_second"] for step in map(json.loads, lines) if "tokens_per_second" in step]
+    return {
+        "tokens_per_second": statistics.median(rates[1:]),
+        "machine": processor(),
+        "date": str(datetime.date.today()),
+    }
+
+
 def afterwards(name: str, given: argparse.Namespace, runs: Path) -> dict[str, Any]:
     """Quantize a finished run and score it."""
     source, (verb, *options) = AFTERWARDS[name]
@@ -104,9 +123,9 @@ def afterwards(name: str, given: argparse.Namespace, runs: Path) -> dict[str, An
     return {"memory": memory, "seconds": seconds, "megabytes": size_of(kept), **score(kept, [], given, folder)}
 
 
-def table(results: dict[str, dict[str, Any]], given: argparse.Namespace) -> str:
+def table(results: dict[str, dict[str, Any]], speeds: dict[str, dict[str, Any]], given: argparse.Namespace) -> str:
     rows = [
-        "| Recipe | exact match | F1 | trained parameters | kept | peak memory | time |",
+        "| Recipe | exact match | F1 | trained parameters | kept | peak memory | tokens/s |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, found in results.items():
@@ -117,15 +136,25 @@ def table(results: dict[str, dict[str, Any]], given: argparse.Namespace) -> str:
         trained = f"{found['trained']:,}" if "trained" in found else ""
         kept = f"{found['megabytes']:.1f} MiB" if "megabytes" in found else ""
         memory = f"{found['memory']:.1f} GiB" if "memory" in found else ""
-        took = f"{found['seconds']:.0f} s" if "seconds" in found else ""
+        rate = f"{speeds[name]['tokens_per_second']:.0f}" if name in speeds else ""
         rows.append(
-            f"| {label} | {found['exact_match']:.1f} | {found['f1']:.1f} | {trained} | {kept} | {memory} | {took} |"
+            f"| {label} | {found['exact_match']:.1f} | {found['f1']:.1f} | {trained} | {kept} | {memory} | {rate} |"
         )
     made = (
         f"{datetime.date.today()}, {processor()}, Python {platform.python_version()}, torch {version('torch')}, fp32, "
         f"2 threads; {given.max_train_samples} training questions, {given.max_eval_samples} held-out ones"
     )
-    return "\n".join([*rows, "", f"{made}."])
+    alone = sorted({f"{found['date']}, {found['machine']}" for found in speeds.values()})
+    measured = (
+        f" Tokens/s: the median of steps 2 to {SPEED_STEPS}, measured alone ({'; '.join(alone)})." if alone else ""
+    )
+    return "\n".join([*rows, "", f"{made}.{measured}"])
+
+
+def recorded(path: Path) -> dict[str, dict[str, Any]]:
+    """What was measured before, by recipe."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return {line["name"]: line for line in map(json.loads, lines)}
 
 
 def main() -> None:
@@ -136,19 +165,23 @@ def main() -> None:
     parser.add_argument("--max_train_samples", type=int, default=480)
     parser.add_argument("--max_eval_samples", type=int, default=400)
     parser.add_argument("--only", help="names, by commas; default all")
-    parser.add_argument("--print", action="store_true", help="only print the table")
+    parser.add_argument("--speed", action="store_true", help="measure tokens a second instead of scores")
+    parser.add_argument("--print", action="store_true", help="measure nothing, and only print the table")
     given = parser.parse_args()
     recipes = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("dpo"))
-    names = given.only.split(",") if given.only else [BASE, *recipes, *AFTERWARDS]
-    record = given.runs / "methods.jsonl"
+    measured = recipes if given.speed else [BASE, *recipes, *AFTERWARDS]
+    names = [] if given.print else given.only.split(",") if given.only else measured
+    record = given.runs / ("speed.jsonl" if given.speed else "methods.jsonl")
     record.parent.mkdir(parents=True, exist_ok=True)
-    lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
-    results = {line["name"]: line for line in map(json.loads, lines)}
+    results = recorded(record)
+    found: dict[str, Any]
     for name in names:
         if name in results:
             continue
-        if name == BASE:
-            found: dict[str, Any] = dict(score(given.model, [], given, given.runs / "base"))
+        if given.speed:
+            found = speed(name, given, given.runs / "speed" / name)
+        elif name == BASE:
+            found = dict(score(given.model, [], given, given.runs / "base"))
         elif name in AFTERWARDS:
             found = afterwards(name, given, given.runs)
         else:
@@ -156,8 +189,9 @@ def main() -> None:
         results[name] = {"name": name, **found}
         with record.open("a", encoding="utf-8") as file:
             file.write(json.dumps(results[name]) + "\n")
-        print(f"{name}: exact match {found['exact_match']:.1f}, F1 {found['f1']:.1f}", flush=True)
-    made = table({name: results.get(name, {}) for name in [BASE, *recipes, *AFTERWARDS]}, given)
+        print(name, *(f"{key} {value:.1f}" for key, value in found.items() if isinstance(value, float)), flush=True)
+    scores, speeds = recorded(given.runs / "methods.jsonl"), recorded(given.runs / "speed.jsonl")
+    made = table({name: scores.get(name, {}) for name in [BASE, *recipes, *AFTERWARDS]}, speeds, given)
     print(made)
     if not given.print:
         text = DOCUMENT.read_text(encoding="utf-8")
