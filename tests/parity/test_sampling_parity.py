@@ -11,6 +11,7 @@ from torch import Tensor
 
 from arriero.engine import sampling
 from arriero.engine.sampling import Sampler, SamplingParams, SamplingRow
+from arriero.errors import GenerationError
 
 transformers = pytest.importorskip("transformers")
 from transformers.generation import logits_process as hf  # noqa: E402
@@ -148,3 +149,58 @@ def test_greedy_scores(penalty: float) -> None:
         assert token == int(expected.argmax())
         assert (token == 9) == (step >= 2)
         history.append(token)
+
+
+def test_penalties_and_bias_of_the_openai_api() -> None:
+    """Its formula, token by token: mu[j] + bias[j] - c[j] * frequency - (c[j] > 0) * presence."""
+    cases = [(0.5, 0.0, {}), (0.0, 0.02, {}), (-0.7, 0.3, {4: 5.0, 9: -100.0}), (0.0, 0.0, {7: 2.5})]
+    rows = [
+        SamplingRow.start(
+            SamplingParams(frequency_penalty=frequency, presence_penalty=presence, logit_bias=bias), [1], [], VOCABULARY
+        )
+        for frequency, presence, bias in cases
+    ]
+    answers: list[list[int]] = [[] for _ in cases]
+    sampler = Sampler()
+    for step in range(12):
+        scores = logits(1, 0.3, seed=step % 3).expand(len(cases), -1)  # alike again and again, so that penalties decide
+        chosen = sampler(scores, rows).tolist()
+        for (frequency, presence, bias), answer, token in zip(cases, answers, chosen, strict=True):
+            wanted = scores[0].clone()
+            for j in range(VOCABULARY):
+                count = answer.count(j)
+                wanted[j] += bias.get(j, 0.0) - count * frequency - (count > 0) * presence
+            assert token == int(wanted.argmax())
+            answer.append(token)
+    assert len({tuple(answer) for answer in answers}) == len(cases)
+
+
+def test_a_bias_for_no_token_is_refused() -> None:
+    with pytest.raises(GenerationError, match="logit_bias names token id 2000 and the model has ids 0 to 1999"):
+        SamplingRow.start(SamplingParams(logit_bias={2000: 1.0}), [1], [], VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"frequency_penalty": 2.1}, "frequency_penalty is 2.1: it must be from -2 to 2"),
+        ({"presence_penalty": float("nan")}, "presence_penalty is nan"),
+        ({"logit_bias": {1: math.inf}}, "logit_bias is .* finite numbers"),
+        ({"logprobs": 101}, "logprobs is 101: it must be from 0 to 100"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+    ],
+)
+def test_values_out_of_range(values: dict[str, object], message: str) -> None:
+    with pytest.raises(GenerationError, match=message):
+        SamplingParams(**values)
+
+
+def test_log_probabilities() -> None:
+    scores = logits(3)
+    found = sampling.token_logprobs(scores, [5, 6, 7], [0, 2, 5])
+    expected = torch.log_softmax(scores, dim=-1)
+    for row, (token, count) in enumerate(zip([5, 6, 7], [0, 2, 5], strict=True)):
+        assert found[row].logprob == pytest.approx(float(expected[row, token]), abs=1e-5)
+        values, ids = expected[row].sort(descending=True)
+        assert [index for index, _ in found[row].top] == ids[:count].tolist()
+        assert [value for _, value in found[row].top] == pytest.approx(values[:count].tolist(), abs=1e-5)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from arriero.engine.sampling import Sampler, SamplingParams, SamplingRow
+from arriero.engine.sampling import BROKEN, Sampler, SamplingParams, SamplingRow
 from arriero.errors import GenerationError
 
 
@@ -96,10 +96,12 @@ def test_impossible_tokens_are_never_drawn() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_broken_logits_are_reported(bad: float) -> None:
-    logits = torch.zeros(2, 50)
-    logits[1, 7] = bad
-    with pytest.raises(GenerationError, match="no finite numbers"):
-        Sampler()(logits, rows_for([SamplingParams(), SamplingParams()]))
+    logits = torch.zeros(4, 50)
+    logits[1, 7] = logits[3, 7] = bad
+    logits[:, 9] += 1.0
+    rows = rows_for([SamplingParams(), SamplingParams(), SamplingParams(), SamplingParams(do_sample=True)])
+    assert Sampler()(logits, rows).tolist() == [9, BROKEN, 9, BROKEN]
+    assert [row.generated for row in rows] == [1, 0, 1, 0], "the others go on"
 
 
 def test_logits_are_left_alone() -> None:

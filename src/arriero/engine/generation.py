@@ -14,7 +14,7 @@ from torch import Tensor
 from arriero.adapters.prefix import prefix_kv
 from arriero.data.tokenizer import Tokenizer
 from arriero.engine.row_pool import PrefillJob, RowPool, split_jobs
-from arriero.engine.sampling import Sampler, SamplingParams, SamplingRow
+from arriero.engine.sampling import BROKEN, Sampler, SamplingParams, SamplingRow
 from arriero.engine.text_stream import TextStream
 from arriero.errors import GenerationError
 from arriero.models.cache import ContiguousCache
@@ -349,4 +349,9 @@ class Generator:
 
     def _next_tokens(self, hidden: Tensor, requests: Sequence[_Request]) -> list[int]:
         chosen = self._sampler(self.model.lm_head(hidden), [request.sampling for request in requests])
-        return self._agree(chosen.tolist())
+        tokens = self._agree(chosen.tolist())
+        if BROKEN in tokens:
+            raise GenerationError(
+                "the model gives logits that are no finite numbers: its weights are broken or overflow"
+            )
+        return tokens

@@ -1,24 +1,29 @@
 """How the next token is chosen from the logits.
 
 The processors are those of transformers' `generate`, in its order: repetition penalty, no early end, temperature,
-top-k, top-p, min-p. Each works on many rows at once with a value for each row.
+top-k, top-p, min-p. Before them come those of the OpenAI API: bias, then frequency and presence penalty. Each works on many
+rows at once with a value for each row.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from arriero.config.generation import GenerationOptions
+from arriero.engine.grammar import GrammarState, Structure
 from arriero.errors import GenerationError
 
 # Top-p needs sorted logits. A nucleus is nearly always within this many, which cost much less than a full sort.
 NUCLEUS_CANDIDATES = 1024
 MAX_STOP_STRINGS = 64
+MAX_LOGIT_BIASES = 1024
+MAX_LOGPROBS = 100
+BROKEN = -1  # in the place of a token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +38,19 @@ class SamplingParams:
         top_p: draw among the likeliest tokens that together have this probability (https://arxiv.org/abs/1904.09751).
         min_p: drop tokens below this share of the likeliest one's probability (https://arxiv.org/abs/2407.01082).
         repetition_penalty: above 1, tokens of prompt and answer become less likely (https://arxiv.org/abs/1909.05858).
-        do_sample: draw at random; false means the likeliest token always, and the five values before have no effect but
-            the penalty's.
+        frequency_penalty: taken from a token's logit for each time that the answer has it already.
+        presence_penalty: taken from the logit of each token that the answer has already.
+        logit_bias: added to the logits of tokens, by id.
+        do_sample: draw at random; false means the likeliest token always, and temperature, top-k, top-p and min-p have no
+            effect.
         stop_token_ids: tokens that end the answer, besides the tokenizer's own.
         stop_strings: texts that end the answer; neither they nor what follows them is part of it.
         seed: the answer is a function of prompt, parameters and seed, whatever else is generated beside it.
         ignore_eos: the tokenizer's own stop tokens do not end the answer.
+        logprobs: with each token its log-probability, as the model gives it before any of the above, and those of the so many
+            likeliest; None: without.
+        structure: the form that the answer must have; None: any. It ends the answer where nothing can follow, and stop tokens
+            count only where it is complete. An answer that max_new_tokens cuts short is the beginning of one.
 
     Raises:
         GenerationError: a value outside its range.
@@ -51,11 +63,16 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     do_sample: bool = False
     stop_token_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     seed: int | None = None
     ignore_eos: bool = False
+    logprobs: int | None = None
+    structure: Structure | None = None
 
     def __post_init__(self) -> None:
         # Lists, as JSON gives them, are taken too.
@@ -68,6 +85,14 @@ class SamplingParams:
         self._check("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1")
         self._check("min_p", 0.0 <= self.min_p <= 1.0, "from 0 to 1")
         self._check("repetition_penalty", 0.0 < self.repetition_penalty < math.inf, "above 0")
+        for name in ("frequency_penalty", "presence_penalty"):
+            self._check(name, -2.0 <= getattr(self, name) <= 2.0, "from -2 to 2")
+        self._check("logit_bias", len(self.logit_bias) <= MAX_LOGIT_BIASES, f"of at most {MAX_LOGIT_BIASES} tokens")
+        finite = all(token >= 0 and math.isfinite(bias) for token, bias in self.logit_bias.items())
+        self._check("logit_bias", finite, "finite numbers for token ids")
+        self._check(
+            "logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}"
+        )
         self._check("seed", self.seed is None or 0 <= self.seed < 2**64, "from 0 to 2**64 - 1")
         self._check("stop_token_ids", all(i >= 0 for i in self.stop_token_ids), "token ids, 0 or more")
         self._check("stop_strings", all(self.stop_strings), "texts that are not empty")
@@ -91,14 +116,20 @@ class SamplingRow:
         stop_ids: tokens that may not come before `min_new_tokens`.
         generated: how many tokens have been drawn.
         seen: (V,) bool, the tokens that the repetition penalty counts; None when it is off.
+        counts: (V,) fp32, how often the answer has each token; None where no penalty counts them.
+        bias: ids (N,) and what is added to their logits (N,); None without.
         generator: the row's own random numbers, so that its draws do not depend on the other rows; None when greedy.
+        grammar: which tokens the answer's structure lets come next; None without one.
     """
 
     params: SamplingParams
     stop_ids: Tensor
     generated: int = 0
     seen: Tensor | None = field(default=None, repr=False)
+    counts: Tensor | None = field(default=None, repr=False)
+    bias: tuple[Tensor, Tensor] | None = None
     generator: torch.Generator | None = None
+    grammar: GrammarState | None = None
 
     @classmethod
     def start(
@@ -108,13 +139,34 @@ class SamplingRow:
         stop_ids: Iterable[int],
         vocab_size: int,
         device: torch.device | str = "cpu",
+        grammar: GrammarState | None = None,
     ) -> SamplingRow:
-        """The state before the first token."""
+        """The state before the first token.
+
+        Raises:
+            GenerationError: a bias for a token that the model does not have; a grammar of the empty text, and no stop token.
+        """
         stops = torch.tensor(sorted(i for i in set(stop_ids) if i < vocab_size), dtype=torch.long, device=device)
-        row = cls(params, stops)
+        if grammar is not None and grammar.finished and len(stops) == 0:
+            raise GenerationError(
+                "the answer's structure allows only the empty text, and there is no stop token to say so"
+            )
+        row = cls(params, stops, grammar=grammar)
         if params.repetition_penalty != 1.0:
             row.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
             row.seen[torch.tensor(sorted(set(prompt)), dtype=torch.long, device=device)] = True
+        if params.frequency_penalty or params.presence_penalty:
+            row.counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
+        if params.logit_bias:
+            strange = [token for token in params.logit_bias if token >= vocab_size]
+            if strange:
+                raise GenerationError(
+                    f"logit_bias names token id {strange[0]} and the model has ids 0 to {vocab_size - 1}"
+                )
+            row.bias = (
+                torch.tensor(list(params.logit_bias), dtype=torch.long, device=device),
+                torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device),
+            )
         if not params.greedy:
             row.generator = torch.Generator()
             if params.seed is None:
@@ -165,37 +217,74 @@ def min_p(logits: Tensor, p: Tensor) -> Tensor:
     return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + p.log(), -math.inf)
 
 
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """How likely a token was, by the model itself: natural logarithms of the softmax of the raw logits.
+
+    Attributes:
+        logprob: of the token that was chosen.
+        top: (id, log-probability) of the likeliest tokens, the likeliest first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def token_logprobs(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
+    """Of each row's token, and of so many likeliest ones.
+
+    Args:
+        logits: (B, V), raw.
+        tokens, counts: B each.
+    """
+    wide = logits.float()
+    total = wide.logsumexp(dim=-1, keepdim=True)
+    index = torch.tensor(list(tokens), dtype=torch.long, device=logits.device)[:, None]
+    own = (wide.gather(1, index) - total).squeeze(1).tolist()
+    most = min(max(counts, default=0), logits.shape[-1])
+    found = wide.topk(most, dim=-1)
+    ids, values = found.indices.tolist(), (found.values - total).tolist()
+    return [
+        TokenLogprobs(logprob, tuple(zip(ids[row][:count], values[row][:count], strict=True)))
+        for row, (logprob, count) in enumerate(zip(own, counts, strict=True))
+    ]
+
+
 class Sampler:
     """Chooses each row's next token; a row's choice depends on that row alone."""
 
     def __call__(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         """Next ids (B,) int64 on the logits' device; the rows' states move on.
 
+        A row whose logits are no finite numbers gets `BROKEN`, and the others what they get without it.
+
         Args:
             logits: (B, V).
             rows: B states.
-
-        Raises:
-            GenerationError: logits that are NaN or infinite.
         """
         # Half precision would make ties of what the processors tell apart.
         scores = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        scores = _before_end(_penalised(scores, rows), rows)
+        scores = _structured(_before_end(_penalised(_counted(_biased(scores, rows), rows), rows), rows), rows)
         best = scores.max(dim=-1)
         # NaN wins a maximum, so one look at it finds any.
-        if not bool(best.values.isfinite().all()):
-            raise GenerationError(
-                "the model gives logits that are no finite numbers: its weights are broken or overflow"
-            )
+        finite = best.values.isfinite()
+        broken = set() if bool(finite.all()) else set((~finite).nonzero().squeeze(1).tolist())
         chosen = best.indices
-        drawn = [i for i, row in enumerate(rows) if row.generator is not None]
+        drawn = [i for i, row in enumerate(rows) if row.generator is not None and i not in broken]
         if drawn:
             picked = _draw(scores[drawn] if len(drawn) < len(rows) else scores, [rows[i] for i in drawn])
             chosen[torch.tensor(drawn, device=chosen.device)] = picked
         for i, row in enumerate(rows):
+            if i in broken:
+                chosen[i] = BROKEN
+                continue
             row.generated += 1
             if row.seen is not None:
                 row.seen[chosen[i]] = True
+            if row.counts is not None:
+                row.counts[chosen[i]] += 1
+            if row.grammar is not None:
+                row.grammar.advance(int(chosen[i]))
         return chosen
 
 
@@ -218,6 +307,25 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
 
+def _biased(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    biased = [(i, row.bias) for i, row in enumerate(rows) if row.bias is not None]
+    if biased:
+        scores = scores.clone()
+        for i, (ids, values) in biased:
+            scores[i, ids] += values.to(scores.dtype)
+    return scores
+
+
+def _counted(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    def change(part: Tensor, states: list[SamplingRow]) -> Tensor:
+        counts = torch.stack([row.counts for row in states if row.counts is not None])
+        frequency = _column([row.params.frequency_penalty for row in states], part)
+        presence = _column([row.params.presence_penalty for row in states], part)
+        return part - counts * frequency - (counts > 0) * presence
+
+    return _on_rows(scores, rows, lambda row: row.counts is not None, change)
+
+
 def _penalised(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     def change(part: Tensor, states: list[SamplingRow]) -> Tensor:
         seen = torch.stack([row.seen for row in states if row.seen is not None])
@@ -228,12 +336,36 @@ def _penalised(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 def _before_end(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Forbid the stop tokens of rows that are too young to end."""
-    young = [i for i, row in enumerate(rows) if row.generated < row.params.min_new_tokens and len(row.stop_ids)]
+    young = [
+        i
+        for i, row in enumerate(rows)
+        if row.generated < row.params.min_new_tokens
+        and len(row.stop_ids)
+        and not (row.grammar is not None and row.grammar.finished)  # nothing else can come
+    ]
     if young:
         scores = scores.clone()
         for i in young:
             scores[i, rows[i].stop_ids] = -math.inf
     return scores
+
+
+def _structured(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Forbid what the rows' grammars do not let come next.
+
+    After bias and penalties, which cannot bring a forbidden token back, and before top-k, top-p and min-p, which would else
+    leave perhaps nothing of what is allowed.
+    """
+
+    def change(part: Tensor, states: list[SamplingRow]) -> Tensor:
+        masks = [row.grammar.allowed for row in states if row.grammar is not None]
+        allowed = torch.stack(masks).to(part.device)
+        for i, row in enumerate(states):
+            assert row.grammar is not None
+            allowed[i, row.stop_ids] = row.grammar.accepting
+        return part.masked_fill(~allowed, -math.inf)
+
+    return _on_rows(scores, rows, lambda row: row.grammar is not None, change)
 
 
 def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:

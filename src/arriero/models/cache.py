@@ -27,9 +27,12 @@ class AttendingView(ABC):
 
     @abstractmethod
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, sliding_window: int | None = None
+        self, query: Tensor, key: Tensor, value: Tensor, *, layer: int, scale: float, sliding_window: int | None = None
     ) -> Tensor:
-        """The output (B, H, S, D) for new tokens' queries (B, H, S, D), keys and values (B, KV, S, D); see `attention`."""
+        """A layer's output (B, H, S, D) for new queries (B, H, S, D), keys and values (B, KV, S, D); see `attention`."""
+
+
+CacheView = KVCacheView | AttendingView
 
 
 class ContiguousCache:

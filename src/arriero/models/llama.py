@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arriero.models.attention import AttentionInfo, Backend, attention, put_before
-from arriero.models.cache import AttendingView, KVCacheView
+from arriero.models.cache import AttendingView, CacheView
 from arriero.models.config import LlamaConfig
 from arriero.models.embedding_noise import EmbeddingNoise
 from arriero.models.initialization import initial_values
@@ -64,9 +64,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(
-        self, x: Tensor, rotary: Rotary, info: AttentionInfo, cache: KVCacheView | AttendingView | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, info: AttentionInfo, cache: CacheView | None) -> Tensor:
         """(B, S, hidden) -> (B, S, hidden)."""
         batch, size, _ = x.shape
         # The head count is left to view: under tensor parallelism it is a part of the configured one.
@@ -82,11 +80,13 @@ class Attention(nn.Module):
         return output
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, info: AttentionInfo, cache: KVCacheView | AttendingView | None
+        self, query: Tensor, key: Tensor, value: Tensor, info: AttentionInfo, cache: CacheView | None
     ) -> Tensor:
         """Queries (B, H, S, D), keys and values (B, KV, S, D) of the new tokens -> (B, H, S, D)."""
         if isinstance(cache, AttendingView):
-            return cache.attend(query, key, value, scale=self.scale, sliding_window=self.sliding_window)
+            return cache.attend(
+                query, key, value, layer=self.layer, scale=self.scale, sliding_window=self.sliding_window
+            )
         if cache is not None:
             key, value = cache.update(self.layer, key, value)
         elif self.prefix is not None:
@@ -127,7 +127,7 @@ class DecoderLayer(nn.Module):
         hidden: Tensor,
         rotary: Rotary,
         attention: AttentionInfo,
-        cache: KVCacheView | AttendingView | None = None,
+        cache: CacheView | None = None,
     ) -> Tensor:
         """(B, S, hidden) -> (B, S, hidden)."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, attention, cache)
@@ -155,7 +155,7 @@ class LlamaModel(nn.Module):
         input_ids: Tensor,
         positions: Tensor | None = None,
         attention: AttentionInfo | None = None,
-        cache: KVCacheView | None = None,
+        cache: CacheView | None = None,
     ) -> Tensor:
         """(B, S) int64 -> (B, S, hidden) after the final norm; see `LlamaForCausalLM.hidden_states`."""
         attention = attention or AttentionInfo.causal()
@@ -180,7 +180,7 @@ class LayerInputs:
 
     positions: Tensor
     attention: AttentionInfo
-    cache: KVCacheView | AttendingView | None = None
+    cache: CacheView | None = None
     lengths: Tensor | None = None
     real: Tensor | None = None
     noise: EmbeddingNoise | None = None
@@ -258,7 +258,7 @@ class LlamaForCausalLM(nn.Module):
         input_ids: Tensor,
         positions: Tensor | None = None,
         attention: AttentionInfo | None = None,
-        cache: KVCacheView | None = None,
+        cache: CacheView | None = None,
     ) -> Tensor:
         """The hidden states after the final norm.
 
@@ -280,7 +280,7 @@ class LlamaForCausalLM(nn.Module):
         input_ids: Tensor,
         positions: Tensor | None = None,
         attention: AttentionInfo | None = None,
-        cache: KVCacheView | None = None,
+        cache: CacheView | None = None,
     ) -> Tensor:
         """Logits (B, S, vocab_size); arguments as in `hidden_states`."""
         output: Tensor = self.lm_head(self.model(input_ids, positions, attention, cache))

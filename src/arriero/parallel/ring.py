@@ -92,7 +92,14 @@ class RingAttention(AttendingView):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, sliding_window: int | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer: int = 0,  # all layers attend alike
+        scale: float,
+        sliding_window: int | None = None,
     ) -> Tensor:
         """softmax(q k^T * scale) v over the keys of all processes that the local queries may see, with gradients.
 

@@ -1,0 +1,72 @@
+"""What the scheduler knows of a request: token ids, counts and blocks. No tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Status(Enum):
+    """Where a request is on its way."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Request:
+    """A sequence that grows: the prompt, then the answer.
+
+    One rule covers prompts in chunks, cached beginnings, preemption and guessed tokens: `computed` catches up with
+    `target`, as far as a step's budget goes.
+
+    Attributes:
+        tokens: of the prompt and of the answer so far.
+        prompt_length: how many of them are the prompt.
+        max_new_tokens: of the answer at most.
+        priority: lower goes first; then who came first.
+        arrival: the number in the order of coming; the scheduler sets it.
+        salt: cached beginnings are shared only among requests of equal ones (tenant, adapter).
+        drafts: guesses of the tokens that follow, to be checked in the next step.
+        computed: tokens whose keys and values are in `blocks`.
+        blocks: the block table.
+        reserved: neighbours that are kept for it as long as nobody needs them.
+        digests: of its full blocks, as far as they are known.
+        sealed: how many of its first blocks others can share.
+        coming: up to which of its blocks others wait for, to share them.
+        cached: tokens that it was spared by the cache, at its first admission.
+        preemptions: how often it lost its blocks.
+    """
+
+    tokens: list[int]
+    prompt_length: int
+    max_new_tokens: int
+    priority: int = 0
+    arrival: int = -1
+    salt: bytes = b""
+    drafts: list[int] = field(default_factory=list)
+    status: Status = Status.WAITING
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    reserved: range = range(0)
+    digests: list[bytes] = field(default_factory=list)
+    sealed: int = 0
+    coming: int = 0
+    cached: int = 0
+    preemptions: int = 0
+
+    @property
+    def target(self) -> int:
+        """How many tokens there are to compute, guesses included."""
+        return len(self.tokens) + len(self.drafts)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that it can come to."""
+        return self.prompt_length + self.max_new_tokens
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """The order of importance: least first."""
+        return self.priority, self.arrival

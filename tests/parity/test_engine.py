@@ -1,0 +1,245 @@
+"""An answer is the same whatever happens beside it: chunks, shared beginnings, lost blocks, guesses, company."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers
+
+from arriero.data.tokenizer import Tokenizer, load_tokenizer
+from arriero.engine.draft_model import DraftModel
+from arriero.engine.drafts import PromptLookup, Speculation
+from arriero.engine.engine import Engine
+from arriero.engine.runner import TorchRunner
+from arriero.engine.sampling import SamplingParams
+from arriero.errors import GenerationError
+from arriero.models.config import LlamaConfig
+from arriero.models.llama import LlamaForCausalLM
+
+transformers = pytest.importorskip("transformers")
+
+VOCABULARY = 256
+SHARED = list(range(20, 80))
+PROMPTS = [[1, 2, 3], [7], [*SHARED, 81], [5, 5, 5, 9, 200], [*SHARED, 3], [9, 8, 9, 8, 9, 8, 9], SHARED, SHARED]
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """One token a byte."""
+    folder = tmp_path_factory.mktemp("bytes")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder)
+
+
+def pair(seed: int = 0, **changes: Any) -> tuple[LlamaForCausalLM, Any]:
+    """The same random weights in ours and in transformers' model."""
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.4,  # large: distinct logits, and answers that do not repeat one token
+        "tie_word_embeddings": False,
+        "model_type": "llama",
+    } | changes
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**settings), attn_implementation="eager"
+    ).eval()
+    ours = LlamaForCausalLM(LlamaConfig.from_dict(theirs.config.to_dict())).eval()
+    ours.init_weights(seed)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def expected(theirs: Any, prompt: list[int]) -> list[int]:
+    output = theirs.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt)),
+        do_sample=False,
+        pad_token_id=0,
+        max_new_tokens=NEW,
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+FAMILIES = {
+    "llama": {},
+    "tied": {"rope_theta": 500.0, "tie_word_embeddings": True},
+    "mistral, window": {"model_type": "mistral", "sliding_window": 8},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=str)
+def family(request: pytest.FixtureRequest) -> tuple[LlamaForCausalLM, list[list[int]]]:
+    ours, theirs = pair(**FAMILIES[request.param])
+    return ours, [expected(theirs, prompt) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("guess", ["no", "lookup", "draft"])
+@pytest.mark.parametrize(("budget", "running", "tokens"), [(2048, 8, 4096), (7, 3, 4096), (24, 8, 120)], ids=str)
+def test_greedy_is_transformers_in_every_circumstance(
+    family: tuple[LlamaForCausalLM, list[list[int]]],
+    tokenizer: Tokenizer,
+    budget: int,
+    running: int,
+    tokens: int,
+    guess: str,
+) -> None:
+    model, wanted = family
+    for block_size, cache in itertools.product((1, 16), (True, False)):
+        speculation = None
+        if guess == "lookup":
+            speculation = Speculation(PromptLookup(longest=2, shortest=1), tokens=3, window=10**9)
+        elif guess == "draft":  # the model itself, whose guesses are right wherever they are checked at once
+            speculation = Speculation(DraftModel(TorchRunner(model, max_tokens=1024), VOCABULARY), window=10**9)
+        engine = Engine(
+            TorchRunner(model, block_size=block_size, max_tokens=tokens),
+            tokenizer,
+            max_running=running,
+            max_step_tokens=budget,
+            prefix_cache=cache,
+            speculation=speculation,
+        )
+        answers = engine.generate(PROMPTS, SamplingParams(max_new_tokens=NEW))
+        assert [answer.token_ids for answer in answers] == wanted
+        engine.blocks.check([])
+        if tokens == 120:
+            assert engine.scheduler.preemptions > 0
+        if cache and engine.runner.reuses and tokens > 1000 and block_size == 1:
+            assert answers[4].cached_tokens == len(SHARED)
+        if speculation is not None and tokens > 1000:
+            assert speculation.counters.proposed > 0
+            assert guess != "draft" or speculation.counters.acceptance > 0.95
+
+
+def test_what_is_drawn_does_not_depend_on_company_or_guesses(tokenizer: Tokenizer) -> None:
+    model, _ = pair()
+    params = [
+        SamplingParams(max_new_tokens=NEW, do_sample=True, temperature=0.8, top_p=0.9, seed=seed, frequency_penalty=0.2)
+        for seed in range(len(PROMPTS))
+    ]
+    alone = [
+        Engine(TorchRunner(model, max_tokens=512), tokenizer).generate([prompt], own)[0].token_ids
+        for prompt, own in zip(PROMPTS, params, strict=True)
+    ]
+    assert len({tuple(answer) for answer in alone}) == len(alone)
+    small, _ = pair(seed=1, hidden_size=16)
+    for drafter in (None, PromptLookup(longest=2, shortest=1), DraftModel(TorchRunner(small, max_tokens=1024), 256)):
+        speculation = Speculation(drafter, window=10**9) if drafter is not None else None
+        engine = Engine(
+            TorchRunner(model, max_tokens=200), tokenizer, max_step_tokens=16, max_running=5, speculation=speculation
+        )
+        assert [answer.token_ids for answer in engine.generate(PROMPTS, params)] == alone
+
+
+def test_log_probabilities_are_those_of_one_forward_pass(tokenizer: Tokenizer) -> None:
+    model, theirs = pair()
+    engine = Engine(
+        TorchRunner(model, max_tokens=512),
+        tokenizer,
+        speculation=Speculation(PromptLookup(longest=1, shortest=1), window=10**9),
+    )
+    for prompt, answer in zip(
+        PROMPTS, engine.generate(PROMPTS, SamplingParams(max_new_tokens=NEW, logprobs=3)), strict=True
+    ):
+        assert len(answer.logprobs) == len(answer.token_ids)
+        row = torch.tensor([[*prompt, *answer.token_ids]])
+        with torch.no_grad():
+            logits = theirs(row).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        for step, (token, found) in enumerate(zip(answer.token_ids, answer.logprobs, strict=True)):
+            assert found.logprob == pytest.approx(float(logits[step, token]), abs=1e-4)
+            assert [index for index, _ in found.top] == logits[step].topk(3).indices.tolist()
+
+
+def test_requests_come_and_go_between_steps(tokenizer: Tokenizer) -> None:
+    model, theirs = pair()
+    engine = Engine(TorchRunner(model, max_tokens=256), tokenizer, max_step_tokens=8, max_running=2)
+    params = SamplingParams(max_new_tokens=NEW)
+    first = engine.submit(PROMPTS[2], params)
+    for _ in range(3):
+        engine.step()
+    second, third = engine.submit(PROMPTS[0], params), engine.submit(PROMPTS[1], params)
+    engine.step()
+    engine.cancel(second)
+    while engine.unfinished:
+        engine.step()
+    assert first.token_ids == expected(theirs, PROMPTS[2])
+    assert third.token_ids == expected(theirs, PROMPTS[1])
+    assert second.finish_reason == "cancelled"
+    engine.cancel(first)  # which has ended: nothing changes
+    assert first.finish_reason == "length"
+    engine.blocks.check([])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], {}, "the prompt is empty"),
+        ([1, 256], {}, "token id 256 and the model has ids 0 to 255"),
+        ([1] * 250, {"max_new_tokens": 7}, "250 tokens and max_new_tokens is 7: together more than .* 256"),
+        ([1] * 70, {"max_new_tokens": 70}, "140 tokens .* need 9 blocks of 16, .* 8 in all"),
+        ([1], {"logit_bias": {300: 1.0}}, "logit_bias names token id 300"),
+    ],
+)
+def test_an_impossible_request_is_refused_and_the_others_go_on(
+    prompt: list[int], params: dict[str, Any], message: str, tokenizer: Tokenizer
+) -> None:
+    model, theirs = pair()
+    engine = Engine(TorchRunner(model, max_tokens=128), tokenizer)
+    other = engine.submit(PROMPTS[0], SamplingParams(max_new_tokens=NEW))
+    engine.step()
+    with pytest.raises(GenerationError, match=message):
+        engine.submit(prompt, SamplingParams(**{"max_new_tokens": 8, **params}))
+    while engine.unfinished:
+        engine.step()
+    assert other.token_ids == expected(theirs, PROMPTS[0])
+
+
+def test_a_draft_of_another_vocabulary_is_refused() -> None:
+    small, _ = pair(vocab_size=128)
+    with pytest.raises(GenerationError, match="the draft model has 128 tokens and the model 256"):
+        DraftModel(TorchRunner(small, max_tokens=64), VOCABULARY)
+
+
+def test_speculation_stops_where_it_loses_and_tries_again() -> None:
+    speculation = Speculation(PromptLookup(), window=4, hold=2)
+    now, seen = 0.0, []
+    for _ in range(60):
+        now += 1.0 if speculation.on else 0.5
+        speculation.measure(1, now)
+        seen.append(speculation.on)
+    off = seen.count(False)
+    assert 0 < seen.count(True) < off, "off for longer than on"
+    assert True in seen[30:], "and tried again"
+
+
+def test_smollm2(smollm2: Path) -> None:
+    """The real model, in little room."""
+    from arriero.formats.hf import load_model
+
+    tokenizer = load_tokenizer(smollm2)
+    ours = load_model(smollm2, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    texts = ["What is the capital of France?", "Write one sentence about 🐎 in Spanish."]
+    prompts = [tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
+    engine = Engine(TorchRunner(ours, max_tokens=128), tokenizer, max_step_tokens=16)
+    for prompt, answer in zip(prompts, engine.generate(prompts, SamplingParams(max_new_tokens=12)), strict=True):
+        wanted = theirs.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False, max_new_tokens=12
+        )
+        assert answer.token_ids == wanted[0, len(prompt) :].tolist()

@@ -1,0 +1,180 @@
+"""The engine's thread: any number of threads and event loops hand in, read, cancel and leave."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers
+
+from arriero.data.tokenizer import Tokenizer, load_tokenizer
+from arriero.engine.background import BackgroundEngine
+from arriero.engine.engine import Engine
+from arriero.engine.runner import TorchRunner, Work
+from arriero.engine.sampling import SamplingParams
+from arriero.errors import GenerationError
+from arriero.models.config import LlamaConfig
+from arriero.models.llama import LlamaForCausalLM
+
+PARAMS = SamplingParams(max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """One token a byte."""
+    folder: Path = tmp_path_factory.mktemp("bytes")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        initializer_range=0.4,
+        max_position_embeddings=128,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.init_weights(3)
+    return model
+
+
+@pytest.fixture
+def background(model: LlamaForCausalLM, tokenizer: Tokenizer) -> Iterator[BackgroundEngine]:
+    engine = BackgroundEngine(Engine(TorchRunner(model, max_tokens=320), tokenizer, max_running=4, max_step_tokens=16))
+    yield engine
+    engine.close()
+
+
+def alone(model: LlamaForCausalLM, tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
+    [answer] = Engine(TorchRunner(model, max_tokens=256), tokenizer).generate([prompt], PARAMS)
+    return answer.token_ids
+
+
+def test_threads_and_event_loops_get_their_own_answers(
+    background: BackgroundEngine, model: LlamaForCausalLM, tokenizer: Tokenizer
+) -> None:
+    prompts = [[i, 2 * i, 7] for i in range(1, 13)]
+    found: dict[int, list[int]] = {}
+
+    def read(index: int) -> None:
+        pieces = list(background.submit(prompts[index], PARAMS))
+        found[index] = [token for piece in pieces for token in piece.token_ids]
+        assert pieces[-1].result is not None
+        assert "".join(piece.text for piece in pieces) == pieces[-1].result.text
+
+    async def read_async(index: int) -> None:
+        tokens: list[int] = []
+        async for piece in background.submit(prompts[index], PARAMS):
+            tokens += piece.token_ids
+        found[index] = tokens
+
+    async def read_several() -> None:
+        await asyncio.gather(*(read_async(index) for index in range(6, 12)))
+
+    threads = [threading.Thread(target=read, args=(index,)) for index in range(6)]
+    threads.append(threading.Thread(target=lambda: asyncio.run(read_several())))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {index: alone(model, tokenizer, prompt) for index, prompt in enumerate(prompts)}
+
+
+def test_a_refusal_is_that_requests_alone(background: BackgroundEngine) -> None:
+    good, bad = background.submit([1, 2], PARAMS), background.submit([], PARAMS)
+    with pytest.raises(GenerationError, match="the prompt is empty"):
+        bad.result()
+    assert len(good.result().token_ids) == 12
+
+
+def test_cancelling_ends_the_iteration_and_frees_the_blocks(background: BackgroundEngine) -> None:
+    ticket = background.submit([1, 2, 3], SamplingParams(max_new_tokens=100))
+    pieces = iter(ticket)
+    next(pieces)
+    ticket.cancel()
+    rest = list(pieces)
+    assert rest[-1].result is not None
+    assert rest[-1].result.finish_reason == "cancelled"
+    ticket.cancel()  # once more does no harm
+    assert background.submit([5], PARAMS).result().finish_reason == "length"
+    assert background.engine.blocks.used == 0
+
+
+def test_what_a_step_raises_fails_its_requests_and_the_engine_goes_on(
+    background: BackgroundEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = background.engine.runner.run
+
+    def broken(work: Sequence[Work]) -> torch.Tensor:
+        monkeypatch.setattr(background.engine.runner, "run", run)
+        raise RuntimeError("out of\n memory")
+
+    monkeypatch.setattr(background.engine.runner, "run", broken)
+    with pytest.raises(GenerationError, match=r"the step could not be computed \(out of memory\)"):
+        background.submit([1, 2], PARAMS).result()
+    assert len(background.submit([1, 2], PARAMS).result().token_ids) == 12
+    background.engine.blocks.check([])
+
+
+def test_closing_drains_or_cancels(model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
+    for drain, reason in ((True, "length"), (False, "cancelled")):
+        background = BackgroundEngine(Engine(TorchRunner(model, max_tokens=256), tokenizer))
+        ticket = background.submit([1], SamplingParams(max_new_tokens=100))
+        next(iter(ticket))
+        assert background.close(drain=drain, timeout=60)
+        assert ticket.result().finish_reason == reason
+        with pytest.raises(GenerationError, match="shutting down"):
+            background.submit([1], PARAMS)
+
+
+def test_closing_waits_no_longer_than_it_is_told(model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
+    background = BackgroundEngine(Engine(TorchRunner(model, max_tokens=1024), tokenizer, max_running=1))
+    tickets = [background.submit([i], SamplingParams(max_new_tokens=120)) for i in range(1, 9)]
+    assert not background.close(drain=True, timeout=0.05)
+    assert {ticket.result().finish_reason for ticket in tickets} <= {"length", "cancelled"}
+
+
+@pytest.mark.parametrize("events", [400, pytest.param(10_000, marks=[pytest.mark.peers, pytest.mark.timeout(1800)])])
+def test_random_lives_leave_nothing_behind(background: BackgroundEngine, events: int) -> None:
+    chance = random.Random(0)
+    alive = []
+    for _ in range(events):
+        kind = chance.random()
+        if kind < 0.5 or not alive:
+            prompt = [7] * (16 * chance.randrange(2)) + [chance.randrange(256) for _ in range(chance.randint(1, 20))]
+            alive.append(background.submit(prompt, SamplingParams(max_new_tokens=chance.randint(1, 12))))
+        elif kind < 0.75:
+            alive.pop(chance.randrange(len(alive))).cancel()
+        elif kind < 0.95:
+            alive.pop(0).result()
+        else:
+            time.sleep(0.001)
+    for ticket in alive:
+        ticket.result()
+    assert background.close(drain=True, timeout=60)
+    engine = background.engine
+    engine.blocks.check([])
+    assert engine.blocks.available == engine.blocks.num_blocks
+    assert not engine.unfinished
+    assert not engine._answers
+    assert not background._tickets
+    assert not background._answers
+    assert not background._sent
