@@ -18,7 +18,8 @@ transformers = pytest.importorskip("transformers")
 
 from arriero.errors import FormatError  # noqa: E402
 from arriero.formats.gguf.file import GGUFFile  # noqa: E402
-from arriero.formats.gguf.model import convert_gguf, hf_name, unpermute  # noqa: E402
+from arriero.formats.gguf.model import convert_gguf  # noqa: E402
+from arriero.formats.gguf.names import hf_name  # noqa: E402
 from arriero.formats.hf import load_model  # noqa: E402
 from arriero.models.config import LlamaConfig  # noqa: E402
 from arriero.models.llama import LlamaForCausalLM  # noqa: E402
@@ -147,13 +148,6 @@ def test_logits_are_those_of_transformers_reading_the_gguf(tmp_path: Path, kind:
     ids = torch.randint(0, VOCAB, (2, 30), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert (theirs(ids).logits - load_model(tmp_path / "out")(ids)).abs().max() < 1e-4
-
-
-def test_unpermute_is_the_inverse_of_the_converter() -> None:
-    weight = torch.randn(24, 5, generator=torch.Generator().manual_seed(0))
-    for heads in (1, 2, 3, 6):
-        assert torch.equal(unpermute(torch.from_numpy(llama_cpp_permute(weight.numpy(), heads)), heads), weight)
-    assert not torch.equal(torch.from_numpy(llama_cpp_permute(weight.numpy(), 2)), weight)
 
 
 def test_hf_names_cover_the_gguf_name_map() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from arriero.commands.hub_push import check_push, push
 from arriero.config.adapter import AdapterOptions
 from arriero.config.checkpoint import CheckpointOptions
 from arriero.config.data import DataOptions, PreviewOptions
+from arriero.config.hub import HubOptions
 from arriero.config.logging import LoggingOptions
 from arriero.config.model import ModelOptions
 from arriero.config.optimization import OptimizationOptions
@@ -15,6 +17,7 @@ from arriero.config.parallel import ParallelOptions
 from arriero.config.precision import PrecisionOptions
 from arriero.config.preference import PreferenceOptions
 from arriero.config.quantization import QuantizationOptions
+from arriero.config.vocabulary import VocabularyOptions
 
 HELP = "Fine-tune a model on questions and answers, instructions or conversations: all weights, or LoRA with --lora."
 
@@ -26,9 +29,11 @@ OPTIONS: tuple[type, ...] = (
     AdapterOptions,
     QuantizationOptions,
     PreferenceOptions,
+    VocabularyOptions,
     ParallelOptions,
     CheckpointOptions,
     LoggingOptions,
+    HubOptions,
     PreviewOptions,
 )
 
@@ -41,15 +46,18 @@ def run(
     adapter: AdapterOptions,
     quantization: QuantizationOptions,
     preference: PreferenceOptions,
+    vocabulary: VocabularyOptions,
     parallel: ParallelOptions,
     checkpoint: CheckpointOptions,
     logging: LoggingOptions,
+    hub: HubOptions,
     preview: PreviewOptions,
 ) -> int:
     """Fine-tune, or with --preview only show rows."""
     if preview.preview is not None:
-        _show_rows(model, data, preview, pairs=preference.preference is not None)
+        _show_rows(model, data, preview, vocabulary, pairs=preference.preference is not None)
         return 0
+    check_push(hub, checkpoint, do_train=optimization.do_train)
     from arriero.training.finetune_options import FinetuneOptions
     from arriero.training.finetuning import finetune
 
@@ -62,16 +70,21 @@ def run(
             adapter=adapter,
             quantization=quantization,
             preference=preference,
+            vocabulary=vocabulary,
             parallel=parallel,
             checkpoint=checkpoint,
             logging=logging,
         )
     )
+    push(hub, Path(checkpoint.output_dir))
     return 0
 
 
-def _show_rows(model: ModelOptions, data: DataOptions, options: PreviewOptions, *, pairs: bool) -> None:
+def _show_rows(
+    model: ModelOptions, data: DataOptions, options: PreviewOptions, vocabulary: VocabularyOptions, *, pairs: bool
+) -> None:
     """Print the first training rows; of several processes the first does that."""
+    from arriero.data.new_tokens import with_new_tokens
     from arriero.data.preview import preview, preview_pairs, wants_color
     from arriero.data.sources import check_data
     from arriero.data.tokenizer import load_tokenizer
@@ -82,5 +95,7 @@ def _show_rows(model: ModelOptions, data: DataOptions, options: PreviewOptions, 
     check_data(data.dataset_path, data.data_name, data.task_name)
     cache = Path(model.cache_dir) if model.cache_dir else None
     tokenizer = load_tokenizer(resolve_model(model.tokenizer_name_or_path or model.model_name_or_path, cache_dir=cache))
+    if vocabulary.add_tokens or vocabulary.add_special_tokens:
+        tokenizer = with_new_tokens(tokenizer, vocabulary.add_tokens, vocabulary.add_special_tokens)
     show = preview_pairs if pairs else preview
     print(show(data, tokenizer, options.preview or 1, color=wants_color(options.preview_color)))

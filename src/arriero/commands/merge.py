@@ -92,7 +92,9 @@ def _merge_adapter(model: ModelOptions, lora_path: str, merge: MergeOptions) -> 
     target = Path(merge.output_path)
     config, state = _adapter_of(lora_path, merge)
     if merge.output_kind == "adapter":
-        return _write_adapter(config, state, model.model_name_or_path, target)
+        code = _write_adapter(config, state, model.model_name_or_path, target)
+        _keep_rounding(lora_path, target)
+        return code
     loaded = load(model)
     _dequantize(loaded.model)
     apply_lora(loaded.model, config, fresh=False)
@@ -109,6 +111,7 @@ def _merge_adapter(model: ModelOptions, lora_path: str, merge: MergeOptions) -> 
     hf.save_model(
         loaded.model, loaded.model.config, target, max_shard_size=merge.max_shard_size, extra_files_from=loaded.folder
     )
+    _keep_rounding(lora_path, target)
     if not merge.verify:
         print(f"merged model: {target} (not compared)")
         return 0
@@ -128,13 +131,31 @@ def _merge_adapter(model: ModelOptions, lora_path: str, merge: MergeOptions) -> 
     return 0
 
 
+def _paths(lora_path: str) -> list[str]:
+    """The folders that --lora_path names."""
+    return [lora_path] if Path(lora_path).is_dir() else [path.strip() for path in lora_path.split(",")]
+
+
+def _keep_rounding(lora_path: str, target: Path) -> None:
+    """What was trained with rounded weights computes with them after the merge too."""
+    from arriero.quantization.qat import SETTINGS_FILE
+    from arriero.training.qat_weights import copy_rounding
+
+    rounded = [path for path in map(Path, _paths(lora_path)) if (path / SETTINGS_FILE).is_file()]
+    if len(_paths(lora_path)) == 1:
+        for path in rounded:
+            copy_rounding(path, target)
+    elif rounded:
+        print(f"the rounding of {rounded[0]} ({SETTINGS_FILE}) is left out: no sum of adapters was trained with it")
+
+
 def _adapter_of(lora_path: str, merge: MergeOptions) -> tuple[LoRAConfig, Mapping[str, Tensor]]:
     """The adapter of one folder as it is, or the weighted sum of those of several."""
     from arriero.adapters.lora_mix import check_mix, mix_adapters
     from arriero.adapters.peft_config import from_peft
     from arriero.formats import peft
 
-    paths = [lora_path] if Path(lora_path).is_dir() else [path.strip() for path in lora_path.split(",")]
+    paths = _paths(lora_path)
     adapters = []
     for path in paths:
         stored, state = peft.load_adapter(Path(path))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.config.adapter import AdapterOptions
+from arriero.config.hub import HubOptions
 from arriero.config.logging import LoggingOptions
 from arriero.config.parallel import ParallelOptions
 from arriero.config.planning import (
@@ -17,8 +18,10 @@ from arriero.config.planning import (
     PlanOptions,
 )
 from arriero.config.precision import PrecisionOptions
+from arriero.config.quantization import QuantizationOptions
 
 if TYPE_CHECKING:
+    from arriero.models.config import LlamaConfig
     from arriero.training.planning.machine import Links, Machine
     from arriero.training.planning.setup import ModelFacts, TrainingSetup
 
@@ -34,9 +37,11 @@ OPTIONS: tuple[type, ...] = (
     PlanOptimizationOptions,
     PrecisionOptions,
     AdapterOptions,
+    QuantizationOptions,
     ParallelOptions,
     PlanCheckpointOptions,
     LoggingOptions,
+    HubOptions,
 )
 
 
@@ -47,12 +52,14 @@ def run(
     optimization: PlanOptimizationOptions,
     precision: PrecisionOptions,
     adapter: AdapterOptions,
+    quantization: QuantizationOptions,
     parallel: ParallelOptions,
     checkpoint: PlanCheckpointOptions,
     logging: LoggingOptions,
+    hub: HubOptions,
 ) -> int:
     """Print the plan; a run that does not fit is an error that says what helps."""
-    _refuse(model, adapter, plan)
+    _refuse(model, adapter, quantization, plan)
     from arriero.errors import ConfigError, FormatError
     from arriero.formats.download import model_config
     from arriero.formats.safe_tensors import parse_size
@@ -69,8 +76,7 @@ def run(
     config = model_config(name, Path(model.cache_dir).expanduser() if model.cache_dir else None)
     setup = _setup(plan, model, corpus, optimization, precision, parallel)
     check_heads(config, setup.layout.tp)
-    targets = adapter.lora_target_modules if adapter.lora else []
-    facts = model_facts(config, lora_rank=adapter.lora_rank if adapter.lora else 0, lora_targets=targets)
+    facts = model_facts(config, **_method(config, adapter, quantization))
     machine = find_machine(setup.device, setup.compute_dtype, gpu=plan.gpu, memory=memory, flops=plan.flops)
     links = find_links(plan.gpu, plan.bandwidth_in_node, plan.bandwidth_between_nodes)
     utilization = plan.mfu or DEFAULT_UTILIZATION[setup.device]
@@ -135,7 +141,9 @@ def _search(
     return 0
 
 
-def _refuse(model: PlanModelOptions, adapter: AdapterOptions, plan: PlanOptions) -> None:
+def _refuse(
+    model: PlanModelOptions, adapter: AdapterOptions, quantization: QuantizationOptions, plan: PlanOptions
+) -> None:
     """What is not planned in this version."""
     from arriero.errors import ConfigError
 
@@ -144,8 +152,29 @@ def _refuse(model: PlanModelOptions, adapter: AdapterOptions, plan: PlanOptions)
     for name in ("use_flash_attention", "use_fused_rms_norm"):
         if not getattr(model, name):
             raise ConfigError(f"--{name} no is not planned for: it keeps more, to compare kernels; drop it")
+    if quantization.qat:
+        raise ConfigError(
+            "--qat is not planned for in this version: what is held in full precision is a lower bound, drop it"
+        )
+    for name in ("lora_path", "prefix_path"):
+        if getattr(adapter, name):
+            raise ConfigError(f"--{name} is not read by plan: describe it by the options that it was made with")
+
+
+def _method(config: LlamaConfig, adapter: AdapterOptions, quantization: QuantizationOptions) -> dict[str, Any]:
+    """The fields of a `Method`."""
+    found: dict[str, Any] = {"quantize_base": quantization.quantize_base}
+    if adapter.lora:
+        found |= {
+            "lora_rank": adapter.lora_rank,
+            "lora_targets": adapter.lora_target_modules,
+            "dora": adapter.lora_dora,
+        }
     if adapter.prefix_tuning:
-        raise ConfigError("--prefix_tuning is not planned for in this version: --lora is")
+        found["prefix_length"] = adapter.num_prefix_tokens
+        if adapter.prefix_projection:
+            found["prefix_network"] = adapter.prefix_projection_hidden_size or config.hidden_size
+    return found
 
 
 def _setup(
@@ -176,7 +205,9 @@ def _setup(
         compute_dtype=precision.compute_dtype if half else weight,
         weight_dtype=weight,
         recompute=precision.recompute_granularity if precision.recompute else "none",  # type: ignore[arg-type]
-        optimizer=optimization.optim,
+        optimizer="sgd with momentum"
+        if optimization.optim == "sgd" and optimization.sgd_momentum
+        else optimization.optim,
         device="cpu" if device == "cpu" else "cuda",
         layout=parallel.layout(plan.num_devices),
         reduce_dtype=parallel.gradient_reduce_dtype,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from arriero.commands.hub_push import check_push, push
 from arriero.config.checkpoint import CheckpointOptions
+from arriero.config.hub import HubOptions
 from arriero.config.logging import LoggingOptions
 from arriero.config.parallel import ParallelOptions
 from arriero.config.precision import PrecisionOptions
@@ -18,6 +22,7 @@ OPTIONS: tuple[type, ...] = (
     ParallelOptions,
     CheckpointOptions,
     LoggingOptions,
+    HubOptions,
 )
 
 
@@ -29,8 +34,10 @@ def run(
     parallel: ParallelOptions,
     checkpoint: CheckpointOptions,
     logging: LoggingOptions,
+    hub: HubOptions,
 ) -> int:
     """Pre-train."""
+    check_push(hub, checkpoint, do_train=optimization.do_train)
     from arriero.training.pretraining import PretrainOptions, pretrain
 
     pretrain(
@@ -44,4 +51,5 @@ def run(
             logging=logging,
         )
     )
+    push(hub, Path(checkpoint.output_dir))
     return 0

@@ -16,7 +16,9 @@ from arriero.errors import ConfigError
 VERBS: dict[str, tuple[str, str]] = {
     "quickstart": ("arriero.commands.quickstart", "fine-tune a real model on this machine and see it get better"),
     "download": ("arriero.commands.download", "bring a named or Hub model into a local folder"),
-    "convert": ("arriero.commands.convert", "turn a model file or folder into another format or type"),
+    "upload": ("arriero.commands.upload", "publish a model, an adapter or a GGUF file on the Hub"),
+    "convert": ("arriero.commands.convert", "turn a model or adapter into another format or type"),
+    "inspect": ("arriero.commands.inspect", "tell what a model, adapter, corpus or file of tensors is"),
     "preprocess": ("arriero.commands.preprocess", "turn raw text into a token corpus"),
     "plan": ("arriero.commands.plan", "tell the memory and time of a run before it"),
     "pretrain": ("arriero.commands.pretrain", "train from scratch, or go on with --continue_training"),
@@ -34,7 +36,9 @@ VERBS: dict[str, tuple[str, str]] = {
     "completion": ("arriero.commands.completion", "print a completion script for bash, zsh or fish"),
 }
 LATER = frozenset({"export", "infer", "serve", "bench"})
-ONE_PROCESS = frozenset({"quickstart", "quantize", "download", "convert", "preprocess", "plan", "chat", "completion"})
+ONE_PROCESS = frozenset(
+    {"quickstart", "quantize", "download", "upload", "convert", "inspect", "preprocess", "plan", "chat", "completion"}
+)
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,29 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from arriero.errors import ConfigError, FormatError
 from arriero.formats import wheel_model
+from arriero.formats.hub_files import HubFile, fetch_file, fetch_files
+from arriero.formats.peft import ADAPTER_CONFIG
 from arriero.formats.safe_tensors import weight_files
 from arriero.formats.tiny_model import make_tiny_model
 from arriero.models.config import LlamaConfig
 from arriero.models.presets import find_preset, match_preset
 
-# Data only. Pickled weights can run code; the other weight files are copies in formats that are not read.
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*"]
-HUB_IGNORED = ["*/*", "consolidated*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt"]
+# Everything but the weights.
+HUB_FILES = ["*.json", "*.model", "*.jinja", "merges.txt", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*"]
+# Of a repository's weights the first kind that it has: safetensors are read as they are, the others are converted. Copies
+# of a kind, in folders or as another framework's, are left.
+HUB_WEIGHTS = {
+    "safetensors": ["*.safetensors"],
+    "PyTorch": ["pytorch_model*.bin"],
+    "Paddle": ["model_state*.pdparams", "lora_model_state*.pdparams", "prefix_model_state*.pdparams", "pre_caches.npy"],
+    "Meta": ["consolidated.*.pth"],
+}
+HUB_IGNORED = ["*/*", "consolidated*.safetensors*"]
 # All that a tokenizer needs: a corpus is made without the weights.
 HUB_TOKENIZER_FILES = ["tokenizer*", "*.model", "*.jinja", "added_tokens.json", "special_tokens_map.json"]
 HUB_TOKENIZER_FILES += ["config.json", "generation_config.json", "LICEN[CS]E*"]
@@ -74,7 +85,7 @@ def resolve_tokenizer(name_or_path: str | Path, cache_dir: Path | None = None, r
         return resolve_model(name_or_path, cache_dir, report)
     shared = cache_dir is None and "ARRIERO_HOME" not in os.environ
     cache = None if shared else (cache_dir or default_cache_dir()) / "hub"
-    return _snapshot(hub_id, None, cache, None, HUB_TOKENIZER_FILES)
+    return fetch_files(hub_id, None, cache, None, lambda _: HUB_TOKENIZER_FILES, HUB_IGNORED)
 
 
 def model_config(name_or_path: str | Path, cache_dir: Path | None = None) -> LlamaConfig:
@@ -93,7 +104,7 @@ def model_config(name_or_path: str | Path, cache_dir: Path | None = None) -> Lla
         return LlamaConfig.from_file(resolve_model(name_or_path, cache_dir))  # which says what is wrong with it
     shared = cache_dir is None and "ARRIERO_HOME" not in os.environ
     cache = None if shared else (cache_dir or default_cache_dir()) / "hub"
-    return LlamaConfig.from_file(_snapshot(name, None, cache, None, ["config.json"]))
+    return LlamaConfig.from_file(fetch_files(name, None, cache, None, lambda _: ["config.json"], HUB_IGNORED))
 
 
 def fetch_model(
@@ -147,51 +158,75 @@ def _refuse_revision(revision: str | None, name: str) -> None:
         raise ConfigError(f"--revision {revision} has no meaning for {name}, which does not come from the Hub")
 
 
-def _snapshot(hub_id: str, folder: Path | None, cache: Path | None, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import constants, errors, snapshot_download
+def fetch_hub_file(
+    hub_id: str, name: str, folder: Path | None = None, cache_dir: Path | None = None, revision: str | None = None
+) -> Path:
+    """Download one file of a Hub repository, such as one of its GGUF files.
 
-    try:
-        # The library takes a cut connection up where it stopped, and does not ask for a finished file again.
-        return Path(
-            snapshot_download(
-                hub_id,
-                revision=revision,
-                cache_dir=cache,
-                local_dir=folder,
-                allow_patterns=patterns,
-                ignore_patterns=HUB_IGNORED,
-            )
+    Args:
+        hub_id: a Hub id, or a named model that is on the Hub.
+        name: the file's path in the repository.
+        folder: where to; default: a folder of the cache.
+        cache_dir, revision: as for `fetch_model`.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: the name is no Hub id.
+        FormatError: as for `resolve_model`, and when the repository has no such file.
+    """
+    preset = match_preset(hub_id)
+    if preset is not None and preset.hub_id is not None:
+        hub_id = preset.hub_id
+    if not _HUB_ID.fullmatch(hub_id.strip()) or (preset is not None and preset.hub_id is None):
+        raise ConfigError(f"{hub_id}: --file names a file of a Hub repository; give its id owner/name")
+    shared = cache_dir is None and "ARRIERO_HOME" not in os.environ
+    return fetch_file(
+        hub_id.strip(), name, folder, None if shared else (cache_dir or default_cache_dir()) / "hub", revision
+    )
+
+
+def _choose(hub_id: str, files: list[HubFile]) -> tuple[str, list[str]]:
+    """The kind of a repository's weights, and the patterns of all that belongs to the model or adapter.
+
+    Raises:
+        FormatError: it has nothing that can be read.
+    """
+    names = [file.path for file in files if not any(fnmatchcase(file.path, pattern) for pattern in HUB_IGNORED)]
+    for kind, patterns in HUB_WEIGHTS.items():
+        if any(fnmatchcase(name, pattern) for name in names for pattern in patterns):
+            if not {"config.json", "params.json", ADAPTER_CONFIG, "lora_config.json"} & set(names):
+                raise FormatError(f"{hub_id}: has no config.json; this is not a model that can be read")
+            return kind, HUB_FILES + patterns
+    gguf = sorted((file for file in files if file.path.lower().endswith(".gguf")), key=lambda file: file.path)
+    if gguf:
+        listed = ", ".join(f"{file.path} ({file.size / 1e9:.2f} GB)" for file in gguf[:12])
+        more = f" and {len(gguf) - 12} more" if len(gguf) > 12 else ""
+        raise FormatError(
+            f"{hub_id}: has GGUF files only; fetch one: `arriero download {hub_id} --file NAME`: {listed}{more}"
         )
-    except errors.GatedRepoError as error:
-        raise FormatError(
-            f"{hub_id}: is gated; accept its licence at {constants.ENDPOINT}/{hub_id} and log in with `hf auth login`"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise FormatError(f"{hub_id}: there is no such model on the Hub (or it is private; `hf auth login`)") from error
-    except errors.RevisionNotFoundError as error:
-        raise FormatError(f"{hub_id}: has no revision {revision!r} on the Hub") from error
-    except errors.LocalEntryNotFoundError as error:
-        raise FormatError(
-            f"{hub_id}: is not in the local cache and the Hub ({constants.ENDPOINT}) cannot be reached; "
-            "check the network, or give a local folder"
-        ) from error
-    except Exception as error:
-        # What a failing transfer raises (httpx, httpx2, requests, xet, the file system) differs between versions.
-        reason = " ".join(str(error).split())[:200]
-        raise FormatError(f"{hub_id}: the download failed ({reason}); run it again, finished files are kept") from error
+    if "adapter_model.bin" in names:
+        raise FormatError(f"{hub_id}: its adapter is a pickle (adapter_model.bin); get it as safetensors")
+    raise FormatError(f"{hub_id}: has no weights of a kind that is read here: {', '.join(HUB_WEIGHTS)} or GGUF")
 
 
 def _fetch_hub(hub_id: str, folder: Path | None, cache: Path | None, revision: str | None, report: Report) -> Path:
-    found = _snapshot(hub_id, folder, cache, revision, HUB_FILES)
-    if not (found / "config.json").is_file():
-        raise FormatError(f"{hub_id}: has no config.json; this is not a model that can be read")
-    try:
-        weight_files(found)
-    except FormatError as error:
-        raise FormatError(
-            f"{hub_id}: has no usable safetensors weights ({error}); pickled weights are never downloaded, "
-            "as opening them can run code"
-        ) from error
+    kinds: list[str] = []
+
+    def choose(files: list[HubFile]) -> list[str]:
+        kind, patterns = _choose(hub_id, files)
+        kinds.append(kind)
+        return patterns
+
+    found = fetch_files(hub_id, folder, cache, revision, choose, HUB_IGNORED)
+    if kinds[-1] != "safetensors":
+        report(f"{hub_id}: has {kinds[-1]} weights; make a model folder of them: `arriero convert {found} OUTPUT`")
+    elif not (found / ADAPTER_CONFIG).is_file() or (found / "config.json").is_file():
+        try:
+            weight_files(found)
+        except FormatError as error:
+            raise FormatError(f"{hub_id}: is not a whole model ({error})") from error
     licences = sorted(path.name for pattern in ("LICENSE*", "LICENCE*") for path in found.glob(pattern))
     if licences:
         report(f"licence of the weights: {found / licences[0]}")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from arriero.formats.safe_tensors import (
     weight_files,
 )
 from arriero.formats.shared_files import ALONE, PartReader, Peers, State, agree, shared_folder, write_tensors
+from arriero.formats.side_files import copy_side_files
 from arriero.formats.tensor_shards import ShardedState, is_sharded
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
@@ -47,25 +47,6 @@ __all__ = [
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
-# Files beside the weights that a derived model keeps.
-SIDE_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "COPYING*",
-    "USE_POLICY*",
-)
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SHOWN = 5
 
@@ -296,6 +277,7 @@ def save_model(
     extra_files_from: str | Path | None = None,
     extra_files: Mapping[str, bytes] | None = None,
     peers: Peers = ALONE,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write an HF folder that transformers and this package read, as a whole or not at all.
 
@@ -310,6 +292,7 @@ def save_model(
         extra_files: more files by name, e.g. a tokenizer's; they win over copied ones.
         peers: the processes that hold the weights together; every one calls this with its own parts. The files beside the
             weights are those that the first asks for.
+        progress: told bytes done and bytes in all, after each tensor of this process.
 
     Raises:
         FormatError: when the weights do not fit the configuration, or something cannot be written (a full disk, say).
@@ -333,7 +316,7 @@ def save_model(
     # What is made when it is written comes in the order that is easiest for its maker.
     order = () if any(isinstance(value, LazyTensor) for value in state.values()) else tuple(weight_shapes(config))
     with shared_folder(folder, peers, replaces=WEIGHT_FILES) as staging:
-        write_tensors(state, staging, max_shard_size=limit, dtype=wanted, peers=peers, order=order)
+        write_tensors(state, staging, max_shard_size=limit, dtype=wanted, peers=peers, order=order, progress=progress)
         with peers.together():
             if peers.first:
                 _write_side_files(config, staging, folder, extra_files_from, extra_files or {})
@@ -355,33 +338,6 @@ def _write_side_files(
     if not (staging / "generation_config.json").exists() and not (folder / "generation_config.json").exists():
         (staging / "generation_config.json").write_text(_json(_generation_config(config)), encoding="utf-8")
     (staging / "config.json").write_text(_json(config.to_dict()), encoding="utf-8")
-
-
-def copy_side_files(source: str | Path, destination: str | Path) -> list[str]:
-    """Copy tokenizer, generation and licence files from one model folder to another.
-
-    Returns:
-        The names of the files copied.
-
-    Raises:
-        FormatError: when one cannot be copied.
-    """
-    source, destination = Path(source), Path(destination)
-    copied: list[str] = []
-    if source.resolve() == destination.resolve():
-        return copied
-    for pattern in SIDE_FILES:
-        for path in sorted(source.glob(pattern)):
-            if not path.is_file():
-                continue
-            try:
-                shutil.copyfile(path, destination / path.name)
-            except OSError as error:
-                if error.filename == str(path):
-                    raise FormatError(f"{path}: cannot be copied ({error.strerror})") from error
-                raise
-            copied.append(path.name)
-    return copied
 
 
 def _generation_config(config: LlamaConfig) -> dict[str, Any]:

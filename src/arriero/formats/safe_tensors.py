@@ -1,8 +1,8 @@
 """Reading `.safetensors` files, one or a sharded set with its index.
 
 The safetensors library checks the header (its length, the offsets, their overlap) and maps the file, so a tensor read
-here is a view of the page cache and takes no memory of its own until it is written to. Only safetensors is read: a
-pickle (`.bin`, `.pt`) can run code, so none is ever opened.
+here is a view of the page cache and takes no memory of its own until it is written to. A model is loaded
+from safetensors only; the files of torch.save (`.bin`, `.pt`, `.pth`) are pickles, which `arriero convert` reads as data.
 """
 
 from __future__ import annotations
@@ -50,6 +50,19 @@ class LazyTensor:
     load: Callable[[], Tensor]
 
 
+@dataclass(frozen=True)
+class FileTensor(LazyTensor):
+    """A tensor whose bytes lie in a file just as a new one will hold them, so that the kernel can copy them across.
+
+    Attributes:
+        path: the file.
+        offset: of the first byte.
+    """
+
+    path: Path
+    offset: int
+
+
 def parse_size(size: str | int) -> int:
     """Bytes of "5GB" (decimal, as transformers reads it), "5GiB" (binary), "500MB" or a plain number.
 
@@ -81,18 +94,27 @@ def weight_files(folder: str | Path) -> list[Path]:
         return [folder / SINGLE_FILE]
     index = folder / INDEX_FILE
     if not index.is_file():
-        pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
+        pickles = [
+            path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pdparams") for path in sorted(folder.glob(pattern))
+        ]
         if pickles:
             raise FormatError(
-                f"{folder}: has only pickled weights ({pickles[0]}), which can run code and are never opened; "
-                "get the safetensors files of this model"
+                f"{folder}: has only pickled weights ({pickles[0]}), and a pickle can run code when it is loaded; "
+                f"have them read as data, into safetensors: arriero convert {folder} OUTPUT"
             )
         raise FormatError(f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; this is not a model folder")
-    return [folder / name for name in sorted(set(_read_index(index).values()))]
+    return [folder / name for name in sorted(set(read_index(index).values()))]
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name, every file name checked to be a plain one that exists beside the index."""
+def read_index(path: Path, suffix: str = ".safetensors") -> dict[str, str]:
+    """Tensor name -> file name, every file name checked to be a plain one that exists beside the index.
+
+    Args:
+        suffix: that every file name must have.
+
+    Raises:
+        FormatError: when it is no index, or names anything else.
+    """
     try:
         if path.stat().st_size > MAX_INDEX_BYTES:
             raise FormatError(f"{path}: is larger than {MAX_INDEX_BYTES} bytes; this is not an index")
@@ -105,8 +127,8 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(names, dict) or not names:
         raise FormatError(f"{path}: has no weight_map; fetch it again")
     for name in set(map(str, names.values())):
-        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise FormatError(f"{path}: names the file {name!r}; only plain .safetensors names beside it are allowed")
+        if Path(name).name != name or "\\" in name or not name.endswith(suffix):
+            raise FormatError(f"{path}: names the file {name!r}; only plain {suffix} names beside it are allowed")
         if not (path.parent / name).is_file():
             raise FormatError(f"{path}: names the file {name!r}, which is missing; fetch it again")
     return {str(key): str(value) for key, value in names.items()}
@@ -138,7 +160,7 @@ def read_shapes(path: str | Path) -> dict[str, tuple[torch.dtype | None, tuple[i
     try:
         if path.stat().st_size == 0:
             raise FormatError(f"{path}: the file is empty; fetch it again")
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:  # which maps nothing, so the file may be larger than the memory
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             return {name: (_DTYPES.get(part.get_dtype()), tuple(part.get_shape())) for name, part in slices.items()}
     except SafetensorError as error:

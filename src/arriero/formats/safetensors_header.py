@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from math import prod
+from pathlib import Path
 
 import torch
 
@@ -78,3 +79,20 @@ def build_header(
     text += b" " * (-len(text) % _ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
     return header, {name: len(header) + start for name, start in starts.items()}, len(header) + end
+
+
+def read_entries(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """What the header of a file says of its tensors; the safetensors library must have checked it (`safe_open` does).
+
+    Returns:
+        By name: dtype, shape, and where it begins and ends in the file, in bytes.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    entries.pop("__metadata__", None)
+    start = 8 + length
+    return {
+        name: (entry["dtype"], tuple(entry["shape"]), *(start + int(at) for at in entry["data_offsets"]))
+        for name, entry in entries.items()
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from math import prod
 from pathlib import Path
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from arriero.formats.hf import copy_side_files, dtype_name, open_state, parse_dtype
+from arriero.formats.hf_source import open_hf
 from arriero.formats.safe_tensors import WEIGHT_FILES, LazyTensor
 from arriero.formats.safetensors_header import build_header
 from arriero.formats.shared_files import Peers, shared_folder
+from arriero.formats.source import ModelSource
 from arriero.formats.staging import staged_folder
 from arriero.formats.tensor_shards import check_degree, piece_shape, shard_file, shard_metadata
 from arriero.models.config import LlamaConfig
@@ -25,35 +27,47 @@ from arriero.models.weight_shapes import weight_shapes
 
 
 def write_shards(
-    source: str | Path,
+    source: str | Path | ModelSource,
     folder: str | Path,
     tp: int,
     stages: Sequence[range] | None = None,
     dtype: str | torch.dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write a model as shards, as a whole or not at all; one tensor at a time is in memory.
 
     Args:
-        source: a model folder, of shards or not.
+        source: a model folder, of shards or not, or an open model.
         tp: processes that share out each matrix.
         stages: the layers of each process of the pipeline; None: no pipeline.
         dtype: to cast to; None keeps each tensor's.
+        progress: told bytes done and bytes in all, after each tensor.
 
     Raises:
         FormatError: when the model cannot be cut so, its folder is broken, or something cannot be written.
     """
-    config, wanted = LlamaConfig.from_file(source), parse_dtype(dtype)
-    check_degree(config, tp, source)
-    state = open_state(source, config)
+    source = source if isinstance(source, ModelSource) else open_hf(source)
+    config, wanted, state = source.config, parse_dtype(dtype), source.tensors
+    check_degree(config, tp, source.path)
     stages = stages or [range(config.num_hidden_layers)]
     kinds = {name: wanted or state[name].dtype for name in weight_shapes(config)}
     config = dataclasses.replace(config, dtype=dtype_name(max(kinds.values(), key=lambda kind: kind.itemsize)))
+    size, done = sum(prod(state[name].shape) * kind.itemsize for name, kind in kinds.items()), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, size)
+
     with staged_folder(folder, replaces=WEIGHT_FILES) as staging:
         for pp_rank in range(len(stages)):
             held = {name: kind for name, kind in kinds.items() if _stage_of(name, stages) == pp_rank}
             paths = {rank: staging / shard_file(rank, tp, pp_rank, len(stages)) for rank in range(tp)}
-            _write_files(state, held, config, paths, tp, pp_rank, len(stages))
-        _write_side_files(source, config, staging)
+            _write_files(state, held, config, paths, tp, pp_rank, len(stages), advance)
+        for name, content in source.files.items():
+            (staging / name).write_bytes(content)
+        _write_config(config, staging)
 
 
 def write_own_shard(
@@ -88,7 +102,8 @@ def write_own_shard(
             path = staging / shard_file(tp_rank, tp, pp_rank, pp)
             _write_files(state, held, config, {tp_rank: path}, tp, pp_rank, pp)
         if peers.first:
-            _write_side_files(source, config, staging)
+            copy_side_files(source, staging)
+            _write_config(config, staging)
 
 
 def _write_files(
@@ -99,12 +114,14 @@ def _write_files(
     tp: int,
     pp_rank: int,
     pp: int,
+    advance: Callable[[int], None] | None = None,
 ) -> None:
     """The files of some processes of a pipeline stage, one tensor at a time.
 
     Args:
         held: the stage's tensors, with the type to write.
         paths: of each file, by its process's number in tensor parallelism.
+        advance: told the bytes of each tensor when it is written.
     """
     with ExitStack() as stack:
         files = {}
@@ -122,10 +139,11 @@ def _write_files(
                 cut = cut_of(name, tuple(whole.shape), config, tp, rank)
                 piece = whole if cut.dim is None else whole.narrow(cut.dim, cut.start, cut.size)
                 file.write(name, piece.to(kind))
+            if advance is not None:
+                advance(prod(whole.shape) * kind.itemsize)
 
 
-def _write_side_files(source: str | Path, config: LlamaConfig, folder: Path) -> None:
-    copy_side_files(source, folder)
+def _write_config(config: LlamaConfig, folder: Path) -> None:
     text = json.dumps(config.to_dict(), indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 

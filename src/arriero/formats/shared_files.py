@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from arriero.errors import FormatError
+from arriero.formats.box_writing import placement_of, write_at, write_box
 from arriero.formats.parts import Part, Placement
 from arriero.formats.safe_tensors import INDEX_FILE, SINGLE_FILE, LazyTensor, weight_files
 from arriero.formats.safetensors_header import build_header, dtype_of_name, name_of_dtype
@@ -88,7 +89,7 @@ def agree(state: State, peers: Peers = ALONE, dtype: torch.dtype | None = None, 
     own = {}
     with peers.together():
         for name, value in state.items():
-            placement = _placement(value)
+            placement = placement_of(value)
             if placement.writes:
                 kind = _cast(value.tensor.dtype if isinstance(value, Part) else value.dtype, dtype)
                 own[name] = [name_of_dtype(kind), list(placement.shape), prod(placement.size)]
@@ -141,6 +142,7 @@ def write_tensors(
     dtype: torch.dtype | None = None,
     peers: Peers = ALONE,
     order: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, str]:
     """Write weights as `model.safetensors`, or as shards with an index when they exceed `max_shard_size`.
 
@@ -149,6 +151,7 @@ def write_tensors(
 
     Args:
         folder: an existing folder, which every process sees.
+        progress: told bytes done and bytes in all, after each tensor of this process.
 
     Returns:
         The file of each tensor.
@@ -159,7 +162,7 @@ def write_tensors(
     """
     plan = agree(state, peers, dtype, order)
     files = plan_files(plan, max_shard_size)
-    _write_files(state, plan, {folder / file: names for file, names in files.items()}, peers)
+    _write_files(state, plan, {folder / file: names for file, names in files.items()}, peers, progress)
     found = {name: file for file, names in files.items() for name in names}
     with peers.together():
         if peers.first and len(files) > 1:
@@ -180,7 +183,22 @@ def write_tensor_file(state: State, path: Path, peers: Peers = ALONE) -> None:
     _write_files(state, plan, {path: list(plan)}, peers)
 
 
-def _write_files(state: State, plan: Plan, files: Mapping[Path, Sequence[str]], peers: Peers) -> None:
+def _write_files(
+    state: State,
+    plan: Plan,
+    files: Mapping[Path, Sequence[str]],
+    peers: Peers,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    size = sum(prod(shape) * dtype.itemsize for dtype, shape in plan.values())
+    done = 0
+
+    def advance(name: str) -> None:
+        nonlocal done
+        done += prod(plan[name][1]) * plan[name][0].itemsize
+        if progress is not None:
+            progress(done, size)
+
     headers = {path: build_header({name: plan[name] for name in names}) for path, names in files.items()}
     with peers.together():
         if peers.first:
@@ -188,9 +206,9 @@ def _write_files(state: State, plan: Plan, files: Mapping[Path, Sequence[str]], 
                 _create(path, header, length)
     with peers.together():
         for path, names in files.items():
-            own = [name for name in names if name in state and _placement(state[name]).writes]
+            own = [name for name in names if name in state and placement_of(state[name]).writes]
             if own:
-                _write_boxes(path, {name: state[name] for name in own}, plan, headers[path][1])
+                _write_boxes(path, {name: state[name] for name in own}, plan, headers[path][1], advance)
 
 
 def _create(path: Path, header: bytes, length: int) -> None:
@@ -202,68 +220,23 @@ def _create(path: Path, header: bytes, length: int) -> None:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot reserve space
                 raise
             os.ftruncate(descriptor, length)
-        _write(descriptor, memoryview(header), 0)
+        write_at(descriptor, memoryview(header), 0)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _write_boxes(path: Path, state: State, plan: Plan, starts: Mapping[str, int]) -> None:
+def _write_boxes(
+    path: Path, state: State, plan: Plan, starts: Mapping[str, int], advance: Callable[[str], None]
+) -> None:
     descriptor = os.open(path, os.O_WRONLY)
     try:
         for name, value in state.items():
-            _write_box(descriptor, name, value, plan[name][0], starts[name])
+            write_box(descriptor, name, value, plan[name][0], starts[name])
+            advance(name)
         os.fsync(descriptor)  # each on its own machine, where several share the folder
     finally:
         os.close(descriptor)
-
-
-def _write_box(descriptor: int, name: str, value: Tensor | LazyTensor | Part, dtype: torch.dtype, start: int) -> None:
-    placement = _placement(value)
-    made = value.load() if isinstance(value, LazyTensor) else value
-    tensor = (made.tensor if isinstance(made, Part) else made).detach()
-    if tuple(tensor.shape) != placement.size:
-        raise FormatError(f"{name} is {tuple(tensor.shape)}, {placement.size} was announced")
-    if tensor.numel() == 0:
-        return
-    content = tensor.to(device="cpu", dtype=dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data
-    length = _run_length(placement) * dtype.itemsize
-    for number, at in enumerate(_run_starts(placement)):
-        _write(descriptor, content[number * length : (number + 1) * length], start + at * dtype.itemsize)
-
-
-def _write(descriptor: int, content: memoryview, at: int) -> None:
-    while content:
-        done = os.pwrite(descriptor, content, at)
-        content, at = content[done:], at + done
-
-
-def _run_length(placement: Placement) -> int:
-    """Numbers of a box that lie one after the other in the whole tensor."""
-    length = 1
-    for size, whole in zip(reversed(placement.size), reversed(placement.shape), strict=True):
-        length *= size
-        if size != whole:
-            break
-    return length
-
-
-def _run_starts(placement: Placement) -> Iterator[int]:
-    """Where each run of a box begins in the whole tensor, in numbers."""
-    partial = [dim for dim, size in enumerate(placement.size) if size != placement.shape[dim]]
-    outer = partial[-1] if partial else 0  # dimensions before the last one that is cut
-    strides = [prod(placement.shape[dim + 1 :]) for dim in range(len(placement.shape))]
-    base = sum(start * stride for start, stride in zip(placement.offset, strides, strict=True))
-    for number in range(prod(placement.size[:outer])):
-        at, rest = base, number
-        for dim in reversed(range(outer)):
-            rest, index = divmod(rest, placement.size[dim])
-            at += index * strides[dim]
-        yield at
-
-
-def _placement(value: Tensor | LazyTensor | Part) -> Placement:
-    return value.placement if isinstance(value, Part) else Placement.whole(tuple(value.shape))
 
 
 def _cast(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:

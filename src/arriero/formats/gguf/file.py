@@ -37,6 +37,7 @@ MAX_TENSOR_NAME_BYTES = 512
 MAX_ARRAY_LENGTH = 2**24
 MAX_DIMENSIONS = 4
 MAX_ALIGNMENT = 2**20
+_CHUNK = 2**18  # numbers that are dequantised at once
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 # GGUF value type -> little-endian struct format.
@@ -131,17 +132,21 @@ class GGUFFile:
         quants, constants = require("gguf.quants", "gguf"), require("gguf.constants", "gguf")
         raw = np.frombuffer(self._map, dtype=np.uint8, count=tensor.nbytes, offset=tensor.offset)
         block, size = self._sizes[tensor.type]
-        rows = raw.reshape(*tensor.shape[:-1], tensor.shape[-1] // block * size)
+        result = np.empty(math.prod(tensor.shape), dtype=np.float32)
+        step = _CHUNK // block
         try:
-            with np.errstate(all="ignore"):  # a scale of infinity is the file's, and shows in the weights
-                values = quants.dequantize(rows, constants.GGMLQuantizationType(tensor.type))
+            for start in range(0, result.size // block, step):
+                # as one long row, which gguf dequantises at once, and not 16 rows at a time
+                piece = raw[start * size : (start + step) * size].reshape(1, -1)
+                with np.errstate(all="ignore"):  # a scale of infinity is the file's, and shows in the weights
+                    values = quants.dequantize(piece, constants.GGMLQuantizationType(tensor.type))
+                result[start * block : (start + step) * block] = values.reshape(-1)
         except NotImplementedError as error:
             raise FormatError(
                 f"{self.path}: tensor {name} has type {tensor.type_name}, which cannot be dequantised; "
                 "use a file with another quantisation"
             ) from error
-        result: NDArray[np.float32] = np.array(values.reshape(tensor.shape), dtype=np.float32, copy=True)
-        return result
+        return result.reshape(tensor.shape)
 
     # Header
 

@@ -1,11 +1,11 @@
-"""A GGUF file of a LLaMA-family model -> an HF folder."""
+"""Reading a GGUF file of a LLaMA-family model."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,49 +15,34 @@ from torch import Tensor
 
 from arriero.errors import FormatError
 from arriero.formats.gguf.file import GGUFFile
+from arriero.formats.gguf.names import ARCHITECTURES, ROPE_FREQUENCIES, heads_of, hf_name
 from arriero.formats.gguf.tokenizer import tokenizer_files
 from arriero.formats.hf import check_state, parse_dtype, save_model
+from arriero.formats.rope_layout import pairs_to_halves
 from arriero.formats.safe_tensors import LazyTensor
+from arriero.formats.source import ModelSource
 from arriero.models.config import LlamaConfig
 
-# GGUF architecture -> HF model_type. Mistral and SmolLM files call themselves "llama".
-ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
-_GLOBAL = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_LAYER_NAME = re.compile(r"blk\.(\d{1,5})\.(\w+)\.(weight|bias)")
-_ROPE_FREQUENCIES = "rope_freqs.weight"
+def open_gguf(path: str | Path) -> ModelSource:
+    """A GGUF file, open for reading: its tensors dequantised to fp32 (which holds every quantised value exactly) when they
+    are loaded.
 
-
-@dataclass(frozen=True)
-class GGUFConversion:
-    """What `convert_gguf` wrote.
-
-    Attributes:
-        config: of the new folder.
-        tensor_types: how many tensors of each ggml type the file had.
-        licence: `general.license` of the file, if it has one.
+    Raises:
+        FormatError: for a broken file, an unsupported architecture or tokenizer, or tensors that do not fit the metadata.
     """
-
-    config: LlamaConfig
-    tensor_types: dict[str, int]
-    licence: str | None
+    source = str(path)
+    file = GGUFFile(path)
+    try:
+        config = read_config(file)
+        names = {hf_name(name, source): name for name in file.tensors if name != ROPE_FREQUENCIES}
+        check_state(config, {name: file.tensors[original].shape for name, original in names.items()}, source)
+        files = tokenizer_files(file.metadata, config.vocab_size, source)
+    except BaseException:
+        file.close()
+        raise
+    tensors = {name: _lazy(file, original, config) for name, original in sorted(names.items(), key=_model_order)}
+    return ModelSource(file.path, "gguf", config, tensors, files, _about(file), file.close)
 
 
 def convert_gguf(
@@ -66,65 +51,38 @@ def convert_gguf(
     dtype: str | torch.dtype = "float32",
     max_shard_size: str | int = "5GB",
     extra_files: Mapping[str, bytes] | None = None,
-) -> GGUFConversion:
-    """Dequantise a GGUF file into an HF folder with configuration, tokenizer, chat template and generation defaults.
+) -> ModelSource:
+    """Write a GGUF file as an HF folder, with configuration, tokenizer, chat template and generation defaults.
 
     One shard's tensors are in memory at a time.
 
     Args:
-        dtype: of the weights; fp32 holds every quantised value exactly.
+        dtype: of the weights.
         extra_files: files to put beside, e.g. a licence.
 
+    Returns:
+        What was converted, closed.
+
     Raises:
-        FormatError: for a broken file, an unsupported architecture, or a folder that cannot be written.
+        FormatError: as `open_gguf`, or for a folder that cannot be written.
     """
-    source = str(path)
-    with GGUFFile(path) as file:
-        config = read_config(file)
-        names = {hf_name(name, source): name for name in file.tensors if name != _ROPE_FREQUENCIES}
-        check_state(config, {name: file.tensors[original].shape for name, original in names.items()}, source)
-        tokenizer = tokenizer_files(file.metadata, config.vocab_size, source)
-        state = {name: _lazy(file, original, config) for name, original in sorted(names.items(), key=_model_order)}
+    with open_gguf(path) as source:
         save_model(
-            state,
-            config,
+            source.tensors,
+            source.config,
             folder,
             max_shard_size=max_shard_size,
             dtype=parse_dtype(dtype),
-            extra_files={**tokenizer, **(extra_files or {})},
+            extra_files={**source.files, **(extra_files or {})},
         )
-        types: dict[str, int] = {}
-        for tensor in file.tensors.values():
-            types[tensor.type_name] = types.get(tensor.type_name, 0) + 1
-        licence = file.metadata.get("general.license")
-        return GGUFConversion(config, types, licence if isinstance(licence, str) else None)
+    return source
 
 
-def hf_name(name: str, source: str = "GGUF") -> str:
-    """The HF name of a GGUF tensor.
-
-    Raises:
-        FormatError: for a tensor that no supported model has (an expert's, say).
-    """
-    if name in _GLOBAL:
-        return _GLOBAL[name]
-    match = _LAYER_NAME.fullmatch(name)
-    if match is None or match[2] not in _LAYER:
-        raise FormatError(f"{source}: tensor {name!r} belongs to no model of the LLaMA family that is supported")
-    return f"model.layers.{int(match[1])}.{_LAYER[match[2]]}.{match[3]}"
-
-
-def unpermute(weight: Tensor, heads: int) -> Tensor:
-    """Undo llama.cpp's reordering of the rows of a query or key projection of architecture "llama".
-
-    Its RoPE rotates neighbouring pairs (rows 0,1 / 2,3 / …), HF's rotates halves (rows i and i + head_dim/2), so the
-    converter interleaved the halves of every head: (heads, 2, head_dim/2) became (heads, head_dim/2, 2).
-
-    Args:
-        weight: (heads * head_dim, ...), a matrix or a bias.
-    """
-    half = weight.shape[0] // heads // 2
-    return weight.reshape(heads, half, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+def _about(file: GGUFFile) -> tuple[str, ...]:
+    counts = Counter(tensor.type_name for tensor in file.tensors.values())
+    lines = ["tensors " + ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))]
+    licence = file.metadata.get("general.license")
+    return (*lines, f"licence {licence[:100]}") if isinstance(licence, str) and licence.isprintable() else tuple(lines)
 
 
 def read_config(file: GGUFFile) -> LlamaConfig:
@@ -236,7 +194,7 @@ def _end_tokens(reader: _Metadata) -> int | list[int] | None:
 
 
 def _rope_scaling(file: GGUFFile, reader: _Metadata, context: int, head_dim: int) -> dict[str, Any] | None:
-    if _ROPE_FREQUENCIES in file.tensors:
+    if ROPE_FREQUENCIES in file.tensors:
         return _llama3_scaling(file, reader.number("rope.freq_base", 10000.0), head_dim)
     if reader.has("rope.scale_linear"):  # before `rope.scaling.type` existed
         factor = reader.number("rope.scale_linear")
@@ -261,8 +219,11 @@ def _rope_scaling(file: GGUFFile, reader: _Metadata, context: int, head_dim: int
             scaling[key] = reader.number(f"rope.scaling.yarn_{key}")
     attention = reader.number("rope.scaling.attn_factor", 1.0)
     if attention != 1.0:
-        # llama.cpp multiplies YaRN's own factor, HF replaces it.
-        scaling["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0)
+        # llama.cpp multiplies YaRN's own factor, HF replaces it: of the numbers that the file may mean, a short one.
+        own = 0.1 * math.log(factor) + 1.0
+        short = float(f"{attention * own:.6g}")
+        same = np.float32(short / own) == np.float32(attention)
+        scaling["attention_factor"] = short if same else attention * own
     return scaling
 
 
@@ -272,7 +233,7 @@ def _llama3_scaling(file: GGUFFile, theta: float, head_dim: int) -> dict[str, An
     The published models share everything but the factor, which is the largest divisor; the guess must reproduce the
     stored divisors, or the file is refused. Formula: `LlamaModel.generate_extra_tensors` of llama.cpp's converter.
     """
-    stored = file.dequantize(_ROPE_FREQUENCIES).astype(np.float64).ravel()
+    stored = file.dequantize(ROPE_FREQUENCIES).astype(np.float64).ravel()
     factor, context = float(str(np.float32(stored.max()))), 8192
     if stored.size == head_dim // 2 and np.isfinite(stored).all() and factor >= 1.0:
         wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
@@ -286,19 +247,16 @@ def _llama3_scaling(file: GGUFFile, theta: float, head_dim: int) -> dict[str, An
                 "original_max_position_embeddings": context,
             }
     raise FormatError(
-        f"{file.path}: {_ROPE_FREQUENCIES} is not the RoPE scaling of LLaMA 3.1, the only kind that can be read back"
+        f"{file.path}: {ROPE_FREQUENCIES} is not the RoPE scaling of LLaMA 3.1, the only kind that can be read back"
     )
 
 
 def _lazy(file: GGUFFile, name: str, config: LlamaConfig) -> LazyTensor:
-    permuted = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)
-    # Of the architectures, only "llama" has a converter that reorders (Qwen's uses halves in llama.cpp too).
-    reorder = permuted is not None and config.model_type in ("llama", "mistral")
-    heads = config.num_attention_heads if permuted and permuted[1] == "q" else config.num_key_value_heads
+    heads = heads_of(name, config)
 
     def load() -> Tensor:
         tensor = torch.from_numpy(file.dequantize(name))
-        return unpermute(tensor, heads) if reorder else tensor
+        return tensor if heads is None else pairs_to_halves(tensor, heads)
 
     return LazyTensor(file.tensors[name].shape, torch.float32, load)
 

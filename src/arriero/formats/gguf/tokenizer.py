@@ -1,9 +1,8 @@
 """The tokenizer inside a GGUF file, as the files of an HF folder.
 
 Two kinds exist among LLaMA-family models. `tokenizer.ggml.model` = "gpt2" is a byte-level BPE whose pre-tokenizer is
-only named (`tokenizer.ggml.pre`); the regular expressions are those of the models' own tokenizer.json files, which
-llama.cpp's src/llama-vocab.cpp cites. "llama" is a SentencePiece BPE: pieces with scores, from which both
-tokenizer.json and tokenizer.model are rebuilt.
+only named (`tokenizer.ggml.pre`, see `pre_tokenizers`). "llama" is a SentencePiece BPE: pieces with scores, from which
+both tokenizer.json and tokenizer.model are rebuilt.
 """
 
 from __future__ import annotations
@@ -15,47 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from arriero.errors import FormatError
+from arriero.formats.gguf.pre_tokenizers import DIGIT, GPT2, PRE_TOKENIZERS
 from arriero.formats.sentencepiece_model import PieceType, merges_from_scores, write_sentencepiece_model
 
 MAX_PIECE_CHARACTERS = 1024
 _PADDING_PIECE = re.compile(r"\[PAD\d+\]")
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
-
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-@dataclass(frozen=True)
-class _PreTokenizer:
-    """How a family splits text before BPE: regular expressions applied one after the other, each match a piece."""
-
-    splits: tuple[str, ...]
-    # A whole word that is in the vocabulary is one token, whatever the merges say.
-    ignore_merges: bool = False
-    add_bos: bool = False
-    nfc: bool = False
-
-
-_FAMILIES: dict[tuple[str, ...], _PreTokenizer] = {
-    ("gpt-2", "mpt", "olmo", "phi-2"): _PreTokenizer((_GPT2,)),
-    ("smollm", "starcoder", "refact", "command-r", "codeshell"): _PreTokenizer((r"\p{N}", _GPT2)),
-    ("llama-bpe", "llama3", "llama-v3", "falcon3"): _PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True),
-    ("qwen2",): _PreTokenizer((_QWEN2,), nfc=True),
-    ("deepseek-r1-qwen", "stablelm2", "megrez"): _PreTokenizer((_QWEN2,)),
-    ("tekken",): _PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
-    ("smaug-bpe", "dbrx"): _PreTokenizer((_LLAMA3,)),
-    ("default",): _PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-}
-_PRE_TOKENIZERS = {name: family for names, family in _FAMILIES.items() for name in names}
 
 
 @dataclass(frozen=True)
@@ -198,11 +162,11 @@ def _byte_level(
     metadata: Mapping[str, Any], vocabulary: _Vocabulary, special: Mapping[str, int], source: str
 ) -> tuple[bool, dict[str, Any]]:
     name = metadata.get("tokenizer.ggml.pre", "default")
-    family = _PRE_TOKENIZERS.get(name) if isinstance(name, str) else None
+    family = PRE_TOKENIZERS.get(name) if isinstance(name, str) else None
     if family is None:
         raise FormatError(
             f"{source}: tokenizer.ggml.pre {str(name)[:40]!r} is not supported; "
-            f"supported are {', '.join(sorted(_PRE_TOKENIZERS))}"
+            f"supported are {', '.join(sorted(PRE_TOKENIZERS))}"
         )
     added = _added_tokens(vocabulary, special)
     # As in the models' own files, added tokens at the end of the vocabulary stand in added_tokens only: there no merge
@@ -214,9 +178,9 @@ def _byte_level(
     vocab = {token: index for index, token in enumerate(vocabulary.tokens[:tail])}
     prefix = _boolean(metadata, "tokenizer.ggml.add_space_prefix", False, source)
     steps: list[dict[str, Any]]
-    if family.splits == (_GPT2,):
+    if family.splits == (GPT2,):
         steps = [_byte_level_step(prefix, use_regex=True)]
-    elif family.splits == (r"\p{N}", _GPT2):
+    elif family.splits == (DIGIT, GPT2):
         steps = [{"type": "Digits", "individual_digits": True}, _byte_level_step(prefix, use_regex=True)]
     else:
         steps = [

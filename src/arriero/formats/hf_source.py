@@ -1,0 +1,91 @@
+"""HF model folders as what a conversion reads from and writes to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from arriero.errors import FormatError
+from arriero.formats.hf import check_state, open_state, save_model
+from arriero.formats.quantized import is_quantized, plain
+from arriero.formats.safe_tensors import FileTensor, LazyTensor, weight_files
+from arriero.formats.safetensors_header import read_entries
+from arriero.formats.shared_files import PartReader
+from arriero.formats.side_files import read_side_files
+from arriero.formats.source import ModelSource
+from arriero.formats.tensor_shards import is_sharded
+from arriero.models.config import LlamaConfig
+from arriero.models.weight_shapes import weight_shapes
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def open_hf(folder: str | Path) -> ModelSource:
+    """The model of an HF folder: mapped, joined of one file a process, or dequantized when a tensor is loaded.
+
+    Raises:
+        FormatError: when a file is missing or broken, or the weights do not fit config.json.
+    """
+    folder = Path(folder)
+    config = LlamaConfig.from_file(folder)
+    tensors: Mapping[str, Tensor | LazyTensor]
+    about: tuple[str, ...] = ()
+    if is_sharded(folder):
+        tensors = open_state(folder, config)
+    elif is_quantized(config):
+        tensors, about = open_state(folder, config), ("its quantized weights are dequantized",)
+        config = plain(config)
+    else:
+        tensors = _file_tensors(folder, config)
+    ordered = {name: tensors[name] for name in weight_shapes(config)}
+    return ModelSource(folder, "hf", config, ordered, read_side_files(folder), about)
+
+
+def _file_tensors(folder: Path, config: LlamaConfig) -> dict[str, FileTensor]:
+    """The tensors of plain weight files, each where it lies."""
+    found: dict[str, FileTensor] = {}
+    for path in weight_files(folder):
+        reader = PartReader(path)  # whose library checks the header
+        entries = read_entries(path)
+        for name, shape in reader.shapes.items():
+            if name in found:
+                raise FormatError(
+                    f"{path}: holds {name}, which {found[name].path.name} holds too; fetch the model again"
+                )
+            found[name] = FileTensor(shape, reader.dtype(name), partial(reader.read, name), path, entries[name][2])
+    check_state(config, {name: tensor.shape for name, tensor in found.items()}, str(folder))
+    for name in weight_shapes(config):
+        if found[name].dtype not in _DTYPES:
+            raise FormatError(f"{found[name].path}: {name} is not a float16, bfloat16, float32 or float64 tensor")
+    return found
+
+
+def write_hf(
+    source: ModelSource,
+    target: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = 5 * 10**9,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write an HF folder; see `save_model`.
+
+    Args:
+        dtype: to cast to; None keeps each tensor's.
+
+    Raises:
+        FormatError: when it cannot be written.
+    """
+    save_model(
+        source.tensors,
+        plain(source.config),
+        target,
+        max_shard_size=max_shard_size,
+        dtype=dtype,
+        extra_files=source.files,
+        progress=progress,
+    )
