@@ -8,6 +8,7 @@
 #                                or optimizers: the other programs of benchmarks/
 #   make bench-gpu               tokens/s, MFU and memory of a 1.3B model on one GPU (docs/gpu.md)
 #   make layouts                 every layout of processes against one process; rewrites the table of docs/layouts.md
+#   make docs                    rewrite the tables of docs/formats.md from the code that converts
 #   make clean                   remove .venv, caches and runs/
 #
 # PYTHON    the interpreter to make .venv with (3.11 or newer): make quickstart PYTHON=python3.12
@@ -22,14 +23,14 @@ BENCH ?= train
 WORKERS ?= 2
 
 BIN := .venv/bin
-# tests write beside the code and not into the shared folder of /tmp, which other runs and the system tidy up
+## tests write beside the code and not into the shared folder of /tmp, which other runs and the system tidy up
 PYTEST_TMP := .pytest_tmp
 RUNTIME := .venv/.installed-runtime
 DEV := .venv/.installed-dev
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-peers lint bench bench-gpu layouts clean
+.PHONY: help quickstart test test-peers lint bench bench-gpu layouts docs clean
 
 help:
 	@sed -n 's/^#  \{0,1\}//p' Makefile
@@ -50,10 +51,12 @@ $(DEV): $(RUNTIME)
 quickstart: $(RUNTIME)
 	@$(BIN)/arriero quickstart $(ARGS)
 
+## worksteal: one worker begins with the tests of several processes, the other with those of one and takes over what is left of
+## them at the end, a run of tests at a time, so that files and their fixtures stay together
 test: $(DEV)
 	@$(BIN)/arriero download smollm2-135m-instruct
 	@mkdir -p $(PYTEST_TMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --basetemp $(PYTEST_TMP)/$$$$ -m "not peers" -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --basetemp $(PYTEST_TMP)/$$$$ -m "not peers" -n $(WORKERS) --dist worksteal $(ARGS)
 	@rm -rf $(PYTEST_TMP)
 
 test-peers: $(DEV)
@@ -75,6 +78,9 @@ bench-gpu: $(RUNTIME)
 
 layouts: $(DEV)
 	$(BIN)/python benchmarks/layouts.py $(ARGS)
+
+docs: $(DEV)
+	$(BIN)/python docs/make_formats.py
 
 clean:
 	rm -rf .venv .pytest_cache $(PYTEST_TMP) .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist src/*.egg-info runs

@@ -73,7 +73,7 @@ def main() -> None:
         results = read_lines(given.results)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            seconds = run_all(Path(folder), "grid")
+            seconds = run_all(Path(folder), "every grid")
             results = read_lines(Path(folder) / "results.jsonl")
         print("; ".join(f"{world} processes: {took:.0f} s" for world, took in seconds.items()))
     made = table(results)

@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +30,6 @@ SIDES = ("arriero", "transformers")
 DATA = Path(__file__).parents[2] / "shared" / "data" / "instruct" / "seed_tasks.jsonl"
 RANK, ALPHA = 8, 16
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-PAD_ID = 2
 
 
 def encode(arguments: argparse.Namespace, model: Path) -> list[dict[str, list[int]]]:
@@ -115,50 +113,20 @@ def run_arriero(model: Path, rows: list[dict[str, list[int]]], arguments: argpar
 def run_transformers(model: Path, rows: list[dict[str, list[int]]], arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
     from peft import LoraConfig, get_peft_model
-    from torch.utils.data import SequentialSampler
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import AutoModelForCausalLM
+    from transformers_side import train
 
     torch.manual_seed(0)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
     network = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), config)
-
-    def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        longest = max(len(row["input_ids"]) for row in batch)
-
-        def pad(key: str, value: int) -> torch.Tensor:
-            return torch.tensor([row[key] + [value] * (longest - len(row[key])) for row in batch])
-
-        mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in batch])
-        return {"input_ids": pad("input_ids", PAD_ID), "labels": pad("hf_labels", -100), "attention_mask": mask}
-
-    class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-            self.losses: list[float] = []
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.start)
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-            if "loss" in logs:
-                self.losses.append(float(logs["loss"]))
-
-    class InOrder(Trainer):
-        def _get_train_sampler(self, *_: Any) -> SequentialSampler:
-            return SequentialSampler(rows)
-
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as scratch:
-        settings = TrainingArguments(
-            output_dir=scratch, per_device_train_batch_size=arguments.batch, max_steps=arguments.steps, use_cpu=True,
-            gradient_accumulation_steps=arguments.accumulation, learning_rate=arguments.learning_rate,
-            lr_scheduler_type="constant", logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True,
-            remove_unused_columns=False, dataloader_pin_memory=False, optim="adamw_torch_fused",
-        )  # fmt: skip
-        InOrder(model=network, args=settings, train_dataset=rows, data_collator=collate, callbacks=[clock]).train()
+    clock = train(
+        network,
+        rows,
+        steps=arguments.steps,
+        batch=arguments.batch,
+        learning_rate=arguments.learning_rate,
+        accumulation=arguments.accumulation,
+    )
     return {
         "losses": clock.losses,
         "seconds": clock.seconds,

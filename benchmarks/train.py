@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -97,8 +96,8 @@ def run_arriero(model: Path, rows: list[dict[str, list[int]]], arguments: argpar
 
 def run_transformers(model: Path, rows: list[dict[str, list[int]]], arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
-    from torch.utils.data import SequentialSampler
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import AutoModelForCausalLM
+    from transformers_side import train
 
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -107,44 +106,7 @@ def run_transformers(model: Path, rows: list[dict[str, list[int]]], arguments: a
 
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         network = get_peft_model(network, LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
-
-    def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        longest = max(len(row["input_ids"]) for row in batch)
-
-        def pad(key: str, value: int) -> torch.Tensor:
-            return torch.tensor([row[key] + [value] * (longest - len(row[key])) for row in batch])
-
-        mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in batch])
-        return {"input_ids": pad("input_ids", 2), "labels": pad("hf_labels", -100), "attention_mask": mask}
-
-    class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-            self.losses: list[float] = []
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.start)
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-            if "loss" in logs:
-                self.losses.append(float(logs["loss"]))
-
-    class InOrder(Trainer):
-        def _get_train_sampler(self, *_: Any) -> SequentialSampler:
-            return SequentialSampler(rows)
-
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as scratch:
-        settings = TrainingArguments(
-            output_dir=scratch, per_device_train_batch_size=arguments.batch, max_steps=arguments.steps, use_cpu=True,
-            learning_rate=arguments.learning_rate, lr_scheduler_type="constant", logging_steps=1, report_to=[],
-            save_strategy="no", disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
-            optim="adamw_torch_fused",
-        )  # fmt: skip
-        InOrder(model=network, args=settings, train_dataset=rows, data_collator=collate, callbacks=[clock]).train()
+    clock = train(network, rows, steps=arguments.steps, batch=arguments.batch, learning_rate=arguments.learning_rate)
     sizes = [len(row["input_ids"]) for row in rows]
     tokens = [sum(sizes[i : i + arguments.batch]) for i in range(0, len(rows), arguments.batch)]
     return {"losses": clock.losses, "tokens": tokens, "seconds": clock.seconds}

@@ -8,6 +8,7 @@ python layout_grid.py ranks FOLDER ...       what each of several processes does
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -29,9 +30,10 @@ from arriero.parallel.placement import local_tensors, placements
 from arriero.parallel.processes import Processes, stop
 
 sys.path.insert(0, str(Path(__file__).parent))
-from layout_runs import LAYOUTS, Run, append, compiler, join, keep_gradients, layouts_of, make_trainer, run_ranks, score
+from layout_runs import LAYOUTS, Run, append, compiler, join, keep_gradients, make_trainer, run_ranks, score
 
 WORLDS = (2, 4)
+PARTS = ("some", "every grid", "every variation")
 HALF = {"bf16 O1": {"bf16": True}, "bf16 O2": {"bf16": True, "fp16_opt_level": "O2"}}
 HALF |= {"fp16 O2": {"fp16": True, "fp16_opt_level": "O2"}}
 QWEN = {"model_type": "qwen3", "rms_norm_eps": 1e-5}
@@ -84,17 +86,18 @@ class Cell:
         return replace(self.run, compiled=False, precision=kept)
 
 
-def grid(world: int) -> list[Cell]:
+def grid(world: int, *, every: bool = False) -> list[Cell]:
+    """Each layout with all eight runs, or with two that have nothing in common, and each run with a quarter of the layouts."""
+    runs = list(itertools.product((False, True), (1, 3), (False, True)))
     return [
         Cell(
             layout,
             f"{'LoRA' if lora else 'full'}, accumulation {accumulation}, {'packed' if packed else 'matrix'}",
             Run(lora, accumulation, copies(layout), packed),
         )
-        for layout in layouts_of(world)
-        for lora in (False, True)
-        for accumulation in (1, 3)
-        for packed in (False, True)
+        for number, layout in enumerate(LAYOUTS)
+        for index, (lora, accumulation, packed) in enumerate(runs)
+        if LAYOUTS[layout][0] == world and (every or number % 4 in (index, 7 - index))
     ]
 
 
@@ -106,23 +109,25 @@ def possible(layout: str, what: str) -> bool:
 
 
 def variations(world: int, *, every: bool = False) -> list[Cell]:
-    """All layouts with all variations; or each layout with a third of them, each variation with a third of the layouts.
+    """All layouts with all variations; or each layout with a sixth of them, each variation with a sixth of the layouts.
 
-    Compilation takes ten seconds a layout: in the third one has it.
+    Compilation takes ten seconds a layout: in the sixth one has it.
     """
     cells = []
     for number, layout in enumerate(LAYOUTS):
         for index, (what, run) in enumerate(VARIATIONS.items()):
-            chosen = layout == "tp2" if what == "compiled" else (number + index) % 3 == 0
+            chosen = layout == "tp2" if what == "compiled" else (number + index) % 6 == 0
             if LAYOUTS[layout][0] == world and possible(layout, what) and (every or chosen):
                 cells.append(Cell(layout, what, replace(run, copies=copies(layout))))
     return cells
 
 
 def cells_of(part: str, world: int) -> list[Cell]:
-    if part == "grid":
-        return grid(world)
-    return variations(world, every=part == "every variation")
+    """Of both kinds some, or all of one, layout by layout: processes take up each layout once."""
+    if part == "some":
+        found = grid(world) + variations(world)
+        return sorted(found, key=lambda cell: list(LAYOUTS).index(cell.layout))
+    return grid(world, every=True) if part == "every grid" else variations(world, every=True)
 
 
 def run_cell(cell: Cell, layout: str | None, processes: Processes, folder: Path) -> tuple[dict[str, Any], Any, Any]:
@@ -249,15 +254,14 @@ def ranks(folder: Path, part: str, only: str) -> None:
                 os._exit(1)
             if processes.first:
                 append(results, result)
-    if part == "variations":
-        for layout, processes in join([layout for layout in OVERFLOWING if layout in layouts_of(processes.size)]):
+        if part == "some" and layout in OVERFLOWING:
             result = overflow(layout, processes, folder)
             if processes.first:
                 append(results, result)
     stop(processes)
 
 
-def run_all(folder: Path, part: str, only: str = "", timeout: float = 600) -> dict[str, float]:
+def run_all(folder: Path, part: str, only: str = "", timeout: float = 900) -> dict[str, float]:
     """Start a lone process and then each number of processes once; results in FOLDER/results.jsonl.
 
     Returns:
@@ -278,7 +282,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("role", choices=["all", "reference", "ranks"])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--part", default="grid", choices=["grid", "variations", "every variation"])
+    parser.add_argument("--part", default="every grid", choices=PARTS)
     parser.add_argument("--only", default="", help="a part of the cell's name")
     given = parser.parse_args()
     torch.set_num_threads(1)

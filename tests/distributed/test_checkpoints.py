@@ -432,7 +432,7 @@ def run_ranks(size: int, what: str, folder: Path) -> list[tuple[int, str]]:
     return [(process.returncode, output) for process, output in zip(running, outputs, strict=True)]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.peers), 4])
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
     for rank, (code, output) in enumerate(run_ranks(request.param, "write", folder)):

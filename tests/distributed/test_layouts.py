@@ -8,6 +8,8 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from arriero.config.precision import PrecisionOptions
 from arriero.errors import ConfigError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from layout_grid import OVERFLOWING, WORLDS, Cell, cells_of, run_all
+from layout_grid import OVERFLOWING, WORLDS, Cell, grid, run_all, variations
 from layout_runs import read_lines
 
 LIMIT = 1e-5
@@ -45,13 +47,13 @@ def results_of(part: str, temporary: pytest.TempPathFactory) -> Results:
 
 
 @pytest.fixture(scope="session")
-def grid(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return results_of("grid", tmp_path_factory)
+def some(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return results_of("some", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def variations(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return results_of("variations", tmp_path_factory)
+def every_grid(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return results_of("every grid", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -83,35 +85,42 @@ def check(cell: Cell, results: Results) -> None:
     assert not too_far, f"relative differences above {limits}"
 
 
-def cells(part: str) -> list[Any]:
-    return [pytest.param(cell, id=cell.name) for world in WORLDS for cell in cells_of(part, world)]
+def named(cells: Callable[[int], list[Cell]]) -> list[Any]:
+    return [pytest.param(cell, id=cell.name) for world in WORLDS for cell in cells(world)]
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("cell", cells("grid"))
-def test_a_layout_is_one_process(cell: Cell, grid: Results) -> None:
-    """Five steps with clipping, a warm-up and a smaller last step."""
-    check(cell, grid)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("cell", named(grid))
+def test_a_layout_is_one_process(cell: Cell, some: Results) -> None:
+    """Five steps with clipping, a warm-up and a smaller last step; a quarter of what `test_every_run_on_every_layout` has."""
+    check(cell, some)
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("cell", cells("variations"))
-def test_variations(cell: Cell, variations: Results) -> None:
-    """A third of what `test_every_variation` has."""
-    check(cell, variations)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("cell", named(variations))
+def test_variations(cell: Cell, some: Results) -> None:
+    """A sixth of what `test_every_variation` has."""
+    check(cell, some)
 
 
 @pytest.mark.peers
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("cell", cells("every variation"))
+@pytest.mark.parametrize("cell", named(partial(grid, every=True)))
+def test_every_run_on_every_layout(cell: Cell, every_grid: Results) -> None:
+    check(cell, every_grid)
+
+
+@pytest.mark.peers
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("cell", named(partial(variations, every=True)))
 def test_every_variation(cell: Cell, every_variation: Results) -> None:
     check(cell, every_variation)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("layout", OVERFLOWING)
-def test_an_overflow_in_one_process_is_skipped_in_all(layout: str, variations: Results) -> None:
-    found = variations[f"{layout}: overflow"]["told"]
+def test_an_overflow_in_one_process_is_skipped_in_all(layout: str, some: Results) -> None:
+    found = some[f"{layout}: overflow"]["told"]
     scale = PrecisionOptions(fp16=True).scale_loss
     # skipped, weights moved, loss scale after it
     assert found == [[[False, True, scale], [True, False, scale / 2], [False, True, scale / 2]]] * len(found)

@@ -31,7 +31,6 @@ from arriero.parallel.processes import Processes, start, stop
 sys.path.insert(0, str(Path(__file__).parent))
 from layout_runs import CPU, LAYOUTS, Run, append, make_trainer, read_lines, run_ranks
 
-WORLDS = (1, 2, 3, 4)
 # every dimension is a multiple of 3 and 4, so that the shares are exact
 HIDDEN, INTERMEDIATE, LAYERS, WORDS, HEADS = 48, 96, 12, 96, 12
 SHAPE = {
@@ -48,7 +47,6 @@ FLAGS: dict[str, dict[str, Any]] = {
     "tp": {"tensor_parallel_degree": -1},
     "pp": {"pipeline_parallel_degree": -1},
 }
-LOADED = ("fsdp", "tp", "pp")
 BIG = {
     "model_type": "llama",
     "vocab_size": 8192,
@@ -167,11 +165,12 @@ NORMS = (2 * LAYERS + 1) * NORM
 
 
 @pytest.mark.timeout(300)
-def test_weights_gradients_and_optimizer_are_shared_out(tmp_path: Path) -> None:
-    for world in WORLDS:
+@pytest.mark.parametrize("worlds", [(1, 4), pytest.param((2, 3), marks=pytest.mark.peers)], ids=str)
+def test_weights_gradients_and_optimizer_are_shared_out(worlds: tuple[int, ...], tmp_path: Path) -> None:
+    for world in worlds:
         run_ranks(world, Path(__file__), "bytes", str(tmp_path))
     for axis in FLAGS:
-        for world in WORLDS:
+        for world in worlds:
             ranks = [read_lines(tmp_path / f"bytes-{axis}-{world}-{rank}.jsonl")[0] for rank in range(world)]
             if axis == "fsdp":
                 expected = [WHOLE // world] * world
@@ -190,7 +189,7 @@ def test_weights_gradients_and_optimizer_are_shared_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("axis", LOADED)
+@pytest.mark.parametrize("axis", ["fsdp", *(pytest.param(a, marks=pytest.mark.peers) for a in ("tp", "pp"))])
 def test_loading_takes_the_memory_of_the_share(axis: str, tmp_path: Path) -> None:
     """A folder of 140 MB in 4 processes: the peak of each is its share and one tensor."""
     config = LlamaConfig.from_dict(BIG)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -45,6 +46,9 @@ MODEL = {
 }
 LORA, PREFIX = ["--lora", "--lora_rank", "3"], ["--prefix_tuning", "--num_prefix_tokens", "5"]
 DPO = ["--preference", "dpo", "--dataset_path", "pairs.jsonl"]
+# one more than the model has spare rows for
+TOKENS = ["--add_tokens", "nobler,slings", "--add_special_tokens", "<|a|>,<|b|>"]
+EVALUATION = ["--do_eval", "--evaluation_strategy", "steps", "--eval_steps", "1"]
 METHODS: dict[str, list[str]] = {
     "full": [],
     "LoRA": LORA,
@@ -66,7 +70,15 @@ METHODS: dict[str, list[str]] = {
     "LoRA, NEFTune": [*LORA, "--neftune_noise_alpha", "15"],
     "DPO": DPO,
     "LoRA, DPO": [*LORA, *DPO],
+    "new tokens, tied": ["--model_name_or_path", "tied", *TOKENS, "--pad_vocab_to_multiple_of", "64"],
+    "new tokens": TOKENS,
+    "prefix, DPO": [*PREFIX, *DPO],
+    "rows by tokens": ["--max_tokens_per_batch", "90"],
+    # no evaluation is better by so much: it ends after the second
+    "early stopping": [*EVALUATION, "--early_stopping_patience", "1", "--early_stopping_threshold", "10"],
 }
+# Where several processes see other rows, or score others.
+DATA_PARALLEL = ("rows by tokens", "early stopping")
 TP, PP = ["--tensor_parallel_degree", "2"], ["--pipeline_parallel_degree", "2"]
 # name: processes, data-parallel ones, flags
 KINDS: dict[str, tuple[int, int, list[str]]] = {
@@ -83,6 +95,10 @@ def prepare(folder: Path) -> None:
     model = LlamaForCausalLM(config)
     model.init_weights(3)
     save_model(model, config, folder / "model", extra_files=tiny_tokenizer_files())
+    config = replace(config, tie_word_embeddings=True)
+    model = LlamaForCausalLM(config)
+    model.init_weights(3)
+    save_model(model, config, folder / "tied", extra_files=tiny_tokenizer_files())
     words = "to be or not that is the question whether nobler in mind suffer slings and arrows".split()  # noqa: SIM905
     generator = np.random.default_rng(5)
 
@@ -113,6 +129,7 @@ def run(method: str, output: Path, flags: list[str], accumulation: int) -> list[
     # and a loss by 1e-3 after some steps, as that of one process does when one weight changes by its last bit.
     wide = "float64" if "A8" in method else "float32"
     data = [] if "--dataset_path" in own else ["--dataset_path", "rows.jsonl"]
+    model = [] if "--model_name_or_path" in own else ["--model_name_or_path", "model"]
     with (
         mock.patch.object(Trainer, "step", watched),
         mock.patch("arriero.training.run.stop"),
@@ -120,7 +137,7 @@ def run(method: str, output: Path, flags: list[str], accumulation: int) -> list[
     ):
         code = arriero(
             [
-                *("finetune", "--model_name_or_path", "model", *data, *own, *flags, "--output_dir", str(output)),
+                *("finetune", *model, *data, *own, *flags, "--output_dir", str(output)),
                 *("--max_steps", str(STEPS), "--per_device_train_batch_size", "2", "--learning_rate", "5e-3"),
                 *("--gradient_accumulation_steps", str(accumulation), "--src_length", "64", "--tgt_length", "32"),
                 *("--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "--device", "cpu"),
@@ -176,6 +193,7 @@ def compare(folder: Path, cells: list[Cell]) -> list[dict[str, Any]]:
             continue
         one = truth[line["method"]]
         result = {"kind": line["kind"], "method": line["method"], "error": line["error"] or one["error"]}
+        result["steps"] = len(line["records"])
         if not result["error"]:
             for number, what in enumerate(("loss", "norm")):
                 pairs = zip(line["records"], one["records"], strict=True)
@@ -197,12 +215,14 @@ def check(cells: list[Cell], folder: Path) -> None:
     found = compare(folder, cells)
     assert sorted((line["method"], line["kind"]) for line in found) == sorted(cells)
     assert not [line for line in found if line["error"] or not max(line["loss"], line["norm"]) <= LIMIT]
+    assert all(line["steps"] == (2 if line["method"] == "early stopping" else STEPS) for line in found)
 
 
 @pytest.mark.timeout(600)
 def test_every_method_on_one_kind_of_layout(tmp_path: Path) -> None:
     kinds = list(KINDS)
-    check([(method, kinds[number % len(kinds)]) for number, method in enumerate(METHODS)], tmp_path)
+    cells = [(method, kinds[number % len(kinds)]) for number, method in enumerate(METHODS)]
+    check([(method, "fsdp2" if method in DATA_PARALLEL else kind) for method, kind in cells], tmp_path)
 
 
 @pytest.mark.peers

@@ -1,4 +1,4 @@
-"""Muon and 8-bit AdamW on every way to cut matrices, beside one process; and their checkpoints from layout to layout.
+"""Muon, SGD and 8-bit AdamW on every way to cut matrices, beside one process; and their checkpoints from layout to layout.
 
 This file is also the program that each of several processes runs.
 """
@@ -42,7 +42,9 @@ PACKED = Run(
     model={"hidden_size": 64, "head_dim": 16, "intermediate_size": 90},
     accumulation=2,
 )
-RUNS = {"muon": MUON, "muon LoRA": replace(MUON, lora=True), "8-bit": PACKED}
+# Lion steps number by number as SGD does and keeps what it keeps; but a sign turns with the last bit of a mean near 0
+SGD = Run(optimization={"optim": "sgd", "sgd_momentum": 0.9, "learning_rate": 0.1}, model={"intermediate_size": 42})
+RUNS = {"muon": MUON, "muon LoRA": replace(MUON, lora=True), "SGD": SGD, "8-bit": PACKED}
 CASES = [(layout, what) for layouts in NAMES.values() for layout in layouts for what in RUNS]
 
 
@@ -189,7 +191,7 @@ def difference(records: list[list[float]], expected: list[list[float]]) -> float
 
 
 @pytest.mark.parametrize(("layout", "what"), [case for case in CASES if case[1] != "8-bit"])
-def test_muon_is_that_of_one_process(
+def test_exact_rules_are_those_of_one_process(
     layout: str, what: str, results: dict[tuple[str, str], dict[str, Any]], folder: Path
 ) -> None:
     """From the beginning, from its own checkpoint (to the bit), and from one process's."""

@@ -141,7 +141,4 @@ def test_refusals(shards: Path, tiny: Path, tmp_path: Path, refused: Refused) ->
     convert = ["convert", str(tiny), "--output_dir", out]
     assert "cannot be shared out among 3" in refused(*convert, "--tensor_parallel_degree", "3")
     assert "pipeline stages" in refused(*convert, "--pipeline_parallel_degree", "99")
-    (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    gguf = ["convert", str(tmp_path / "m.gguf"), "--output_dir", out, "--tensor_parallel_degree", "2"]
-    assert "is a GGUF file: convert it without" in refused(*gguf)
     assert not Path(out).exists()

@@ -16,6 +16,7 @@ import yaml
 
 from arriero.cli import main
 from arriero.commands.table import load_verb
+from arriero.config.adapter import LINEAR_LAYERS
 from arriero.config.layout import Layout
 from arriero.config.optimization import OptimizationOptions
 from arriero.config.parser import parse
@@ -98,7 +99,34 @@ def test_options_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
         "device": "cpu",
         "reduce_dtype": "float32",
         "lora_rank": 4,
+        "lora_targets": list(LINEAR_LAYERS),
+        "dora": False,
+        "prefix_length": 0,
+        "prefix_network": 0,
+        "quantize_base": None,
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--lora", "--quantize_base", "nf4"), "LoRA, rank 8, base in nf4"),
+        (("--lora", "--lora_dora", "--load_in_8bit"), "DoRA, rank 8, base in int8"),
+        (("--prefix_tuning", "--num_prefix_tokens", "16"), "prefix of 16"),
+        (("--prefix_tuning", "--prefix_projection"), "prefix of 10, made by a network of width 576"),
+    ],
+)
+def test_methods_of_fine_tuning_are_planned(
+    options: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *SMALL, "--flops", "1e11", "--max_seq_length", "256", *options]) == 0
+    shown = capsys.readouterr().out
+    assert words in shown
+    assert "4 a weight, 6 a trained one" in shown
+    plain = planned(capsys, *SMALL, "--flops", "1e11", "--max_seq_length", "256")
+    chosen = planned(capsys, *SMALL, "--flops", "1e11", "--max_seq_length", "256", *options)
+    assert chosen["memory"]["peak"] < plain["memory"]["peak"]  # type: ignore[index]
+    assert chosen["flops_per_token"]["training"] < plain["flops_per_token"]["training"]  # type: ignore[index]
 
 
 def test_a_layout_is_planned(arriero: Command, tmp_path: Path) -> None:
@@ -180,14 +208,14 @@ def test_a_dry_run_builds_the_program_of_a_thousand_ranks(capsys: pytest.Capture
         "--device",
         "cpu",
     ]
-    given += ["--num_devices", "1024", "--tensor_parallel_degree", "2", "--pipeline_parallel_degree", "2"]
+    given += ["--num_devices", "1024", "--tensor_parallel_degree", "2"]  # without a pipeline two ranks are built
     assert main(["plan", *given, "--gradient_accumulation_steps", "2", "--sharding", "stage1", "--dry_run"]) == 0
     shown = capsys.readouterr().out
     assert "Rank 0 as built (pp 0, dp_replicate 0, dp_shard 0, cp 0, tp 0)" in shown
-    # 2048 x 64 embedding: half of its rows to each of tp, and 1024 rows to 256 shards
-    assert "model.embed_tokens.weight                       4 x 64 of 2,048 x 64" in shown
-    assert "Rank 1,023 as built (pp 1, dp_replicate 0, dp_shard 255, cp 0, tp 1)" in shown
-    assert "lm_head.weight                                  4 x 64 of 2,048 x 64" in shown
+    # 2048 x 64 embedding: half of its rows to each of tp, and 1024 rows to 512 shards
+    assert "model.embed_tokens.weight                       2 x 64 of 2,048 x 64" in shown
+    assert "Rank 1,023 as built (pp 0, dp_replicate 0, dp_shard 511, cp 0, tp 1)" in shown
+    assert "lm_head.weight                                  2 x 64 of 2,048 x 64" in shown
 
 
 def test_too_large_a_model_says_by_how_much_and_what_helps(capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,6 +254,10 @@ def test_too_large_a_model_says_by_how_much_and_what_helps(capsys: pytest.Captur
         ([*SMALL, "--num_devices", "8", "--search"], "--search needs the speed of devices and links"),
         ([*SMALL, "--num_devices", "8", "--bandwidth_in_node", "100"], "both bandwidths are needed"),
         ([*SMALL, "--num_devices", "8", "--bandwidth_in_node", "0"], "must be more than 0"),
+        ([*SMALL, "--qat"], "--qat is not planned for"),
+        ([*SMALL, "--quantize_base", "nf4"], "add --lora"),
+        ([*SMALL, "--prefix_path", "somewhere"], "--prefix_path is not read by plan"),
+        ([*SMALL, "--prefix_tuning", "--num_prefix_tokens", "99999"], "fills the model's context"),
         (["--use_flash_attention", "no"], "--use_flash_attention no is not planned for"),
         ([*SMALL, "--output_file", "/no/such/folder/x.json"], "cannot be written"),
     ],

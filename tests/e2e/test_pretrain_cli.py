@@ -61,6 +61,18 @@ def cli(work: Path) -> Command:
     return call
 
 
+@pytest.fixture
+def here(work: Path, in_process: Command) -> Command:
+    """The same in this process."""
+
+    def call(*arguments: str) -> Result:
+        result = in_process(*arguments, cwd=work, ARRIERO_HOME=str(work / "home"))
+        assert result.returncode == 0, result.stderr
+        return result
+
+    return call
+
+
 @pytest.fixture(scope="module")
 def corpus(work: Path, cli: Command) -> Path:
     """A token corpus of a hundred documents, made by the real preprocess."""
@@ -134,7 +146,9 @@ def test_a_resumed_run_is_the_same_run(whole: Path, work: Path, cli: Command) ->
     assert (work / "torn" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.peers) for n in (signal.SIGUSR1, signal.SIGINT))]
+)
 def test_a_signal_saves_and_ends_in_order(
     number: signal.Signals, whole: Path, work: Path, cli: Command, corpus: Path
 ) -> None:
@@ -164,17 +178,17 @@ def test_the_configuration_of_a_run_reproduces_it(whole: Path, work: Path, cli: 
     assert (work / "copy" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
-def test_documents_can_be_kept_apart(whole: Path, work: Path, cli: Command) -> None:
-    cli("pretrain", *TRAINING, "--output_dir", "apart", "--reset_attention_mask")
+def test_documents_can_be_kept_apart(whole: Path, work: Path, here: Command) -> None:
+    here("pretrain", *TRAINING, "--output_dir", "apart", "--reset_attention_mask")
     first, second = losses(work / "apart"), losses(whole)
     assert first[1] != second[1]
     assert first[1] == pytest.approx(second[1], rel=0.01)
-    cli("pretrain", *TRAINING, "--output_dir", "packed", "--best_fit_packing", "--reset_attention_mask")
+    here("pretrain", *TRAINING, "--output_dir", "packed", "--best_fit_packing", "--reset_attention_mask")
     assert losses(work / "packed")[8] < losses(work / "packed")[1]
 
 
-def test_continued_training_starts_from_the_given_weights(whole: Path, work: Path, cli: Command) -> None:
-    cli(
+def test_continued_training_starts_from_the_given_weights(whole: Path, work: Path, here: Command) -> None:
+    here(
         *("pretrain", *TRAINING, "--model_name_or_path", "whole", "--continue_training", "1", "--max_steps", "1"),
         *("--output_dir", "further", "--learning_rate", "0", "--min_learning_rate", "0"),
     )
@@ -182,8 +196,8 @@ def test_continued_training_starts_from_the_given_weights(whole: Path, work: Pat
         assert torch.equal(tensor, weights(whole)[name]), name
 
 
-def test_skipped_steps_pass_without_training(whole: Path, work: Path, cli: Command) -> None:
-    cli("pretrain", *TRAINING, "--output_dir", "skipping", "--skip_data_intervals", "3-4", "7")
+def test_skipped_steps_pass_without_training(whole: Path, work: Path, here: Command) -> None:
+    here("pretrain", *TRAINING, "--output_dir", "skipping", "--skip_data_intervals", "3-4", "7")
     records = [json.loads(line) for line in (work / "skipping" / "train_log.jsonl").read_text().splitlines()]
     tokens = {record["step"]: record["tokens"] for record in records if "tokens" in record}
     assert not {3, 4, 7} & losses(work / "skipping").keys(), "what was not computed is not shown as 0"

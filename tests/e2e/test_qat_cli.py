@@ -69,6 +69,8 @@ def test_an_adapter_is_trained_rounded_with_its_base(work: Path, capsys: pytest.
     assert loss_of(capsys, "--model_name_or_path", TINY, "--lora_path", "run") == expected
     assert loss_of(capsys, "--model_name_or_path", "packed") == expected
     assert loss_of(capsys, "--model_name_or_path", "run/merged") == expected
+    assert main(["merge", "--model_name_or_path", TINY, "--lora_path", "run", "--output_path", "joined"]) == 0
+    assert loss_of(capsys, "--model_name_or_path", "joined") == expected  # rounded as it was trained
     # gone on with, the run is the same as in one go
     before = (work / "run" / "qat.safetensors").read_bytes()
     assert main([*TRAINING, *options, "--output_dir", "run", "--resume_from_checkpoint", "run/checkpoint-2"]) == 0

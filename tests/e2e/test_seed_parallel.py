@@ -76,7 +76,7 @@ def results(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "all_results.json").read_text()))
 
 
-def test_the_pipeline_command_word_for_word(arriero: Arriero, tmp_path: Path, home: str) -> None:
+def test_the_pipeline_command_word_for_word(arriero: Arriero, in_process: Arriero, tmp_path: Path, home: str) -> None:
     """Two tensor-parallel times two pipeline processes and 16 micro-batches, against one process."""
     command = seed_command("finetune_generation.py", 1)
     assert command[1:3] == ["--gpus", "4,5,6,7"]
@@ -89,18 +89,23 @@ def test_the_pipeline_command_word_for_word(arriero: Arriero, tmp_path: Path, ho
 
     verb = command.index("finetune")
     single = ["--tensor_parallel_degree", "1", "--pipeline_parallel_degree", "1", "--output_dir", "one"]
-    done = arriero(*command[verb:], *single, timeout=400, ARRIERO_HOME=home)
+    done = in_process(*command[verb:], *single, ARRIERO_HOME=home)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(out) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert results(out)["eval_loss"] == pytest.approx(results(tmp_path / "one")["eval_loss"], rel=1e-5)
 
-    # the seed wants its evaluation batch to be 1 x 16 in a pipeline: any other gives the same here
-    options = ["--do_train", "no", "--do_eval", "--model_name_or_path", "one", "--per_device_eval_batch_size", "3"]
-    pipeline = ["launch", "--nproc_per_node", "2", "finetune", *options, "--pipeline_parallel_degree", "2"]
-    done = arriero(*pipeline, "--output_dir", "scored", timeout=400, ARRIERO_HOME=home)
-    assert done.returncode == 0, done.stdout + done.stderr
-    scored = json.loads((tmp_path / "scored" / "eval_results.json").read_text())
-    assert scored["eval_loss"] == pytest.approx(results(tmp_path / "one")["eval_loss"], rel=1e-5)
+
+@pytest.mark.peers
+def test_any_evaluation_batch_goes_through_a_pipeline(arriero: Arriero, tmp_path: Path, home: str) -> None:
+    """The seed wants its evaluation batch to be 1 x 16 in a pipeline."""
+    score = ("finetune", "--do_train", "no", "--do_eval", "--model_name_or_path", TINY)
+    launch = ("launch", "--nproc_per_node", "2")
+    pipeline = ("--pipeline_parallel_degree", "2", "--per_device_eval_batch_size", "3", "--output_dir", "two")
+    for command in ((*score, "--output_dir", "one"), (*launch, *score, *pipeline)):
+        done = arriero(*command, timeout=400, ARRIERO_HOME=home)
+        assert done.returncode == 0, done.stdout + done.stderr
+    one, two = (json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("one", "two"))
+    assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
 
 
 @pytest.mark.peers  # eight processes
@@ -152,10 +157,9 @@ def test_the_sharding_command_word_for_word(arriero: Arriero, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("layout", "files"),
     [
-        (("--pipeline_parallel_degree", "2", "--pipeline_schedule", "zbv"), 4),
-        (("--sharding", "stage3"), 2),
+        pytest.param(("--pipeline_parallel_degree", "2", "--pipeline_schedule", "zbv"), 4, id="tp2 x pp2 in a V"),
+        pytest.param(("--sharding", "stage3"), 2, id="tp2 x dp_shard2", marks=pytest.mark.peers),
     ],
-    ids=["tp2 x pp2 in a V", "tp2 x dp_shard2"],
 )
 def test_the_final_model_as_shards_too(
     layout: tuple[str, ...], files: int, arriero: Arriero, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -166,11 +170,8 @@ def test_the_final_model_as_shards_too(
     ends = {"bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **shape, **heads, **ends}))
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"Verse {i} of many."}) + "\n" for i in range(99)))
-    made = arriero(
-        *("preprocess", "--model_name_or_path", TINY, "--append_eos"),
-        *("--input_path", "text.jsonl", "--output_prefix", "corpus/text"),
-    )
-    assert made.returncode == 0, made.stderr
+    paths = ("--input_path", str(tmp_path / "text.jsonl"), "--output_prefix", str(tmp_path / "corpus" / "text"))
+    assert main(["preprocess", "--model_name_or_path", TINY, "--append_eos", *paths]) == 0
     done = arriero(
         *("launch", "--nproc_per_node", "4", "pretrain", "--config_name", "config.json"),
         *("--tokenizer_name_or_path", TINY, "--input_dir", "corpus", "--output_dir", "out", "--max_seq_length", "16"),
@@ -197,29 +198,43 @@ def test_the_final_model_as_shards_too(
         assert (tmp_path / "m" / name).read_bytes() == (out / name).read_bytes(), name
 
 
-def test_answers_and_scores_of_two_processes_are_those_of_one(arriero: Arriero, tmp_path: Path) -> None:
-    (tmp_path / "dev.json").write_text(json.dumps(squad(13)), encoding="utf-8")
+def test_answers_of_two_processes_are_those_of_one(
+    arriero: Arriero, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     predict = ("predict", "--model_name_or_path", TINY, "--max_new_tokens", "12", "--predict_file")
-    one = arriero(*predict, "one.json")
+    assert main([*predict, "one.json"]) == 0
+    shown = capsys.readouterr().out
     two = arriero("launch", "--nproc_per_node", "2", *predict, "two.json", timeout=400)
-    assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    assert two.returncode == 0, two.stderr
     assert (tmp_path / "two.json").read_bytes() == (tmp_path / "one.json").read_bytes()
-    assert two.stdout == one.stdout.replace("one.json", "two.json")
+    assert two.stdout == shown.replace("one.json", "two.json")
 
+
+@pytest.mark.parametrize(
+    "layout", [(), pytest.param(("--tensor_parallel_degree", "2"), marks=pytest.mark.peers)], ids=["copies", "tensor"]
+)
+def test_scores_of_two_processes_are_those_of_one(
+    layout: tuple[str, ...],
+    arriero: Arriero,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dev.json").write_text(json.dumps(squad(13)), encoding="utf-8")
     options = ("--src_length", "80", "--tgt_length", "24", "--max_new_tokens", "4", "--per_device_eval_batch_size", "3")
     evaluate = ("evaluate", "--model_name_or_path", TINY, "--dataset_path", "dev.json", "--task_name", "squad_qa")
-    one = arriero(*evaluate, *options, "--output_dir", "s1")
-    assert one.returncode == 0, one.stderr
-    wanted = json.loads((tmp_path / "s1" / "eval_results.json").read_text())
-    for name, layout in (("copies", ()), ("tensor", ("--tensor_parallel_degree", "2"))):
-        command = (*evaluate, *options, "--output_dir", name, *layout)
-        two = arriero("launch", "--nproc_per_node", "2", *command, timeout=400)
-        assert two.returncode == 0, two.stderr
-        words = [[line.split()[0] for line in done.stdout.splitlines()] for done in (one, two)]
-        assert words[0] == words[1], "each score once"
-        assert json.loads((tmp_path / name / "eval_results.json").read_text()) == pytest.approx(wanted, rel=1e-5)
-        answers = [(tmp_path / folder / "predictions.jsonl").read_bytes() for folder in (name, "s1")]
-        assert answers[0] == answers[1]
+    assert main([*evaluate, *options, "--output_dir", "one"]) == 0
+    shown = capsys.readouterr().out
+    two = arriero("launch", "--nproc_per_node", "2", *evaluate, *options, "--output_dir", "two", *layout, timeout=400)
+    assert two.returncode == 0, two.stderr
+    words = [[line.split()[0] for line in text.splitlines()] for text in (shown, two.stdout)]
+    assert words[0] == words[1], "each score once"
+    wanted, found = (json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("one", "two"))
+    assert found == pytest.approx(wanted, rel=1e-5)
+    answers = [(tmp_path / name / "predictions.jsonl").read_bytes() for name in ("one", "two")]
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.peers

@@ -18,11 +18,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 import layout_runs
 from layout_runs import Run, compiler, make_trainer
 
+from arriero.config.optimization import OPTIMIZERS
 from arriero.models import attention as attention_module
 from arriero.models.attention import AttentionInfo, attention, choose_backend
 from arriero.parallel.processes import Processes
 from arriero.training.checkpoint import take_snapshot, write_checkpoint
-from arriero.training.optimizer import NAMES, Optimizer
+from arriero.training.optimizer import Optimizer
 from arriero.training.trainer import StepRecord, Trainer
 
 CPU = torch.device("cpu")
@@ -177,7 +178,7 @@ class Matrices(nn.Module):
 
 
 @devices
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_step_as_on_the_cpu(name: str, device: torch.device) -> None:
     """The fused kernel of AdamW, 8-bit moments, and Muon, which works in bf16 on a GPU."""
     moved: list[list[Tensor]] = []
@@ -198,7 +199,7 @@ def test_optimizers_step_as_on_the_cpu(name: str, device: torch.device) -> None:
 
 
 @devices
-@pytest.mark.parametrize("optim", NAMES)
+@pytest.mark.parametrize("optim", OPTIMIZERS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16 O2", "fp16 O2"])
 def test_a_run_goes_on_from_its_checkpoint(precision: str, optim: str, device: torch.device, tmp_path: Path) -> None:
     """The state right after loading to the bit; then the same losses."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from arriero.data.samples import Sample
@@ -36,3 +38,31 @@ def test_any_reference_may_be_met() -> None:
     ]
     found = score(answers(rows))
     assert found == pytest.approx({"rouge1": 100, "rouge2": 100, "rougeL": 100, "bleu4": 100})
+
+
+def test_squad_v2_says_both_kinds_as_the_official_script() -> None:
+    """`make_eval_dict` of evaluate-v2.0.py: means over the questions with an answer, and over those without."""
+    rows: list[tuple[str, tuple[str, ...]]] = [
+        ("Ann Lee", ("Ann Lee", "Ann")),
+        ("big Ann Lee", ("Ann Lee",)),  # 2 common words: precision 2/3, recall 1
+        ("nobody", ("Ann Lee",)),
+        ("", ("",)),
+        ("Ann", ("",)),
+        ("", ("",)),
+        ("", ("",)),
+    ]
+    made = [Answer(replace(answer.sample, chat=True), answer.text) for answer in answers(rows)]
+    assert score(made) == pytest.approx(
+        {
+            "exact_match": 100 * 4 / 7,
+            "f1": 100 * 4.8 / 7,
+            "HasAns_exact": 100 / 3,
+            "HasAns_f1": 100 * 1.8 / 3,
+            "HasAns_total": 3,
+            "NoAns_exact": 75,
+            "NoAns_f1": 75,
+            "NoAns_total": 4,
+        }
+    )
+    assert set(score(made[:3])) == {"exact_match", "f1"}  # SQuAD v1
+    assert "HasAns_exact" not in score(made[3:])

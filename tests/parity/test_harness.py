@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -20,6 +22,7 @@ from arriero.cli import main
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.model import ModelOptions
 from arriero.engine.loading import load_for_inference
+from arriero.errors import TemplateError
 from arriero.formats.download import resolve_model
 from arriero.training.harness import HarnessModel, find_tasks
 
@@ -49,6 +52,11 @@ fewshot_split: test
 output_type: {kind}
 doc_to_text: "{{{{question}}}}"
 """
+# writes a system message only where there is one, and trims what is said, as templates of the field do
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 CHOICES = """doc_to_choice: "{{choices}}"
 doc_to_target: label
 target_delimiter: " "
@@ -62,10 +70,13 @@ metric_list: [{metric: exact_match}]
 """
 
 
-def write_task(folder: Path, name: str, rows: list[dict[str, Any]], kind: str = "multiple_choice") -> None:
+def write_task(
+    folder: Path, name: str, rows: list[dict[str, Any]], kind: str = "multiple_choice", more: str = ""
+) -> None:
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     text = TASK.format(name=name, rows=path, kind=kind) + (CHOICES if kind == "multiple_choice" else GENERATE)
+    text += more
     (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
 
 
@@ -93,7 +104,7 @@ def theirs(model: Path, batch_size: int = 8) -> HFLM:
 
 
 def compare(model: Path, folder: Path, tasks: list[str], **settings: Any) -> tuple[float, float]:
-    """Seconds that each took, ours first."""
+    """Seconds that each took, ours first; fails where a prompt, an answer or a score differs."""
     manager, found = find_tasks(tasks, str(folder))
     results, seconds = [], []
     for lm in (ours(model), theirs(model)):
@@ -103,7 +114,7 @@ def compare(model: Path, folder: Path, tasks: list[str], **settings: Any) -> tup
     for task in tasks:
         first, second = (result["samples"][task] for result in results)
         for a, b in zip(first, second, strict=True):
-            assert a["doc_id"] == b["doc_id"]
+            assert (a["doc_id"], a["arguments"]) == (b["doc_id"], b["arguments"])
             if "acc" in a:
                 a_scores, b_scores = ([float(r[0]) for r in s["filtered_resps"]] for s in (a, b))
                 assert a_scores == pytest.approx(b_scores, abs=1e-3)
@@ -119,6 +130,32 @@ def compare(model: Path, folder: Path, tasks: list[str], **settings: Any) -> tup
 @pytest.mark.parametrize("num_fewshot", [0, 2])
 def test_tiny_model_scores_as_the_hf_class(tiny: Path, folder: Path, num_fewshot: int) -> None:
     compare(tiny, folder, ["small_choices", "small_answers"], num_fewshot=num_fewshot)
+
+
+@pytest.mark.parametrize("num_fewshot", [0, 2])
+@pytest.mark.parametrize(
+    "template", [CHAT_TEMPLATE, CHAT_TEMPLATE.replace(" | trim", "")], ids=["trims", "keeps blanks"]
+)
+def test_chat_template_as_the_hf_class(tiny: Path, folder: Path, template: str, num_fewshot: int) -> None:
+    """Questions as turns, with answers that begin already (`gen_prefix`), which leaves the last message open."""
+    rows = [{"question": f" {text} ", "choices": choices, "label": label} for text, choices, label in QUESTIONS[:6]]
+    write_task(folder, "begun_choices", rows, more='gen_prefix: "The answer is "\n')
+    write_task(folder, "begun_answers", rows, "generate_until", more="description: Answer briefly.\n")
+    model = folder / "model"
+    shutil.copytree(tiny, model)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    tasks = ["begun_choices", "begun_answers"]
+    compare(model, folder, tasks, num_fewshot=num_fewshot, apply_chat_template=True, fewshot_as_multiturn=True)
+
+
+def test_a_template_that_leaves_a_message_out(tiny: Path) -> None:
+    own = ours(tiny)
+    with (
+        mock.patch.object(type(own._text), "render_chat", return_value="nothing"),
+        pytest.raises(TemplateError, match="leaves out a message of the assistant"),
+    ):
+        own.apply_chat_template([{"role": "assistant", "content": "The"}], add_generation_prompt=False)
 
 
 def test_odd_requests_as_the_hf_class(tiny: Path) -> None:

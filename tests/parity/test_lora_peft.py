@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,42 +25,19 @@ from arriero.adapters.peft_config import from_peft, to_peft
 from arriero.config.adapter import AdapterOptions
 from arriero.errors import ConfigError, FormatError
 from arriero.formats import peft as peft_files
-from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-VOCAB = 61
-BASE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "hidden_act": "silu",
-    "rope_theta": 10000.0,
-}
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from twin_models import VOCAB, twin_models  # noqa: E402
 
 
 def pair(seed: int = 0, *, biases: bool = False) -> tuple[LlamaForCausalLM, nn.Module]:
     """Our model and transformers' with the same random weights."""
     torch.manual_seed(seed)  # the adapters' first values
-    shape = {**BASE, "attention_bias": biases, "mlp_bias": biases}
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, attn_implementation="eager")).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
-    ours = LlamaForCausalLM(LlamaConfig.from_dict({**shape, "model_type": "llama"})).eval()
-    ours.load_state_dict(theirs.state_dict())
-    return ours, theirs
+    return twin_models(seed, attention_bias=biases, mlp_bias=biases)
 
 
 def randomise(model: nn.Module, seed: int = 5) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from arriero.adapters.pissa import PiSSALinear, as_plain, start_factors
 from arriero.errors import ConfigError, FormatError
 from arriero.formats import peft as peft_files
 from arriero.formats.parts import Placement
-from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.processes import Processes
 from arriero.quantization.integers import IntegerScheme
@@ -39,38 +39,19 @@ from arriero.training.weights import AdapterWeights
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-VOCAB = 61
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-    "attention_bias": True,
-    "rope_theta": 10000.0,
-}
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from twin_models import VOCAB, their_model, twin_models  # noqa: E402
+
 TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
 IDS = torch.randint(VOCAB, (2, 11), generator=torch.Generator().manual_seed(9))
 
 
 def our_base() -> LlamaForCausalLM:
-    ours = LlamaForCausalLM(LlamaConfig.from_dict({**SHAPE, "model_type": "llama"})).eval()
-    ours.load_state_dict(their_base().state_dict())
-    return ours
+    return twin_models(attention_bias=True)[0]
 
 
 def their_base() -> nn.Module:
-    theirs: nn.Module = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**SHAPE, attn_implementation="eager")
-    ).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
-    return theirs
+    return their_model(attention_bias=True)
 
 
 def wrapped(**settings: Any) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +32,10 @@ from arriero.training.prefix_weights import PrefixWeights
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-VOCAB, LENGTH = 61, 5
-BASE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "hidden_act": "silu",
-    "model_type": "llama",
-}
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from twin_models import SHAPE, VOCAB, twin_models  # noqa: E402
+
+LENGTH = 5
 KINDS: dict[str, dict[str, Any]] = {
     "grouped heads": {},
     "one key-value head": {"num_key_value_heads": 1},
@@ -66,20 +55,6 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def pair(**changes: Any) -> tuple[LlamaForCausalLM, Any]:
-    """Our model and transformers' with the same random weights."""
-    theirs = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(**BASE | changes), attn_implementation="eager"
-    ).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
-    ours = LlamaForCausalLM(LlamaConfig.from_dict(theirs.config.to_dict())).eval()
-    ours.load_state_dict(theirs.state_dict())
-    return ours, theirs
-
-
 def ids(rows: int = 2, length: int = 11) -> Tensor:
     return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(9))
 
@@ -95,7 +70,7 @@ def randomise(model: nn.Module, seed: int = 5) -> None:
 
 def prefixed(config: PrefixConfig, **changes: Any) -> tuple[LlamaForCausalLM, Any]:
     """Our model with a random prefix, and transformers' without one."""
-    ours, theirs = pair(**changes)
+    ours, theirs = twin_models(**changes)
     apply_prefix(ours, config)
     randomise(ours)
     return ours, theirs
@@ -207,7 +182,7 @@ def test_peft_reads_our_prefix(projection: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("projection", [False, True])
 def test_we_read_pefts_prefix(projection: bool, tmp_path: Path) -> None:
-    ours, theirs = pair()
+    ours, theirs = twin_models()
     wrapped = peft.get_peft_model(
         theirs,
         peft.PrefixTuningConfig(
@@ -315,7 +290,7 @@ def test_training_goes_on_from_a_stored_prefix(projection: bool, tmp_path: Path)
     config = PrefixConfig(LENGTH, projection=projection, projection_size=24)
     ours, _ = prefixed(config)
     folder = save(ours, config, tmp_path / "prefix")
-    again, _ = pair()
+    again, _ = twin_models()
     stored = open_prefix(folder, again.config, "base", trainable=True, dropout=0.25)
     assert stored.config == PrefixConfig(LENGTH, projection, 24 if projection else None, 0.25)
     apply_prefix(again, stored.config, seed=3)
@@ -332,6 +307,6 @@ def test_training_goes_on_from_a_stored_prefix(projection: bool, tmp_path: Path)
 def test_a_prefix_of_another_base_is_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     ours, _ = prefixed(PrefixConfig(LENGTH))
     folder = save(ours, PrefixConfig(LENGTH), tmp_path / "prefix")
-    other = LlamaConfig.from_dict(BASE | changes)
+    other = LlamaConfig.from_dict(SHAPE | changes)
     with pytest.raises(FormatError, match=rf"for base \(2 layers with 2 .*, and other/model has {words}"):
         open_prefix(folder, other, "other/model")

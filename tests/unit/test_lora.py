@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from arriero.adapters.lora import LoRAConfig, apply_lora
 from arriero.config.adapter import AdapterOptions
 from arriero.config.model import ModelOptions
+from arriero.config.optimization import OPTIMIZERS
 from arriero.config.parser import parse
 from arriero.errors import ConfigError
 from arriero.formats.parts import Placement
@@ -20,7 +21,7 @@ from arriero.models.tensor_split import cut_of
 from arriero.quantization.linear import quantize_layers
 from arriero.quantization.schemes import Nf4Weights
 from arriero.training.methods.lora import with_fresh_adapter
-from arriero.training.optimizer import NAMES, Optimizer
+from arriero.training.optimizer import Optimizer
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {
@@ -123,7 +124,7 @@ def test_lora_plus_is_adamw_with_two_groups() -> None:
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_lora_plus_with_every_optimizer(name: str) -> None:
     """A and B each move as in a run of the usual rule at their own rate; a checkpoint of it goes on exactly."""
     models = [small_model(LoRAConfig(rank=4, plus_scale=scale)) for scale in (8.0, 1.0, 1.0, 8.0)]

@@ -1,4 +1,5 @@
-"""Optimizers by name: 8-bit moments against the written format and torchao, Muon against its definition, exact resume."""
+"""Optimizers by name: 8-bit moments against the written format and torchao, Muon and Lion against their definitions, SGD
+against torch, exact resume."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from arriero.config.optimization import OptimizationOptions
+from arriero.config.compatibility import check
+from arriero.config.optimization import OPTIMIZERS, OptimizationOptions
 from arriero.errors import ConfigError, FormatError
-from arriero.training.optimizer import NAMES, Optimizer
+from arriero.training.optimizer import Optimizer
 from arriero.training.optimizers import adamw_8bit
 from arriero.training.optimizers.adamw_8bit import AdamW8bit
 from arriero.training.optimizers.block_quantization import (
@@ -77,7 +80,7 @@ def train(model: nn.Module, optimizer: Optimizer, first: int, last: int, rate: f
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_ten_steps_are_five_and_five_to_the_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Through a file of plain tensors, and into a model and an optimizer made anew."""
     straight = Net().to(dtype)
@@ -101,7 +104,7 @@ def test_ten_steps_are_five_and_five_to_the_bit(name: str, dtype: torch.dtype, t
         assert torch.equal(value, state_of(resumed)[key]), key
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_learns(name: str) -> None:
     model = Net()
 
@@ -111,7 +114,9 @@ def test_every_optimizer_learns(name: str) -> None:
             return float(F.cross_entropy(model(ids), (ids * 7 + 1) % 100))
 
     before = loss()
-    train(model, Optimizer(model, name=name), 0, 60, rate=1e-2)
+    rates = {"lion": 3e-3, "sgd": 1.0}  # beside the others' 1e-2
+    optimizer = Optimizer(model, name=name, sgd_momentum=0.9)
+    train(model, optimizer, 0, 60, rate=rates.get(name, 1e-2))
     assert loss() < 0.5 * before
 
 
@@ -356,7 +361,115 @@ def test_muon_momentum_is_nesterovs() -> None:
     torch.testing.assert_close(optimizer.parts()["weight.momentum_buffer"].tensor, expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_steps_are_torchs(momentum: float) -> None:
+    """torch's weight decay goes through the momentum, so it is made beside it: of matrices only, and decoupled."""
+    ours, theirs = Net(), Net()
+    optimizer = Optimizer(ours, name="sgd", sgd_momentum=momentum, weight_decay=0.1)
+    expected = torch.optim.SGD(theirs.parameters(), lr=0.05, momentum=momentum)
+    for step in range(6):
+        gradients(ours, step)
+        gradients(theirs, step)
+        optimizer.step(0.05)
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                if parameter.ndim > 1:
+                    parameter.mul_(1 - 0.05 * 0.1)
+        expected.step()
+        optimizer.zero_grad()
+        expected.zero_grad()
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    assert (optimizer.bytes_held() == 0) == (momentum == 0)
+
+
+def test_plain_sgd_with_decay_is_torchs() -> None:
+    """Without momentum, weight decay is the same coupled and decoupled."""
+    ours, theirs = Net(), Net()
+    matrices = [parameter for parameter in theirs.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in theirs.parameters() if parameter.ndim < 2]
+    optimizer = Optimizer(ours, name="sgd", weight_decay=0.3)
+    expected = torch.optim.SGD([{"params": matrices, "weight_decay": 0.3}, {"params": vectors}], lr=0.05)
+    for step in range(4):
+        gradients(ours, step)
+        gradients(theirs, step)
+        optimizer.step(0.05)
+        expected.step()
+        optimizer.zero_grad()
+        expected.zero_grad()
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_lion_is_algorithm_2() -> None:
+    """The paper's lines, in NumPy and fp64; gradients are given, so that no sign turns by rounding."""
+    matrix, vector = nn.Parameter(torch.full((3, 4), 0.5)), nn.Parameter(torch.full((4,), 0.5))
+    model = nn.ParameterDict({"matrix": matrix, "vector": vector})
+    optimizer = Optimizer(model, name="lion", lion_betas=(0.8, 0.95), weight_decay=0.2)
+    rate, beta1, beta2 = 0.01, 0.8, 0.95
+    expected = {"matrix": np.full((3, 4), 0.5), "vector": np.full(4, 0.5)}
+    means = {key: np.zeros_like(value) for key, value in expected.items()}
+    generator = np.random.default_rng(0)
+    for _ in range(8):
+        for key, decay in (("matrix", 0.2), ("vector", 0.0)):
+            gradient = generator.normal(size=expected[key].shape)
+            model[key].grad = torch.from_numpy(gradient).float()
+            update = np.sign(beta1 * means[key] + (1 - beta1) * gradient)
+            expected[key] = expected[key] - rate * (update + decay * expected[key])
+            means[key] = beta2 * means[key] + (1 - beta2) * gradient
+        optimizer.step(rate)
+    for key, value in expected.items():
+        torch.testing.assert_close(model[key].detach().double(), torch.from_numpy(value), rtol=1e-6, atol=1e-7)
+        kept = optimizer.parts()[f"{key}.exp_avg"].tensor.double()
+        torch.testing.assert_close(kept, torch.from_numpy(means[key]), rtol=1e-6, atol=1e-7)
+
+
+def test_sums_are_not_taken_for_means() -> None:
+    """Muon's momentum of an adapter's matrices is a mean of gradients, SGD's a sum."""
+    model = nn.ParameterDict({"up_proj": nn.Parameter(torch.ones(4, 4))})
+    optimizer = Optimizer(model, name="muon")
+    model["up_proj"].grad = torch.ones(4, 4)
+    optimizer.step(0.1)
+    with pytest.raises(FormatError, match="velocity is missing"):
+        Optimizer(model, name="sgd", sgd_momentum=0.9).load(state_of(optimizer))
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        ("adamw_torch", "adamw"),
+        ("adamw_bnb_8bit", "adamw_8bit"),
+        ("lion_32bit", "lion"),
+        ("SGD", "sgd"),
+        ("muon", "muon"),
+    ],
+)
+def test_transformers_names(word: str, name: str) -> None:
+    assert OptimizationOptions(optim=word).optim == name
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("paged_adamw_32bit", "give --optim adamw$"),
+        ("paged_adamw_8bit", "give --optim adamw_8bit$"),
+        ("paged_lion_8bit", "give --optim lion$"),
+        ("lion_8bit", "fp32 here; give --optim lion$"),
+        ("adafactor", "choose one of adamw, adamw_8bit, muon, lion, sgd$"),
+    ],
+)
+def test_optimizers_that_are_not_here_are_refused(word: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        OptimizationOptions(optim=word)
+
+
+def test_settings_of_another_optimizer_are_told() -> None:
+    options = OptimizationOptions(optim="lion", adam_beta1=0.8, muon_momentum=0.9, lion_beta2=0.95)
+    found = check((options,), frozenset({"optim", "adam_beta1", "muon_momentum", "lion_beta2"}))
+    assert found == [f"--{name} has no effect with --optim lion" for name in ("muon_momentum", "adam_beta1")]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_masters_keep_what_half_precision_would_round_away(name: str) -> None:
     half, full = Net().bfloat16(), Net().bfloat16().float()
     optimizer, exact = Optimizer(half, name=name), Optimizer(full, name=name)
@@ -398,7 +511,7 @@ def test_clipping_is_torchs() -> None:
 
 def test_the_loss_scale_comes_off_every_optimizers_gradients() -> None:
     """`param_groups` is what torch's scaler reads."""
-    for name in NAMES:
+    for name in OPTIMIZERS:
         model = Net()
         optimizer: Any = Optimizer(model, name=name)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -416,6 +529,8 @@ def test_the_loss_scale_comes_off_every_optimizers_gradients() -> None:
         ("adamw", "muon", r"up_proj.weight.momentum_buffer is missing"),
         ("muon", "adamw", r"up_proj.weight.step is missing"),
         ("muon", "adamw_8bit", r"up_proj.weight.step is missing"),
+        ("lion", "adamw", r"weight.step is missing"),
+        ("muon", "lion", r"weight.exp_avg is missing"),
     ],
 )
 def test_a_state_of_another_optimizer_is_refused(saved: str, loading: str, message: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from arriero.parallel.activation_checkpointing import apply_activation_checkpoin
 from arriero.training.loss import linear_cross_entropy
 from arriero.training.planning import activations
 from arriero.training.planning.activations import blocks_kept, loss_saved, model_saved, total
-from arriero.training.planning.setup import TrainingSetup, model_facts
+from arriero.training.planning.setup import Method, TrainingSetup, model_facts
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SHAPE = {
@@ -38,7 +38,13 @@ def shape(**changes: Any) -> LlamaConfig:
 
 
 def kept_by_autograd(
-    config: LlamaConfig, setup: TrainingSetup, *, rank: int, targets: tuple[str, ...], math: bool
+    config: LlamaConfig,
+    setup: TrainingSetup,
+    *,
+    rank: int = 0,
+    targets: tuple[str, ...] = (),
+    math: bool = False,
+    method: Method | None = None,
 ) -> int:
     """Bytes of the distinct storages that a forward pass saves, parameters left out."""
     torch.manual_seed(0)
@@ -47,6 +53,8 @@ def kept_by_autograd(
     model.to(getattr(torch, setup.weight_dtype))
     if rank:
         apply_lora(model, LoRAConfig(rank=rank, target_modules=targets))
+    if method is not None:
+        method.apply(model)
     if setup.recompute != "none":
         apply_activation_checkpointing(model.model.layers, setup.recompute)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -128,6 +136,41 @@ def test_formula_equals_what_autograd_keeps(name: str) -> None:
     planned = blocks_kept(facts, setup) + total(model_saved(facts, setup)) + total(loss_saved(facts, setup))
     measured = kept_by_autograd(config, setup, rank=rank, targets=targets, math=False)
     assert planned == pytest.approx(measured, rel=0.02)
+
+
+O2 = {**HALF, "weight_dtype": "bfloat16"}
+ADAPTER = {"lora_rank": 8, "lora_targets": LINEAR}
+METHODS: dict[str, tuple[TrainingSetup, Method]] = {
+    "DoRA": (TrainingSetup(batch=2, sequence=96), Method(**ADAPTER, dora=True)),
+    "DoRA on q and v, bf16 O2": (
+        TrainingSetup(batch=2, sequence=96, **O2),
+        Method(8, ("q_proj", "v_proj"), dora=True),
+    ),
+    "DoRA, bf16 O1": (TrainingSetup(batch=2, sequence=96, **HALF), Method(**ADAPTER, dora=True)),
+    "DoRA, recompute layers": (TrainingSetup(batch=4, sequence=96, recompute="full"), Method(**ADAPTER, dora=True)),
+    "QLoRA": (TrainingSetup(batch=2, sequence=96), Method(**ADAPTER, quantize_base="nf4")),
+    "QLoRA on q and v": (TrainingSetup(batch=2, sequence=96), Method(8, ("q_proj", "v_proj"), quantize_base="nf4")),
+    "QLoRA, bf16 O1": (TrainingSetup(batch=2, sequence=96, **HALF), Method(**ADAPTER, quantize_base="nf4")),
+    "QLoRA, bf16 O2": (TrainingSetup(batch=2, sequence=96, **O2), Method(**ADAPTER, quantize_base="int8")),
+    "QLoRA, recompute attention": (
+        TrainingSetup(batch=4, sequence=96, recompute="core_attn"),
+        Method(**ADAPTER, quantize_base="int8"),
+    ),
+    "prefix": (TrainingSetup(batch=2, sequence=96), Method(prefix_length=20)),
+    "long prefix, one row": (TrainingSetup(batch=1, sequence=128), Method(prefix_length=64)),
+    "prefix, bf16 O2": (TrainingSetup(batch=2, sequence=96, **O2), Method(prefix_length=20)),
+    "prefix, network": (TrainingSetup(batch=2, sequence=96), Method(prefix_length=20, prefix_network=256)),
+    "prefix, recompute layers": (TrainingSetup(batch=4, sequence=96, recompute="full"), Method(prefix_length=20)),
+    "prefix, quantized": (TrainingSetup(batch=2, sequence=96), Method(prefix_length=20, quantize_base="nf4")),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_formula_equals_what_autograd_keeps_of_a_method(name: str) -> None:
+    setup, method = METHODS[name]
+    facts = model_facts(shape(), **asdict(method))
+    planned = blocks_kept(facts, setup) + total(model_saved(facts, setup)) + total(loss_saved(facts, setup))
+    assert planned == pytest.approx(kept_by_autograd(shape(), setup, method=method), rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

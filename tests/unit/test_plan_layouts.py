@@ -105,6 +105,23 @@ def test_programs_of_a_thousand_ranks_hold_what_is_planned() -> None:
     assert last.size == (0, 192)
 
 
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"lora_rank": 8, "lora_targets": ("q_proj", "down_proj"), "dora": True, "quantize_base": "nf4"},
+        {"prefix_length": 6, "prefix_network": 32},
+    ],
+    ids=["DoRA on nf4", "prefix of a network"],
+)
+def test_programs_of_methods_hold_what_is_planned(method: dict[str, Any]) -> None:
+    shape = SHAPE | {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_hidden_layers": 4}
+    facts = model_facts(LlamaConfig(**shape), **method)
+    setup = TrainingSetup(layout=Layout(pp=2, dp_shard=4, tp=2, stage=1))
+    for program in dry_run(facts, setup, [0, 8]):
+        assert program.nbytes == held_by(facts, setup, shares(facts, setup)[program.at.pp]).total.held
+
+
 # Forward passes of shared-out models on the fake process group; prints what autograd keeps, parameters left out.
 KEPT = """
 import json, sys

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from arriero.adapters.prefix import PrefixConfig, apply_prefix, is_prefix, without_prefix
 from arriero.data.batch import Batch
 from arriero.data.order import StepOrder
 from arriero.data.pairs import Pair, PreferenceSteps, pack_pairs, pair_batches
@@ -194,6 +195,51 @@ def test_loss_and_gradients_are_the_closed_form(name: str, model: LlamaForCausal
     truth.backward()
     assert loss == pytest.approx(float(truth.detach()), rel=1e-5)
     same_gradients(gradients, {n: p.grad for n, p in wide.named_parameters() if p.grad is not None})
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_a_prefix_is_learned_against_the_model_without_it(projection: bool, model: LlamaForCausalLM) -> None:
+    """Loss and gradients of packed, shared rows: every row by itself in float64; and the slope of the loss along them."""
+    prefixed, wide = LlamaForCausalLM(model.config), LlamaForCausalLM(model.config)
+    for made in (prefixed, wide):
+        made.load_state_dict(model.state_dict())
+        apply_prefix(made, PrefixConfig(4, projection), seed=1)
+    with torch.no_grad():  # far from nothing
+        for parameter in (p for n, p in prefixed.named_parameters() if is_prefix(n)):
+            parameter.add_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) * 0.5
+            )
+    wide.load_state_dict(prefixed.state_dict())
+    wide.double()
+    pairs, objective = make_pairs(4), KINDS["dpo"]
+    execution = DirectExecution(Layers(prefixed, Precision(torch.float32, "O1", CPU), CPU, objective))
+    with without_prefix(execution.layers.stages):
+        reference = reference_log_probabilities(execution, pair_batches(pairs, 2, share_prefixes=True), 4, 2)
+    with torch.no_grad():
+        truth = torch.stack([torch.stack(answer_log_probabilities(model, pair)[0]) for pair in pairs])
+        started = torch.stack([torch.stack(answer_log_probabilities(prefixed, pair)[0]) for pair in pairs])
+    torch.testing.assert_close(reference, truth, rtol=1e-5, atol=1e-5)
+    assert (started - truth).abs().max() > 0.1
+
+    def right_loss() -> Tensor:
+        sums = [answer_log_probabilities(wide, pair) for pair in pairs]
+        return torch.stack([closed_form("dpo", *s, row) for s, row in zip(sums, truth.tolist(), strict=True)]).mean()
+
+    loss, gradients = loss_and_gradients(prefixed, objective, [pack_pairs(pairs, reference)])
+    right = right_loss()
+    right.backward()
+    assert loss == pytest.approx(float(right.detach()), rel=1e-5)
+    same_gradients(gradients, {n: p.grad for n, p in wide.named_parameters() if p.grad is not None})
+    assert all(map(is_prefix, gradients))
+    norm = float(torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt())
+    moved, step = [], 1e-4 / norm
+    with torch.no_grad():
+        for sign in (1, -2):
+            for name, parameter in wide.named_parameters():
+                if name in gradients:
+                    parameter += sign * step * gradients[name].double()
+            moved.append(float(right_loss()))
+    assert (moved[0] - moved[1]) / (2 * step) == pytest.approx(norm**2, rel=1e-5)
 
 
 def test_rewards(model: LlamaForCausalLM) -> None:

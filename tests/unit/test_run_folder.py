@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from arriero.cli import main
 from arriero.config.checkpoint import CheckpointOptions
 from arriero.errors import ConfigError, FormatError
 from arriero.formats.receipt import sha256_of
@@ -199,3 +200,48 @@ def test_places_that_cannot_be_a_run(tmp_path: Path) -> None:
     (tmp_path / "run" / LOCK).mkdir()
     with pytest.raises(ConfigError, match="cannot be written"):
         folder(tmp_path / "run")
+
+
+def test_a_refused_run_leaves_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "new" / "deeper" / "run"
+    with folder(run):
+        assert names(run) == [LOCK]
+    assert names(tmp_path) == []
+    there = tmp_path / "there"
+    there.mkdir()
+    with folder(there / "run"):
+        pass
+    assert names(there) == []
+    with folder(there):  # a folder that someone made stays, empty or not
+        pass
+    assert names(tmp_path) == ["there"]
+    with folder(tmp_path / "kept") as kept:
+        (kept.path / "train_log.jsonl").touch()
+    assert names(tmp_path / "kept") == ["train_log.jsonl"]
+
+
+def test_a_run_without_a_whole_checkpoint_gives_its_folder_up(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    checkpoint(run, 3)
+    (run / "checkpoint-3" / "manifest.json").write_text("{}")
+    for _ in range(2):  # not locked by the first
+        with pytest.raises(FormatError, match="no whole checkpoint"):
+            folder(run, resume_from_checkpoint="auto")
+    assert names(run) == ["checkpoint-3"]
+
+
+def test_refused_commands_leave_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"wrong": 1}\n')
+    (tmp_path / "model").mkdir()
+    flags = (
+        "--model_name_or_path",
+        str(tmp_path / "model"),
+        "--device",
+        "cpu",
+        "--output_dir",
+        str(tmp_path / "out" / "run"),
+    )
+    assert main(["finetune", "--dataset_path", str(rows), *flags]) == 2
+    assert capsys.readouterr().err
+    assert names(tmp_path) == ["model", "rows.jsonl"]

@@ -13,8 +13,9 @@ own. After training only the keys and values are needed.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -172,6 +173,24 @@ def apply_prefix(model: LlamaForCausalLM, config: PrefixConfig, seed: int = 0) -
 def prefixable(model: nn.Module) -> Iterator[Attention]:
     """The attention of every layer that this process holds."""
     return (module for module in model.modules() if isinstance(module, Attention))
+
+
+@contextlib.contextmanager
+def without_prefix(stages: Sequence[nn.Module]) -> Iterator[None]:
+    """Let the stages of a model that this process holds compute as if it had no prefix."""
+    held = [(attention, attention.prefix) for stage in stages for attention in prefixable(stage)]
+    lengths = [(stage, stage.prefix_length) for stage in stages]
+    try:
+        for attention, _ in held:
+            attention.prefix = None
+        for stage, _ in lengths:
+            stage.prefix_length = 0  # type: ignore[assignment]
+        yield
+    finally:
+        for attention, prefix in held:
+            attention.prefix = prefix
+        for stage, length in lengths:
+            stage.prefix_length = length
 
 
 def prefix_state(model: nn.Module) -> dict[str, Tensor]:

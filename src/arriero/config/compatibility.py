@@ -23,7 +23,13 @@ from arriero.config.preference import PreferenceOptions
 from arriero.config.pretraining import CorpusOptions
 from arriero.config.rules.groups import changed, find
 from arriero.config.rules.layouts import parallel_rule
-from arriero.config.rules.methods import preference_rule, prefix_rule, quantization_rule, stored_adapter_rule
+from arriero.config.rules.methods import (
+    preference_rule,
+    prefix_rule,
+    quantization_rule,
+    stored_adapter_rule,
+    vocabulary_rule,
+)
 from arriero.errors import ConfigError
 
 
@@ -106,8 +112,19 @@ def _schedule(groups: Sequence[Any], given: frozenset[str], warnings: list[str])
         if changed(optimization, name, given):
             instead = " (constant_with_warmup has a warm-up)" if name.startswith("warmup") else ""
             warnings.append(f"--{name} has no effect with --lr_scheduler_type {schedule}{instead}")
-    if optimization.optim != "muon" and changed(optimization, "muon_momentum", given):
-        warnings.append(f"--muon_momentum has no effect with --optim {optimization.optim}")
+    adam = ("adamw", "adamw_8bit", "muon")
+    settings = {
+        "muon_momentum": ("muon",),
+        "lion_beta1": ("lion",),
+        "lion_beta2": ("lion",),
+        "sgd_momentum": ("sgd",),
+        "adam_beta1": adam,
+        "adam_beta2": adam,
+        "adam_epsilon": adam,
+    }
+    for name, having in settings.items():
+        if optimization.optim not in having and changed(optimization, name, given):
+            warnings.append(f"--{name} has no effect with --optim {optimization.optim}")
 
 
 def _regularized(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
@@ -246,6 +263,7 @@ _RULES: tuple[Callable[[Sequence[Any], frozenset[str], list[str]], None], ...] =
     quantization_rule,
     preference_rule,
     prefix_rule,
+    vocabulary_rule,
     _sampling,
     _padding,
     _data_loading,

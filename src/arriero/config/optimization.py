@@ -9,8 +9,16 @@ from arriero.errors import ConfigError
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "wsd")
 DECAY_SHAPES = ("1-sqrt", "linear", "cosine")
-# Other names of the same: transformers' for the schedule and AdamW.
-_SYNONYMS = {"warmup_stable_decay": "wsd", "adamw_torch": "adamw", "adamw_torch_fused": "adamw"}
+OPTIMIZERS = ("adamw", "adamw_8bit", "muon", "lion", "sgd")
+# Other names of the same: transformers' for the schedule and the optimizers.
+_SYNONYMS = {
+    "warmup_stable_decay": "wsd",
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "adamw_torch_8bit": "adamw_8bit",
+    "lion_32bit": "lion",
+}
 
 
 @dataclass(kw_only=True)
@@ -50,11 +58,13 @@ class OptimizationOptions(OptionGroup):
     max_steps: int = option(-1, "optimizer steps; if positive, it wins over --num_train_epochs", minimum=-1)
     optim: str = option(
         "adamw",
-        "the optimizer: fused AdamW (adamw_torch and adamw_torch_fused mean the same), AdamW with 8-bit moments, or Muon on "
-        "the matrices of the layers and AdamW on the rest",
-        ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "muon"),
+        f"the optimizer, one of {', '.join(OPTIMIZERS)}: fused AdamW, AdamW with 8-bit moments, Muon on the matrices of the "
+        "layers (AdamW on the rest), Lion, SGD; transformers' names mean the same",
     )
     muon_momentum: float = option(0.95, "Nesterov momentum of Muon", minimum=0.0, below=1.0)
+    lion_beta1: float = option(0.9, "beta1 of Lion: of the mean whose sign is the step", minimum=0.0, below=1.0)
+    lion_beta2: float = option(0.99, "beta2 of Lion: of the mean that is kept", minimum=0.0, below=1.0)
+    sgd_momentum: float = option(0.0, "momentum of SGD", aliases=("momentum",), minimum=0.0, below=1.0)
     weight_decay: float = option(0.0, "decoupled weight decay; norms and biases are left out", minimum=0.0)
     adam_beta1: float = option(0.9, "beta1 of AdamW", minimum=0.0, below=1.0)
     adam_beta2: float = option(0.999, "beta2 of AdamW", minimum=0.0, below=1.0)
@@ -81,7 +91,7 @@ class OptimizationOptions(OptionGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.optim = _SYNONYMS.get(self.optim, self.optim)
+        self.optim = optimizer_name(self.optim)
         self.lr_scheduler_type = _SYNONYMS.get(self.lr_scheduler_type, self.lr_scheduler_type)
         if self.max_steps == 0:
             raise ConfigError("--max_steps is 0: give a positive number, or -1 to train for --num_train_epochs")
@@ -105,3 +115,22 @@ class OptimizationOptions(OptionGroup):
                 f"--warmup_ratio {self.warmup_ratio:g} and --wsd_decay_ratio {self.wsd_decay_ratio:g} are more than the "
                 "whole run together: lower one of them"
             )
+
+
+def optimizer_name(word: str) -> str:
+    """One of `OPTIMIZERS`, by its name or transformers'.
+
+    Raises:
+        ConfigError: it is none; where something near is, that is named.
+    """
+    name = word.strip().lower()
+    name = _SYNONYMS.get(name, name)
+    if name in OPTIMIZERS:
+        return name
+    plain = name.removeprefix("paged_")
+    plain = {"lion_8bit": "lion"}.get(_SYNONYMS.get(plain, plain), _SYNONYMS.get(plain, plain))
+    plain = "adamw" if plain == "adamw_32bit" else plain
+    if plain in OPTIMIZERS:
+        what = "no optimizer state is paged here" if name.startswith("paged_") else "Lion's state is fp32 here"
+        raise ConfigError(f"--optim {word}: {what}; give --optim {plain}")
+    raise ConfigError(f"--optim is {word!r}: choose one of {', '.join(OPTIMIZERS)}")

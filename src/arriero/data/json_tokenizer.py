@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 from arriero.data.stream_decoder import REPLACEMENT, ByteDecoding, TokenBytes, byte_level_alphabet, byte_of_piece
-from arriero.data.tokenizer_files import VOCABULARY_FILE_LIMIT, AddedTokenSpec, TokenizerFiles, read_bounded
+from arriero.data.tokenizer_files import VOCABULARY_FILE_LIMIT, AddedTokenSpec, TokenizerFiles
 from arriero.errors import FormatError
 
 # Classes whose tokenizer.json transformers 5 does not take as it is: it rebuilds the SentencePiece pre-tokenizer.
@@ -25,7 +25,7 @@ class JsonTokenizer:
     def __init__(self, files: TokenizerFiles) -> None:
         path = files.folder / "tokenizer.json"
         try:
-            source = read_bounded(path, VOCABULARY_FILE_LIMIT).decode("utf-8")
+            source = files.read(path.name, VOCABULARY_FILE_LIMIT).decode("utf-8")
             description = json.loads(source)
             tokenizer = tokenizers.Tokenizer.from_str(source)
         except FormatError:
@@ -108,6 +108,21 @@ class JsonTokenizer:
         """Whether a special token takes in the blanks before and after it."""
         added = self._added[self.special[token]]
         return bool(added.lstrip), bool(added.rstrip)
+
+    def added_tokens_with(self, specs: Sequence[AddedTokenSpec]) -> list[dict[str, Any]]:
+        """The entry `added_tokens` of a tokenizer.json with more tokens; known ones keep their ids and become special where
+        that is asked for."""
+        grown = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        for spec in specs:
+            add = grown.add_special_tokens if spec.special else grown.add_tokens
+            add([_added_token(spec, spec.special)])
+        special = {spec.content for spec in specs if spec.special}
+        entries = []
+        for token_id, token in sorted(grown.get_added_tokens_decoder().items()):
+            flags = {flag: getattr(token, flag) for flag in ("single_word", "lstrip", "rstrip", "normalized")}
+            marked = token.special or token.content in special
+            entries.append({"id": token_id, "content": token.content, **flags, "special": marked})
+        return entries
 
     def _literal_tokenizer(self) -> tokenizers.Tokenizer:
         # A second instance and not a switched one: switching would race with other threads. Few processes need it.

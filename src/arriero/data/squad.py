@@ -82,21 +82,22 @@ def normalize_answer(text: str) -> str:
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
     """1.0 if the prediction equals one of the references after normalisation, else 0.0."""
-    if _is_unanswerable(references):
+    if is_unanswerable(references):
         return float(_says_nothing(prediction))
     return max(float(normalize_answer(prediction) == normalize_answer(reference)) for reference in references)
 
 
 def f1_score(prediction: str, references: Sequence[str]) -> float:
     """Harmonic mean of precision and recall over words, the best over the references."""
-    if _is_unanswerable(references):
+    if is_unanswerable(references):
         return float(_says_nothing(prediction))
     return max(
         _f1(normalize_answer(prediction).split(), normalize_answer(reference).split()) for reference in references
     )
 
 
-def _is_unanswerable(references: Sequence[str]) -> bool:
+def is_unanswerable(references: Sequence[str]) -> bool:
+    """Whether the text holds no answer: the one reference is empty."""
     return tuple(references) == ("",)
 
 

@@ -48,12 +48,13 @@ class Tokenizer:
         stop_token_ids: ids that end an answer: end of text, those of generation_config.json, end of turn.
         special_tokens: control tokens' text -> id.
         folder: where the files are.
+        replaced_files: contents that stand for those of files there; see `arriero.data.new_tokens`.
     """
 
     def __init__(self, vocabulary: Vocabulary, files: TokenizerFiles) -> None:
         self._vocabulary = vocabulary
         self._files = files
-        self.folder = files.folder
+        self.folder, self.replaced_files = files.folder, files.replaced
         self.vocab_size = vocabulary.size
         self.special_tokens = dict(vocabulary.special)
         self.bos_token_id = self._named_id("bos_token", "bos_token_id")
@@ -139,6 +140,11 @@ class Tokenizer:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
         return self._vocabulary.decoding.decode(ids, skip_special_tokens)
 
+    @property
+    def decoding(self) -> ByteDecoding:
+        """What each id is as text, and how texts of ids are put together."""
+        return self._vocabulary.decoding
+
     def byte_lengths(self) -> list[int]:
         """UTF-8 bytes of text that each id stands for, for ids 0 to vocab_size - 1; 0 for special tokens."""
         decoding = self._vocabulary.decoding
@@ -160,11 +166,13 @@ class Tokenizer:
         return self._vocabulary.id_to_token(token_id)
 
     def save(self, folder: Path) -> None:
-        """Copy the files that this tokenizer was read from into a folder."""
+        """Copy the files that this tokenizer was read from into a folder, with the tokens that were added since."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in SIDE_FILES:
             source, target = self.folder / name, folder / name
-            if source.is_file() and not (target.exists() and source.samefile(target)):
+            if name in self.replaced_files:
+                target.write_bytes(self.replaced_files[name])
+            elif source.is_file() and not (target.exists() and source.samefile(target)):
                 shutil.copyfile(source, target)
 
     def has_chat_template(self) -> bool:
@@ -281,8 +289,11 @@ def _without_surrogates(text: str) -> str:
     return text
 
 
-def load_tokenizer(folder: Path | str) -> Tokenizer:
+def load_tokenizer(folder: Path | str, replaced: Mapping[str, bytes] | None = None) -> Tokenizer:
     """The tokenizer of a model folder: tokenizer.json, else a SentencePiece model.
+
+    Args:
+        replaced: contents of vocabulary files, by name, which stand for those in the folder.
 
     Raises:
         FormatError: no tokenizer there, or a broken file; the message names it.
@@ -290,7 +301,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     folder = Path(folder)
     if not folder.is_dir():
         raise FormatError(f"{folder}: no such folder; give a model folder, or a name that `arriero download` knows")
-    files = read_tokenizer_files(folder)
+    files = read_tokenizer_files(folder, replaced)
     if (folder / "tokenizer.json").is_file():
         return Tokenizer(JsonTokenizer(files), files)
     for name in SENTENCEPIECE_NAMES:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class TokenizerFiles:
         config: the whole of tokenizer_config.json.
         generation: the whole of generation_config.json.
         model: the whole of config.json.
+        replaced: contents that stand for those of the files of these names; see `arriero.data.new_tokens`.
     """
 
     folder: Path
@@ -59,6 +61,23 @@ class TokenizerFiles:
     generation: dict[str, Any]
     model: dict[str, Any]
     chat_template: str | None
+    replaced: Mapping[str, bytes] = field(default_factory=dict)
+
+    def read(self, name: str, limit: int) -> bytes:
+        """The content of a file of the folder, which may not be larger than `limit` bytes.
+
+        Raises:
+            FormatError: unreadable, or too large.
+        """
+        return self.replaced[name] if name in self.replaced else read_bounded(self.folder / name, limit)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The JSON object of a small file; {} when there is no such file.
+
+        Raises:
+            FormatError: broken.
+        """
+        return _read_json(self.folder / name, self.replaced)
 
     def token_ids(self, key: str) -> list[int]:
         """The ids under a key of generation_config.json, else of config.json."""
@@ -86,12 +105,13 @@ def read_bounded(path: Path, limit: int) -> bytes:
     return data
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, replaced: Mapping[str, bytes]) -> dict[str, Any]:
     """A JSON object; {} when there is no such file."""
-    if not path.is_file():
+    content = replaced.get(path.name)
+    if content is None and not path.is_file():
         return {}
     try:
-        value = json.loads(read_bounded(path, SMALL_FILE_LIMIT).decode("utf-8"))
+        value = json.loads((read_bounded(path, SMALL_FILE_LIMIT) if content is None else content).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise FormatError(
             f"{path}: not valid JSON ({str(error).splitlines()[0]}); download or convert it again"
@@ -113,11 +133,13 @@ def _token(value: Any, path: Path, key: str) -> AddedTokenSpec | None:
     raise FormatError(f"{path}: {key} must be a string or an object with a string `content`")
 
 
-def _special_tokens(folder: Path, config: dict[str, Any]) -> tuple[dict[str, AddedTokenSpec], list[AddedTokenSpec]]:
+def _special_tokens(
+    folder: Path, config: dict[str, Any], replaced: Mapping[str, bytes]
+) -> tuple[dict[str, AddedTokenSpec], list[AddedTokenSpec]]:
     named: dict[str, AddedTokenSpec] = {}
     additional: dict[str, AddedTokenSpec] = {}
     map_path = folder / "special_tokens_map.json"
-    for path, source in ((map_path, _read_json(map_path)), (folder / "tokenizer_config.json", config)):
+    for path, source in ((map_path, _read_json(map_path, replaced)), (folder / "tokenizer_config.json", config)):
         for key in NAMED_TOKENS:
             token = _token(source.get(key), path, key)
             if token is not None and token.content:
@@ -133,10 +155,10 @@ def _special_tokens(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Add
     return named, list(additional.values())
 
 
-def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedTokenSpec]:
+def _added_tokens(folder: Path, config: dict[str, Any], replaced: Mapping[str, bytes]) -> dict[int, AddedTokenSpec]:
     added: dict[int, AddedTokenSpec] = {}
     path = folder / "added_tokens.json"
-    for content, token_id in _read_json(path).items():
+    for content, token_id in _read_json(path, replaced).items():
         if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
             raise FormatError(f"{path}: {content!r} has no valid id")
         added[token_id] = AddedTokenSpec(content, special=False)
@@ -164,7 +186,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     template = config.get("chat_template")
     if template is None:
         path = folder / "chat_template.json"
-        template = _read_json(path).get("chat_template")
+        template = _read_json(path, {}).get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
@@ -175,21 +197,26 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     return template
 
 
-def read_tokenizer_files(folder: Path) -> TokenizerFiles:
+def read_tokenizer_files(folder: Path, replaced: Mapping[str, bytes] | None = None) -> TokenizerFiles:
     """Read the side files of a folder; every one of them may be missing.
+
+    Args:
+        replaced: contents of vocabulary files, which stand for those in the folder.
 
     Raises:
         FormatError: one of them is broken; the message names the file and the key.
     """
-    config = _read_json(folder / "tokenizer_config.json")
-    named, additional = _special_tokens(folder, config)
+    replaced = replaced or {}
+    config = _read_json(folder / "tokenizer_config.json", replaced)
+    named, additional = _special_tokens(folder, config, replaced)
     return TokenizerFiles(
         folder=folder,
         named=named,
         additional=additional,
-        added=_added_tokens(folder, config),
+        added=_added_tokens(folder, config, replaced),
         config=config,
-        generation=_read_json(folder / "generation_config.json"),
-        model=_read_json(folder / "config.json"),
+        generation=_read_json(folder / "generation_config.json", {}),
+        model=_read_json(folder / "config.json", {}),
         chat_template=_chat_template(folder, config),
+        replaced=replaced,
     )

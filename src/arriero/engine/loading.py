@@ -16,7 +16,10 @@ from arriero.adapters.prefix import apply_prefix, load_prefix_state, prefix_stat
 from arriero.adapters.prefix_files import open_prefix, whole_state, with_prefix
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.model import ModelOptions
+from arriero.config.vocabulary import VocabularyOptions
+from arriero.data.new_tokens import with_new_tokens
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
+from arriero.engine.new_rows import NewRows, fill
 from arriero.engine.qat import apply_stored_rounding
 from arriero.errors import ConfigError, FormatError
 from arriero.formats import hf, peft
@@ -25,11 +28,12 @@ from arriero.formats.parts import Placement
 from arriero.formats.quantized import quantizing
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import Attention, LlamaForCausalLM, RMSNorm
+from arriero.models.vocabulary import resize_vocabulary
 from arriero.parallel.materialize import Values, materialize
 from arriero.parallel.parallelize import check_layout, parallelize
 from arriero.parallel.processes import Processes, launched_size
 from arriero.quantization.choice import scheme_for
-from arriero.quantization.linear import has_quantized_layers, linear_layers
+from arriero.quantization.linear import has_quantized_layers, linear_layers, refuse_quantized
 from arriero.quantization.qat import SETTINGS_FILE
 from arriero.quantization.schemes import WeightScheme
 
@@ -75,6 +79,7 @@ def load(
     dtype: str | None = None,
     processes: Processes | None = None,
     quantize_base: str | None = None,
+    vocabulary: VocabularyOptions | None = None,
 ) -> LoadedModel:
     """The base model of the options; on the meta device where several processes are to share it out.
 
@@ -82,6 +87,7 @@ def load(
         dtype: overrules `options.dtype` where that is "auto".
         quantize_base: "nf4" or "int8", to hold the linear layers in few bits; they are quantized as they are read, so that
             little more memory than theirs is taken.
+        vocabulary: tokens that tokenizer and model get on top.
     """
     processes = processes or Processes()
     device = pick_device(options.device)
@@ -99,17 +105,55 @@ def load(
     values = scheme = None
     if quantize_base is not None:
         scheme = scheme_for(quantize_base, LlamaConfig.from_file(folder))
+    tokenizer = load_tokenizer(model_folder(names, options.cache_dir) if names else folder)
     if processes.alone:
         model = hf.load_model(folder, dtype=kind, device=device, scheme=scheme)
     else:
         model, _ = hf.empty_model(folder, kind, scheme=scheme)
-        check_layout(model.config, processes.layout)
         read = hf.open_parts(folder, model.config).read_part
         values = read if scheme is None else quantizing(read, scheme, linear_layers(model.config))
-    tokenizer = load_tokenizer(model_folder(names, options.cache_dir) if names else folder)
+    if vocabulary is not None and vocabulary.changes:
+        tokenizer, values = grow_vocabulary(tokenizer, model, folder, vocabulary, values)
+    if not processes.alone:
+        check_layout(model.config, processes.layout)
     check_vocabulary(tokenizer, model)
     choose_kernels(model, options)
     return LoadedModel(model, tokenizer, folder, device, values, scheme)
+
+
+def grow_vocabulary(
+    tokenizer: Tokenizer, model: LlamaForCausalLM, folder: Path, options: VocabularyOptions, values: Values | None
+) -> tuple[Tokenizer, Values | None]:
+    """Add the tokens of the options to tokenizer and model, the latter in place, and say what was done.
+
+    Args:
+        folder: the model's.
+        values: where the weights come from, of a model on the meta device.
+
+    Raises:
+        ConfigError: a tokenizer that takes no tokens, or quantized weights.
+        FormatError: a tokenizer that has more tokens than the model, if `--resize_vocab` is not given.
+    """
+    refuse_quantized(model, "a larger vocabulary", "give the original model")
+    if not options.resize_vocab:
+        check_vocabulary(tokenizer, model)
+    grown = tokenizer
+    if options.add_tokens or options.add_special_tokens:
+        grown = with_new_tokens(tokenizer, options.add_tokens, options.add_special_tokens)
+        wanted = [*options.add_tokens, *options.add_special_tokens]
+        known = [token for token in wanted if tokenizer.token_to_id(token) is not None]
+        new = [f"{token} ({grown.token_to_id(token)})" for token in wanted if token not in known]
+        print(f"new tokens: {', '.join(new) or 'none'}" + (f"; known already: {', '.join(known)}" if known else ""))
+    held = model.config.vocab_size
+    rows = NewRows(min(tokenizer.vocab_size, held), grown.vocab_size, held, options.rows(held, grown.vocab_size))
+    if rows.rows == held and rows.tokens <= rows.known:
+        return grown, values
+    print(f"vocabulary: {held:,} rows, now {rows.rows:,}; the new ones are the mean of the first {rows.known:,}")
+    if values is None:
+        fill(model, rows, hf.open_parts(folder, model.config).read_part)
+        return grown, None
+    resize_vocabulary(model, rows.rows)
+    return grown, rows.values(values)
 
 
 def check_vocabulary(tokenizer: Tokenizer, model: LlamaForCausalLM) -> None:
@@ -117,7 +161,7 @@ def check_vocabulary(tokenizer: Tokenizer, model: LlamaForCausalLM) -> None:
     if tokenizer.vocab_size > model.config.vocab_size:
         raise FormatError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model only {model.config.vocab_size} embeddings: "
-            "they do not belong together, check --tokenizer_name_or_path"
+            "they do not belong together, check --tokenizer_name_or_path (finetune: --resize_vocab gives it more)"
         )
 
 

@@ -1,6 +1,6 @@
 """A model that several processes share out, as text generation sees it: token ids in, logits out, the same in each.
 
-Every process runs the same prompts in step with the others.
+Every process runs the same prompts in step with the others, or whole copies of the model run their own.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from arriero.adapters.prefix import PrefixKV, prefix_kv
 from arriero.config.layout import Coordinates
 from arriero.models.attention import AttentionInfo
-from arriero.models.cache import KVCacheView
+from arriero.models.cache import CacheView
 from arriero.models.llama import LayerInputs, LlamaForCausalLM
 from arriero.parallel.parallelize import Parallel
+from arriero.parallel.processes import Processes
 from arriero.parallel.relay import relay
 from arriero.parallel.tensor import whole_logits
 
@@ -31,8 +32,9 @@ class SharedModel:
         device: where it computes; its weights may lie elsewhere.
     """
 
-    def __init__(self, model: LlamaForCausalLM, parallel: Parallel) -> None:
+    def __init__(self, model: LlamaForCausalLM, parallel: Parallel, *, apart: bool = False) -> None:
         self._model, self._parallel = model, parallel
+        self._peers = Processes() if apart else parallel.processes
         self.device = parallel.device
         layout = parallel.processes.layout
         heads = max(1, model.config.num_key_value_heads // layout.tp)
@@ -69,11 +71,11 @@ class SharedModel:
         return self.train(False)
 
     def agree(self, numbers: Sequence[int]) -> list[int]:
-        """One value for all processes: the least that any of them has."""
-        return [-round(number) for number in self._parallel.processes.max([-float(number) for number in numbers])]
+        """One value for all processes that run the same prompts: the least that any of them has."""
+        return [-round(number) for number in self._peers.max([-float(number) for number in numbers])]
 
     def hidden_states(
-        self, input_ids: Tensor, positions: Tensor, attention: AttentionInfo, cache: KVCacheView | None = None
+        self, input_ids: Tensor, positions: Tensor, attention: AttentionInfo, cache: CacheView | None = None
     ) -> Tensor:
         """(B, S) int64 -> (B, S, hidden); zeros where another process has the last stage."""
         parallel = self._parallel
@@ -113,7 +115,11 @@ class SharedModel:
         return whole_logits(head, hidden, self.config.vocab_size, self._parallel.tensor)
 
 
-def for_generation(model: LlamaForCausalLM) -> LlamaForCausalLM | SharedModel:
-    """The model, or what stands in for one that several processes share out."""
+def for_generation(model: LlamaForCausalLM, *, apart: bool = False) -> LlamaForCausalLM | SharedModel:
+    """The model, or what stands in for one that several processes share out.
+
+    Args:
+        apart: each process has a whole copy and runs prompts of its own.
+    """
     parallel: Parallel | None = getattr(model, "parallel", None)
-    return model if parallel is None else SharedModel(model, parallel)
+    return model if parallel is None else SharedModel(model, parallel, apart=apart)

@@ -108,10 +108,7 @@ class Stage(nn.Module):
             inputs = self.micro_batches[int(number)]
         inputs = inputs.after_prefix(self.prefix_length)
         with self.context():
-            output = run_layers(self.embed_tokens, self.layers.values(), self.norm, self.rotary, x, inputs)
-        if self.count > 1 and torch.is_grad_enabled() and not output.requires_grad:
-            output.requires_grad_()  # all before it is frozen, and the schedule's backward pass wants an end here
-        return output
+            return run_layers(self.embed_tokens, self.layers.values(), self.norm, self.rotary, x, inputs)
 
 
 def keep_stages(model: LlamaForCausalLM, layout: Layout, pp: int, tokens: int = 2048) -> list[Stage]:

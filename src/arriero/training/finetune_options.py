@@ -8,6 +8,7 @@ from arriero.config.adapter import AdapterOptions
 from arriero.config.data import DataOptions
 from arriero.config.preference import PreferenceOptions
 from arriero.config.quantization import QuantizationOptions
+from arriero.config.vocabulary import VocabularyOptions
 from arriero.training.run import RunOptions
 
 
@@ -19,3 +20,4 @@ class FinetuneOptions(RunOptions):
     adapter: AdapterOptions
     quantization: QuantizationOptions
     preference: PreferenceOptions = field(default_factory=PreferenceOptions)
+    vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)

@@ -200,6 +200,7 @@ def _finetune(
             dtype=options.precision.weight_dtype,
             processes=processes,
             quantize_base=options.quantization.quantize_base,
+            vocabulary=options.vocabulary,
         )
         set_seed(optim.seed)
         examples = {}

@@ -17,6 +17,7 @@ from functools import lru_cache
 import torch
 
 from arriero.models.llama import LlamaForCausalLM
+from arriero.quantization.linear import linear_layers
 
 # Dense peaks in TFLOP/s from the vendors' data sheets, by a part of the device name: (fp32, bf16 / fp16 on tensor cores).
 # fp32 is true fp32: torch does not use TF32 unless it is told to.
@@ -66,13 +67,18 @@ def step_cost(model: LlamaForCausalLM) -> StepCost:
     else:
         sizes = {name: (p.numel(), p.ndim, p.requires_grad) for name, p in model.named_parameters()}
     body = 0.0
+    for layer, (rows, columns) in linear_layers(config).items():  # also where they are held in few bits
+        body += rows * columns * (6.0 if layer + ".weight" in sizes and sizes[layer + ".weight"][2] else 4.0)
     for name, (numel, ndim, trained) in sizes.items():
-        if ndim == 2 and "embed_tokens" not in name and not name.startswith("lm_head"):
+        if ndim == 2 and ".lora_" in name:
             body += numel * (6.0 if trained else 4.0)
     numel, _, trained = sizes["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
     head_cost = numel * (6.0 if trained else 4.0)
     # QK^T and PV, 2 FLOPs a multiply-add each, once forward and twice backward
     pair_cost = 3 * 2 * 2.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    body += (
+        model.model.prefix_length * pair_cost
+    )  # every query sees all of a prefix; its network is not run for each token
     return StepCost(body, head_cost, pair_cost)
 
 

@@ -9,12 +9,11 @@ from itertools import zip_longest
 from arriero.config.data import DataOptions
 from arriero.data.samples import Sample
 from arriero.data.sft import fit_prompt
-from arriero.data.squad import exact_match, f1_score
-from arriero.engine.generation import Generation, Generator
+from arriero.data.squad import exact_match, f1_score, is_unanswerable
 from arriero.engine.loading import LoadedModel
 from arriero.engine.sampling import SamplingParams
+from arriero.engine.shared_generation import generate_shared
 from arriero.errors import DataError, require
-from arriero.parallel.generation import for_generation
 
 
 @dataclass(frozen=True)
@@ -34,18 +33,10 @@ def generate_answers(
     batch_size: int = 32,
     on_done: Callable[[int], object] | None = None,
 ) -> list[Answer]:
-    """One answer for each sample, in order; `on_done` is called with 1 as each is finished."""
+    """One answer for each sample, in order; `on_done` is called with a number of them as they are finished."""
     prompts = [fit_prompt(sample, loaded.tokenizer, src_length)[0] for sample in samples]
-    generator = Generator(for_generation(loaded.model), loaded.tokenizer, max_batch_size=batch_size)
-
-    def done(_: int, __: Generation) -> None:
-        if on_done:
-            on_done(1)
-
-    return [
-        Answer(sample, clean(generation.text))
-        for sample, generation in zip(samples, generator.generate(prompts, params, on_done=done), strict=True)
-    ]
+    made = generate_shared(loaded, prompts, [params] * len(prompts), max_batch_size=batch_size, on_done=on_done)
+    return [Answer(sample, clean(answer.text)) for sample, answer in zip(samples, made, strict=True)]
 
 
 def clean(text: str) -> str:
@@ -56,7 +47,9 @@ def clean(text: str) -> str:
 def score(answers: Sequence[Answer]) -> dict[str, float]:
     """Metrics in percent.
 
-    Extractive answers (several references or a question-answering prompt): `exact_match` and `f1` by SQuAD's definition.
+    Extractive answers (several references or a question-answering prompt): `exact_match` and `f1` by SQuAD's definition;
+    where some questions have no answer (SQuAD v2) also those of each kind, named as by the official script: `HasAns_exact`,
+    `HasAns_f1`, `HasAns_total` (their number), `NoAns_exact` and so on.
     Others: `rouge1`, `rouge2`, `rougeL` (F1) and `bleu4`, which need the extra `eval`: the numbers of rouge-score (no stemmer;
     words of a-z and 0-9, so that other scripts score 0) and of sacrebleu (corpus BLEU, its tokenizer 13a). Of several
     references, ROUGE counts the best and BLEU all.
@@ -69,10 +62,7 @@ def score(answers: Sequence[Answer]) -> dict[str, float]:
     if not scored:
         raise DataError("no row has an answer to compare with: scores need rows with answers")
     if all(answer.sample.chat and answer.sample.references for answer in answers):
-        return {
-            "exact_match": 100.0 * sum(exact_match(text, refs) for text, refs in scored) / len(scored),
-            "f1": 100.0 * sum(f1_score(text, refs) for text, refs in scored) / len(scored),
-        }
+        return _extractive(scored)
     rouge_scorer, sacrebleu = require("rouge_score.rouge_scorer", "eval"), require("sacrebleu", "eval")
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"])
     totals = dict.fromkeys(("rouge1", "rouge2", "rougeL"), 0.0)
@@ -83,6 +73,22 @@ def score(answers: Sequence[Answer]) -> dict[str, float]:
     streams = zip_longest(*(references for _, references in scored))
     bleu = sacrebleu.corpus_bleu([text for text, _ in scored], [list(stream) for stream in streams])
     return {**metrics, "bleu4": float(bleu.score)}
+
+
+def _extractive(scored: Sequence[tuple[str, tuple[str, ...]]]) -> dict[str, float]:
+    exact = [exact_match(text, references) for text, references in scored]
+    f1 = [f1_score(text, references) for text, references in scored]
+    metrics = {"exact_match": 100.0 * sum(exact) / len(scored), "f1": 100.0 * sum(f1) / len(scored)}
+    nothing = [is_unanswerable(references) for _, references in scored]
+    if not any(nothing):
+        return metrics
+    for kind, wanted in (("HasAns", False), ("NoAns", True)):
+        rows = [row for row in range(len(scored)) if nothing[row] == wanted]
+        if rows:
+            for name, values in (("exact", exact), ("f1", f1)):
+                metrics[f"{kind}_{name}"] = 100.0 * sum(values[row] for row in rows) / len(rows)
+            metrics[f"{kind}_total"] = len(rows)
+    return metrics
 
 
 def references_of(sample: Sample) -> tuple[str, ...]:

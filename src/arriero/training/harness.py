@@ -1,7 +1,8 @@
 """EleutherAI's evaluation harness (https://github.com/EleutherAI/lm-evaluation-harness) on this package's models.
 
-Import it only to use it: the harness needs the extra `eval` and takes seconds to import. Every process of several runs the
-same requests, in step with the others.
+Import it only to use it: the harness needs the extra `eval` and takes seconds to import. Every process of several hears all
+requests, answers its share of them and hears the others' answers. So the harness itself need not know of them, and scores
+are those of one process; it would send pickles.
 """
 
 from __future__ import annotations
@@ -25,13 +26,16 @@ from tqdm import tqdm
 from arriero.config.evaluation import EvaluateOptions
 from arriero.data.batch import group_by_prefix, pack_groups
 from arriero.data.sft import IGNORE, Example
-from arriero.engine.generation import Generation, Generator
 from arriero.engine.loading import LoadedModel
 from arriero.engine.sampling import SamplingParams
-from arriero.errors import ArrieroError, ConfigError, DataError, GenerationError
+from arriero.engine.shared_generation import generate_shared
+from arriero.errors import ArrieroError, ConfigError, DataError, GenerationError, TemplateError
 from arriero.parallel.generation import for_generation
+from arriero.parallel.parallelize import Parallel
+from arriero.parallel.processes import Processes
 
 MAX_GENERATED_TOKENS = 256  # where a task says nothing: as the harness's own model classes
+OPEN_END = "<the message goes on here> "  # marks the place, to be cut off
 LOGITS_AT_ONCE = 1 << 25  # elements of fp32, 128 MiB
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells of every default it takes
@@ -71,6 +75,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         super().__init__()
         self.loaded, self.batch_size, self._share = loaded, batch_size, share_prefixes
         self._text, self._model = loaded.tokenizer, for_generation(loaded.model)
+        parallel: Parallel | None = getattr(loaded.model, "parallel", None)
+        self._processes = parallel.processes if parallel is not None else Processes()
         own = next((i for i in (self._text.eos_token_id, *self._text.stop_token_ids) if i is not None), None)
         if own is None:
             raise ConfigError(f"{loaded.folder}: the tokenizer has no end-of-text token, which --tasks needs")
@@ -95,12 +101,16 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return str(self.loaded.folder)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as text; without a generation prompt its last message stays open."""
-        text = self._text.render_chat(chat_history, add_generation_prompt=add_generation_prompt)
+        """The conversation as text; without a generation prompt its last message stays open, as in transformers."""
         if add_generation_prompt:
-            return text
-        last = chat_history[-1]["content"].strip()
-        return text[: text.rindex(last) + len(last)]
+            return self._text.render_chat(chat_history)
+        *before, last = chat_history
+        marked = [*before, {**last, "content": last["content"] + OPEN_END}]
+        text, found, rest = self._text.render_chat(marked, add_generation_prompt=False).rpartition(OPEN_END.rstrip())
+        if not found:
+            raise TemplateError(f"{self.loaded.folder}: the chat template leaves out a message of the {last['role']}")
+        # a template that trims the message trims what is to be gone on with
+        return text if rest.startswith(" ") else text.rstrip()
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; by default with what the tokenizer puts before a text, unless the text begins with it."""
@@ -122,16 +132,40 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             tokens = (context + continuation)[-(self.max_length + 1) :]
             rows.append(_Row(index, tokens[:-1], continuation[-len(tokens[:-1]) :]))
         rows.sort(key=lambda row: row.tokens)  # common beginnings meet in a batch
-        with tqdm(total=len(rows), unit="row", desc="loglikelihood", leave=False, disable=disable_tqdm) as bar:
-            for start in range(0, len(rows), self.batch_size):
-                batch = rows[start : start + self.batch_size]
-                for row, result in self._score(batch):
-                    results[row.index] = result
-                    texts = requests[row.index][0]
-                    if texts is not None:
-                        self.cache_hook.add_partial("loglikelihood", texts, result)
-                bar.update(len(batch))
+        batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        for index, logp, greedy in self._score_all(batches, disable_tqdm):
+            results[index] = (logp, greedy)
+            texts = requests[index][0]
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, results[index])
         return [results[index] for index in range(len(requests))]
+
+    def _score_all(self, batches: Sequence[Sequence[_Row]], quiet: bool) -> list[tuple[int, float, bool]]:
+        """Index, log-probability and whether it is the greedy one, of every row.
+
+        Each data-parallel process takes every n-th batch. Processes that share out weights compute together: where one has no
+        batch left, it runs another's.
+        """
+        processes, copies = self._processes, self._processes.layout.data
+        own: list[tuple[int, float, bool]] = []
+        quiet = quiet or not processes.first
+        with (
+            processes.together(),
+            tqdm(total=sum(map(len, batches)), unit="row", desc="loglikelihood", leave=False, disable=quiet) as bar,
+        ):
+            for first in range(0, len(batches), copies):
+                turn = batches[first : first + copies]
+                batch = turn[processes.data_rank % len(turn)]
+                scored = self._score(batch)
+                if processes.data_rank < len(turn):
+                    own += [(row.index, *result) for row, result in scored]
+                bar.update(sum(map(len, turn)))
+        # of the processes that ran the same batches, one tells
+        speaks = processes.rank == min(
+            rank for rank in range(processes.size) if processes.layout.data_rank(rank) == processes.data_rank
+        )
+        told = processes.exchange(own if speaks else [])
+        return [(index, logp, greedy) for part in told for index, logp, greedy in part]
 
     @torch.no_grad()
     def _score(self, rows: Sequence[_Row]) -> list[tuple[_Row, tuple[float, bool]]]:
@@ -182,7 +216,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The answer to each prompt, up to the first of its stop texts or the end of the text."""
-        generator = Generator(self._model, self._text, max_batch_size=self.batch_size)
         end = self._text.decode([self._end], skip_special_tokens=False)
         prompts: list[list[int]] = []
         params: list[SamplingParams] = []
@@ -191,21 +224,18 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             context, settings = request.args
             kwargs = dict(normalize_gen_kwargs(settings, MAX_GENERATED_TOKENS))
             stop = [text for text in handle_stop_sequences(kwargs.pop("until", None), eos=end) if text]
-            room = generator.context - int(kwargs["max_gen_toks"])
+            room = self.max_length - int(kwargs["max_gen_toks"])
             if room < 1:
                 raise GenerationError(
-                    f"a task asks for answers of {kwargs['max_gen_toks']} tokens and the model takes {generator.context} with "
+                    f"a task asks for answers of {kwargs['max_gen_toks']} tokens and the model takes {self.max_length} with "
                     "the prompt: lower max_gen_toks in its generation_kwargs"
                 )
             prompts.append(self.tok_encode(context)[-room:] or [self.prefix_token_id])
             params.append(_sampling(kwargs, stop, seed=len(params)))
             stops.append(stop)
-        with tqdm(total=len(requests), unit="row", desc="answers", leave=False, disable=disable_tqdm) as bar:
-
-            def done(_: int, __: Generation) -> None:
-                bar.update()
-
-            answers = generator.generate(prompts, params, on_done=done)
+        quiet = disable_tqdm or not self._processes.first
+        with tqdm(total=len(requests), unit="row", desc="answers", leave=False, disable=quiet) as bar:
+            answers = generate_shared(self.loaded, prompts, params, max_batch_size=self.batch_size, on_done=bar.update)
         texts = [
             postprocess_generated_text(answer.text, stop, None) for answer, stop in zip(answers, stops, strict=True)
         ]

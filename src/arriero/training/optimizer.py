@@ -11,24 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from arriero.adapters.lora import adapted_layers
-from arriero.config.optimization import OptimizationOptions
+from arriero.config.optimization import OPTIMIZERS, OptimizationOptions
 from arriero.errors import ConfigError, FormatError, TrainingError
 from arriero.formats.parts import Part, Placement
 from arriero.parallel.placement import local_tensor, placements
 from arriero.parallel.processes import Processes
 from arriero.training.optimizers.adamw_8bit import AdamW8bit
+from arriero.training.optimizers.momentum import Lion, Sgd
 from arriero.training.optimizers.muon import Muon
 from arriero.training.optimizers.update_rule import TorchRule, UpdateRule
 from arriero.training.optimizers.whole_matrices import WholeMatrices
 
-NAMES = ("adamw", "adamw_8bit", "muon")
 EMBEDDING, HEAD, PREFIX = "embed_tokens", "lm_head", "prefix"
 # Smaller tensors keep fp32 moments: nothing is to be gained by them (the paper's and bitsandbytes' limit).
 LEAST_8BIT = 4096
 
 
 class Optimizer:
-    """Trains the trainable parameters of a model by one of three rules.
+    """Trains the trainable parameters of a model by one of these rules.
 
     - ``adamw``: AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), torch's fused kernel.
     - ``adamw_8bit``: AdamW with block-wise 8-bit moments (Dettmers et al. 2022, arXiv:2110.02861). Embeddings, and tensors
@@ -36,6 +36,8 @@ class Optimizer:
     - ``muon``: Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/) for the matrices of the layers, AdamW for
       embedding, head, norms and biases. Muon's rate is scaled by ``0.2 * sqrt(max(rows, columns))``, so that its
       updates are as large as AdamW's and one learning rate and weight decay serve both (Liu et al. 2025, arXiv:2502.16982).
+    - ``lion``: Lion (Chen et al. 2023, arXiv:2302.06675), one fp32 mean for each parameter.
+    - ``sgd``: SGD, with or without momentum.
 
     Matrices decay, vectors (norm weights, biases) do not. A half-precision parameter is stepped through an fp32 copy, so
     that updates smaller than its rounding are not lost. The B matrices of adapters may have a learning rate of their own,
@@ -55,9 +57,11 @@ class Optimizer:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
+        lion_betas: tuple[float, float] = (0.9, 0.99),
+        sgd_momentum: float = 0.0,
     ) -> None:
-        if name not in NAMES:
-            raise ConfigError(f"the optimizer is '{name}': one of {', '.join(NAMES)} is needed")
+        if name not in OPTIMIZERS:
+            raise ConfigError(f"the optimizer is '{name}': one of {', '.join(OPTIMIZERS)} is needed")
         named = {key: p for key, p in model.named_parameters() if p.requires_grad}
         parallel = getattr(model, "parallel", None)
         if not (
@@ -89,6 +93,10 @@ class Optimizer:
             elif name == "muon":  # also where this process holds nothing of the matrices: it takes part in the work
                 matrices = WholeMatrices(special, _processes(model))
                 self.rules.append(Muon(by_name, matrices, momentum=momentum, weight_decay=weight_decay))
+            elif by_name and name == "lion":
+                self.rules.append(Lion(by_name, betas=lion_betas, weight_decay=weight_decay))
+            elif by_name and name == "sgd":
+                self.rules.append(Sgd(by_name, momentum=sgd_momentum, weight_decay=weight_decay))
             self.scales += [scale] * (len(self.rules) - len(self.scales))
 
     @classmethod
@@ -101,6 +109,8 @@ class Optimizer:
             eps=options.adam_epsilon,
             weight_decay=options.weight_decay,
             momentum=options.muon_momentum,
+            lion_betas=(options.lion_beta1, options.lion_beta2),
+            sgd_momentum=options.sgd_momentum,
         )
 
     def _stepped(self, name: str) -> Tensor:
@@ -173,7 +183,7 @@ class Optimizer:
         """What this process holds of every tensor of the optimizer, keyed ``{parameter}.{kind}``.
 
         The kinds: AdamW has ``exp_avg``, ``exp_avg_sq`` and ``step``, 8-bit AdamW too, its moments unpacked to fp32; Muon has
-        ``momentum_buffer``. Half-precision parameters have ``master``.
+        ``momentum_buffer``, Lion ``exp_avg``, SGD with momentum ``velocity``. Half-precision parameters have ``master``.
         """
         tensors = {key: value for rule in self.rules for key, value in rule.state().items()}
         tensors |= {f"{name}.master": master for name, master in self.masters.items()}
@@ -213,7 +223,9 @@ class Optimizer:
 
 
 def _takes(rule: str, name: str, shape: tuple[int, ...]) -> bool:
-    """Whether "muon" or "adamw_8bit" steps a parameter of this whole shape itself, instead of leaving it to AdamW."""
+    """Whether a rule steps a parameter of this whole shape itself, instead of leaving it to AdamW."""
+    if rule in ("lion", "sgd"):
+        return True
     if PREFIX in name:  # a small table of keys and values, or what makes one
         return False
     if rule == "muon":

@@ -1,11 +1,13 @@
 """The data of a preference run: its pairs, and how probable their answers are to the model as it is before the first step.
 
 The reference model of DPO and IPO is that model: the start weights, or with LoRA the model with its fresh (or loaded)
-adapter. It is never held beside the trained one: its log-probabilities are computed once and kept in the run folder.
+adapter. A fresh prefix is left out: unlike a fresh adapter it changes what the model says. The reference is never held beside
+the trained model: its log-probabilities are computed once and kept in the run folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from arriero.adapters.prefix import without_prefix
 from arriero.config.preference import PreferenceOptions
 from arriero.data.batch import LazyBatches
 from arriero.data.order import StepOrder
@@ -117,7 +120,9 @@ class PreferenceData:
                 continue
             began = time.monotonic()
             batches = pair_batches(pairs, size, share_prefixes=self._shares(loaded))
-            self.reference[split] = reference_log_probabilities(execution, batches, len(pairs), size)
+            fresh = self.options.adapter.prefix_tuning and not self.options.adapter.prefix_path
+            with without_prefix(execution.layers.stages) if fresh else contextlib.nullcontext():
+                self.reference[split] = reference_log_probabilities(execution, batches, len(pairs), size)
             print(f"{split}: {len(pairs):,} pairs scored by the reference in {time.monotonic() - began:.1f} s")
 
     def _sizes(self) -> dict[str, int]:

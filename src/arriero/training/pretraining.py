@@ -255,7 +255,7 @@ def _pretrain(
         )
 
     validate, test = evaluation("valid", corpus.eval_iters), evaluation("test", corpus.test_iters)
-    weights = FullWeights(loaded.model, loaded.folder, tokenizer.folder, options.checkpoint.max_shard_size)
+    weights = FullWeights(loaded.model, loaded.folder, tokenizer, options.checkpoint.max_shard_size)
     results: dict[str, Any] = {}
     trainer = None
     if optim.do_train:

@@ -48,11 +48,16 @@ class RunFolder:
         self.processes = processes or Processes()
         self._overwrite = options.overwrite_output_dir
         self._lock: int | None = None
+        self._made: list[Path] = []  # folders that were not there, the innermost first
         self.processes.by_first(lambda: self._claim(options))
-        if options.resume_from_checkpoint == "auto":
-            self.resume = newest_checkpoint(self.path, self.processes)
-        else:
-            self.resume = Path(options.resume_from_checkpoint) if options.resume_from_checkpoint else None
+        try:
+            if options.resume_from_checkpoint == "auto":
+                self.resume = newest_checkpoint(self.path, self.processes)
+            else:
+                self.resume = Path(options.resume_from_checkpoint) if options.resume_from_checkpoint else None
+        except BaseException:
+            self._release()
+            raise
 
     def _claim(self, options: CheckpointOptions) -> None:
         """Make the folder this run's."""
@@ -68,7 +73,6 @@ class RunFolder:
                 "--resume_from_checkpoint auto goes on"
             )
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._acquire()
         except OSError as error:
             raise ConfigError(f"--output_dir {self.path}: cannot be written ({error.strerror})") from error
@@ -77,7 +81,12 @@ class RunFolder:
     def _acquire(self) -> int:
         """The kernel drops the lock with the process, however it ends: it can never be stale."""
         while True:
-            lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            except FileNotFoundError:  # a run that was refused has just removed the folder it had made
+                continue
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -159,9 +168,18 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            (self.path / LOCK).unlink(missing_ok=True)
-            os.close(self._lock)
+        self._release()
+
+    def _release(self) -> None:
+        """Give the folder up; if nothing was written, as when the run was refused, it is as if it had never been made."""
+        if self._lock is None:
+            return
+        (self.path / LOCK).unlink(missing_ok=True)
+        os.close(self._lock)
+        self._lock = None
+        with contextlib.suppress(OSError):  # it holds something
+            for folder in self._made:
+                folder.rmdir()
 
 
 def newest_checkpoint(folder: Path, processes: Processes | None = None) -> Path | None:

@@ -11,12 +11,14 @@ from torch import nn
 
 from arriero.adapters.lora import LoRAConfig
 from arriero.adapters.peft_config import to_peft
+from arriero.data.tokenizer import Tokenizer
 from arriero.data.tokenizer_files import SIDE_FILES
 from arriero.errors import FormatError
 from arriero.formats import hf, peft
 from arriero.formats.parts import Part
 from arriero.formats.shared_files import PartReader
 from arriero.models.llama import LlamaForCausalLM
+from arriero.models.vocabulary import EMBEDDING
 from arriero.parallel.placement import local_tensors, placements
 from arriero.parallel.processes import Processes
 
@@ -33,23 +35,20 @@ class FullWeights:
 
     Attributes:
         source: whose generation defaults and licence files come along.
-        tokenizer: the folder whose tokenizer files do; None for that of `source`.
+        tokenizer: whose files do; None for those of `source`.
     """
 
     model: LlamaForCausalLM
     source: Path
-    tokenizer: Path | None = None
+    tokenizer: Tokenizer | None = None
     max_shard_size: str = "5GB"
 
     def parts(self) -> dict[str, Part]:
         return model_parts(self.model)
 
     def write(self, folder: Path, parts: Mapping[str, Part], processes: Processes) -> None:
-        other = self.tokenizer if self.tokenizer is not None and self.tokenizer != self.source else None
-        names = [name for name in SIDE_FILES if name != "generation_config.json"] if other is not None else []
         with processes.together():
-            wanted = names if processes.first else []
-            files = {name: (other / name).read_bytes() for name in wanted if other and (other / name).is_file()}
+            files = self._tokenizer_files() if processes.first else {}
         hf.save_model(
             parts,
             self.model.config,
@@ -60,9 +59,25 @@ class FullWeights:
             peers=processes,
         )
 
+    def _tokenizer_files(self) -> dict[str, bytes]:
+        """What does not lie in `source` of the tokenizer's files."""
+        if self.tokenizer is None:
+            return {}
+        files: dict[str, bytes] = {}
+        if self.tokenizer.folder != self.source:
+            paths = [self.tokenizer.folder / name for name in SIDE_FILES if name != "generation_config.json"]
+            files = {path.name: path.read_bytes() for path in paths if path.is_file()}
+        return files | dict(self.tokenizer.replaced_files)
+
     @torch.no_grad()
     def load(self, folder: Path) -> None:
         reader = PartReader(folder)
+        rows, wanted = reader.shapes.get(EMBEDDING, (0,))[0], self.model.config.vocab_size
+        if rows not in (0, wanted):
+            raise FormatError(
+                f"{folder}: its vocabulary has {rows} rows, that of this run {wanted}: give the same tokens "
+                "(--add_tokens, --add_special_tokens, --resize_vocab) and --pad_vocab_to_multiple_of"
+            )
         hf.check_state(self.model.config, reader.shapes, str(folder))
         for name, part in self.parts().items():
             stored = part.placement.stored_as or name

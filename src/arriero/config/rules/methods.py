@@ -13,6 +13,7 @@ from arriero.config.parallel import ParallelOptions
 from arriero.config.preference import PreferenceOptions
 from arriero.config.quantization import QuantizationOptions
 from arriero.config.rules.groups import changed, find
+from arriero.config.vocabulary import VocabularyOptions
 from arriero.errors import ConfigError
 
 
@@ -54,6 +55,19 @@ def quantization_rule(groups: Sequence[Any], given: frozenset[str], warnings: li
             f"--qat with --lora needs --lora_dropout 0 (it is {adapter.lora_dropout:g}): "
             "the sum of both weights is quantized"
         )
+
+
+def vocabulary_rule(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
+    """New tokens need rows that are trained, which an adapter or a prefix leaves as they are and does not store."""
+    vocabulary, adapter = find(groups, VocabularyOptions), find(groups, AdapterOptions)
+    if vocabulary is None or adapter is None or not vocabulary.changes or not (adapter.lora or adapter.prefix_tuning):
+        return
+    asked = [name for name in vars(vocabulary) if getattr(vocabulary, name)]
+    method = "lora" if adapter.lora else "prefix_tuning"
+    raise ConfigError(
+        f"--{asked[0]} and --{method} do not go together: an adapter does not hold the new rows; give the model its tokens in "
+        f"a run without --{method} first (all weights, or the others held by --freeze 'model.layers.*'), and adapt its result"
+    )
 
 
 def prefix_rule(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:

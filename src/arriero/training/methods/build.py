@@ -31,5 +31,5 @@ def _exact_weights(loaded: LoadedModel, options: FinetuneOptions) -> tuple[Weigh
     if options.adapter.prefix_tuning:
         return prefix_weights(loaded, options)
     refuse_quantized(loaded.model, "full fine-tuning", "add --lora")
-    folder = loaded.tokenizer.folder
-    return FullWeights(loaded.model, loaded.folder, folder, options.checkpoint.max_shard_size), loaded.values
+    weights = FullWeights(loaded.model, loaded.folder, loaded.tokenizer, options.checkpoint.max_shard_size)
+    return weights, loaded.values

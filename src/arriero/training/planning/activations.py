@@ -103,19 +103,20 @@ def scores(setup: TrainingSetup) -> int:
     return math.ceil(setup.tokens / 2) * gathered_tokens(setup)
 
 
-def attention_kernel(config: LlamaConfig, setup: TrainingSetup, layer: int) -> Kernel:
+def attention_kernel(config: LlamaConfig, setup: TrainingSetup, layer: int, prefix: int = 0) -> Kernel:
     """Which attention torch takes: "fused" ones keep no scores, "written out" (its math kernel) keeps all of them.
 
     The CPU's flash kernel takes everything that this model asks for, and a ring keeps no scores by any kernel. On CUDA
     flash attention wants half precision and no mask, and the memory-efficient kernel, which takes fp32 and masks, refuses
-    grouped heads (https://github.com/pytorch/pytorch/issues/154363); a sliding window shorter than the row is a mask.
+    grouped heads (https://github.com/pytorch/pytorch/issues/154363); a sliding window shorter than the row is a mask, and so is
+    a prefix where there is no flash attention over packed rows, in fp32.
     """
     if setup.device == "cpu" or setup.layout.has_ring(setup.device):
         return "fused"
     window = config.layer_sliding_window(layer)
-    masked = window is not None and window < setup.sequence
-    grouped = config.num_attention_heads != config.num_key_value_heads
     half = setup.compute_dtype != "float32"
+    masked = (window is not None and window < setup.sequence) or (prefix > 0 and not half)
+    grouped = config.num_attention_heads != config.num_key_value_heads
     return "written out" if grouped and (masked or not half) else "fused"
 
 
@@ -128,7 +129,7 @@ def norm_saved(name: str, rows: int, width: int, facts: ModelFacts, setup: Train
     if setup.device == "cuda":
         return [Saved(f"{name}: input", rows * width * item), Saved(f"{name}: 1/rms", rows * FLOAT)]
     saved = [Saved(f"{name}: input in fp32", rows * width * FLOAT), Saved(f"{name}: 1/rms", rows * FLOAT)]
-    if not facts.lora_rank:
+    if not facts.method.frozen:
         saved.append(Saved(f"{name}: normalised", rows * width * FLOAT))
     return saved
 
@@ -140,34 +141,44 @@ def block_saved(facts: ModelFacts, setup: TrainingSetup, layer: int = 0) -> list
     widths = Widths.of(facts, setup.layout.tp)
     saved = []
     # the embedding's output needs no gradient when it is frozen, so neither does the first layer's norm
-    if not (facts.lora_rank and layer == 0):
+    if not (facts.method.frozen and layer == 0):
         saved += norm_saved("input norm", stream, hidden, facts, setup, setup.weight_bytes)
     if facts.keeps_input("q_proj", "k_proj", "v_proj"):
-        saved.append(Saved("q, k, v input", tokens * hidden * _input_bytes(facts, setup, 3)))
+        saved.append(Saved("q, k, v input", tokens * hidden * _input_bytes(facts, setup, "q_proj", "k_proj", "v_proj")))
     if config.qk_norm:
         for name, count in (("q norm", widths.heads), ("k norm", widths.key_heads)):
             norm = norm_saved(name, tokens * count, config.head_dim, facts, setup, item)
             saved += [Saved(tensor.name, tensor.size, True) for tensor in norm]
     saved += _attention_saved(facts, setup, layer, widths)
+    saved += _unscaled(facts, tokens, item, ("o_proj", hidden), ("down_proj", hidden))
+    saved += _unscaled(facts, tokens, item, ("gate_proj", widths.inner), ("up_proj", widths.inner))
     saved += norm_saved("post-attention norm", stream, hidden, facts, setup, setup.weight_bytes)
     if facts.keeps_input("gate_proj", "up_proj"):
-        saved.append(Saved("gate, up input", tokens * hidden * _input_bytes(facts, setup, 2)))
+        saved.append(Saved("gate, up input", tokens * hidden * _input_bytes(facts, setup, "gate_proj", "up_proj")))
     saved += [Saved(name, tokens * widths.inner * item) for name in ("gate", "silu(gate)", "up")]
     if facts.keeps_input("down_proj"):
-        saved.append(Saved("silu(gate) * up", tokens * widths.inner * item))
+        saved.append(Saved("silu(gate) * up", tokens * widths.inner * (_adapter_cast(facts, setup) or item)))
     if setup.keeps_casts:
         attention, mlp = (_cast_weights(facts, setup.layout, part) * item for part in (".self_attn.", ".mlp."))
         saved.append(Saved("attention weights in half precision", attention, True, True))
         saved.append(Saved("MLP weights in half precision", mlp, False, True))
+        if facts.method.quantize_base is not None:
+            saved += _cast_adapters(facts, setup, layer)
     return saved
 
 
 def _attention_saved(facts: ModelFacts, setup: TrainingSetup, layer: int, widths: Widths) -> list[Saved]:
     config, tokens, item = facts.config, setup.tokens, setup.compute_bytes
     heads, query, window = widths.heads, widths.query, config.layer_sliding_window(layer)
-    keys, ring = gathered_tokens(setup), setup.layout.has_ring(setup.device)
+    # a prefix stands before the keys and values of every row
+    keys, ring = gathered_tokens(setup) + setup.batch * facts.method.prefix_length, setup.layout.has_ring(setup.device)
     saved = [Saved("attention output", tokens * query * item, True)]
-    if attention_kernel(config, setup, layer) == "written out":
+    if facts.adapts("o_proj") and (cast := _adapter_cast(facts, setup)):
+        saved.append(Saved("attention output, cast", tokens * query * cast, True))
+    heads_of = (("q_proj", query), ("k_proj", widths.key), ("v_proj", widths.key))
+    saved += [Saved(kept.name, kept.size, True) for kept in _unscaled(facts, tokens, item, *heads_of)]
+    prefix = facts.method.prefix_length
+    if attention_kernel(config, setup, layer, prefix) == "written out":
         # keys and values are repeated for every query head, and all of it is fp32
         saved.append(Saved("scaled q in fp32", tokens * query * FLOAT, True))
         saved += [Saved(f"{name} in fp32", keys * query * FLOAT, True) for name in ("scaled k", "v")]
@@ -176,35 +187,73 @@ def _attention_saved(facts: ModelFacts, setup: TrainingSetup, layer: int, widths
         saved.append(Saved("q", tokens * query * item, True))
         saved += [Saved(name, keys * widths.key * item, True) for name in ("k", "v")]
         saved.append(Saved("log-sum-exp of the scores", tokens * heads * FLOAT, True))
-        if window is not None and window < setup.sequence and not ring:
-            saved.append(Saved("mask of the window", setup.sequence**2 * item, True))
+        windowed = window is not None and window < setup.sequence and not ring
+        if windowed or (prefix and (setup.device == "cpu" or item == FLOAT)):
+            pairs = setup.sequence * (setup.sequence + prefix)
+            saved.append(Saved("mask of the window or the prefix", pairs * item, True))
+    if facts.method.prefix_network:  # each layer runs what the layers share
+        saved.append(Saved("network of the prefix", prefix * facts.method.prefix_network * FLOAT, True))
     if setup.layout.cp > 1 and not ring and (setup.device == "cpu" or item == FLOAT):
         # without a kernel for documents each chunk is one call of attention, with a mask that ends at its last query
         saved.append(Saved("attention output of each chunk", tokens * query * item, True))
         saved.append(Saved("masks of the chunks", scores(setup) * item, True))
-    if facts.lora_rank:
+    if facts.method.lora_rank:
         attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-        size = tokens * facts.lora_rank * (item if setup.autocast else FLOAT)
-        saved += [Saved(f"{name}: x A", size, True) for name in attention if name in facts.lora_targets]
-        saved += [Saved(f"{name}: x A", size) for name in mlp if name in facts.lora_targets]
+        size = tokens * facts.method.lora_rank * (item if setup.autocast else FLOAT)
+        saved += [Saved(f"{name}: x A", size, True) for name in attention if facts.adapts(name)]
+        saved += [Saved(f"{name}: x A", size) for name in mlp if facts.adapts(name)]
     return saved
 
 
-def _input_bytes(facts: ModelFacts, setup: TrainingSetup, layers: int) -> int:
+def _input_bytes(facts: ModelFacts, setup: TrainingSetup, *layers: str) -> int:
     """Bytes of a number of a norm's output, as the linear layers that it goes into keep it together.
 
-    Under autocast each of them casts it for itself; an adapted one keeps what it was given.
+    Under autocast each of them casts it for itself; an adapted one keeps what it was given, but for `_adapter_cast`.
     """
-    if facts.lora_rank:
+    if cast := _adapter_cast(facts, setup):
+        return facts.adapts(*layers) * cast
+    if facts.method.lora_rank:
         return setup.weight_bytes
-    return layers * setup.compute_bytes if setup.autocast else setup.compute_bytes
+    return len(layers) * setup.compute_bytes if setup.autocast else setup.compute_bytes
+
+
+def _adapter_cast(facts: ModelFacts, setup: TrainingSetup) -> int:
+    """Bytes of a number of an adapted layer's input as its adapter casts it, 0 where it does not.
+
+    On a base in few bits an adapter casts it for itself: to half precision under autocast, to its own fp32 in O2.
+    """
+    if facts.method.quantize_base is None or setup.compute_bytes == FLOAT:
+        return 0
+    return setup.compute_bytes if setup.autocast else FLOAT
+
+
+def _unscaled(facts: ModelFacts, tokens: int, item: int, *widths: tuple[str, int]) -> list[Saved]:
+    """Outputs of adapted layers that are yet to be scaled by the rows' trained lengths (DoRA)."""
+    if not facts.method.dora:
+        return []
+    return [Saved(f"{name} before its lengths", tokens * width * item) for name, width in widths if facts.adapts(name)]
 
 
 def _cast_weights(facts: ModelFacts, layout: Layout, part: str) -> int:
     """Numbers in the matrices of one layer's attention or MLP that autocast casts and autograd keeps: the unadapted ones."""
-    own = [p for p in facts.layer if part in p.name and p.ndim == 2 and not p.is_adapter]
-    kept = [p for p in own if p.name.split(".")[-2] not in facts.lora_targets]
+    own = [p for p in facts.layer if part in p.name and p.ndim == 2 and not p.is_adapter and p.fixed is None]
+    kept = [p for p in own if not facts.adapts(p.name.split(".")[-2])]
     return sum(math.prod(local_shape(p, facts.config, layout.tp)) for p in kept)
+
+
+def _cast_adapters(facts: ModelFacts, setup: TrainingSetup, layer: int) -> list[Saved]:
+    """Half-precision copies of the adapters of a base in few bits, under autocast; those of other bases cast for each product.
+
+    The first layer's norm needs no gradient, so that A of the layers it goes into is not kept there.
+    """
+    saved = []
+    for parameter in facts.layer:
+        name, matrix = parameter.name.split(".")[-3], parameter.name.split(".")[-2]
+        first = layer == 0 and matrix == "lora_A" and name in ("q_proj", "k_proj", "v_proj")
+        if matrix in ("lora_A", "lora_B") and not first:
+            size = math.prod(local_shape(parameter, facts.config, setup.layout.tp)) * setup.compute_bytes
+            saved.append(Saved(f"{name}: {matrix} in half precision", size, ".self_attn." in parameter.name, True))
+    return saved
 
 
 def local_shape(parameter: Parameter, config: LlamaConfig, tp: int) -> tuple[int, ...]:
@@ -232,7 +281,7 @@ def model_saved(facts: ModelFacts, setup: TrainingSetup) -> list[Saved]:
     positions = setup.sequence if setup.layout.cp == 1 else tokens
     rotary = 2 * positions * config.head_dim * setup.weight_bytes
     saved = [Saved("cos and sin", rotary)]
-    if not facts.lora_rank:
+    if not facts.method.frozen:
         saved.append(Saved("token ids", tokens * INDEX))
     saved += norm_saved("final norm", setup.stream_tokens, config.hidden_size, facts, setup, setup.weight_bytes)
     return saved
@@ -243,7 +292,7 @@ def loss_saved(facts: ModelFacts, setup: TrainingSetup) -> list[Saved]:
     config, rows = facts.config, Widths.of(facts, setup.layout.tp).vocabulary
     saved = [Saved("index of the labels", setup.tokens * INDEX)]
     saved.append(Saved("gradient of the hidden states", setup.tokens * config.hidden_size * FLOAT))
-    if not facts.lora_rank:
+    if not facts.method.frozen:
         saved.append(Saved("gradient of the output head", rows * config.hidden_size * FLOAT))
     return saved
 

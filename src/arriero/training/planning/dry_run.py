@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from arriero.adapters.lora import LoRAConfig, apply_lora
 from arriero.config.layout import AXES, Coordinates, Layout
 from arriero.errors import ConfigError
 from arriero.models.config import LlamaConfig
@@ -26,7 +25,7 @@ from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.parallelize import parallelize
 from arriero.parallel.placement import local_tensors, placements
 from arriero.parallel.processes import Processes
-from arriero.training.planning.setup import ModelFacts, TrainingSetup
+from arriero.training.planning.setup import Method, ModelFacts, TrainingSetup
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def dry_run(facts: ModelFacts, setup: TrainingSetup, ranks: list[int]) -> list[R
     """
     asked = {
         "config": facts.config.to_dict(),
-        "lora": [facts.lora_rank, *facts.lora_targets],
+        "method": asdict(facts.method),
         "layout": asdict(setup.layout),
         "dtype": setup.weight_dtype,
         "sequence": setup.sequence,
@@ -115,11 +114,10 @@ def play(asked: dict[str, Any]) -> list[LocalTensor]:
     if layout.size > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.size)
         mesh = init_device_mesh("cpu", layout.degrees, mesh_dim_names=AXES)
-    lora_rank, *targets = asked["lora"]
+    method = Method(**asked["method"] | {"lora_targets": tuple(asked["method"]["lora_targets"])})
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig.from_dict(asked["config"])).to(getattr(torch, asked["dtype"]))
-        if lora_rank:
-            apply_lora(model, LoRAConfig(rank=lora_rank, target_modules=tuple(targets)))
+        method.apply(model)
     parallelize(model, Processes(layout, rank, mesh), torch.device("cpu"), tokens=asked["sequence"])
     places = placements(model)
     return [

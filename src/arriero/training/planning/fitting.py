@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from arriero.config.adapter import LINEAR_LAYERS
+from arriero.errors import ConfigError
 from arriero.training.planning.memory import training_memory
 from arriero.training.planning.setup import ModelFacts, TrainingSetup, model_facts
 
@@ -67,7 +69,7 @@ def levers(facts: ModelFacts, setup: TrainingSetup) -> list[Lever]:
             shared = replace(layout, stage=stage, dp_shard=layout.data, dp_replicate=1)
             changes.append((f"--sharding stage{stage}", replace(setup, layout=shared)))
             everything = replace(everything, layout=shared)
-    if setup.optimizer != "adamw_8bit" and not facts.lora_rank:
+    if setup.optimizer in ("adamw", "muon") and not facts.method.frozen:
         changes.append(("--optim adamw_8bit", replace(setup, optimizer="adamw_8bit")))
         everything = replace(everything, optimizer="adamw_8bit")
     now = training_memory(facts, setup).peak
@@ -75,7 +77,11 @@ def levers(facts: ModelFacts, setup: TrainingSetup) -> list[Lever]:
     if len(changes) > 1:
         together = " ".join(options for options, _ in changes)
         found.append(Lever(together, training_memory(facts, everything).peak))
-    if not facts.lora_rank:
+    if not facts.method.frozen:
         adapted = model_facts(facts.config, lora_rank=_LORA_RANK, lora_targets=LINEAR_LAYERS)
         found.append(Lever(f"--lora --lora_rank {_LORA_RANK} (fine-tuning)", training_memory(adapted, setup).peak))
+    elif facts.method.quantize_base is None:
+        with contextlib.suppress(ConfigError):  # a model whose layers no block of nf4 divides
+            held = model_facts(facts.config, **asdict(facts.method) | {"quantize_base": "nf4"})
+            found.append(Lever("--quantize_base nf4", training_memory(held, setup).peak))
     return sorted((lever for lever in found if lever.peak < now), key=lambda lever: -lever.peak)

@@ -218,7 +218,7 @@ def _cached_casts(facts: ModelFacts, setup: TrainingSetup, layers: int) -> int:
 def _loss_working(facts: ModelFacts, setup: TrainingSetup) -> int:
     """The greatest that the loss holds beside what it keeps: hidden states twice, a chunk of logits and its softmax."""
     config, rows = facts.config, Widths.of(facts, setup.layout.tp).vocabulary
-    head = 0 if facts.lora_rank else rows * config.hidden_size
+    head = 0 if facts.method.frozen else rows * config.hidden_size
     chunk = min(setup.tokens, max(1, CHUNK_ELEMENTS // rows)) * rows
     hidden = 2 * setup.tokens * config.hidden_size * setup.weight_bytes
     if setup.compute_bytes == FLOAT:
@@ -235,22 +235,39 @@ def _block_backward(facts: ModelFacts, setup: TrainingSetup) -> int:
     # of the product silu(gate) * up: the gradients of both factors, beside its own, which takes the place of the product
     mlp = 2 * tokens * widths.inner * setup.compute_bytes
     last, pairs = config.num_hidden_layers - 1, 0
-    if attention_kernel(config, setup, last) == "written out":
+    if attention_kernel(config, setup, last, facts.method.prefix_length) == "written out":
         pairs = 2 * scores(setup) * widths.heads * FLOAT
     again = 0
     if setup.recompute == "full":
         again = total(block_saved(facts, setup, last))
     elif setup.recompute == "core_attn":
         again = sum(t.size for t in block_saved(facts, setup, last) if t.core)
-    return again + stream + max(mlp, pairs)
+    return again + stream + max(mlp, pairs) + _made_weights(facts, setup)
+
+
+def _made_weights(facts: ModelFacts, setup: TrainingSetup) -> int:
+    """Whole weights of a layer that are made for one product and let go.
+
+    Those in few bits are made in fp32 and cast. DoRA adds the update up in fp32 to find the lengths of the rows.
+    """
+    bytes_each = 0
+    if facts.method.quantize_base is not None:
+        bytes_each = FLOAT + setup.compute_bytes
+    if facts.method.dora:
+        bytes_each = max(bytes_each, 2 * FLOAT)
+    return math.ceil(bytes_each * facts.largest_matrix / setup.layout.tp) if bytes_each else 0
 
 
 def _update_working(facts: ModelFacts, setup: TrainingSetup) -> int:
     """What an optimizer holds while it steps; AdamW's kernel works in place.
 
     Muon orthogonalises one whole matrix after another, wherever its parts are, with a handful of copies (bf16 on a GPU, fp32 on
-    a CPU), and scales an fp32 update.
+    a CPU), and scales an fp32 update. Lion makes an fp32 update of one parameter after another.
     """
+    if setup.optimizer == "lion":
+        layout = setup.layout
+        largest = max((p.numel for p in facts.parameters if p.trained), default=0)
+        return math.ceil(largest / (layout.tp * layout.dp_shard * layout.cp)) * FLOAT
     if setup.optimizer != "muon":
         return 0
     item = FLOAT if setup.device == "cpu" else 2

@@ -81,7 +81,8 @@ def make_plan(
 def kernels(plan: Plan) -> list[str]:
     """The attention kernels of the model's layers, without repetition."""
     config = plan.facts.config
-    return sorted({attention_kernel(config, plan.setup, layer) for layer in range(config.num_hidden_layers)})
+    prefix = plan.facts.method.prefix_length
+    return sorted({attention_kernel(config, plan.setup, layer, prefix) for layer in range(config.num_hidden_layers)})
 
 
 def as_dictionary(plan: Plan) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def as_dictionary(plan: Plan) -> dict[str, Any]:
     facts, speed, machine = plan.facts, plan.speed, plan.machine
     return {
         "model": plan.name,
-        "setup": asdict(plan.setup) | {"lora_rank": facts.lora_rank},
+        "setup": asdict(plan.setup) | asdict(facts.method),
         **layout_dictionary(plan.setup, machine.flops, speed, plan.links),
         "parameters": {
             "total": facts.total,
@@ -159,8 +160,8 @@ def _described(setup: TrainingSetup) -> str:
 
 def _model_rows(facts: ModelFacts) -> list[tuple[str, str]]:
     trained = f"{facts.trained:>18,}"
-    if facts.lora_rank:
-        trained += f"  LoRA, rank {facts.lora_rank}"
+    if facts.method.frozen:
+        trained += f"  {facts.method}"
     tied = "  (one matrix: tied)" if facts.config.tie_word_embeddings else ""
     return [
         ("parameters", f"{facts.total:>18,}"),
@@ -198,7 +199,7 @@ def _lever_rows(plan: Plan) -> list[tuple[str, str]]:
 
 def _time_rows(plan: Plan) -> list[tuple[str, str]]:
     speed, machine = plan.speed, plan.machine
-    rule = "4 a weight, 6 a trained one" if plan.facts.lora_rank else "6N"
+    rule = "4 a weight, 6 a trained one" if plan.facts.method.frozen else "6N"
     rows = [
         ("forward", f"{amount(speed.forward_per_token, 'FLOP')} a token"),
         (

@@ -50,10 +50,11 @@ class Held:
     embedding: State
     norm: State
     head: State
+    everywhere: State
 
     @cached_property
     def outside(self) -> State:
-        return self.embedding + self.norm + self.head
+        return self.embedding + self.norm + self.head + self.everywhere
 
     @cached_property
     def total(self) -> State:
@@ -86,14 +87,15 @@ def _held(
         return _state(facts, kind, tp, shards, item, rule) if here else State()
 
     head = "embedding" if facts.config.tie_word_embeddings and pipelined else "head"
-    return Held(of("layer"), layers, of("embedding", embeds), of("norm", ends), of(head, ends))
+    whole = _state(facts, "everywhere", 1, 1, item, rule)
+    return Held(of("layer"), layers, of("embedding", embeds), of("norm", ends), of(head, ends), whole)
 
 
 @lru_cache(maxsize=4096)
 def _state(facts: ModelFacts, kind: str, tp: int, shards: int, weight_bytes: int, rule: str) -> State:
     found = State()
     for parameter in facts.layer if kind == "layer" else facts.outside[kind]:
-        item = FLOAT if parameter.is_adapter else weight_bytes
+        item = weight_bytes if parameter.fixed is None else parameter.fixed
         rows, *others = local_shape(parameter, facts.config, tp)
         part = rows * math.prod(others)
         shard = math.ceil(rows / shards) * math.prod(others)  # FSDP2 cuts dimension 0, by `torch.chunk`
@@ -118,6 +120,8 @@ def optimizer_bytes(parameter: Parameter, rule: str, size: int | None = None) ->
         size: numbers that the process holds of it, by default all.
     """
     size, eight = parameter.numel if size is None else size, rule == "adamw_8bit"
+    if rule in ("lion", "sgd", "sgd with momentum"):
+        return 0 if rule == "sgd" else size * FLOAT
     if rule == "muon" and parameter.ndim == 2 and EMBEDDING not in parameter.name and HEAD not in parameter.name:
         return size * FLOAT
     if eight and parameter.numel >= LEAST_8BIT and EMBEDDING not in parameter.name:
