@@ -27,6 +27,8 @@ BIN := .venv/bin
 PYTEST_TMP := .pytest_tmp
 RUNTIME := .venv/.installed-runtime
 DEV := .venv/.installed-dev
+PEERS := .venv-peers/.installed
+PEER_PACKAGES := paddlepaddle==3.3.1 llama-cpp-python==0.3.36
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
@@ -59,7 +61,14 @@ test: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --basetemp $(PYTEST_TMP)/$$$$ -m "not peers" -n $(WORKERS) --dist worksteal $(ARGS)
 	@rm -rf $(PYTEST_TMP)
 
-test-peers: $(DEV)
+# Programs on the other side of a file, in an environment of their own: llama.cpp is compiled, which takes 10 to 20 minutes.
+$(PEERS):
+	@echo "== installing paddle and llama.cpp into .venv-peers (once; many minutes)"
+	@$(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(PEER_PACKAGES)
+	@touch $@
+
+test-peers: $(DEV) $(PEERS)
 	@mkdir -p $(PYTEST_TMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --basetemp $(PYTEST_TMP)/$$$$ -m peers $(ARGS)
 	@rm -rf $(PYTEST_TMP)
@@ -83,5 +92,5 @@ docs: $(DEV)
 	$(BIN)/python docs/make_formats.py
 
 clean:
-	rm -rf .venv .pytest_cache $(PYTEST_TMP) .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist src/*.egg-info runs
+	rm -rf .venv .venv-peers .pytest_cache $(PYTEST_TMP) .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist src/*.egg-info runs
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from arriero.errors import FormatError
+from arriero.formats.paddle import checkpoint
 from arriero.formats.paddle.config import paddle_config, paddle_config_of
 from arriero.formats.paddle.names import FUSED_ROWS, TENSOR_ROWS, places
 from arriero.formats.paddle.pdparams_reader import read_pdparams
@@ -97,6 +98,14 @@ def test_every_way_of_cutting_comes_back_bit_for_bit(
         assert torch.equal(found[name], tensor), name
     assert steps == sorted(steps)
     assert steps[-1][0] == steps[-1][1]
+
+
+def test_tensors_are_joined_a_few_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "_SLAB_BYTES", 200)  # three rows of a matrix; a bias in one go
+    config = config_of(model_type="qwen2")
+    folder = written(tmp_path, config=config, tensor_parallel_degree=2)
+    found = load(folder)
+    assert all(torch.equal(found[name], tensor) for name, tensor in source_of(config).tensors.items())
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "mistral"])

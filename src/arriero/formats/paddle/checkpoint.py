@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from arriero.errors import FormatError
-from arriero.formats.paddle.names import Place, Segment, StoredTensor
+from arriero.formats.paddle.names import Place, Run, Segment, StoredTensor
 from arriero.formats.paddle.pdparams_reader import read_pdparams
 from arriero.formats.safe_tensors import read_index, weight_files
 from arriero.formats.shared_files import PartReader
@@ -22,6 +23,7 @@ _UNIFIED, _UNIFIED_INDEX = "peft_model.safetensors", "peft_model.safetensors.ind
 # 1,024 processes are more than any run that writes a file a process.
 _RANKS = r"(?:\.tp(?P<tp>\d{2,4}))?(?:[._]pp(?P<pp>\d{2,4}))?\.pdparams"
 _MAX_RANK = 1023
+_SLAB_BYTES = 32 * 2**20
 
 
 class Piece(Protocol):
@@ -34,6 +36,7 @@ class Piece(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
     def load(self, *, bfloat16: bool = False) -> Tensor: ...
+    def load_box(self, box: tuple[slice, ...], *, bfloat16: bool = False) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,11 @@ class SafePiece:
 
     def load(self, *, bfloat16: bool = False) -> Tensor:
         """The tensor, a view of the mapped file; uint16 as the bits of bfloat16 if asked."""
-        tensor = self.reader.read(self.name)
+        return self.load_box(tuple(slice(0, size) for size in self.shape), bfloat16=bfloat16)
+
+    def load_box(self, box: tuple[slice, ...], *, bfloat16: bool = False) -> Tensor:
+        """A box of it; see `load`."""
+        tensor = self.reader.read(self.name, box)
         return tensor.view(torch.bfloat16) if bfloat16 and tensor.dtype == torch.uint16 else tensor
 
 
@@ -271,32 +278,72 @@ def join(pieces: Sequence[Piece], place: Place) -> Tensor:
     if stored.axis is None and len(pieces) > 1:
         _check_equal(pieces, stored.name)
     segments = stored.segments(len(pieces))
-    if len(segments) == 1 and place.runs[0].size == stored.shape[-1]:
-        whole = pieces[0].load(bfloat16=True)
-        return whole.t().contiguous() if place.transposed else whole
+    if len(segments) == 1 and place.runs[0].size == stored.shape[-1] and not place.transposed:
+        return pieces[0].load(bfloat16=True)
     result = torch.empty(place.shape, dtype=tensor_dtype(pieces[0], stored.name))
     target = result.t() if place.transposed else result
+    columns = place.runs if axis == len(stored.shape) - 1 else (Run(0, 0, stored.shape[axis]),)
     for rank, piece in enumerate(pieces):
-        own = [segment for segment in segments if segment.rank == rank]
-        if own:
-            _copy(piece.load(bfloat16=True), own, target, axis, place)
+        moves = _moves([segment for segment in segments if segment.rank == rank], columns)
+        for first, rows in _slabs(piece) if moves else ():
+            _copy(rows, first, moves, target, axis)
     return result
 
 
-def _copy(piece: Tensor, segments: Sequence[Segment], target: Tensor, axis: int, place: Place) -> None:
-    """What a process's piece holds of a tensor, into it."""
+@dataclass(frozen=True)
+class _Move:
+    """A run along an axis that goes from a process's piece into a tensor.
+
+    Attributes:
+        source: where it starts in the piece.
+        target: where it starts in the tensor.
+        size: of the run.
+    """
+
+    source: int
+    target: int
+    size: int
+
+
+def _moves(segments: Sequence[Segment], runs: Sequence[Run]) -> list[_Move]:
+    """What of a stored tensor's segments belongs to the runs of the tensor that is wanted."""
+    moves = []
     for segment in segments:
-        end = segment.whole_start + segment.size
-        if axis < target.dim() - 1:  # rows, of all columns
-            target.narrow(axis, segment.whole_start, segment.size).copy_(
-                piece.narrow(axis, segment.start, segment.size)
-            )
-            continue
-        for run in place.runs:
-            start, stop = max(segment.whole_start, run.stored_start), min(end, run.stored_start + run.size)
+        for run in runs:
+            start = max(segment.whole_start, run.stored_start)
+            stop = min(segment.whole_start + segment.size, run.stored_start + run.size)
             if start < stop:
-                values = piece.narrow(axis, segment.start + start - segment.whole_start, stop - start)
-                target.narrow(axis, run.start + start - run.stored_start, stop - start).copy_(values)
+                source = segment.start + start - segment.whole_start
+                moves.append(_Move(source, run.start + start - run.stored_start, stop - start))
+    return moves
+
+
+def _slabs(piece: Piece) -> Iterator[tuple[int, Tensor]]:
+    """A piece, some rows at a time with the number of the first: in a file of Paddle's arrays need not be aligned, and
+    what is not is copied as it is read.
+    """
+    rest = tuple(slice(0, size) for size in piece.shape[1:])
+    step = max(1, _SLAB_BYTES // max(1, prod(piece.shape[1:]) * piece.dtype.itemsize))
+    for start in range(0, piece.shape[0], step):
+        yield start, piece.load_box((slice(start, min(start + step, piece.shape[0])), *rest), bfloat16=True)
+
+
+def _copy(rows: Tensor, first: int, moves: Sequence[_Move], target: Tensor, axis: int) -> None:
+    """Carry out what concerns some rows of a piece.
+
+    Args:
+        first: the number of the first row in the piece.
+    """
+    if axis > 0:
+        into = target.narrow(0, first, len(rows))
+        for move in moves:
+            into.narrow(axis, move.target, move.size).copy_(rows.narrow(axis, move.source, move.size))
+        return
+    for move in moves:
+        start, stop = max(first, move.source), min(first + len(rows), move.source + move.size)
+        if start < stop:
+            into = target.narrow(0, move.target + start - move.source, stop - start)
+            into.copy_(rows.narrow(0, start - first, stop - start))
 
 
 def _check_equal(pieces: Sequence[Piece], name: str) -> None:

@@ -1,0 +1,381 @@
+"""Answers of a given form: JSON, a JSON schema, a regular expression, one of several texts, a grammar.
+
+The form is compiled by llguidance (https://github.com/guidance-ai/llguidance): an Earley parser over a lexer of derivatives,
+which says at each token which ones keep the text a beginning of something that fits. Every token that does is allowed, so that
+the answer is drawn from the model's own distribution restricted to them; nothing is forced. llguidance is used rather than
+xgrammar because it has no dependencies, where xgrammar needs transformers and triton, and because it bounds its own work.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arriero.data.tokenizer import Tokenizer
+from arriero.errors import GenerationError, require
+
+if TYPE_CHECKING:
+    import llguidance
+
+StructureKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+
+MAX_REASON = 300  # characters of an error
+MAX_WAITING = 64  # grammars that are being compiled or wait for it
+# What bounds an answer's work, whatever its grammar is; see llguidance's LLParserLimits. They are below its own limits:
+# an ambiguous grammar's time grows with the cube of the items, to 70 ms a token at 1,000; a state takes up to 2 kB.
+MAX_ITEMS_IN_ROW = 1000
+MAX_LEXER_STATES = 50_000
+MAX_GRAMMAR_SYMBOLS = 200_000
+# At most so much between two parts of a JSON text: a model must not be able to go on with blanks for ever.
+JSON_BLANKS = r"[\x20\x0A\x0D\x09]{1,32}"
+# Without it llguidance would choose the tokens of a text that has no alternative, and ask the tokenizer for them.
+OPTIONS = '%llguidance {"no_forcing": true}'
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The form that an answer must have.
+
+    Attributes:
+        kind: "json_object" (any JSON object), "json_schema" (Draft 2020-12), "regex" (the whole answer; Rust's syntax without
+            looking around, and `\\d` and `\\w` are ASCII as in JSON schemas), "choice" (one of several texts), or "grammar"
+            (Lark's syntax).
+        source: the schema, also as what JSON makes of it; the expression; the texts; or the grammar. Empty for "json_object".
+
+    Raises:
+        GenerationError: no such kind, or a source that is none of this kind.
+    """
+
+    kind: StructureKind
+    source: str | tuple[str, ...] = ""
+
+    def __post_init__(self) -> None:
+        # A schema as JSON gives it and a list of texts are taken too.
+        given: Any = self.source
+        if self.kind == "json_schema" and isinstance(given, Mapping | bool):
+            object.__setattr__(self, "source", _dump(given))
+        if isinstance(given, list):
+            object.__setattr__(self, "source", tuple(given))
+        if self.kind not in get_args(StructureKind):
+            raise GenerationError(
+                f"there is no structure {self.kind!r}: the kinds are {', '.join(get_args(StructureKind))}"
+            )
+        texts = self.texts
+        if self.kind == "choice" and isinstance(self.source, str):
+            raise GenerationError("a choice is a list of texts: put even a single one into a list")
+        if not (isinstance(self.source, str) or self.kind == "choice") or not all(isinstance(t, str) for t in texts):
+            raise GenerationError(f"the source of a {self.kind} is {type(self.source).__name__}: it must be text")
+        if not texts or (self.kind in ("json_schema", "grammar") and not texts[0].strip()):
+            raise GenerationError(f"the {self.kind} is empty: say what the answer may be")
+        try:
+            for text in texts:
+                text.encode()
+        except UnicodeEncodeError as error:
+            raise GenerationError(f"the {self.kind} holds half a surrogate pair, which is no character") from error
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The source as texts; one, but for a choice."""
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+    @property
+    def size(self) -> int:
+        """Bytes of the source."""
+        return sum(len(text.encode()) for text in self.texts)
+
+
+def _dump(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (RecursionError, TypeError, ValueError) as error:
+        raise GenerationError(f"the JSON schema is not JSON: {error}") from error
+
+
+def _lark(structure: Structure) -> str:
+    """The structure as a grammar in llguidance's Lark.
+
+    Raises:
+        GenerationError: a schema that is no JSON object.
+    """
+    import llguidance
+
+    if structure.kind == "grammar":
+        return f"{structure.texts[0]}\n{OPTIONS}\n"
+    if structure.kind == "regex":
+        body = f"/{llguidance.regex_to_lark(structure.texts[0], 'dw')}/"
+    elif structure.kind == "choice":
+        body = f"/{'|'.join(map(_literal, structure.texts))}/"
+    else:
+        schema = {"type": "object"} if structure.kind == "json_object" else _schema(structure.texts[0])
+        # Its own options, such as to ignore what is not supported, could make of an answer one that does not fit.
+        body = "%json " + _dump({**schema, "x-guidance": {"whitespace_pattern": JSON_BLANKS}})
+    return f"start: {body}\n{OPTIONS}\n"
+
+
+def _schema(text: str) -> dict[str, Any]:
+    try:
+        schema = json.loads(text)
+    except (RecursionError, ValueError) as error:
+        raise GenerationError(f"the JSON schema is not JSON: {error}") from error
+    if schema is True:
+        return {}
+    if not isinstance(schema, dict):
+        raise GenerationError(f"the JSON schema is {type(schema).__name__}: it must be an object")
+    return schema
+
+
+def _literal(text: str) -> str:
+    """The expression that only this text fits."""
+    return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
+
+
+def _reason(matcher: llguidance.LLMatcher) -> str:
+    """Why nothing can come next, in one line: llguidance's several without the source that they quote."""
+    if not matcher.is_error():
+        return "no token of the model has the text that must come next"
+    lines = [line.strip() for line in matcher.get_error().split("\n<", 1)[0].splitlines()]
+    kept = [line for line in lines if not re.match(r"\d+ \| |[\s^]*$", line)]
+    reason = " ".join(kept)[:MAX_REASON]
+    return "no text is complete" if reason.startswith("NoExtension") else reason or "it is too complex"
+
+
+class _Vocabulary:
+    """What llguidance must know of a tokenizer: each token's bytes.
+
+    Behind the model's V tokens there are one for each byte, so that any text can be put into a matcher, and one for the end,
+    which stands for all stop tokens. Special tokens stand for no text and are never allowed.
+    """
+
+    is_tokenizer_wrapper = True  # how llguidance knows that it has what it needs
+    bos_token_id = None
+
+    def __init__(self, tokens: list[bytes]) -> None:
+        self.size = len(tokens)
+        self.eos_token_id = self.size + 256
+        self.special_token_ids = [self.eos_token_id]
+        self.tokens = [*tokens, *(bytes([byte]) for byte in range(256)), b"<end of the answer>"]
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self.of_bytes(text.encode() if isinstance(text, str) else text)
+
+    def of_bytes(self, data: bytes) -> list[int]:
+        """A text by its bytes' own tokens."""
+        return [self.size + byte for byte in data]
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """A vocabulary, and llguidance's tree of it.
+
+    Where the text of an answer leaves out a blank at its start, `first` is another tree for the first token, and `blanks` are
+    the tokens that are nothing but this blank.
+    """
+
+    vocabulary: _Vocabulary
+    tree: llguidance.LLTokenizer
+    first: llguidance.LLTokenizer | None
+    blanks: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, vocab_size: int) -> _Tables:
+        import llguidance
+
+        decoding = tokenizer.decoding
+        if decoding.separator:
+            raise GenerationError(
+                f"{tokenizer.folder}: its tokens are joined by blanks, for which structured answers are not supported"
+            )
+        tokens = [b"" if i in decoding.special_ids else decoding.token_bytes[i] for i in range(vocab_size)]
+        vocabulary = _Vocabulary(tokens)
+        tree = llguidance.LLTokenizer(vocabulary)  # type: ignore[arg-type]  # it takes what has the attributes
+        if not decoding.strip_leading_space:
+            return cls(vocabulary, tree, None, [])
+        stripped = _Vocabulary([token.removeprefix(b" ") for token in tokens])
+        blanks = [i for i, token in enumerate(tokens) if token == b" "]
+        return cls(vocabulary, tree, llguidance.LLTokenizer(stripped), blanks)  # type: ignore[arg-type]
+
+
+def _mask(matcher: llguidance.LLMatcher, size: int) -> Tensor:
+    """The tokens that can come next, (V,) bool; none where it has come to an end or an error."""
+    if matcher.is_stopped():
+        return torch.zeros(size, dtype=torch.bool)
+    packed = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+    return torch.from_numpy(np.unpackbits(packed, count=size, bitorder="little").view(np.bool_))
+
+
+@dataclass
+class GrammarState:
+    """How far one answer has come; not for two threads at once.
+
+    Attributes:
+        allowed: (V,) bool, the tokens that can come next; stop tokens are not among them. Not to be changed.
+        accepting: whether the answer can end here.
+        finished: whether it must.
+        error: why nothing can come next although the answer cannot end here, "" otherwise.
+    """
+
+    _compiled: CompiledGrammar = field(repr=False)
+    _matcher: llguidance.LLMatcher = field(repr=False)
+    allowed: Tensor = field(repr=False)
+    accepting: bool
+    finished: bool
+    error: str = ""
+    _begun: bool = False
+
+    def advance(self, token: int) -> None:
+        """The answer goes on with this token; one that is not allowed, such as a stop token, changes nothing."""
+        if not bool(self.allowed[token]):
+            return
+        self._matcher.consume_tokens(self._compiled.tokens_of(token, first=not self._begun))
+        self._begun = True
+        self.allowed = _mask(self._matcher, len(self.allowed))
+        stuck = not bool(self.allowed.any())
+        self.accepting = not self._matcher.is_error() and self._matcher.is_accepting()
+        self.finished = stuck and self.accepting
+        if stuck and not self.accepting:
+            self.error = f"the answer cannot follow its {self._compiled.kind} any further: {_reason(self._matcher)}"
+
+    def copy(self) -> GrammarState:
+        """One that goes its own way from here."""
+        return replace(self, _matcher=self._matcher.deep_copy())
+
+
+@dataclass(frozen=True, eq=False)
+class CompiledGrammar:
+    """A structure that any number of answers can follow; threads may share it."""
+
+    kind: StructureKind
+    _tables: _Tables = field(repr=False)
+    _matcher: llguidance.LLMatcher = field(repr=False)
+    _allowed: Tensor = field(repr=False)
+    _accepting: bool
+    _finished: bool
+
+    @classmethod
+    def compile(cls, structure: Structure, tables: _Tables) -> CompiledGrammar:
+        """
+        Raises:
+            GenerationError: a structure that is malformed, unsupported, too complex, or that no answer has.
+        """
+        import llguidance
+
+        limits = llguidance.LLParserLimits(
+            max_items_in_row=MAX_ITEMS_IN_ROW,
+            max_lexer_states=MAX_LEXER_STATES,
+            max_grammar_size=MAX_GRAMMAR_SYMBOLS,
+            verbose_errors=False,
+        )
+        grammar = _lark(structure)
+
+        def begin(tree: llguidance.LLTokenizer) -> tuple[llguidance.LLMatcher, Tensor]:
+            matcher = llguidance.LLMatcher(tree, grammar, log_level=0, limits=limits)
+            return matcher, _mask(matcher, tables.vocabulary.size)
+
+        matcher, allowed = begin(tables.tree)
+        if tables.first is not None:
+            after_blank = bool(allowed.any())
+            _, allowed = begin(tables.first)
+            allowed[tables.blanks] = after_blank
+        accepting, stuck = matcher.is_accepting(), not bool(allowed.any())
+        if stuck and not accepting:
+            raise GenerationError(f"the {structure.kind} cannot be used: {_reason(matcher)}")
+        return cls(structure.kind, tables, matcher, allowed, accepting, stuck)
+
+    def start(self) -> GrammarState:
+        """The state before an answer's first token."""
+        return GrammarState(self, self._matcher.deep_copy(), self._allowed, self._accepting, self._finished)
+
+    def tokens_of(self, token: int, *, first: bool) -> list[int]:
+        """The ids by which a matcher takes a token: those of its bytes, where its blank is not part of the answer's text."""
+        vocabulary = self._tables.vocabulary
+        if first and self._tables.first is not None and vocabulary.tokens[token].startswith(b" "):
+            return vocabulary.of_bytes(vocabulary.tokens[token][1:])
+        return [token]
+
+
+class GrammarCompiler:
+    """Compiles structures for one model, each once as long as it is remembered; threads may share it.
+
+    The work is done by threads of its own, two at a time, and outside the interpreter's lock. A thread that must not wait, as
+    one that generates, should find the structure compiled: let whoever takes the request call `compile` first.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        *,
+        max_source_bytes: int = 64 * 1024,
+        timeout_seconds: float = 10.0,
+        cache_size: int = 128,
+    ) -> None:
+        """
+        Args:
+            vocab_size: V, the logits' width; the tokenizer may have fewer tokens, or more.
+            max_source_bytes: of a structure's source.
+            timeout_seconds: after which a caller is sent away.
+            cache_size: how many structures are remembered, those used last.
+        """
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._max_source_bytes, self._timeout_seconds, self._cache_size = max_source_bytes, timeout_seconds, cache_size
+        self._known: OrderedDict[Structure, Future[CompiledGrammar]] = OrderedDict()
+        self._waiting = 0
+        self._lock, self._tables_lock = threading.Lock(), threading.Lock()
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="grammar")
+        self._made_tables: _Tables | None = None
+
+    def compile(self, structure: Structure) -> CompiledGrammar:
+        """The compiled structure; waits for it.
+
+        Raises:
+            GenerationError: a structure that is malformed, unsupported, too large or complex, or that no answer has.
+            MissingExtraError: llguidance is not installed.
+        """
+        require("llguidance", "serve")
+        if structure.size > self._max_source_bytes:
+            raise GenerationError(
+                f"the {structure.kind} has {structure.size} bytes: at most {self._max_source_bytes} are allowed"
+            )
+        future = self._future(structure)
+        try:
+            return future.result(self._timeout_seconds)
+        except TimeoutError as error:
+            raise GenerationError(
+                f"the {structure.kind} was not compiled within {self._timeout_seconds:g} s: simplify it, or try again"
+            ) from error
+
+    def _future(self, structure: Structure) -> Future[CompiledGrammar]:
+        with self._lock:
+            future = self._known.get(structure)
+            if future is None:
+                if self._waiting >= MAX_WAITING:
+                    raise GenerationError(f"{MAX_WAITING} structures are being compiled already: try again later")
+                self._waiting += 1
+                future = self._known[structure] = self._threads.submit(self._compile, structure)
+            self._known.move_to_end(structure)
+            while len(self._known) > self._cache_size:
+                self._known.popitem(last=False)
+        return future
+
+    def _compile(self, structure: Structure) -> CompiledGrammar:
+        try:
+            return CompiledGrammar.compile(structure, self._tables())
+        finally:
+            with self._lock:
+                self._waiting -= 1
+
+    def _tables(self) -> _Tables:
+        with self._tables_lock:
+            if self._made_tables is None:
+                self._made_tables = _Tables.of(self._tokenizer, self._vocab_size)
+            return self._made_tables
