@@ -110,9 +110,10 @@ def test_answers_ids_and_chat_of_smollm2(
 
 @pytest.mark.parametrize("kind", ["bf16", "f16", "q8_0", "q4_0", "q4_1", "q4_k_m"])
 def test_other_kinds_load_and_answer(write: Callable[[str], Path], tokenizer: Tokenizer, kind: str) -> None:
-    ids = tokenizer.chat(MESSAGES)
-    found = llama_cpp(model=str(write(kind)), prompts=[ids], tokens=12)
-    assert "Paris" in tokenizer.decode(found["answers"][0])
+    """llama.cpp rounds what goes into a quantised matrix to 8 bits, so of these files only a sure answer is the same."""
+    ids = tokenizer.encode("1, 2, 3, 4, 5, 6,")
+    found = llama_cpp(model=str(write(kind)), prompts=[ids], tokens=9)
+    assert tokenizer.decode(found["answers"][0]) == " 7, 8, 9,"
 
 
 def test_a_lora_file_answers_as_the_merged_model(

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from arriero.errors import FormatError
+from arriero.formats.safetensors_header import read_entries
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -127,8 +128,13 @@ def read_index(path: Path, suffix: str = ".safetensors") -> dict[str, str]:
     if not isinstance(names, dict) or not names:
         raise FormatError(f"{path}: has no weight_map; fetch it again")
     for name in set(map(str, names.values())):
-        if Path(name).name != name or "\\" in name or not name.endswith(suffix):
-            raise FormatError(f"{path}: names the file {name!r}; only plain {suffix} names beside it are allowed")
+        if (
+            Path(name).name != name
+            or "\\" in name
+            or not name.endswith(suffix)
+            or len(name.encode("utf-8", "surrogatepass")) > 255
+        ):
+            raise FormatError(f"{path}: names the file {name[:200]!r}; only plain {suffix} names beside it are allowed")
         if not (path.parent / name).is_file():
             raise FormatError(f"{path}: names the file {name!r}, which is missing; fetch it again")
     return {str(key): str(value) for key, value in names.items()}
@@ -146,6 +152,7 @@ def read_tensors(path: str | Path, device: str | torch.device = "cpu") -> Iterat
         if size == 0:
             raise FormatError(f"{path}: the file is empty; fetch it again")
         with safe_open(path, framework="pt", device=str(device)) as file:
+            read_entries(path)
             for name in file.offset_keys():
                 yield name, file.get_tensor(name)
     except SafetensorError as error:
@@ -161,6 +168,7 @@ def read_shapes(path: str | Path) -> dict[str, tuple[torch.dtype | None, tuple[i
         if path.stat().st_size == 0:
             raise FormatError(f"{path}: the file is empty; fetch it again")
         with safe_open(path, framework="np") as file:  # which maps nothing, so the file may be larger than the memory
+            read_entries(path)
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             return {name: (_DTYPES.get(part.get_dtype()), tuple(part.get_shape())) for name, part in slices.items()}
     except SafetensorError as error:

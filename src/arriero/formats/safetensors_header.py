@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -86,10 +88,21 @@ def read_entries(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]
 
     Returns:
         By name: dtype, shape, and where it begins and ends in the file, in bytes.
+
+    Raises:
+        FormatError: two tensors have one name: the library takes the last, others may take the first.
     """
+
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise FormatError(f"{path}: its header names {name[:80]!r} twice; do not trust this file")
+        return found
+
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(length))
+        entries = json.loads(file.read(length), object_pairs_hook=distinct)
     entries.pop("__metadata__", None)
     start = 8 + length
     return {

@@ -27,7 +27,7 @@ from arriero.errors import FormatError
 from arriero.formats.box_writing import placement_of, write_at, write_box
 from arriero.formats.parts import Part, Placement
 from arriero.formats.safe_tensors import INDEX_FILE, SINGLE_FILE, LazyTensor, weight_files
-from arriero.formats.safetensors_header import build_header, dtype_of_name, name_of_dtype
+from arriero.formats.safetensors_header import build_header, dtype_of_name, name_of_dtype, read_entries
 from arriero.formats.staging import staged_folder, write_error
 
 State = (
@@ -292,6 +292,7 @@ class PartReader:
                 if path.stat().st_size == 0:
                     raise FormatError(f"{path}: the file is empty; fetch it again")
                 file: Any = safe_open(path, framework="pt")
+                read_entries(path)
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     if name in self._stored:
                         other = self._stored[name].path.name

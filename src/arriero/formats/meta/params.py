@@ -147,13 +147,13 @@ class _Reader:
     def integer(self, key: str, default: int | None = None) -> int:
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-            raise FormatError(f"{self.path}: {key} must be a whole number of at least 1, got {str(value)[:40]}")
+            raise FormatError(f"{self.path}: {key} must be a whole number of at least 1, got {repr(value)[:40]}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
-            raise FormatError(f"{self.path}: {key} must be a positive number, got {str(value)[:40]}")
+            raise FormatError(f"{self.path}: {key} must be a positive number, got {repr(value)[:40]}")
         return float(value)
 
     def _value(self, key: str, default: Any) -> Any:

@@ -17,6 +17,7 @@ order. A prefix that PaddleNLP trained so and merged itself is out of order, whi
 from __future__ import annotations
 
 import json
+import tokenize
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -379,7 +380,15 @@ def _read_caches(path: Path, shape: _Shape) -> Tensor:
         caches: Any = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, SyntaxError, EOFError, OverflowError, RecursionError, MemoryError) as error:
+    except (
+        ValueError,
+        SyntaxError,
+        tokenize.TokenError,
+        EOFError,
+        OverflowError,
+        RecursionError,
+        MemoryError,
+    ) as error:
         raise FormatError(f"{path}: is not a valid .npy file of numbers; fetch it again") from error
     if caches.dtype not in (np.float32, np.float16, np.float64, np.uint16) or not caches.dtype.isnative:
         raise FormatError(f"{path}: holds {caches.dtype}, no floating-point numbers")
