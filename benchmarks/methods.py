@@ -146,7 +146,9 @@ def table(results: dict[str, dict[str, Any]], speeds: dict[str, dict[str, Any]],
     )
     alone = sorted({f"{found['date']}, {found['machine']}" for found in speeds.values()})
     measured = (
-        f" Tokens/s: the median of steps 2 to {SPEED_STEPS}, measured alone ({'; '.join(alone)})." if alone else ""
+        f" Tokens/s: the median of steps 2 to {SPEED_STEPS}, measured with priority ({'; '.join(alone)})."
+        if alone
+        else ""
     )
     return "\n".join([*rows, "", f"{made}.{measured}"])
 

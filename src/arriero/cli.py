@@ -1,19 +1,24 @@
 """The `arriero` command: finds the verb, parses its options, runs it, and turns errors into one line and an exit code.
 
 Exit codes: 0 done; 1 a defect of arriero; 2 something the user can mend; 130 interrupted; 141 the reader of
-the output left.
+the output left; 143 asked to end (SIGTERM).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 from arriero import __version__
 from arriero.commands.table import LATER, VERBS, load_verb
+from arriero.commands.terminal import printable
 from arriero.errors import ArrieroError
 
 __all__ = ["VERBS", "main"]
@@ -21,6 +26,13 @@ __all__ = ["VERBS", "main"]
 _EXIT_DEFECT = 1
 _EXIT_INTERRUPTED = 130
 _EXIT_BROKEN_PIPE = 141
+_EXIT_TERMINATED = 143
+# Verbs that write beside their output's place first: at SIGTERM they remove that. Runs have an answer of their own.
+_TIDY = ("convert", "merge", "quantize", "download")
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived."""
 
 
 def overview() -> str:
@@ -55,9 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         error_file = take_error_file()
     try:
-        code = _run(arguments)
+        with _tidy_end(arguments):
+            code = _run(arguments)
         sys.stdout.flush()
         return code
+    except _Terminated as error:
+        return _end(error, "asked to end (SIGTERM)", _EXIT_TERMINATED, error_file, debug)
     except BrokenPipeError as error:
         # The reader (`head`, `less`) left. Python flushes stdout once more at exit: give it somewhere to write.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -73,9 +88,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end(error, message, _EXIT_DEFECT, error_file, debug)
 
 
+@contextlib.contextmanager
+def _tidy_end(arguments: Sequence[str]) -> Iterator[None]:
+    """Within it, SIGTERM unwinds the stack; a second one ends the process at once."""
+    single = "RANK" not in os.environ and threading.current_thread() is threading.main_thread()
+    if not arguments or arguments[0] not in _TIDY or not single:
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _end(error: BaseException, message: str, exit_code: int, error_file: Path | None, debug: bool) -> int:
     """Say what went wrong, to the launcher if there is one, else to the user."""
     trace = "".join(traceback.format_exception(error)) if debug else ""
+    message = printable(message)  # it may quote a file
     if error_file is not None:
         from arriero.parallel.launching.report import leave, report_of
 

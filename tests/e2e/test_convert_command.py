@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -71,7 +72,7 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF")
     assert "bad.gguf" in line(str(tmp_path / "bad.gguf"), "--output_dir", str(out))
     assert "'many'" in line(str(tiny), "--output_dir", str(out), "--max_shard_size", "many")
-    assert "no such folder" in line(str(tmp_path / "nowhere"), "--output_dir", str(out))
+    assert "no such file or folder" in line(str(tmp_path / "nowhere"), "--output_dir", str(out))
     gguf = str(tmp_path / "x.gguf")
     assert "needs a name that ends in .gguf" in line(str(tiny), str(out), "--to", "gguf")
     assert "is a file of GGUF" in line(str(tiny), gguf, "--to", "paddle")
@@ -188,3 +189,93 @@ def test_the_bytes_are_copied_where_the_kernel_cannot(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "copy_file_range", refuses)
     assert main(["convert", str(tiny), str(out)]) == 0
     assert (out / "model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
+
+
+PARTS = ("model_state.pdparams", "lora_config.json", "pre_caches.npy", "adapter_model.bin", "tokenizer.json")
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_of_a_model_is_not_overwritten(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny, out = resolve_model("tiny-random-llama", tmp_path / "home"), tmp_path / "out"
+    out.mkdir()
+    (out / name).write_bytes(b"precious")
+    assert main(["convert", str(tiny), str(out)]) == 2
+    assert f"({name}); add --overwrite_output_dir" in capsys.readouterr().err
+    assert [(path.name, path.read_bytes()) for path in out.iterdir()] == [(name, b"precious")]
+
+
+def test_nothing_of_an_earlier_model_stays(tmp_path: Path) -> None:
+    tiny = resolve_model("tiny-random-llama", tmp_path / "home")
+    for to in ("hf", "paddle", "meta"):
+        assert main(["convert", str(tiny), str(tmp_path / to), "--to", to, "--verify", "no"]) == 0
+        (tmp_path / f"{to}-over").mkdir()
+        out = tmp_path / f"{to}-over"
+        for name in (*PARTS, "adapter_config.json", "params.json", "consolidated.00.pth", "chat_template.jinja"):
+            (out / name).write_bytes(b"old")
+        (out / "README.md").write_bytes(b"mine")
+        (out / "adapter_model_notes").mkdir()
+        arguments = ["--to", to, "--verify", "no", "--overwrite_output_dir"]
+        assert main(["convert", str(tiny), str(out), *arguments]) == 0
+        wanted = {path.name for path in (tmp_path / to).iterdir()}
+        assert {path.name for path in out.iterdir()} == wanted | {"README.md", "adapter_model_notes"}
+        assert detect(out).kind == to
+
+
+def test_into_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny, here = resolve_model("tiny-random-llama", tmp_path / "home"), tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    inode = here.stat().st_ino
+    assert main(["convert", str(tiny), "."]) == 0
+    assert detect(here).kind == "hf"
+    assert here.stat().st_ino == inode  # a shell in it still sees it
+    assert main(["convert", str(tiny), ""]) == 2
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_through_a_symbolic_link(exists: bool, tmp_path: Path) -> None:
+    tiny, real = resolve_model("tiny-random-llama", tmp_path / "home"), tmp_path / "real"
+    if exists:
+        real.mkdir()
+    (tmp_path / "link").symlink_to(real, target_is_directory=True)
+    assert main(["convert", str(tiny), str(tmp_path / "link")]) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert detect(real).kind == "hf"
+
+
+def test_a_file_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = resolve_model("tiny-random-llama", tmp_path / "home")
+    (tmp_path / "file").write_text("mine")
+    assert main(["convert", str(tiny), str(tmp_path / "file")]) == 2
+    assert "file is a file, and hf is a folder" in capsys.readouterr().err
+
+
+def test_sigterm_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny, before = resolve_model("tiny-random-llama", tmp_path / "home"), signal.getsignal(signal.SIGTERM)
+
+    def ends(*_: object, **__: object) -> None:
+        assert list(tmp_path.glob(".out.*.tmp"))
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal did not arrive")
+
+    monkeypatch.setattr("arriero.formats.conversion.compare", ends)
+    assert main(["convert", str(tiny), str(tmp_path / "out")]) == 143
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("name", ["absent/dora.gguf", "there/x"])
+def test_a_missing_path_is_no_hub_id(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    assert main(["convert", name, "out"]) == 2
+    assert f"{name}: no such file or folder" in capsys.readouterr().err
+
+
+def test_degrees_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = resolve_model("tiny-random-llama", tmp_path / "home")
+    for to, said in (("paddle", "possible are 1, 2, 4"), ("meta", "possible with --tensor_parallel_degree are 1, 2")):
+        assert main(["convert", str(tiny), str(tmp_path / to), "--to", to, "--tensor_parallel_degree", "3"]) == 2
+        assert said in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import zipfile
 from collections.abc import Callable
@@ -17,7 +18,9 @@ from safetensors.torch import save_file
 from arriero.cli import main
 from arriero.commands.inspect import count_text, size_text
 from arriero.formats.download import resolve_model
+from arriero.formats.paddle.lora import write_paddle_lora
 from arriero.formats.peft import PeftLoraConfig, save_adapter
+from arriero.models.config import LlamaConfig
 
 Look = Callable[..., str]
 PARAMETERS, LAYERS, BYTES = 354_624, 2, 354_624 * 4
@@ -170,6 +173,74 @@ def test_adapters(tmp_path: Path, look: Look) -> None:
     assert "  layers      q_proj\n  base model  some/base\n  parameters  512\n" in lines
 
 
+ADAPTER = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"r": {"a": 1}}, "rank        not a number, alpha 8"),
+        ({"lora_alpha": 10**400}, "rank        4, alpha too large a number"),
+        ({"lora_alpha": float("nan")}, "rank        4, alpha not a number"),
+        ({"r": None}, "rank        not given, alpha 8"),
+        ({"target_modules": 5}, "layers      not a list of names"),
+        ({"target_modules": {}}, "layers      not a list of names"),
+        ({"base_model_name_or_path": ["x"]}, "base model  not a name"),
+        ({"base_model_name_or_path": "a\x9b2Jb"}, "base model  a\\x9b2Jb"),
+    ],
+)
+def test_adapters_with_strange_settings(tmp_path: Path, look: Look, changed: dict[str, object], line: str) -> None:
+    save_file({"x.lora_A.weight": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(ADAPTER | changed))
+    assert f"  {line}\n" in look(tmp_path)
+    text = look(tmp_path, "--json")
+    assert all(character.isprintable() or character == "\n" for character in text)
+    adapter = json.loads(text, parse_constant=pytest.fail)["adapter"]
+    base = changed.get("base_model_name_or_path")
+    assert not isinstance(base, str) or adapter["base"] == base
+
+
+def test_a_prefix_without_tokens(tmp_path: Path, look: Look) -> None:
+    save_file({"prompt_embeddings": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "PREFIX_TUNING"}))
+    assert "  prefix      number of tokens not given\n" in look(tmp_path)
+
+
+def test_expressions_of_single_layers_become_one(folder: Path, tmp_path: Path, look: Look) -> None:
+    """As PaddleNLP has them for an adapter of some of the layers."""
+    config = LlamaConfig.from_file(folder / "hf")
+    state = {f"model.layers.0.self_attn.{kind}_proj.lora_{part}.weight": torch.ones(shape) for kind in "qo"
+             for part, shape in (("A", (4, 64)), ("B", (64, 4)))}  # fmt: skip
+    lora = PeftLoraConfig(4, 8, target_modules=("q_proj", "o_proj"))
+    write_paddle_lora(tmp_path / "paddle", lora, state, config)
+    assert "  layers      o_proj of layers 0, q_proj of layers 0\n" in look(tmp_path / "paddle")
+    path = tmp_path / "paddle" / "lora_config.json"
+    names = [f"llama\\.layers\\.{n}\\.self_attn\\.v_proj" for n in (10, 0, 1, 2, 5)] + [".*up_proj.*"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": names}))
+    assert "  layers      up_proj, v_proj of layers 0-2 and 5 and 10\n" in look(tmp_path / "paddle")
+
+
+def test_weights_of_another_model(folder: Path, tmp_path: Path, look: Look) -> None:
+    for name in ("hf", "paddle", "shards"):
+        shutil.copytree(folder / name, tmp_path / name)
+        path = tmp_path / name / "config.json"
+        assert "do not fit" not in look(tmp_path / name)
+        for changed in ({"intermediate_size": 128}, {"num_hidden_layers": 1}, {"num_hidden_layers": 9999}):
+            path.write_text(json.dumps(json.loads((folder / name / "config.json").read_text()) | changed))
+            line = next(line for line in look(tmp_path / name).splitlines() if "do not fit" in line)
+            assert line.strip().startswith("weights do not fit config.json: ")
+    assert "do not fit" not in look(folder / "x.gguf")
+
+
+def test_a_tokenizer_with_strange_ids(folder: Path, tmp_path: Path, refused: Look) -> None:
+    text = (folder / "hf" / "tokenizer.json").read_text()
+    values = json.loads(text)
+    values["added_tokens"][0]["id"] = 10**400
+    for broken in (json.dumps(values), json.dumps(values).replace(str(10**400), "1e999")):
+        (tmp_path / "tokenizer.json").write_text(broken)
+        assert "is not a tokenizer of the tokenizers library" in refused(tmp_path)
+
+
 def test_a_corpus_by_folder_prefix_and_file(tmp_path: Path, look: Look) -> None:
     np.save(tmp_path / "wiki_ids.npy", np.arange(10, dtype=np.uint16))
     np.savez(tmp_path / "wiki_idx.npz", lens=np.array([4, 6], dtype=np.int32))
@@ -187,6 +258,9 @@ def test_runs_and_checkpoints(folder: Path, tmp_path: Path, look: Look, refused:
     assert "training       step 20 of 100, 12,345 (12.3K) tokens, best metric 0.5" in look(checkpoint)
     assert "HF model folder of a checkpoint" in look(checkpoint)
     assert f"name a checkpoint: {checkpoint}" in refused(tmp_path / "run")
+    for key, value in (("total_steps", [1]), ("best_metric", "bad"), ("step", True), ("tokens", 10**30)):
+        (checkpoint / "trainer_state.json").write_text(json.dumps(state | {key: value}))
+        assert f"{key} must be a" in refused(checkpoint)
     (checkpoint / "trainer_state.json").write_text("[")
     assert "the checkpoint is damaged" in refused(checkpoint)
 
@@ -206,6 +280,11 @@ def test_control_characters_do_not_reach_the_terminal(tmp_path: Path, look: Look
     assert "\x1b" not in text
     assert "\u202e" not in text
     assert "a\\x1b[2J\\u202eb" in text
+
+
+def test_control_characters_in_a_refusal(tmp_path: Path, refused: Look) -> None:
+    path = tmp_path / "a\x1b[2J\x9bb"
+    assert "a\\x1b[2J\\x9bb" in refused(path)
 
 
 HOSTILE = {

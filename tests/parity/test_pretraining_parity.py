@@ -43,7 +43,7 @@ def prepared(folder: Path, *arguments: str) -> tuple[LoadedModel, Trainer, list[
     """The model and the trainer that this command line makes."""
     groups = parse(verb.OPTIONS, [*arguments, "--output_dir", str(folder)], "arriero pretrain")
     names = ("model", "corpus", "optimization", "precision", "parallel", "checkpoint", "logging")
-    options = PretrainOptions(**dict(zip(names, groups, strict=True)))
+    options = PretrainOptions(**dict(zip(names, groups[: len(names)], strict=True)))  # what follows is not the run's
     loaded, optim = load_or_make(options, find_tokenizer(options.model), Processes()), options.optimization
     steps = PretrainingSteps(
         load_data(options, loaded.tokenizer, 1)["train"],

@@ -322,6 +322,11 @@ def count(value: int) -> bytes:
     return b"J" + struct.pack("<i", value)
 
 
+def doubled(times: int) -> bytes:
+    """Twice the value on the stack, and twice that, and so on."""
+    return b"".join(b"q%ch%c\x86" % (level, level) for level in range(times))
+
+
 SHAPE = b"(" + count(2) + count(3) + b"t"
 STRIDE = b"(" + count(3) + count(1) + b"t"
 TEXT = b"X\x01\x00\x00\x00"
@@ -340,15 +345,29 @@ PICKLES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "more strides": (lambda code: code.replace(STRIDE, b"(" + count(3) * 3 + b"t"), "corrupt"),
     "a huge number": (
         lambda code: code.replace(SHAPE, b"(\x8a\xff" + b"\x7f" * 255 + count(3) + b"t"),
-        "number of 255 bytes",
+        "an integer of 255 bytes",
     ),
-    "twice the same name": (lambda code: code.replace(TEXT + b"b", TEXT + b"a"), "'a' twice"),
+    "twice the same name": (lambda code: code.replace(TEXT + b"b", TEXT + b"a"), "'a' appears twice"),
     "nested for ever": (lambda _: b"\x80\x02)" + b"\x85" * 300_000 + b".", "containers"),
     "nested as a name": (lambda _: b"\x80\x02})" + b"\x85" * 1000 + b"Ns.", "corrupt"),
-    "doubled again and again": (lambda _: b"\x80\x02)" + b"q\x00h\x00\x86" * 20_000 + b".", "no state dict"),
-    "a list in itself": (lambda _: b"\x80\x02]q\x00h\x00a.", "no state dict"),
+    "doubled again and again": (lambda _: b"\x80\x02)" + doubled(15) + b".", "the same values again and again"),
+    "doubled without end": (lambda _: b"\x80\x02)" + doubled(255) + b".", "more than 16 deep"),
+    "remembered twice": (lambda _: b"\x80\x02)q\x00q\x00.", "overwrites a value that it remembered"),
+    "a list in itself": (lambda _: b"\x80\x02]q\x00h\x00a.", "more than 16 deep"),
     "a long text": (lambda _: b"\x80\x02X\xff\xff\xff\xff.", "corrupt"),
-    "marks alone": (lambda _: b"\x80\x02" + b"(" * 10**5 + b"t.", "no state dict"),
+    "marks alone": (lambda _: b"\x80\x02" + b"(" * 10**5 + b"t.", "thousands of values on the stack"),
+    "values on the stack": (lambda _: b"\x80\x02" + b"N" * 10**5 + b".", "thousands of values on the stack"),
+    "a value below a mark": (lambda _: b"\x80\x02}(u\x85(\x85.", "a value is missing"),
+    "two values": (lambda code: code[:-1] + b"N.", "in the middle of a value"),
+    "something behind the end": (lambda code: code + b"N.", "2 bytes follow its end"),
+    "opcodes without end": (lambda _: b"\x80\x02]" + b"Na" * 2**18 + b".", "pickle opcodes"),
+    "a name as a value": (lambda code: code[:-2] + TEXT + b"cctorch\nFloatStorage\nu.", "a name or a half-made"),
+    "a text that is none": (lambda code: code.replace(TEXT + b"b", TEXT + b"\xff"), "not UTF-8"),
+    "a key that is none": (lambda code: code.replace(TEXT + b"b", b"N"), "a key that is neither"),
+    "a call of what is no function": (lambda code: code[:-1] + b")R.", "no function"),
+    "a state for what has none": (lambda _: b"\x80\x02]}b.", "sets the state of an object"),
+    "no protocol": (lambda code: code[2:], "does not begin as one"),
+    "the protocol again": (lambda code: code[:2] + code, "opcode 0x80"),
     "nothing on the stack": (lambda _: b"\x80\x02R.", "corrupt"),
     "no end": (lambda _: b"\x80\x02}", "corrupt"),
     "an instance": (lambda _: b"\x80\x02(S'ls'\nios\nsystem\n.", "instruction"),

@@ -17,8 +17,8 @@ from hypothesis import example, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from arriero.errors import FormatError  # noqa: E402
+from arriero.formats.paddle.pdparams_pickle import PdParamsPickle  # noqa: E402
 from arriero.formats.paddle.pdparams_reader import read_pdparams  # noqa: E402
-from arriero.formats.paddle.pickle_machine import _ACTIONS  # noqa: E402
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "paddle"
 HONEST = [path.read_bytes() for path in sorted(FIXTURES.glob("*.pdparams.bin"))]
@@ -130,7 +130,7 @@ def mutated(draw: st.DrawFn) -> bytes:
     return bytes(content)
 
 
-ACTIONS = [bytes([code]) for code in _ACTIONS]
+ACTIONS = [bytes([code]) for code in PdParamsPickle.actions]
 OPERANDS = st.one_of(st.just(b""), st.binary(max_size=2), st.sampled_from([b"\x01\x00\x00\x00", b"numpy\nndarray\n"]))
 PROGRAM = st.lists(st.tuples(st.sampled_from(ACTIONS), OPERANDS).map(b"".join), max_size=60).map(b"".join)
 

@@ -12,8 +12,9 @@ import torch
 
 from arriero.errors import ArrieroError, ConfigError, FormatError
 from arriero.formats import wheel_model
-from arriero.formats.download import default_cache_dir, fetch_model, resolve_model
+from arriero.formats.download import _choose, default_cache_dir, fetch_model, resolve_model
 from arriero.formats.hf import load_model
+from arriero.formats.hub_files import HubFile
 from arriero.formats.receipt import RECEIPT, is_complete, write_receipt
 
 
@@ -233,3 +234,11 @@ def test_pip_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         resolve_model("smollm2-135m-instruct", tmp_path)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("weights", ["pre_caches.npy", "prefix_model_state.pdparams"])
+def test_a_repository_of_a_paddle_prefix(weights: str) -> None:
+    files = [HubFile(name, 10, None, xet=False) for name in ("prefix_config.json", weights)]
+    assert _choose("owner/name", files)[0] == "Paddle"
+    with pytest.raises(FormatError, match=r"has no config\.json"):
+        _choose("owner/name", files[1:])

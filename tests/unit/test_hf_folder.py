@@ -338,7 +338,7 @@ def test_real_full_disk(tmp_path: Path) -> None:
 
 def test_target_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "m").write_text("x")
-    with pytest.raises(FormatError, match="not a folder"):
+    with pytest.raises(FormatError, match="is a file, and a folder"):
         save_model(make(), CONFIG, tmp_path / "m")
 
 

@@ -132,7 +132,7 @@ def test_from_options() -> None:
         ({"wsd_decay_ratio": 1.5}, "--wsd_decay_ratio is 1.5"),
         ({"wsd_decay_shape": "steep"}, "--wsd_decay_shape is 'steep'"),
         ({"lr_power": 0.0}, "--lr_power is 0"),
-        ({"optim": "sgd"}, "--optim is 'sgd'"),
+        ({"optim": "adafactor"}, "--optim is 'adafactor'"),
         ({"muon_momentum": 1.0}, "--muon_momentum is 1"),
         (
             {"lr_scheduler_type": "wsd", "warmup_ratio": 0.5, "wsd_decay_ratio": 0.6},

@@ -94,6 +94,9 @@ def run(options: ConvertOptions) -> int:
     from arriero.formats.download import resolve_model
     from arriero.formats.safe_tensors import parse_size
 
+    for name in ("model_name_or_path", "output_dir"):
+        if not getattr(options, name).strip():
+            raise ConfigError(f"--{name} is empty; . is the folder you are in")
     size = parse_size(options.max_shard_size)
     output = Path(options.output_dir).expanduser()
     to = {"model": "hf", "peft": "hf"}.get(options.to, options.to)
@@ -151,6 +154,8 @@ def _without_effect(options: ConvertOptions, to: str, *, adapter: bool) -> Itera
 
 def _check_output(source: Path, output: Path, to: str, *, overwrite: bool) -> None:
     """Raises ConfigError for an output that is the input, holds a model already, or is not what the format needs."""
+    from arriero.formats.opening import MODEL_FILES
+
     if source.exists() and output.exists() and source.resolve() == output.resolve():
         raise ConfigError(f"--output_dir {output} is the input itself; choose another place")
     is_file = output.suffix.lower() == ".gguf"
@@ -159,10 +164,17 @@ def _check_output(source: Path, output: Path, to: str, *, overwrite: bool) -> No
         raise ConfigError(f"--output_dir {output} {end}")
     if not overwrite and is_file and output.exists():
         raise ConfigError(f"--output_dir {output} is there already; add --overwrite_output_dir to replace it")
-    if not overwrite and any(
-        (output / name).exists() for name in ("config.json", "params.json", "adapter_config.json")
-    ):
-        raise ConfigError(f"--output_dir {output} holds a model already; add --overwrite_output_dir to replace it")
+    if output.is_file() and not is_file:
+        raise ConfigError(f"--output_dir {output} is a file, and {to} is a folder; choose another place")
+    if overwrite or is_file or not output.is_dir():
+        return
+    files = (path for pattern in MODEL_FILES for path in sorted(output.glob(pattern)) if not path.is_dir())
+    held = next((path.name for path in files), None)
+    if held is not None:  # and would be replaced or deleted
+        raise ConfigError(
+            f"--output_dir {output} holds a model already, or a part of one ({held}); "
+            "add --overwrite_output_dir to replace it"
+        )
 
 
 def _writing(options: ConvertOptions, to: str, size: int, found: Found) -> Writing:
@@ -242,11 +254,13 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
 def _convert_trained(options: ConvertOptions, source: Path, output: Path, size: int, cache_dir: Path | None) -> int:
     """Round and pack the weights of a run with quantization-aware training."""
     from arriero.engine.qat import convert_trained
+    from arriero.formats.conversion import staged_output
 
     if not source.is_dir():
         raise ConfigError(f"{source} is a file: --to quantized takes the folder of a run of finetune --qat")
     dtype = None if options.dtype == "auto" else options.dtype
-    settings = convert_trained(source, output, cache_dir=cache_dir, max_shard_size=size, dtype=dtype)
+    with staged_output(output, is_file=False) as place:
+        settings = convert_trained(source, place, cache_dir=cache_dir, max_shard_size=size, dtype=dtype)
     print(f"{settings}; embedding and output head stay as they are", file=sys.stderr)
     print(output)
     return 0

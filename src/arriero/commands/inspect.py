@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arriero.commands.terminal import printable
 from arriero.config.option import REQUIRED, OptionGroup, option
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ HELP = "Tell what a model, adapter, tokenizer, corpus or file of tensors is, fro
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 _COUNTS = ("", "K", "M", "B", "T")
+_SHOWN = 20
 
 
 @dataclass(kw_only=True)
@@ -46,17 +48,14 @@ def run(options: InspectOptions) -> int:
 
     found = inspect(_path(options))
     if options.json:
-        print(json.dumps(as_json(found, tensors=options.tensors), indent=2, ensure_ascii=False))
+        print(json_text(as_json(found, tensors=options.tensors)))
         return 0
-    print(found.path)
     rows = [("what", found.what), *_rows(found)]
     width = max(len(label) for label, _ in rows)
-    for label, text in rows:
-        print(f"  {label:<{width}}  {printable(text)}")
+    lines = [printable(str(found.path)), *(f"  {label:<{width}}  {printable(text)}" for label, text in rows)]
     if options.tensors:
-        print()
-        for line in _table(found.tensors):
-            print(f"  {line}")
+        lines += ["", *(f"  {line}" for line in _table(found.tensors))]
+    print("\n".join(lines))
     return 0
 
 
@@ -90,9 +89,10 @@ def count_text(count: int) -> str:
     return f"{count:,}" if unit == 0 else f"{count:,} ({value:.3g}{_COUNTS[unit]})"
 
 
-def printable(text: str) -> str:
-    """Text of a stranger's file without what would steer a terminal."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+def json_text(values: Mapping[str, Any]) -> str:
+    """JSON in UTF-8, in which every character that would steer a terminal is an escape."""
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
@@ -103,6 +103,8 @@ def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
     yield from _adapter_rows(facts)
     if "parameters" in facts:
         yield "parameters", count_text(facts["parameters"])
+    if "misfit" in facts:
+        yield "", facts["misfit"]
     yield from _weight_rows(facts)
     yield from _shape_rows(facts)
     yield from _tokenizer_rows(facts)
@@ -120,14 +122,42 @@ def _adapter_rows(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         return
     yield "method", str(adapter["method"])
     if "tokens" in adapter:
-        yield "prefix", f"{adapter['tokens']} tokens" + (", made by a network" if adapter["projection"] else "")
+        tokens = adapter["tokens"]
+        length = f"{tokens:,} tokens" if isinstance(tokens, int) else f"number of tokens {_number(tokens)}"
+        yield "prefix", length + (", made by a network" if adapter["projection"] else "")
     else:
         ranks = adapter["rank"] if isinstance(adapter["rank"], list) else [adapter["rank"]]
-        yield "rank", f"{', '.join(map(str, ranks))}, alpha {_number(adapter['alpha'])}"
+        yield "rank", f"{', '.join(map(_number, ranks))}, alpha {_number(adapter['alpha'])}"
         targets = adapter["targets"]
-        yield "layers", targets if isinstance(targets, str) else ", ".join(targets)
+        yield "layers", targets if isinstance(targets, str) else _targets(targets)
     if adapter.get("base"):
-        yield "base model", str(adapter["base"])
+        yield "base model", adapter["base"]
+
+
+def _targets(names: Sequence[str]) -> str:
+    """Names of layers or expressions for them; those that differ in the number of the layer alone become one."""
+    layers: dict[str, list[int]] = {}
+    for name in names:
+        parts = name.replace("\\.", ".").removeprefix(".*").removesuffix(".*").split(".")
+        at = parts.index("layers") + 1 if "layers" in parts[:-2] else 0
+        if at and parts[at].isdecimal() and len(parts[at]) < 6:
+            layers.setdefault(parts[-1], []).append(int(parts[at]))
+        else:
+            layers.setdefault(".".join(parts), [])
+    shown = [kind + (f" of layers {_ranges(numbers)}" if numbers else "") for kind, numbers in sorted(layers.items())]
+    rest = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+    return (", ".join(shown[:_SHOWN]) + rest) or "not given"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2 and 5"."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return " and ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
 
 
 def _weight_rows(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -195,7 +225,7 @@ def _training_rows(training: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "checkpoints", ", ".join(names) if names else "none kept"
     if "step" in training:
         total = f" of {training['total_steps']:,}" if training.get("total_steps") else ""
-        text = f"step {training['step']:,}{total}"
+        text = f"step {_number(training['step'])}{total}"
         if training.get("tokens"):
             text += f", {count_text(training['tokens'])} tokens"
         if training.get("best_metric") is not None:
@@ -206,7 +236,9 @@ def _training_rows(training: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _number(value: Any) -> str:
-    """10000.0 -> "10,000"; anything that is no number as it is."""
+    """10000.0 -> "10,000"; words that stand for a number as they are."""
+    if value is None:
+        return "not given"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)[:40]
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:g}"

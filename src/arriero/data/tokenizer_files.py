@@ -168,8 +168,8 @@ def _added_tokens(folder: Path, config: dict[str, Any], replaced: Mapping[str, b
         raise FormatError(f"{path}: added_tokens_decoder must be an object of id -> token")
     for key, value in decoder.items():
         token = _token(value, path, f"added_tokens_decoder[{key}]")
-        if not key.isdecimal() or token is None:
-            raise FormatError(f"{path}: added_tokens_decoder[{key}] must be a token under a whole number")
+        if not key.isdecimal() or len(key) > 10 or token is None:
+            raise FormatError(f"{path}: added_tokens_decoder[{key[:40]}] must be a token under a whole number")
         added[int(key)] = token
     return dict(sorted(added.items()))
 

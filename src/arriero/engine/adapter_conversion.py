@@ -57,16 +57,18 @@ def convert_adapter(
         ConfigError: the format has no such adapter, or needs the base model and nothing names it.
         FormatError: the adapter is broken or not for this base, the format cannot hold it, or it cannot be written.
     """
-    _check_target(found, to, tensor_parallel_degree)
+    _check_target(found, to, dtype, tensor_parallel_degree)
     if found.kind.endswith("lora"):
         return _convert_lora(found, output, to, _Base(base_model, cache_dir), dtype, tensor_parallel_degree)
     return _convert_prefix(found, output, to, _Base(base_model, cache_dir), dtype, tensor_parallel_degree)
 
 
-def _check_target(found: Found, to: str, tp: int) -> None:
-    if to == found.format and not (to == "paddle" and tp > 1):
+def _check_target(found: Found, to: str, dtype: torch.dtype | None, tp: int) -> None:
+    parts = len(list(found.path.glob("*_model_state.tp*.pdparams"))) if found.format == "paddle" else 1
+    changes = (dtype is not None and to != "gguf") or (to == "paddle" and (tp > 1 or parts > 1))
+    if to == found.format and not changes:
         raise ConfigError(
-            f"{found.path}: is a {found.name} already; say --to paddle, gguf or hf, whichever it is to become"
+            f"{found.path}: is a {found.name} already; say --to paddle, gguf or hf, whichever it is to become, or --dtype"
         )
     if to == "meta":
         raise ConfigError(
@@ -143,12 +145,37 @@ def _convert_lora(found: Found, output: Path, to: str, base: _Base, dtype: torch
         else:
             write_paddle_lora(place, config, state, model, tp)
         again, written = _read_lora(to, place, model)
-        text = _compare(state, written, place)
-        for layer in {name.rpartition(".lora_")[0] for name in state if ".lora_A." in name}:
-            wanted, strength = _strength(config, layer), _strength(again, layer)
-            if not math.isclose(wanted, strength, rel_tol=1e-6):
-                raise FormatError(f"{place}: the scale of {layer} is {strength:g}, the original's is {wanted:g}")
+        text = _compare_lora((config, state), (again, written), place)
     return f"rank {config.r}; {text}"
+
+
+def _compare_lora(wanted: Lora, found: Lora, place: Path) -> str:
+    """Raises FormatError unless two adapters change each layer alike.
+
+    Where the format has one scale for all layers, what a layer's own differs by is multiplied into its B.
+    """
+    scales = {name: (_strength(wanted[0], layer), _strength(found[0], layer)) for name, layer in _layers_of(wanted[1])}
+    folded = {name: pair for name, pair in scales.items() if not math.isclose(*pair, rel_tol=1e-6)}
+    text = _compare(
+        {name: tensor for name, tensor in wanted[1].items() if name not in folded},
+        {name: tensor for name, tensor in found[1].items() if name not in folded},
+        place,
+    )
+    for name, (scale, other) in folded.items():
+        before, after = wanted[1][name], found[1].get(name)
+        apart = math.inf
+        if after is not None and after.shape == before.shape:
+            apart = relative_difference(before.double() * scale, after.double() * other)
+        if not apart <= torch.finfo(torch.float32).eps:
+            raise FormatError(
+                f"{place}: {name} times its scale differs from the original by {apart:.1e}: do not use this adapter"
+            )
+    return f"{text}, {len(folded)} with another scale but the same product" if folded else text
+
+
+def _layers_of(state: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """The name of each B, and of its layer."""
+    return [(name, name.rpartition(".lora_")[0]) for name in state if ".lora_B." in name]
 
 
 def _strength(config: PeftLoraConfig, layer: str) -> float:

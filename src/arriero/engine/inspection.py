@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 from arriero.data.corpus.found import find_corpora
 from arriero.data.corpus.token_files import SUFFIXES, corpus_kinds, open_corpus
 from arriero.data.tokenizer_files import SMALL_FILE_LIMIT, VOCABULARY_FILE_LIMIT, read_bounded, read_tokenizer_files
+from arriero.engine.adapter_facts import LARGEST, adapter_facts
+from arriero.engine.weight_fit import misfit
 from arriero.errors import FormatError
 from arriero.formats.detection import MODELS, Found, detect
 from arriero.formats.shared_files import natural_order
@@ -18,6 +22,7 @@ from arriero.formats.stored_tensors import StoredTensor, stored_tensors, tensors
 from arriero.models.config import LlamaConfig
 
 _NAMED = ("bos", "eos", "pad", "unk")
+_REASON = 400  # characters of a message that becomes a row
 
 
 @dataclass(frozen=True)
@@ -99,10 +104,20 @@ def _weights(tensors: list[StoredTensor]) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    """A value that a reader did not expect, such as a number that no float holds, as a broken file."""
+    try:
+        yield
+    except (OverflowError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{path}: holds a value that cannot be read ({str(error)[:120]}); fetch it again") from error
+
+
 def _model(found: Found, tensors: list[StoredTensor]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     try:
-        config = _config(found)
+        with _refused(found.path):
+            config = _config(found)
     except FormatError as error:
         facts |= _foreign(found.path, str(error))
         config = None
@@ -112,6 +127,11 @@ def _model(found: Found, tensors: list[StoredTensor]) -> dict[str, Any]:
             "parameters": config.num_parameters(),
             **_shape(config),
         }
+        with _refused(found.path):
+            reason = misfit(found, config, tensors)
+        if reason is not None:
+            source = "the metadata" if found.kind == "gguf" else "config.json"
+            facts |= {"misfit": f"weights do not fit {source}: {reason[:_REASON]}"}
     elif found.kind == "meta":
         facts |= _meta(found.path, tensors)
     if found.kind == "gguf":
@@ -142,7 +162,7 @@ def _config(found: Found) -> LlamaConfig | None:
 
 def _foreign(path: Path, reason: str) -> dict[str, Any]:
     """Of a model that is not read here: what its configuration calls it."""
-    names = []
+    names: list[Any] = []
     if path.is_dir() and (path / "config.json").is_file():
         try:
             values = json.loads(read_bounded(path / "config.json", SMALL_FILE_LIMIT))
@@ -150,11 +170,15 @@ def _foreign(path: Path, reason: str) -> dict[str, Any]:
             values = None
         if isinstance(values, dict):
             listed = values.get("architectures")
-            names = [str(name) for name in listed] if isinstance(listed, list) else [str(values.get("model_type"))]
-    return {"architecture": ", ".join(names)[:200] or "unknown", "not_supported": reason}
+            names = [*listed] if isinstance(listed, list) else [values.get("model_type")]
+    words = ", ".join(name[:200] for name in names if isinstance(name, str))
+    return {"architecture": words[:200] or "unknown", "not_supported": reason[:_REASON]}
 
 
 def _shape(config: LlamaConfig) -> dict[str, Any]:
+    scaling = {
+        key: value for key, value in (config.rope_scaling or {}).items() if isinstance(value, str | bool | int | float)
+    }
     windows = {config.layer_sliding_window(layer) for layer in range(config.num_hidden_layers)}
     return {
         "layers": config.num_hidden_layers,
@@ -172,7 +196,7 @@ def _shape(config: LlamaConfig) -> dict[str, Any]:
             "qk_norm": config.qk_norm,
         },
         "context": config.max_position_embeddings,
-        "rope": {"theta": config.rope_theta, "scaling": config.rope_scaling},
+        "rope": {"theta": config.rope_theta, "scaling": scaling or None},
         "vocabulary": config.vocab_size,
         "tied_head": config.tie_word_embeddings,
     }
@@ -215,7 +239,7 @@ def _quantization(settings: Any) -> str:
     if not isinstance(settings, Mapping):
         return "unknown"
     words = [settings.get("quant_method"), settings.get("format"), settings.get("bnb_4bit_quant_type")]
-    return ", ".join(str(word)[:60] for word in words if word)
+    return ", ".join(word[:60] for word in words if isinstance(word, str)) or "unknown"
 
 
 def _gguf_facts(path: Path) -> dict[str, Any]:
@@ -249,7 +273,8 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
         path = folder / name
         if path.is_file():
             kind, tokens, ids = read(path)
-            files = read_tokenizer_files(folder)
+            with _refused(folder):
+                files = read_tokenizer_files(folder)
             named = {role: files.named.get(f"{role}_token") for role in _NAMED}
             special = {
                 role: {"id": ids.get(token.content), "text": token.content[:100]}
@@ -267,7 +292,11 @@ def _json_tokenizer(path: Path) -> tuple[str, int, dict[str, int]]:
         model, added = values["model"], values.get("added_tokens") or []
         vocabulary = model["vocab"]
         ids = dict(vocabulary) if isinstance(vocabulary, dict) else {v[0]: i for i, v in enumerate(vocabulary)}
-        ids |= {str(token["content"]): int(token["id"]) for token in added}
+        ids |= {token["content"]: token["id"] for token in added}
+        if not all(
+            type(index) is int and 0 <= index < 2**31 and isinstance(token, str) for token, index in ids.items()
+        ):
+            raise TypeError("a token is a string with a whole number")
         byte_level = "ByteLevel" in json.dumps([values.get("pre_tokenizer"), values.get("decoder")])
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise FormatError(f"{path}: is not a tokenizer of the tokenizers library; fetch it again") from error
@@ -298,46 +327,8 @@ _TOKENIZERS: tuple[tuple[str, Callable[[Path], tuple[str, int, dict[str, int]]]]
 
 
 def _adapter(found: Found, tensors: list[StoredTensor]) -> dict[str, Any]:
-    facts: dict[str, Any] = {"parameters": sum(tensor.numbers for tensor in tensors), **_weights(tensors)}
-    if found.kind == "gguf-lora":
-        from arriero.formats.gguf.file import GGUFFile
-
-        with GGUFFile(found.path) as file:
-            alpha = file.metadata.get("adapter.lora.alpha")
-        ranks = sorted({tensor.shape[0] for tensor in tensors if tensor.name.endswith(".lora_a")})
-        layers = {tensor.name.rpartition(".weight.")[0].rpartition(".")[2] for tensor in tensors}
-        return {"adapter": {"method": "LoRA", "rank": ranks, "alpha": alpha, "targets": sorted(layers)}} | facts
-    names = {"paddle-lora": "lora_config.json", "paddle-prefix": "prefix_config.json"}
-    path = found.path / names.get(found.kind, "adapter_config.json")
-    try:
-        values = json.loads(read_bounded(path, SMALL_FILE_LIMIT)) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: is not valid JSON; fetch it again") from error
-    if not isinstance(values, dict):
-        raise FormatError(f"{path}: must hold a JSON object, got {type(values).__name__}")
-    return {"adapter": _adapter_facts(found, values)} | facts
-
-
-def _adapter_facts(found: Found, values: Mapping[str, Any]) -> dict[str, Any]:
-    base = values.get("base_model_name_or_path")
-    if found.kind.endswith("prefix"):
-        return {
-            "method": "prefix tuning",
-            "tokens": values.get("num_virtual_tokens", values.get("num_prefix_tokens")),
-            "projection": bool(values.get("prefix_projection", False)),
-            "base": base,
-        }
-    words = [
-        word for key, word in (("use_rslora", "rank-stabilised"), ("rslora", "rank-stabilised")) if values.get(key)
-    ]
-    targets = values.get("target_modules")
-    return {
-        "method": " ".join([*words, "DoRA" if values.get("use_dora") else "LoRA"]),
-        "rank": values.get("r"),
-        "alpha": values.get("lora_alpha"),
-        "targets": targets if isinstance(targets, str) else sorted(map(str, targets or [])),
-        "base": base,
-    }
+    parameters = sum(tensor.numbers for tensor in tensors)
+    return {"adapter": adapter_facts(found, tensors), "parameters": parameters, **_weights(tensors)}
 
 
 def _training(found: Found) -> dict[str, Any]:
@@ -354,21 +345,42 @@ def _training(found: Found) -> dict[str, Any]:
         raise FormatError(f"{path}: is not valid JSON; the checkpoint is damaged") from error
     if not isinstance(state, dict):
         raise FormatError(f"{path}: must hold a JSON object; the checkpoint is damaged")
+    for key, kind, words in _STATE:
+        value = state.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind) or abs(value) > LARGEST):
+            raise FormatError(f"{path}: {key} must be {words}; the checkpoint is damaged")
     optimizer = [file for file in (found.path / "optimizer").glob("*") if file.is_file()]
     return {
         "training": {
-            **{key: state.get(key) for key in ("step", "total_steps", "tokens", "seconds", "best_metric")},
+            **{key: state.get(key) for key, _, _ in _STATE},
             "optimizer_bytes": sum(file.stat().st_size for file in optimizer),
         }
     }
 
 
+_STATE: tuple[tuple[str, Any, str], ...] = (
+    ("step", int, "a whole number"),
+    ("total_steps", int, "a whole number"),
+    ("tokens", int, "a whole number"),
+    ("seconds", int | float, "a number"),
+    ("best_metric", int | float, "a number"),
+)
+
+
 def as_json(inspection: Inspection, *, tensors: bool) -> dict[str, Any]:
-    """All of it as plain values.
+    """All of it as plain values; a number that JSON does not have (NaN, infinity) is a word.
 
     Args:
         tensors: with the list of them.
     """
     listed = [{**asdict(tensor), "file": tensor.file.name} for tensor in inspection.tensors]
     result: dict[str, Any] = {"path": str(inspection.path), "what": inspection.what, **inspection.facts}
-    return result | ({"tensors": listed} if tensors else {})
+    return dict(_finite(result)) | ({"tensors": listed} if tensors else {})
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

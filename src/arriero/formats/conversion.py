@@ -12,7 +12,7 @@ from pathlib import Path
 
 from arriero.errors import FormatError
 from arriero.formats.detection import Found, detect
-from arriero.formats.opening import WEIGHTS, Writing, open_model, write_model
+from arriero.formats.opening import MODEL_FILES, Writing, open_model, write_model
 from arriero.formats.staging import staged_folder, sync_file, write_error
 from arriero.formats.verification import Comparison, compare
 from arriero.models.config import LlamaConfig
@@ -91,8 +91,8 @@ def staged_output(output: Path, *, is_file: bool) -> Iterator[Path]:
             with _staged_file(output) as place:
                 yield place
         else:
-            with staged_folder(output, replaces=WEIGHTS) as staging:
-                place = staging / output.name
+            with staged_folder(output, replaces=MODEL_FILES) as staging:
+                place = staging / Path(os.path.realpath(output)).name
                 yield place
                 for path in sorted(place.iterdir()):
                     path.rename(staging / path.name)

@@ -32,6 +32,7 @@ HUB_IGNORED = ["*/*", "consolidated*.safetensors*"]
 # All that a tokenizer needs: a corpus is made without the weights.
 HUB_TOKENIZER_FILES = ["tokenizer*", "*.model", "*.jinja", "added_tokens.json", "special_tokens_map.json"]
 HUB_TOKENIZER_FILES += ["config.json", "generation_config.json", "LICEN[CS]E*"]
+_FILE_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pth", ".pdparams", ".json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 Report = Callable[[str], None]
@@ -62,11 +63,25 @@ def resolve_model(name_or_path: str | Path, cache_dir: Path | None = None, repor
     path = Path(os.path.expanduser(name_or_path))  # unlike Path.expanduser, lets an unknown ~user pass
     if path.is_dir():
         return path
+    if is_missing_path(name_or_path):
+        taken = (
+            f" (a folder {path.parent} is here, so this is taken for no Hub id)" if _HUB_ID.fullmatch(str(path)) else ""
+        )
+        raise FormatError(f"{path}: no such file or folder{taken if path.parent.is_dir() else ''}")
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             raise FormatError(f"{path}: is a GGUF file; first run `arriero convert {path} --output_dir FOLDER`")
         raise FormatError(f"{path}: is a file; a model is a folder with config.json and safetensors weights")
     return fetch_model(str(name_or_path), cache_dir=cache_dir, report=report)
+
+
+def is_missing_path(name_or_path: str | Path) -> bool:
+    """Whether a name that nothing is at means a file or folder, though it could be a Hub id by its form."""
+    path = Path(os.path.expanduser(name_or_path))
+    if path.exists() or match_preset(str(name_or_path).strip()) is not None:
+        return False
+    in_a_folder = len(path.parts) > 1 and path.parent.is_dir()
+    return in_a_folder or path.suffix.lower() in _FILE_SUFFIXES
 
 
 def resolve_tokenizer(name_or_path: str | Path, cache_dir: Path | None = None, report: Report = _to_stderr) -> Path:
@@ -78,7 +93,7 @@ def resolve_tokenizer(name_or_path: str | Path, cache_dir: Path | None = None, r
     path = Path(os.path.expanduser(name_or_path))
     name = str(name_or_path).strip()
     preset = match_preset(name)
-    if path.exists() or (preset is None and not _HUB_ID.fullmatch(name)):
+    if path.exists() or is_missing_path(name) or (preset is None and not _HUB_ID.fullmatch(name)):
         return resolve_model(name_or_path, cache_dir, report)
     hub_id = name if preset is None else preset.hub_id
     if hub_id is None or (preset is not None and preset.name == wheel_model.PRESET and name.lower() != hub_id.lower()):
@@ -100,7 +115,7 @@ def model_config(name_or_path: str | Path, cache_dir: Path | None = None) -> Lla
     preset = match_preset(name)
     if preset is not None and not path.exists():
         return preset.config
-    if path.exists() or not _HUB_ID.fullmatch(name):
+    if path.exists() or is_missing_path(name) or not _HUB_ID.fullmatch(name):
         return LlamaConfig.from_file(resolve_model(name_or_path, cache_dir))  # which says what is wrong with it
     shared = cache_dir is None and "ARRIERO_HOME" not in os.environ
     cache = None if shared else (cache_dir or default_cache_dir()) / "hub"
@@ -196,7 +211,9 @@ def _choose(hub_id: str, files: list[HubFile]) -> tuple[str, list[str]]:
     names = [file.path for file in files if not any(fnmatchcase(file.path, pattern) for pattern in HUB_IGNORED)]
     for kind, patterns in HUB_WEIGHTS.items():
         if any(fnmatchcase(name, pattern) for name in names for pattern in patterns):
-            if not {"config.json", "params.json", ADAPTER_CONFIG, "lora_config.json"} & set(names):
+            if not {"config.json", "params.json", ADAPTER_CONFIG, "lora_config.json", "prefix_config.json"} & set(
+                names
+            ):
                 raise FormatError(f"{hub_id}: has no config.json; this is not a model that can be read")
             return kind, HUB_FILES + patterns
     gguf = sorted((file for file in files if file.path.lower().endswith(".gguf")), key=lambda file: file.path)

@@ -12,8 +12,7 @@ from torch import Tensor
 from arriero.errors import FormatError
 from arriero.formats.hf import check_state, open_state, save_model
 from arriero.formats.quantized import is_quantized, plain
-from arriero.formats.safe_tensors import FileTensor, LazyTensor, weight_files
-from arriero.formats.safetensors_header import read_entries
+from arriero.formats.safe_tensors import FileTensor, LazyTensor
 from arriero.formats.shared_files import PartReader
 from arriero.formats.side_files import read_side_files
 from arriero.formats.source import ModelSource
@@ -47,16 +46,11 @@ def open_hf(folder: str | Path) -> ModelSource:
 
 def _file_tensors(folder: Path, config: LlamaConfig) -> dict[str, FileTensor]:
     """The tensors of plain weight files, each where it lies."""
-    found: dict[str, FileTensor] = {}
-    for path in weight_files(folder):
-        reader = PartReader(path)  # whose library checks the header
-        entries = read_entries(path)
-        for name, shape in reader.shapes.items():
-            if name in found:
-                raise FormatError(
-                    f"{path}: holds {name}, which {found[name].path.name} holds too; fetch the model again"
-                )
-            found[name] = FileTensor(shape, reader.dtype(name), partial(reader.read, name), path, entries[name][2])
+    reader = PartReader(folder)
+    found = {
+        name: FileTensor(shape, reader.dtype(name), partial(reader.read, name), *reader.place(name))
+        for name, shape in reader.shapes.items()
+    }
     check_state(config, {name: tensor.shape for name, tensor in found.items()}, str(folder))
     for name in weight_shapes(config):
         if found[name].dtype not in _DTYPES:

@@ -12,6 +12,7 @@ import torch
 
 from arriero.errors import FormatError
 from arriero.formats.detection import MODELS, NAMES, Found, Kind
+from arriero.formats.side_files import TOKENIZER_SIDE_FILES
 from arriero.formats.source import ModelSource
 
 _READERS: dict[Kind, tuple[str, str]] = {
@@ -28,8 +29,9 @@ _WRITERS = {
     "paddle": ("arriero.formats.paddle.writer", "write_paddle"),
     "meta": ("arriero.formats.meta.writer", "write_meta"),
 }
-# What a new model makes obsolete in a folder that held one of any format.
-WEIGHTS = (
+# What of a model or adapter of any format, tokenizer included, a new one in its folder makes obsolete. Licences stay.
+MODEL_FILES = (
+    "config.json",
     "model.safetensors",
     "model-*-of-*.safetensors",
     "model.safetensors.index.json",
@@ -39,6 +41,17 @@ WEIGHTS = (
     "model_state*.pdparams.index.json",
     "consolidated.*.pth",
     "params.json",
+    "adapter_config.json",
+    "adapter_model*",
+    "prefix_encoder.safetensors",
+    "lora_config.json",
+    "lora_model_state*.pdparams",
+    "prefix_config.json",
+    "prefix_model_state*.pdparams",
+    "pre_caches.npy",
+    "peft_model*.safetensors",
+    "peft_model.safetensors.index.json",
+    *TOKENIZER_SIDE_FILES,
 )
 _GGUF_KINDS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f32"}
 _GGUF_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}

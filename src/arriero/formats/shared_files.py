@@ -25,6 +25,7 @@ from torch import Tensor
 
 from arriero.errors import FormatError
 from arriero.formats.box_writing import placement_of, write_at, write_box
+from arriero.formats.mapped_file import MappedFile
 from arriero.formats.parts import Part, Placement
 from arriero.formats.safe_tensors import INDEX_FILE, SINGLE_FILE, LazyTensor, weight_files
 from arriero.formats.safetensors_header import build_header, dtype_of_name, name_of_dtype, read_entries
@@ -268,10 +269,11 @@ def shared_folder(folder: str | Path, peers: Peers = ALONE, *, replaces: tuple[s
 
 @dataclass(frozen=True)
 class _Stored:
-    file: Any  # safe_open's handle: it has no public type
+    file: MappedFile
     path: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int
 
 
 class PartReader:
@@ -291,14 +293,16 @@ class PartReader:
             with _readable(path):
                 if path.stat().st_size == 0:
                     raise FormatError(f"{path}: the file is empty; fetch it again")
-                file: Any = safe_open(path, framework="pt")
-                read_entries(path)
-                for name in file.keys():  # noqa: SIM118 (not a dict)
+                # The library checks the header; to map the file for torch it would reserve as much memory.
+                with safe_open(path, framework="np") as checked:
+                    names, entries = list(checked.keys()), read_entries(path)
+                file = MappedFile(path)
+                for name in names:
                     if name in self._stored:
                         other = self._stored[name].path.name
                         raise FormatError(f"{path}: holds {name}, which {other} holds too; fetch the model again")
-                    header = file.get_slice(name)
-                    self._stored[name] = _Stored(file, path, header.get_dtype(), tuple(header.get_shape()))
+                    kind, shape, start, _ = entries[name]
+                    self._stored[name] = _Stored(file, path, kind, shape, start)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -327,9 +331,17 @@ class PartReader:
             FormatError: if there is no tensor of this name, or it cannot be read.
         """
         stored = self._find(name)
-        with _readable(stored.path):
-            tensor: Tensor = stored.file.get_tensor(name)
+        tensor = stored.file.view(stored.start, self.dtype(name), stored.shape)
         return tensor if box is None else tensor[box]
+
+    def place(self, name: str) -> tuple[Path, int]:
+        """The file that holds a tensor, and where in it the tensor begins, in bytes.
+
+        Raises:
+            FormatError: if there is no tensor of this name.
+        """
+        stored = self._find(name)
+        return stored.path, stored.start
 
     def read_part(self, name: str, placement: Placement) -> Tensor:
         """This process's part of a tensor; see `read`.

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from arriero.errors import FormatError
 
-# Files beside the weights that a derived model keeps.
-SIDE_FILES = (
+TOKENIZER_SIDE_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "sentencepiece.bpe.model",
@@ -20,6 +19,10 @@ SIDE_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
+)
+# Files beside the weights that a derived model keeps.
+SIDE_FILES = (
+    *TOKENIZER_SIDE_FILES,
     "LICENSE*",
     "LICENCE*",
     "NOTICE*",

@@ -21,7 +21,7 @@ def staged_folder(folder: str | Path, *, replaces: tuple[str, ...] = ()) -> Iter
     existing one the files move one by one, each by an atomic replacement: weights before indexes, `config.json` last.
 
     Args:
-        folder: the destination; its other files stay.
+        folder: the destination; its other files stay. Of a symbolic link the folder that it leads to.
         replaces: glob patterns of files of the destination that the new ones stand for; the others of them are deleted.
 
     Raises:
@@ -29,13 +29,14 @@ def staged_folder(folder: str | Path, *, replaces: tuple[str, ...] = ()) -> Iter
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise FormatError(f"{folder}: exists and is not a folder; choose another place")
+        raise FormatError(f"{folder}: is a file, and a folder is to be written; choose another place")
+    target = Path(os.path.realpath(folder))  # "." has no name, and nothing can be renamed to a link
     staging: Path | None = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
         yield staging
-        _publish(staging, folder, replaces)
+        _publish(staging, target, replaces)
     except OSError as error:
         raise write_error(folder, error) from error
     finally:
@@ -78,14 +79,20 @@ def _publish(staging: Path, folder: Path, replaces: tuple[str, ...]) -> None:
             os.replace(path, folder / path.name)
         for pattern in replaces:
             for stale in folder.glob(pattern):
-                if stale.name not in written:
+                if stale.name not in written and not stale.is_dir():
                     stale.unlink()
         sync_file(folder)
     sync_file(folder.parent)
 
 
 def _rename_whole(staging: Path, folder: Path) -> bool:
-    """Put the staged folder in the place of one that is absent or empty; False if it holds something."""
+    """Put the staged folder in the place of one that is absent or empty; False if it holds something.
+
+    Also if it is the working folder: the user's shell would be left in the one that is gone.
+    """
+    with contextlib.suppress(OSError):  # there may be no working folder any more
+        if folder.samefile(os.curdir):
+            return False
     try:
         os.replace(staging, folder)
     except OSError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -19,6 +19,7 @@ from arriero.models.llama import LlamaForCausalLM
 from arriero.models.rope import RotaryEmbedding, rope_frequencies
 
 PROMPT_TOKENS = 32
+_BLOCK = 2**20  # numbers of a tensor that are cast at a time
 # Of what a model computes: two configurations that agree in these compute the same.
 _KEYS = (
     "vocab_size",
@@ -101,16 +102,17 @@ def compare(
                 f"{written.path}: {name} has the shape {list(found.shape)}, the original has {list(original.shape)}"
             )
         if not same_numbers(original, found):
-            if not lossy and (dtype is None or not same_numbers(original.to(dtype), found)):
+            if not lossy and (dtype is None or not same_numbers(original, found, dtype)):
                 raise FormatError(f"{written.path}: {name} differs from the original{_of(dtype)}: do not use this file")
             rounded += 1
             difference = relative_difference(original, found)
             if not difference <= largest:
                 largest, worst = difference, name
+        del original, found  # before the next two are made
         done += prod(value.shape) * value.dtype.itemsize
         if progress is not None:
             progress(done, total)
-    apart = _compare_logits(source, written) if logits else None
+    apart = _compare_logits(source, written, same=rounded == 0) if logits else None
     if apart is not None and rounded == 0 and apart[0] > 1e-5 * max(1.0, apart[1]):
         raise FormatError(f"{written.path}: all tensors are equal, but logits differ by {apart[0]:.1e}: do not use it")
     return Comparison(len(source.tensors), rounded, largest, worst, apart)
@@ -124,8 +126,16 @@ def _load(value: Tensor | LazyTensor) -> Tensor:
     return value.load() if isinstance(value, LazyTensor) else value.detach()
 
 
-def same_numbers(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same numbers (of the same dtype: the same bits), not-a-numbers included."""
+def same_numbers(one: Tensor, other: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether two tensors of one shape hold the same numbers (of the same dtype: the same bits), not-a-numbers included.
+
+    Args:
+        dtype: to round the first one to before.
+    """
+    return all(_same_rows(a if dtype is None else a.to(dtype), b) for a, b in _blocks(one, other))
+
+
+def _same_rows(one: Tensor, other: Tensor) -> bool:
     if one.dtype == other.dtype:
         bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
         return torch.equal(one.contiguous().view(bits), other.contiguous().view(bits))
@@ -136,11 +146,20 @@ def same_numbers(one: Tensor, other: Tensor) -> bool:
 
 def relative_difference(original: Tensor, other: Tensor) -> float:
     """``|a - b| / |a|`` in Frobenius norms; infinite where only one of them is finite."""
-    size = float(original.double().norm())
-    apart = float((original.double() - other.double()).norm())
+    size = apart = 0.0
+    for a, b in _blocks(original, other):
+        size = math.hypot(size, float(a.double().norm()))
+        apart = math.hypot(apart, float((a.double() - b.double()).norm()))
     if not math.isfinite(apart):
         return math.inf
     return apart / size if size else apart
+
+
+def _blocks(one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows of both at a time, so that what is cast of them takes little memory."""
+    rows, others = (tensor if tensor.dim() else tensor[None] for tensor in (one, other))
+    step = max(1, _BLOCK * len(rows) // max(1, rows.numel()))
+    return zip(torch.split(rows, step), torch.split(others, step), strict=True)
 
 
 def _compare_configs(original: LlamaConfig, other: LlamaConfig, written: ModelSource) -> None:
@@ -182,8 +201,14 @@ def _alike(one: object, other: object) -> bool:
     return one == other
 
 
-def _compare_logits(source: ModelSource, written: ModelSource) -> tuple[float, float]:
-    before, after = prompt_logits(source), prompt_logits(written)
+def _compare_logits(source: ModelSource, written: ModelSource, *, same: bool) -> tuple[float, float]:
+    """The largest difference, and the largest logit.
+
+    Args:
+        same: all tensors are equal. With equal configurations too it is the very same model, and is computed once.
+    """
+    before = prompt_logits(source)
+    after = before if same and source.config == written.config else prompt_logits(written)
     return float((before - after).abs().max()), float(before.abs().max())
 
 

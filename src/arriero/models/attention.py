@@ -5,6 +5,7 @@ Every backend is tested against "reference", which writes the softmax out.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from itertools import groupby
@@ -20,13 +21,13 @@ __all__ = ["AttentionInfo", "Backend", "attention", "choose_backend", "document_
 
 Backend = Literal["sdpa", "repeated", "varlen", "reference"]
 
-try:
-    from torch.nn.attention import varlen
-except ImportError:  # a torch without it; documents then go through SDPA
-    HAS_VARLEN = False
-else:
-    # Earlier torch has it with fewer arguments: without windows and grouped heads it is of no use here.
-    HAS_VARLEN = {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen.varlen_attn).parameters.keys()
+HAS_VARLEN = False
+if torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]  # only CUDA has the kernel; the import takes a second
+    with contextlib.suppress(ImportError):  # a torch without it; documents then go through SDPA
+        from torch.nn.attention import varlen
+
+        # Earlier torch has it with fewer arguments: without windows and grouped heads it is of no use here.
+        HAS_VARLEN = {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen.varlen_attn).parameters.keys()
 
 
 def choose_backend(query: Tensor, info: AttentionInfo) -> Backend:

@@ -35,7 +35,10 @@ class ConfigReader:
             return default
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self._wrong(key, "a number")
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise self._wrong(key, "a number that a computer has") from None
 
     def boolean(self, key: str, default: bool) -> bool:
         value = self.values.get(key)

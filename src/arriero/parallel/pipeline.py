@@ -39,7 +39,7 @@ def split_layers(config: LlamaConfig, stages: int, tokens: int = 2048) -> list[r
     layers = config.num_hidden_layers
     if layers < stages:
         raise ConfigError(
-            f"the model's {layers} layers do not fill {stages} pipeline stages (--pipeline_parallel_degree x "
+            f"the model's {layers} layers do not fill {stages} pipeline stages (--pipeline_parallel_degree, in training times "
             f"--virtual_pp_degree): at most {layers} are possible"
         )
     head = config.vocab_size * config.hidden_size / layer_cost(config, tokens)

@@ -115,7 +115,11 @@ def _check_ranks(config: LlamaConfig, ranks: int) -> None:
     }
     for what, count in counts.items():
         if count % ranks:
-            raise FormatError(f"{what} is {count}, which {ranks} ranks of model parallelism cannot share evenly")
+            degrees = [n for n in range(1, MAX_RANKS + 1) if not any(size % n for size in counts.values())]
+            raise FormatError(
+                f"{what} is {count}, which {ranks} ranks of model parallelism cannot share evenly: possible with "
+                f"--tensor_parallel_degree are {', '.join(map(str, degrees))}"
+            )
 
 
 def _cut_shape(shape: tuple[int, ...], row: NameRow, ranks: int) -> tuple[int, ...]:

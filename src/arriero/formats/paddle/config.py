@@ -169,9 +169,11 @@ def paddle_config(config: LlamaConfig, dtype: str, tensor_parallel_degree: int =
     """
     base_prefix(config)
     if tensor_parallel_degree > 1 and config.num_attention_heads % tensor_parallel_degree:
+        heads = config.num_attention_heads
+        degrees = ", ".join(str(degree) for degree in range(1, heads + 1) if heads % degree == 0)
         raise FormatError(
             f"tensor_parallel_degree {tensor_parallel_degree} does not divide num_attention_heads "
-            f"{config.num_attention_heads}: choose one that does"
+            f"{config.num_attention_heads}: possible are {degrees}"
         )
     values: dict[str, Any] = {
         "architectures": [FAMILIES[config.model_type].architecture],

@@ -1,6 +1,6 @@
 """Reading `.pdparams` files: what `paddle.save` writes, a bare pickle of NumPy arrays.
 
-Nothing of the file is run (`pickle_machine`) and no array is read before it is asked for (`stored_array`).
+Nothing of the file is run (`pdparams_pickle`) and no array is read before it is asked for (`stored_array`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from arriero.errors import FormatError
-from arriero.formats.paddle.pickle_machine import PickleMachine
+from arriero.formats.paddle.pdparams_pickle import PdParamsPickle
 from arriero.formats.paddle.stored_array import JoinedBytes, StoredArray, is_shape
 
 # Keys that paddle.save adds: Paddle's own names of the parameters, and how arrays of 1 GiB were sliced for protocol 2.
@@ -78,7 +78,7 @@ def read_pdparams(path: str | Path) -> PdParams:
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     try:
-        tree = PickleMachine(path, content).run()
+        tree = PdParamsPickle(path, content).run()
         return PdParams(path, tree, _flatten(path, tree, len(content)), content)
     except BaseException:
         with contextlib.suppress(BufferError):

@@ -39,7 +39,7 @@ def write_paddle(
 ) -> None:
     """Write a model as PaddleNLP saves it: weights, config.json and tokenizer, as a whole or not at all.
 
-    In memory is one tensor, and another one while it is transposed.
+    In memory is one tensor as its source makes it (of a mapped file nothing), and some rows while they are transposed.
 
     Args:
         dtype: to cast to; None keeps each tensor's.
@@ -149,7 +149,7 @@ def _cut(tensor: Tensor | LazyTensor, place: Place, tp: int, rank: int) -> Tenso
     if place.stored.axis is not None and tp > 1:
         (segment,) = (part for part in place.stored.segments(tp) if part.rank == rank)
         stored = stored.narrow(place.stored.axis, segment.whole_start, segment.size)
-    return stored.contiguous()
+    return stored  # which the file's writer transposes some rows at a time
 
 
 def _shifted(progress: Progress | None, done: int, total: int) -> Progress | None:
