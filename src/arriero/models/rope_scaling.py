@@ -6,7 +6,6 @@ Old (transformers 4): `rope_theta` at the top and `rope_scaling` with `type` or 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
