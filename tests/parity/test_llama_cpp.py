@@ -41,15 +41,11 @@ MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 PROMPTS = ["Gravity is", "Once upon a time there was", "def fibonacci(n):\n", "1, 2, 3, 4,"]
 NEW_TOKENS = 32
 
-pytestmark = [
-    pytest.mark.peers,
-    pytest.mark.skipif(
-        not list(PYTHON.parents[1].glob("lib/python*/site-packages/llama_cpp")), reason="no llama-cpp-python"
-    ),
-]
+pytestmark = pytest.mark.peers
 
 
 def llama_cpp(**request: Any) -> dict[str, Any]:
+    assert PYTHON.is_file(), f"{PYTHON} is missing: `make test-peers` installs llama.cpp there"
     result = subprocess.run(
         [str(PYTHON), str(Path(__file__).with_name("llama_cpp_answers.py"))],
         input=json.dumps(request),

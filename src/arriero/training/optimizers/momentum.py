@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from arriero.training.optimizers.update_rule import saved_tensor
 
 
-class MomentumRule:
+class MomentumRule(ABC):
     """What SGD and Lion have in common: a mean or sum of gradients, fp32, as its only state, and decoupled weight decay.
 
     Args:
@@ -34,9 +35,9 @@ class MomentumRule:
                 tensor.mul_(1 - learning_rate * self.weight_decay)
             tensor.add_(update, alpha=-learning_rate)
 
+    @abstractmethod
     def _direction(self, name: str, gradient: Tensor) -> Tensor:
         """Take a gradient into the state, and what to step against."""
-        raise NotImplementedError
 
     def _mean(self, name: str) -> Tensor:
         if name not in self.means:
