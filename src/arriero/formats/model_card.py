@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from arriero.errors import ConfigError
-from arriero.formats.peft import ADAPTER_CONFIG, MAX_CONFIG_BYTES
+from arriero.formats.json_file import MAX_CONFIG_BYTES
+from arriero.formats.peft import ADAPTER_CONFIG
 
 CARD = "README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from arriero.errors import FormatError
+from arriero.formats.json_file import read_json_object
 from arriero.formats.parts import Part, Placement
 from arriero.formats.safe_tensors import read_tensors
 from arriero.formats.shared_files import ALONE, PartReader, Peers, agree, shared_folder, write_tensor_file
@@ -21,7 +22,6 @@ from arriero.formats.shared_files import ALONE, PartReader, Peers, agree, shared
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 Number = TypeVar("Number", int, float)
-MAX_CONFIG_BYTES = 4 * 2**20
 MAX_PATTERN = 2000  # characters of a regular expression
 MAX_REPETITIONS = 5  # in one expression; each multiplies the ways to match a name of a layer by the name's length
 
@@ -388,17 +388,4 @@ def read_adapter_config(folder: Path, missing: str) -> tuple[dict[str, Any], str
         FormatError: when the file is missing, too large or no JSON object.
     """
     path = folder / ADAPTER_CONFIG
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror}); {missing}") from error
-    if len(text) > MAX_CONFIG_BYTES:
-        raise FormatError(f"{path}: is larger than {MAX_CONFIG_BYTES} bytes; this is not an adapter's configuration")
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: is not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise FormatError(f"{path}: must hold a JSON object, got {type(values).__name__}")
-    return values, str(path)
+    return read_json_object(path, missing), str(path)

@@ -6,7 +6,6 @@ PaddleNLP leaves out keys whose value is its own default, so an absent key means
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from arriero.errors import FormatError
+from arriero.formats.json_file import read_json_object
 from arriero.formats.paddle.names import base_prefix
 from arriero.models.config import LlamaConfig
 from arriero.models.config_reader import ConfigReader
 from arriero.models.family import FAMILIES
-
-MAX_CONFIG_BYTES = 4 * 2**20
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {
@@ -96,31 +94,6 @@ class PaddleConfig:
     model: LlamaConfig
     tensor_parallel_degree: int = 1
     about: tuple[str, ...] = ()
-
-
-def read_json_object(path: Path, missing: str) -> dict[str, Any]:
-    """The JSON object in a small file.
-
-    Args:
-        missing: what a message says where the file is missing.
-
-    Raises:
-        FormatError: when it is missing, too large or no JSON object.
-    """
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror}); {missing}") from error
-    if len(text) > MAX_CONFIG_BYTES:
-        raise FormatError(f"{path}: is larger than {MAX_CONFIG_BYTES} bytes; this is not a configuration")
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: is not valid JSON; fetch it again") from error
-    if not isinstance(values, dict):
-        raise FormatError(f"{path}: must hold a JSON object, got {type(values).__name__}")
-    return values
 
 
 def read_paddle_config(folder: str | Path) -> PaddleConfig:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from arriero.errors import FormatError
+from arriero.formats.json_file import read_json_object
 from arriero.formats.paddle.checkpoint import Checkpoint, Piece, find_adapter_files, open_adapter_files, tensor_dtype
-from arriero.formats.paddle.config import paddle_config, paddle_config_of, read_json_object
+from arriero.formats.paddle.config import paddle_config, paddle_config_of
 from arriero.formats.paddle.names import (
     BASE_PREFIXES,
     FUSED_ROWS,

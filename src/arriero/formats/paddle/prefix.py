@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arriero.errors import FormatError
+from arriero.formats.json_file import read_json_object
 from arriero.formats.paddle.checkpoint import Piece, find_adapter_files, open_adapter_files, tensor_dtype
-from arriero.formats.paddle.config import read_json_object
 from arriero.formats.paddle.names import base_prefix
 from arriero.formats.paddle.pdparams_writer import write_pdparams
 from arriero.formats.peft_prefix import PeftPrefixConfig

@@ -1,0 +1,36 @@
+"""A small JSON file of somebody else's: one object, bounded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from arriero.errors import FormatError
+
+MAX_CONFIG_BYTES = 4 * 2**20
+
+
+def read_json_object(path: Path, missing: str) -> dict[str, Any]:
+    """The JSON object in a small file.
+
+    Args:
+        missing: what a message says where the file is missing.
+
+    Raises:
+        FormatError: when it is missing, too large or no JSON object.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror}); {missing}") from error
+    if len(text) > MAX_CONFIG_BYTES:
+        raise FormatError(f"{path}: is larger than {MAX_CONFIG_BYTES} bytes; this is not a configuration")
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: is not valid JSON; fetch it again") from error
+    if not isinstance(values, dict):
+        raise FormatError(f"{path}: must hold a JSON object, got {type(values).__name__}")
+    return values
