@@ -31,6 +31,7 @@ RECIPES = ROOT / "configs/finetune"
 DOCUMENT = ROOT / "configs/README.md"
 BEGIN, END = "<!-- made by make bench BENCH=methods: begin -->", "<!-- made by make bench BENCH=methods: end -->"
 BASE = "none (the model as it comes)"
+PREFERENCES = "full + dpo"
 SPEED_STEPS = 5
 AFTERWARDS = {  # what is made of a finished run, and scored in its place
     "full + int4": ("full", ["quantize", "--quant_type", "weight_only_int4", "--group_size", "32"]),
@@ -123,13 +124,56 @@ def afterwards(name: str, given: argparse.Namespace, runs: Path) -> dict[str, An
     return {"memory": memory, "seconds": seconds, "megabytes": size_of(kept), **score(kept, [], given, folder)}
 
 
+def preferences(given: argparse.Namespace, runs: Path) -> dict[str, Any]:
+    """DPO after the full fine-tune, on its own mistakes: an answer that it draws and that is wrong, beside the right one."""
+    from arriero.data.sources import read_samples
+    from arriero.data.squad import f1_score
+
+    folder, model = runs / PREFERENCES.replace(" + ", "-"), str(runs / "full")
+    folder.mkdir(parents=True, exist_ok=True)
+    samples = read_samples(Path(given.dataset_path) / "train.json", "squad_qa")[: given.max_train_samples]
+    questions = [[{"role": "user", "content": sample.prompt}] for sample in samples]
+    asked, drawn, pairs = folder / "questions.jsonl", folder / "drawn.jsonl", folder / "pairs.jsonl"
+    asked.write_text("".join(json.dumps({"messages": question}) + "\n" for question in questions), encoding="utf-8")
+    arriero(
+        *["predict", "--model_name_or_path", model, "--data_file", str(asked), "--predict_file", str(drawn)],
+        *["--src_length", "448", "--max_new_tokens", "24", "--do_sample", "--temperature", "1.0", "--seed", "0"],
+        log=folder / "predict.log",
+    )
+    answers = [json.loads(line)["output"] for line in drawn.read_text(encoding="utf-8").splitlines()]
+    rows = [
+        {"prompt": question, "chosen": _said(sample.references[0]), "rejected": _said(answer)}
+        for sample, question, answer in zip(samples, questions, answers, strict=True)
+        if answer and f1_score(answer, sample.references) < 0.5
+    ]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    arguments = ["finetune", "--config", str(RECIPES / "dpo.yaml"), "--model_name_or_path", model]
+    arguments += ["--dataset_path", str(pairs), "--output_dir", str(folder / "adapter"), "--overwrite_output_dir"]
+    _, memory = arriero(*arguments, "--disable_tqdm", "--report_to", "none", log=folder / "train.log")
+    results = json.loads((folder / "adapter/all_results.json").read_text(encoding="utf-8"))
+    return {
+        "memory": memory,
+        "seconds": results["train_seconds"],
+        "trained": results["trained_parameters"],
+        "megabytes": size_of(folder / "adapter"),
+        "pairs": len(rows),
+        **score(model, ["--lora_path", str(folder / "adapter")], given, folder),
+    }
+
+
+def _said(answer: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": answer}]
+
+
 def table(results: dict[str, dict[str, Any]], speeds: dict[str, dict[str, Any]], given: argparse.Namespace) -> str:
     rows = [
         "| Recipe | exact match | F1 | trained parameters | kept | peak memory | tokens/s |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, found in results.items():
-        label = f"[{name}.yaml](finetune/{name}.yaml)" if (RECIPES / f"{name}.yaml").is_file() else name
+        first, _, recipe = name.rpartition(" + ")
+        label = f"[{recipe}.yaml](finetune/{recipe}.yaml)" if (RECIPES / f"{recipe}.yaml").is_file() else recipe
+        label = f"{first} + {label}" if first else label
         if not found:
             rows.append(f"| {label} | not measured yet | | | | | |")
             continue
@@ -171,7 +215,7 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="measure nothing, and only print the table")
     given = parser.parse_args()
     recipes = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("dpo"))
-    measured = recipes if given.speed else [BASE, *recipes, *AFTERWARDS]
+    measured = recipes if given.speed else [BASE, *recipes, PREFERENCES, *AFTERWARDS]
     names = [] if given.print else given.only.split(",") if given.only else measured
     record = given.runs / ("speed.jsonl" if given.speed else "methods.jsonl")
     record.parent.mkdir(parents=True, exist_ok=True)
@@ -184,6 +228,8 @@ def main() -> None:
             found = speed(name, given, given.runs / "speed" / name)
         elif name == BASE:
             found = dict(score(given.model, [], given, given.runs / "base"))
+        elif name == PREFERENCES:
+            found = preferences(given, given.runs)
         elif name in AFTERWARDS:
             found = afterwards(name, given, given.runs)
         else:
@@ -193,7 +239,7 @@ def main() -> None:
             file.write(json.dumps(results[name]) + "\n")
         print(name, *(f"{key} {value:.1f}" for key, value in found.items() if isinstance(value, float)), flush=True)
     scores, speeds = recorded(given.runs / "methods.jsonl"), recorded(given.runs / "speed.jsonl")
-    made = table({name: scores.get(name, {}) for name in [BASE, *recipes, *AFTERWARDS]}, speeds, given)
+    made = table({name: scores.get(name, {}) for name in [BASE, *recipes, PREFERENCES, *AFTERWARDS]}, speeds, given)
     print(made)
     if not given.print:
         text = DOCUMENT.read_text(encoding="utf-8")

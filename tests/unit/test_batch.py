@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from arriero.data.batch import Batch, group_by_prefix, pack, to_common_shape
 from arriero.data.order import StepOrder, prefix_clusters
 from arriero.data.sft import IGNORE, Example
-from arriero.models.attention import AttentionInfo, attention
+from arriero.models.attention import AttentionInfo, apart_is_cheaper, attention
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 from arriero.training.loss import LossSums, linear_cross_entropy
@@ -106,14 +106,36 @@ def test_identical_rows_keep_a_token_of_their_own() -> None:
     assert twice == pytest.approx(2 * once, rel=1e-6)
 
 
-def test_branching_attention_equals_the_reference_backend() -> None:
+@pytest.mark.parametrize("prefix", [0, 4])
+@pytest.mark.parametrize("window", [None, 3, 80])
+@pytest.mark.parametrize(
+    ("documents", "apart"),
+    [
+        ([(6, 3, 4), (5,), (2, 3)], False),
+        ([(30, 90, 55, 1, 70), (5,), (20, 100, 60, 40)], True),
+        ([(30, 90, 55, 70)], True),
+    ],
+)
+def test_branching_attention_equals_the_reference_backend(
+    documents: list[tuple[int, ...]], apart: bool, window: int | None, prefix: int
+) -> None:
+    assert apart_is_cheaper(documents[0], prefix) is apart
     generator = torch.Generator().manual_seed(1)
-    info = AttentionInfo.branching([(6, 3, 4), (5,), (2, 3)])
-    query, key, value = (torch.randn(1, heads, 23, 16, generator=generator) for heads in (4, 2, 2))
-    for window in (None, 3):
-        fast = attention(query, key, value, info, scale=0.25, sliding_window=window)
-        plain = attention(query, key, value, info, scale=0.25, sliding_window=window, backend="reference")
+    info = AttentionInfo.branching(documents).with_prefix(prefix)
+    queries, keys = sum(map(sum, documents)), sum(map(sum, documents)) + prefix * len(documents)
+    inputs = [torch.randn(1, h, n, 16, generator=generator) for h, n in ((4, queries), (2, keys), (2, keys))]
+    results = []
+    for backend in (None, "reference"):
+        query, key, value = (tensor.clone().requires_grad_() for tensor in inputs)
+        output = attention(query, key, value, info, scale=0.25, sliding_window=window, backend=backend)
+        output.square().sum().backward()
+        results.append((output.detach(), query.grad, key.grad, value.grad))
+    for fast, plain in zip(*results, strict=True):
         torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_positions_of_a_branching_row() -> None:
+    info = AttentionInfo.branching([(6, 3, 4), (5,), (2, 3)])
     assert info.positions(23, torch.device("cpu"))[0].tolist() == [
         0, 1, 2, 3, 4, 5, 6, 7, 8, 6, 7, 8, 9, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4,
     ]  # fmt: skip
