@@ -2,8 +2,9 @@
 
 The model has the shape of LLaMA-7B with random weights that are really on the disk: of the holes of a sparse file `cp` knows
 that they are zeros and reads nothing. Before each run the model's files are dropped from the page cache; after it everything
-written must have reached the disk. Each run is a process of its own (Linux only); the best of `--runs` is shown, since what
-else a machine does only ever adds to it. Memory is what that process itself took at its peak, mapped files left out (VmHWM
+written must have reached the disk. Each run is a process of its own (Linux only). The sides take turns in each of `--runs`
+rounds, since a virtual disk is now faster and now slower; the medians of the seconds and of the ratios of a round are shown,
+and the ratio of every round. Memory is what that process itself took at its peak, mapped files left out (VmHWM
 counts them, so it is sampled: RssAnon + RssShmem). A row "start" is the conversion of a model of a few kilobytes: what Python
 and torch take before the first byte.
 
@@ -24,8 +25,10 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from math import prod
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -148,14 +151,12 @@ def forget(folder: Path) -> None:
     time.sleep(PAUSE)
 
 
-def best(runs: int, source: Path, target: Path, run: Callable[[], tuple[float, int]]) -> tuple[float, int]:
-    """The least seconds of some runs, and the most memory; what they write is deleted."""
-    found = []
-    for _ in range(runs):
-        forget(source)
-        found.append(run())
-        target.unlink() if target.is_file() else shutil.rmtree(target)
-    return min(seconds for seconds, _ in found), max(memory for _, memory in found)
+def once(source: Path, target: Path, run: Callable[[], tuple[float, int]]) -> tuple[float, int]:
+    """Seconds and memory of one run; what it writes is deleted."""
+    forget(source)
+    found = run()
+    target.unlink() if target.is_file() else shutil.rmtree(target)
+    return found
 
 
 def command(source: Path, target: Path, to: str, *, verify: bool) -> list[str]:
@@ -169,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="a new folder on the disk to measure")
     parser.add_argument("--layers", type=int, default=0, help="of the model; 0: all 32")
-    parser.add_argument("--runs", type=int, default=1, help="of which the best is shown")
+    parser.add_argument("--runs", type=int, default=1, help="rounds, in which the sides take turns")
     parser.add_argument("--verify", action="store_true", help="measure with --verify yes too, beside cp and cmp")
     parser.add_argument(
         "--to", nargs="+", default=["hf"], choices=["hf", "paddle", "meta", "gguf", "q8_0", "q4_0", "q4_k"]
@@ -193,25 +194,30 @@ def measure(arguments: argparse.Namespace) -> None:
     few |= {"head_dim": 16, "num_hidden_layers": 1, "vocab_size": 300}
     make_model(tiny, dataclasses.replace(config, **few, layer_types=()))
     print(f"{platform.node()}, {platform.machine()}, {os.cpu_count()} processors, {date.today()}")
-    print(f"{size / 1e9:.2f} GB of bf16, the largest tensor {largest / 1e6:.0f} MB; best of {arguments.runs}")
+    print(f"{size / 1e9:.2f} GB of bf16, the largest tensor {largest / 1e6:.0f} MB; {arguments.runs} rounds")
+    places = {to: arguments.folder / ("new" if to in ("hf", "paddle", "meta") else "new.gguf") for to in arguments.to}
+    copy = arguments.folder / "copy"
     for verify in [False, True] if arguments.verify else [False]:
-        target = arguments.folder / "copy"
-        plain, _ = best(arguments.runs, source, target, lambda: copied(source, target, compared=verify))  # noqa: B023
         name = "cp + cmp" if verify else "cp"
-        print(f"{name:15} {plain:7.1f} s  {size / plain / 1e6:6.0f} MB/s")
-        for to in arguments.to:
-            target = arguments.folder / ("new" if to in ("hf", "paddle", "meta") else "new.gguf")
-            begin, idle = best(2, tiny, target, lambda: measured(command(tiny, target, to, verify=False)))  # noqa: B023
-            spent, peak = best(
-                arguments.runs,
-                source,
-                target,
-                lambda: measured(command(source, target, to, verify=verify)),  # noqa: B023
-            )
+        plain: list[float] = []
+        runs: dict[str, list[tuple[float, int]]] = {to: [] for to in places}
+        start: dict[str, list[tuple[float, int]]] = {to: [] for to in places}
+        for _ in range(arguments.runs):
+            plain.append(once(source, copy, partial(copied, source, copy, compared=verify))[0])
+            for to, place in places.items():
+                line = command(tiny, place, to, verify=False)
+                start[to].append(once(tiny, place, partial(measured, line)))
+                line = command(source, place, to, verify=verify)
+                runs[to].append(once(source, place, partial(measured, line)))
+        print(f"{name:15} {median(plain):7.1f} s  {size / median(plain) / 1e6:6.0f} MB/s")
+        for to in places:
+            spent, begin = [seconds for seconds, _ in runs[to]], median(seconds for seconds, _ in start[to])
+            peak, idle = max(memory for _, memory in runs[to]), max(memory for _, memory in start[to])
+            ratios = [other / own for other, own in zip(plain, spent, strict=True)]
             print(
-                f"{to + ' verified' * verify:15} {spent:7.1f} s  {size / spent / 1e6:6.0f} MB/s  "
-                f"{plain / spent:5.0%} of {name}; "
-                f"start {begin:.1f} s, without it {plain / (spent - begin):.0%}; peak {peak / 1e6:.0f} MB, "
+                f"{to + ' verified' * verify:15} {median(spent):7.1f} s  {size / median(spent) / 1e6:6.0f} MB/s  "
+                f"{median(ratios):5.0%} of {name} ({', '.join(f'{ratio:.0%}' for ratio in ratios)}); "
+                f"start {begin:.1f} s; peak {peak / 1e6:.0f} MB, "
                 f"{(peak - idle) / largest:.2f} largest tensors above {idle / 1e6:.0f} MB at the start",
                 flush=True,
             )

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-SQUAD = Path(__file__).parents[3] / "shared" / "data" / "squad"
+# Where the texts lie that are shared with this project; see the README there.
+SQUAD = Path(os.environ.get("ARRIERO_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data")) / "squad"
 # 9 heads of 3 key-value heads are shared out by 3
 LAYOUTS = {
     "dp_replicate2": (2, 1, ()),
@@ -22,11 +23,12 @@ LAYOUTS = {
 }
 ROWS_A_STEP, STEPS = 8, 12
 
-pytestmark = [pytest.mark.peers, pytest.mark.skipif(not SQUAD.is_dir(), reason="needs SQuAD beside the checkout")]
+pytestmark = pytest.mark.peers
 
 
 def finetune(model: Path, folder: Path, processes: int, accumulation: int, *more: str) -> dict[str, Any]:
     """Scores of a run of LoRA on SQuAD, of the same rows a step whatever the layout."""
+    assert SQUAD.is_dir(), f"{SQUAD} is missing: set ARRIERO_SHARED_DATA to the folder of the shared data"
     shares = 2 if accumulation == 1 else 1
     micro = ROWS_A_STEP // (accumulation * shares)
     command = [sys.executable, "-m", "arriero", "launch", "--nproc_per_node", str(processes), "finetune"]

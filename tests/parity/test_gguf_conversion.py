@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,27 +25,15 @@ from arriero.formats.hf import load_model  # noqa: E402
 from arriero.models.config import LlamaConfig  # noqa: E402
 from arriero.models.llama import LlamaForCausalLM  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from tiny_llama import tiny_config  # noqa: E402
+
 VOCAB = 160
 TOKENS = ["t", "1", "t1", *(f"w{index}" for index in range(3, VOCAB))]
 
 
 def config_of(model_type: str, **changes: Any) -> LlamaConfig:
-    values = {
-        "model_type": model_type,
-        "vocab_size": VOCAB,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 128,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 50000.0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    return LlamaConfig.from_dict(values | changes)
+    return tiny_config(model_type, **{"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2} | changes)
 
 
 def random_model(config: LlamaConfig) -> LlamaForCausalLM:

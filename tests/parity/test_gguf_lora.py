@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,21 +27,10 @@ from arriero.formats.peft import PeftLoraConfig, of_pattern  # noqa: E402
 from arriero.models.config import LlamaConfig  # noqa: E402
 from arriero.models.weight_shapes import weight_shapes  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from tiny_llama import tiny_config  # noqa: E402
+
 TARGETS = ("q_proj", "k_proj", "o_proj", "up_proj")
-
-
-def base(model_type: str = "llama", **changes: Any) -> LlamaConfig:
-    values = {
-        "model_type": model_type,
-        "vocab_size": 8,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-    }
-    return LlamaConfig.from_dict(values | changes)
 
 
 def adapter(config: PeftLoraConfig, model: LlamaConfig) -> dict[str, Tensor]:
@@ -101,7 +90,7 @@ CONFIGS = {
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_the_update_is_that_of_peft(tmp_path: Path, config: PeftLoraConfig, model_type: str) -> None:
-    model, path = base(model_type), tmp_path / "x.gguf"
+    model, path = tiny_config(model_type), tmp_path / "x.gguf"
     state = adapter(config, model)
     write_gguf_lora(path, config, state, model)
     expected, found = peft_updates(config, state), llama_cpp_updates(path, model)
@@ -124,7 +113,7 @@ def test_the_update_is_that_of_peft(tmp_path: Path, config: PeftLoraConfig, mode
 
 def converter_file(path: Path, alpha: float, **metadata: Value) -> dict[str, Tensor]:
     """An adapter as llama.cpp's converter writes it: no word of heads."""
-    config, model = CONFIGS["plain"], base()
+    config, model = CONFIGS["plain"], tiny_config()
     state = adapter(config, model)
     write_gguf_lora(path, config, state, model)
     writer = gguf.GGUFWriter(path.with_suffix(".theirs"), "llama")
@@ -146,20 +135,20 @@ def test_a_file_of_the_converter_needs_the_base_model(tmp_path: Path) -> None:
     state = converter_file(path, 8.0)
     with pytest.raises(FormatError, match="give the base model"):
         read_gguf_lora(path)
-    _, back = read_gguf_lora(path, base("mistral"))
+    _, back = read_gguf_lora(path, tiny_config("mistral"))
     assert all(torch.equal(back[name], state[name]) for name in state)
     with pytest.raises(FormatError, match="'qwen2'"):
-        read_gguf_lora(path, base("qwen2"))
+        read_gguf_lora(path, tiny_config("qwen2"))
 
 
 def test_alpha_zero_is_a_scale_of_one(tmp_path: Path) -> None:
     converter_file(tmp_path / "x.gguf", 0.0)
-    config, _ = read_gguf_lora(tmp_path / "x.gguf", base())
+    config, _ = read_gguf_lora(tmp_path / "x.gguf", tiny_config())
     assert config.lora_alpha / config.r == 1.0
 
 
 def test_what_an_adapter_file_cannot_hold(tmp_path: Path) -> None:
-    path, config, model = tmp_path / "x.gguf", CONFIGS["plain"], base()
+    path, config, model = tmp_path / "x.gguf", CONFIGS["plain"], tiny_config()
     state = adapter(config, model)
     a, b = torch.ones(4, 64), torch.ones(8, 4)
     cases: list[tuple[PeftLoraConfig, dict[str, Tensor], LlamaConfig, str]] = [
@@ -167,8 +156,13 @@ def test_what_an_adapter_file_cannot_hold(tmp_path: Path) -> None:
         (config, {**state, "model.layers.0.self_attn.q_proj.bias": torch.ones(64)}, model, "no place for"),
         (config, {}, model, "no pair"),
         (config, dict(list(state.items())[:3]), model, "no pair of LoRA matrices of"),
-        (config, state, base(hidden_size=32, head_dim=8), "another model"),
-        (config, {"lm_head.lora_A.weight": a, "lm_head.lora_B.weight": b}, base(tie_word_embeddings=True), "embedding"),
+        (config, state, tiny_config(hidden_size=32, head_dim=8), "another model"),
+        (
+            config,
+            {"lm_head.lora_A.weight": a, "lm_head.lora_B.weight": b},
+            tiny_config(tie_word_embeddings=True),
+            "embedding",
+        ),
         (config, {"score.lora_A.weight": a, "score.lora_B.weight": b}, model, "score.weight has no name"),
     ]
     for settings_, tensors, shape, words in cases:
@@ -208,7 +202,7 @@ def test_other_files(tmp_path: Path, change: dict[str, Value], words: str) -> No
 def sample() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         config = PeftLoraConfig(r=1, lora_alpha=2, target_modules=("q_proj",))
-        write_gguf_lora(Path(folder) / "x.gguf", config, adapter(config, base()), base())
+        write_gguf_lora(Path(folder) / "x.gguf", config, adapter(config, tiny_config()), tiny_config())
         return (Path(folder) / "x.gguf").read_bytes()
 
 

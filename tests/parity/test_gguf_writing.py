@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ from arriero.models.config import LlamaConfig  # noqa: E402
 from arriero.models.llama import LlamaForCausalLM  # noqa: E402
 from arriero.models.weight_shapes import weight_shapes  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from tiny_llama import tiny_config  # noqa: E402
+
 TOKENS = ["t", "1", "t1", "<s>", "</s>", "<end>"]
 TOKENIZER = {
     "added_tokens": [{"id": 3 + at, "content": token, "special": True} for at, token in enumerate(TOKENS[3:])],
@@ -48,22 +52,7 @@ TYPES = gguf.GGMLQuantizationType
 
 
 def config_of(model_type: str = "llama", **changes: Any) -> LlamaConfig:
-    values = {
-        "model_type": model_type,
-        "vocab_size": 8,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 128,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 50000.0,
-        "bos_token_id": 3,
-        "eos_token_id": 4,
-    }
-    return LlamaConfig.from_dict(values | changes)
+    return tiny_config(model_type, **{"bos_token_id": 3, "eos_token_id": 4} | changes)
 
 
 def weights(config: LlamaConfig) -> dict[str, Tensor]:

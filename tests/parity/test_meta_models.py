@@ -32,6 +32,7 @@ from arriero.formats.meta.reader import open_meta  # noqa: E402
 from arriero.formats.meta.writer import write_meta  # noqa: E402
 from arriero.formats.safe_tensors import LazyTensor  # noqa: E402
 from arriero.formats.source import ModelSource  # noqa: E402
+from arriero.formats.tokenizer_json import LLAMA3_SPLIT  # noqa: E402
 from arriero.models.config import LlamaConfig  # noqa: E402
 from arriero.models.llama import LlamaForCausalLM  # noqa: E402
 
@@ -487,7 +488,7 @@ def tiktoken_bytes() -> bytes:
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [
-            tokenizers.pre_tokenizers.Split(tokenizers.Regex(meta_tokenizer.SPLIT), behavior="isolated"),
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), behavior="isolated"),
             tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -509,7 +510,7 @@ def ranks_of(content: bytes) -> dict[bytes, int]:
 def tiktoken_ids(text: str, ranks: dict[bytes, int]) -> list[int]:
     """What tiktoken does: a piece that is a token is one; else neighbours are joined, the lowest rank first."""
     found: list[int] = []
-    for piece in regex.findall(meta_tokenizer.SPLIT, text):
+    for piece in regex.findall(LLAMA3_SPLIT, text):
         parts = [bytes([byte]) for byte in piece.encode()]
         while piece.encode() not in ranks and len(parts) > 1:
             joined = [ranks.get(left + right, 1 << 30) for left, right in itertools.pairwise(parts)]

@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
+from byte_changes import change_bytes  # noqa: E402
 from format_files import FORMATS  # noqa: E402
 from watched_reading import read_watched  # noqa: E402
 
@@ -74,28 +75,6 @@ def opened(content: bytes) -> tuple[bytes, Callable[[bytes], bytes]]:
     if 2 <= length <= len(content) - 8 and content[8:9] == b"{":
         return content[8 : 8 + length], lambda inner: struct.pack("<Q", len(inner)) + inner + content[8 + length :]
     return content, lambda inner: inner
-
-
-def change_bytes(draw: st.DrawFn, content: bytes, others: list[bytes]) -> bytes:
-    changed = bytearray(content)
-    for _ in range(draw(st.integers(1, 4))):
-        at = draw(st.integers(0, len(changed)))
-        match draw(st.sampled_from(["change", "insert", "delete", "splice", "cut", "repeat"])):
-            case "change":
-                piece = draw(PIECES)
-                changed[at : at + len(piece)] = piece
-            case "insert":
-                changed[at:at] = draw(PIECES)
-            case "delete":
-                del changed[at : at + draw(st.integers(1, 20))]
-            case "splice":
-                other = draw(st.sampled_from(others))
-                changed[at:] = other[draw(st.integers(0, len(other))) :]
-            case "cut":
-                del changed[at:]
-            case "repeat":
-                changed[at:at] = changed[max(0, at - draw(st.integers(1, 60))) : at] * draw(st.integers(1, 30))
-    return bytes(changed)
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
@@ -151,9 +130,9 @@ def mutated(draw: st.DrawFn, kind: str) -> dict[str, bytes]:
             if is_json(inner) and draw(st.booleans()):
                 files[name] = closed(change_json(draw, inner))
             else:
-                files[name] = closed(change_bytes(draw, inner, list(files.values())))
+                files[name] = closed(change_bytes(draw, inner, PIECES, list(files.values())))
         elif action == "bytes":
-            files[name] = change_bytes(draw, files[name], list(files.values()))
+            files[name] = change_bytes(draw, files[name], PIECES, list(files.values()))
         elif action == "delete" and len(files) > 1:
             del files[name]
         elif action == "swap":

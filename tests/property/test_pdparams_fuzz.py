@@ -20,6 +20,9 @@ from arriero.errors import FormatError  # noqa: E402
 from arriero.formats.paddle.pdparams_pickle import PdParamsPickle  # noqa: E402
 from arriero.formats.paddle.pdparams_reader import read_pdparams  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).parent))
+from byte_changes import change_bytes  # noqa: E402
+
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "paddle"
 HONEST = [path.read_bytes() for path in sorted(FIXTURES.glob("*.pdparams.bin"))]
 FEW, MANY = settings(max_examples=300), settings(max_examples=5000)
@@ -108,26 +111,8 @@ PIECES = st.one_of(
 
 @st.composite
 def mutated(draw: st.DrawFn) -> bytes:
-    """A file of Paddle with some bytes changed, put in, taken out, or taken from another file."""
-    content = bytearray(draw(st.sampled_from(HONEST)))
-    for _ in range(draw(st.integers(1, 4))):
-        at = draw(st.integers(0, len(content)))
-        match draw(st.sampled_from(["change", "insert", "delete", "splice", "cut", "repeat"])):
-            case "change":
-                piece = draw(PIECES)
-                content[at : at + len(piece)] = piece
-            case "insert":
-                content[at:at] = draw(PIECES)
-            case "delete":
-                del content[at : at + draw(st.integers(1, 20))]
-            case "splice":
-                other = draw(st.sampled_from(HONEST))
-                content[at:] = other[draw(st.integers(0, len(other))) :]
-            case "cut":
-                del content[at:]
-            case "repeat":
-                content[at:at] = content[max(0, at - draw(st.integers(1, 60))) : at] * draw(st.integers(1, 30))
-    return bytes(content)
+    """A changed file of Paddle's."""
+    return change_bytes(draw, draw(st.sampled_from(HONEST)), PIECES, HONEST)
 
 
 ACTIONS = [bytes([code]) for code in PdParamsPickle.actions]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from arriero.formats.hf import load_model
 from arriero.formats.hf_source import open_hf
 from arriero.formats.parts import Placement
 from arriero.formats.safetensors_header import build_header
@@ -122,5 +123,8 @@ def test_a_file_larger_than_the_memory(tmp_path: Path) -> None:
         head = source.tensors["lm_head.weight"].load()  # type: ignore[union-attr]
         assert head.shape == (config.vocab_size, 4096)
         assert not head[-1].any()
+    model = load_model(tmp_path)
+    assert torch.equal(model.model.norm.weight, norm)
+    assert not model.lm_head.weight[-1].any()
     box = Placement((config.vocab_size, 4096), (config.vocab_size - 2, 0), (2, 4096))
     assert PartReader(tmp_path).read_part("lm_head.weight", box).shape == (2, 4096)

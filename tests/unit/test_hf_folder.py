@@ -372,3 +372,31 @@ def test_two_processes_make_the_same_folder(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     assert torch.equal(load_model(folder).model.norm.weight, make().model.norm.weight)
+
+
+def test_a_mount_point_is_written_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A volume of a container, say: nothing is renamed to it, nor moved there from another file system."""
+    mounted, replace_file = tmp_path / "mounted", os.replace
+    mounted.mkdir()
+
+    def replace_within(source: Path, target: Path) -> None:
+        if Path(target) == mounted:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        if Path(target).parent == mounted and mounted not in Path(source).parents:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_within)
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == mounted)
+    with staging.staged_folder(mounted) as place:
+        (place / "config.json").write_text("{}")
+    assert [path.name for path in mounted.iterdir()] == ["config.json"]
+
+    def fail() -> None:
+        with staging.staged_folder(mounted) as place:
+            (place / "half").write_text("{}")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert [path.name for path in mounted.iterdir()] == ["config.json"]

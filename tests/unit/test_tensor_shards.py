@@ -167,6 +167,30 @@ def test_shards_are_read_wherever_a_model_is(shards: Path, whole: Path, tmp_path
     assert all(torch.equal(tensor, expected[name]) for name, tensor in load_state(tmp_path / "other"))
 
 
+@pytest.mark.parametrize("config", [BIASED, EMPTY], ids=["biased", "empty"])
+def test_boxes_are_read_of_the_files_that_hold_them(tmp_path: Path, config: LlamaConfig) -> None:
+    """Whatever the run's own layout: any box is that of the whole tensor, and other processes' files are left alone."""
+    whole = make(tmp_path / "m", config)
+    write_shards(whole, tmp_path / "s", 4, STAGES)
+    expected, state = load_file(whole / "model.safetensors"), ShardedState(tmp_path / "s", config)
+    generator = torch.Generator().manual_seed(1)
+    looked: set[int] = set()
+    piece = state.piece
+    state.piece = lambda name, rank: looked.add(rank) or piece(name, rank)  # type: ignore[method-assign, func-returns-value]
+    for name, tensor in expected.items():
+        for _ in range(12):
+            ends = [sorted(torch.randint(0, size + 1, (2,), generator=generator).tolist()) for size in tensor.shape]
+            box = tuple(slice(*pair) for pair in ends)
+            assert torch.equal(state.read(name, box), tensor[box]), (name, box)
+    rows = Placement((config.vocab_size, 32), (0, 0), (-(-config.vocab_size // 4), 32))
+    looked.clear()
+    state.read_part("lm_head.weight", rows)
+    assert looked == {0}
+    looked.clear()
+    state.read_part("model.layers.2.self_attn.o_proj.weight", Placement((32, 32), (0, 16), (32, 8)))
+    assert looked == {2}
+
+
 def test_another_dtype(shards: Path, whole: Path, tmp_path: Path) -> None:
     comparison = merge_shards(shards, tmp_path / "half", dtype="bfloat16", max_shard_size="20KB")
     assert comparison is not None

@@ -64,7 +64,8 @@ class ConvertOptions(OptionGroup):
     )
     gguf_type: str = option(
         "auto",
-        "number format of a GGUF file, as llama.cpp calls it: f32, f16, bf16, q8_0, q6_k, q4_k, q4_0 …; auto: as --dtype says",
+        f"number format of a GGUF file, as llama.cpp calls it: {', '.join((*GGUF_TYPES, *GGUF_ALIASES))} (q4_k is q4_k_m, "
+        "q5_k is q5_k_m); auto: as --dtype says",
         ("auto", *GGUF_TYPES, *GGUF_ALIASES),
     )
     max_shard_size: str = option(MAX_SHARD_SIZE, "largest weight file, e.g. 500MB; a larger model is cut into several")

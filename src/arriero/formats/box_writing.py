@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Iterator
 from math import prod
 
@@ -11,23 +9,34 @@ import torch
 from torch import Tensor
 
 from arriero.errors import FormatError
+from arriero.formats.file_copy import FileCopier, write_at
 from arriero.formats.parts import Part, Placement
 from arriero.formats.safe_tensors import FileTensor, LazyTensor
 
 
-def write_box(descriptor: int, name: str, value: Tensor | LazyTensor | Part, dtype: torch.dtype, start: int) -> None:
+def write_box(
+    descriptor: int,
+    name: str,
+    value: Tensor | LazyTensor | Part,
+    dtype: torch.dtype,
+    start: int,
+    copier: FileCopier,
+) -> None:
     """Make a tensor or part, cast it and write it.
 
     Args:
         start: where the whole tensor begins in the file, in bytes.
+        copier: for what lies in another file just so.
 
     Raises:
         OSError: when it cannot be written.
         FormatError: when it is not of the size that was announced.
     """
     placement = placement_of(value)
-    if isinstance(value, FileTensor) and value.dtype == dtype and _copy(descriptor, value, start):
-        return
+    if isinstance(value, FileTensor) and value.dtype == dtype:
+        nbytes = prod(value.shape) * dtype.itemsize
+        if copier.copy(value.path, value.offset, descriptor, start, nbytes):
+            return
     made = value.load() if isinstance(value, LazyTensor) else value
     tensor = (made.tensor if isinstance(made, Part) else made).detach()
     if tuple(tensor.shape) != placement.size:
@@ -38,32 +47,6 @@ def write_box(descriptor: int, name: str, value: Tensor | LazyTensor | Part, dty
     length = _run_length(placement) * dtype.itemsize
     for number, at in enumerate(_run_starts(placement)):
         write_at(descriptor, content[number * length : (number + 1) * length], start + at * dtype.itemsize)
-
-
-def _copy(descriptor: int, value: FileTensor, at: int) -> bool:
-    """Let the kernel copy a tensor's bytes from its file; False where it cannot between these two."""
-    source, rest = value.offset, prod(value.shape) * value.dtype.itemsize
-    origin = os.open(value.path, os.O_RDONLY)
-    try:
-        while rest:
-            done = os.copy_file_range(origin, descriptor, rest, source, at)
-            if done == 0:  # some file systems say so in place of an error
-                return False
-            source, at, rest = source + done, at + done, rest - done
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF):
-            raise
-        return False
-    finally:
-        os.close(origin)
-    return True
-
-
-def write_at(descriptor: int, content: memoryview, at: int) -> None:
-    """Write all of some bytes at a place of a file."""
-    while content:
-        done = os.pwrite(descriptor, content, at)
-        content, at = content[done:], at + done
 
 
 def _run_length(placement: Placement) -> int:

@@ -20,23 +20,21 @@ from torch import Tensor, nn
 
 from arriero.errors import ArrieroError, FormatError
 from arriero.formats.parts import Placement
+from arriero.formats.quantization_config import BITSANDBYTES, compressed_scheme, settings_of
 from arriero.formats.safe_tensors import LazyTensor
 from arriero.formats.shared_files import PartReader
-from arriero.models.config import QUANTIZATION_METHODS, LlamaConfig
+from arriero.models.config import LlamaConfig
 from arriero.models.weight_shapes import weight_shapes
 from arriero.quantization import nf4
-from arriero.quantization.integers import IntegerScheme
 from arriero.quantization.linear import QuantizedLinear, quantize_layers
-from arriero.quantization.schemes import Activation, Fp8Weights, IntegerWeights, Nf4Weights, WeightScheme
+from arriero.quantization.schemes import Nf4Weights, WeightScheme
 
 KEY = "quantization_config"
 # Ends of names that only quantized layers have in a file.
 MARKS = (".weight_scale", ".weight.absmax")
-_COMPRESSED, _BITSANDBYTES = QUANTIZATION_METHODS
 _STATE = "weight.quant_state.bitsandbytes__nf4"
 _MAX_STATE_BYTES = 4096
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 
 
 def is_quantized(config: LlamaConfig) -> bool:
@@ -51,47 +49,7 @@ def plain(config: LlamaConfig) -> LlamaConfig:
 
 def with_scheme(config: LlamaConfig, scheme: WeightScheme) -> LlamaConfig:
     """The configuration of the same model with this scheme in every linear layer but the output head."""
-    settings = _bitsandbytes(config) if isinstance(scheme, Nf4Weights) else _compressed_tensors(scheme)
-    return dataclasses.replace(config, extra={**config.extra, KEY: settings})
-
-
-def _compressed_tensors(scheme: WeightScheme) -> dict[str, Any]:
-    inputs: dict[str, Any] | None = None
-    if scheme.activation is not None:
-        dynamic = scheme.activation.dynamic
-        inputs = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": dynamic}
-        inputs["strategy"] = "token" if dynamic else "tensor"
-    if isinstance(scheme, IntegerWeights):
-        group = scheme.integer.group_size
-        weights = {"num_bits": scheme.integer.bits, "type": "int", "group_size": group}
-        weights["strategy"] = "channel" if group is None else "group"
-        layout = "pack-quantized" if scheme.packed else "int-quantized"
-    else:
-        weights = {"num_bits": 8, "type": "float", "group_size": None, "strategy": "channel"}
-        layout = "float-quantized"
-    weights |= {"symmetric": True, "dynamic": False}
-    layers = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
-    return {
-        "quant_method": _COMPRESSED,
-        "format": layout,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": layers},
-        "ignore": ["lm_head"],
-        "kv_cache_scheme": None,
-    }
-
-
-def _bitsandbytes(config: LlamaConfig) -> dict[str, Any]:
-    return {
-        "quant_method": _BITSANDBYTES,
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": False,
-        "bnb_4bit_compute_dtype": config.dtype or "float32",
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": ["lm_head"],
-    }
+    return dataclasses.replace(config, extra={**config.extra, KEY: settings_of(scheme, config.dtype)})
 
 
 def file_tensors(name: str, layer: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -154,7 +112,7 @@ class QuantizedFolder:
         self._plain = weight_shapes(plain(config))
         settings = config.extra[KEY]
         self.model_dtype = getattr(torch, config.dtype) if config.dtype in _DTYPES else torch.float32
-        mark = MARKS[settings["quant_method"] == _BITSANDBYTES]
+        mark = MARKS[settings["quant_method"] == BITSANDBYTES]
         names = [name.removesuffix(mark) for name in self._files.shapes if name.endswith(mark)]
         for name in names:
             if len(self._plain.get(f"{name}.weight", ())) != 2:
@@ -256,19 +214,15 @@ class QuantizedFolder:
                 raise FormatError(f"{layer}.{_STATE}: {key} is {state.get(key)!r}, {value!r} is needed")
 
     def _read_scheme(self, settings: Mapping[str, Any], layer: str) -> WeightScheme:
-        if settings["quant_method"] == _BITSANDBYTES:
+        if settings["quant_method"] == BITSANDBYTES:
             if settings.get("bnb_4bit_quant_type") != "nf4" or not settings.get("load_in_4bit"):
                 raise FormatError("of bitsandbytes, only nf4 is read")
             size = self._state(layer).get("blocksize")
             if not isinstance(size, int) or size < 2:
                 raise FormatError(f"{layer}: a blocksize of {size!r}")
             return Nf4Weights(size)
-        groups = settings.get("config_groups")
-        if not isinstance(groups, dict) or len(groups) != 1 or settings.get("format") not in _FORMATS:
-            raise FormatError(f"only one config group, in one of the formats {', '.join(_FORMATS)}, is read")
-        group = next(iter(groups.values()))
         scale = self._files.dtype(f"{layer}.weight_scale")
-        return _compressed_scheme(group, f"{layer}.weight_packed" in self._files, scale)
+        return compressed_scheme(settings, f"{layer}.weight_packed" in self._files, scale)
 
     def dtype(self, name: str) -> torch.dtype:
         """Of a tensor of the model."""
@@ -343,37 +297,6 @@ class QuantizedFolder:
     def prepare(self, model: nn.Module) -> None:
         """Put quantized layers without values in the place of linear ones, in place."""
         quantize_layers(model, lambda name, _: self.scheme if name in self.layers else None)
-
-
-def _compressed_scheme(group: Any, packed: bool, scale_dtype: torch.dtype) -> WeightScheme:
-    weights = group.get("weights") if isinstance(group, dict) else None
-    if not isinstance(weights, dict) or not weights.get("symmetric", True) or weights.get("dynamic"):
-        raise FormatError("only symmetric, static weights are read")
-    if weights.get("actorder") not in (None, False, "static", "weight"):
-        raise FormatError(f"the order of activations (actorder {weights['actorder']!r}) is not read")
-    bits, kind, strategy, size = (weights.get(key) for key in ("num_bits", "type", "strategy", "group_size"))
-    activation = _activation(group.get("input_activations"))
-    if kind == "float" and bits == 8 and strategy == "channel" and activation is None:
-        return Fp8Weights(scale_dtype)
-    if kind != "int" or bits not in (4, 8) or strategy not in ("channel", "group"):
-        raise FormatError(
-            f"weights of {bits!r} bits, type {kind!r}, strategy {strategy!r} are not read: int of 4 or 8 bits by channel or "
-            "group, or float of 8 bits by channel without activations"
-        )
-    if strategy == "group" and (not isinstance(size, int) or size < 1):
-        raise FormatError(f"a group_size of {size!r}")
-    scheme = IntegerScheme(bits, size if strategy == "group" else None)
-    return IntegerWeights(scheme, scale_dtype, activation, packed)
-
-
-def _activation(inputs: Any) -> Activation | None:
-    if inputs is None:
-        return None
-    if isinstance(inputs, dict) and (inputs.get("num_bits"), inputs.get("type")) == (8, "int"):
-        dynamic, strategy = inputs.get("dynamic"), inputs.get("strategy")
-        if inputs.get("symmetric", True) and (dynamic, strategy) in ((True, "token"), (False, "tensor")):
-            return Activation(bool(dynamic))
-    raise FormatError("activations are read as symmetric 8-bit integers, dynamic by token or static by tensor")
 
 
 @contextlib.contextmanager

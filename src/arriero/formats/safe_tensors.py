@@ -1,6 +1,6 @@
 """Reading `.safetensors` files, one or a sharded set with its index.
 
-The safetensors library checks the header (its length, the offsets, their overlap) and maps the file, so a tensor read
+The safetensors library checks the header (its length, the offsets, their overlap), and the file is mapped, so a tensor read
 here is a view of the page cache and takes no memory of its own until it is written to. A model is loaded
 from safetensors only; the files of torch.save (`.bin`, `.pt`, `.pth`) are pickles, which `arriero convert` reads as data.
 """
@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from arriero.errors import FormatError
-from arriero.formats.safetensors_header import read_entries
+from arriero.formats.mapped_file import MappedFile
+from arriero.formats.safetensors_header import dtype_of_name, read_entries
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -141,7 +142,8 @@ def read_index(path: Path, suffix: str = ".safetensors") -> dict[str, str]:
 
 
 def read_tensors(path: str | Path, device: str | torch.device = "cpu") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of one file, in the file's order; on the CPU each is a view of the mapped file.
+    """Every tensor of one file, in the file's order; on the CPU each is a view of the mapped file, which may be larger than
+    the memory.
 
     Raises:
         FormatError: when the file is missing, truncated or corrupt in any way.
@@ -151,10 +153,12 @@ def read_tensors(path: str | Path, device: str | torch.device = "cpu") -> Iterat
         size = path.stat().st_size
         if size == 0:
             raise FormatError(f"{path}: the file is empty; fetch it again")
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            read_entries(path)
-            for name in file.offset_keys():
-                yield name, file.get_tensor(name)
+        with safe_open(path, framework="np") as file:  # which checks the header; for torch it would reserve memory
+            entries, names = read_entries(path), file.offset_keys()
+        mapped = MappedFile(path)
+        for name in names:
+            kind, shape, start, _ = entries[name]
+            yield name, mapped.view(start, _dtype(path, name, kind), shape).to(device)
     except SafetensorError as error:
         raise FormatError(f"{path}: is not a valid safetensors file ({_one_line(error)}); fetch it again") from error
     except OSError as error:
@@ -175,6 +179,13 @@ def read_shapes(path: str | Path) -> dict[str, tuple[torch.dtype | None, tuple[i
         raise FormatError(f"{path}: is not a valid safetensors file ({_one_line(error)}); fetch it again") from error
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror or _one_line(error)})") from error
+
+
+def _dtype(path: Path, name: str, kind: str) -> torch.dtype:
+    try:
+        return dtype_of_name(kind)
+    except FormatError as error:
+        raise FormatError(f"{path}: {name}: {error}") from error
 
 
 def _one_line(error: BaseException) -> str:

@@ -24,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from arriero.errors import FormatError
-from arriero.formats.box_writing import placement_of, write_at, write_box
+from arriero.formats.box_writing import placement_of, write_box
+from arriero.formats.file_copy import FileCopier, write_at
 from arriero.formats.mapped_file import MappedFile
 from arriero.formats.parts import Part, Placement
 from arriero.formats.safe_tensors import INDEX_FILE, SINGLE_FILE, LazyTensor, weight_files
@@ -205,11 +206,11 @@ def _write_files(
         if peers.first:
             for path, (header, _, length) in headers.items():
                 _create(path, header, length)
-    with peers.together():
+    with peers.together(), FileCopier(size) as copier:
         for path, names in files.items():
             own = [name for name in names if name in state and placement_of(state[name]).writes]
             if own:
-                _write_boxes(path, {name: state[name] for name in own}, plan, headers[path][1], advance)
+                _write_boxes(path, {name: state[name] for name in own}, plan, headers[path][1], advance, copier)
 
 
 def _create(path: Path, header: bytes, length: int) -> None:
@@ -228,12 +229,17 @@ def _create(path: Path, header: bytes, length: int) -> None:
 
 
 def _write_boxes(
-    path: Path, state: State, plan: Plan, starts: Mapping[str, int], advance: Callable[[str], None]
+    path: Path,
+    state: State,
+    plan: Plan,
+    starts: Mapping[str, int],
+    advance: Callable[[str], None],
+    copier: FileCopier,
 ) -> None:
     descriptor = os.open(path, os.O_WRONLY)
     try:
         for name, value in state.items():
-            write_box(descriptor, name, value, plan[name][0], starts[name])
+            write_box(descriptor, name, value, plan[name][0], starts[name], copier)
             advance(name)
         os.fsync(descriptor)  # each on its own machine, where several share the folder
     finally:

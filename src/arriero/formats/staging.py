@@ -18,7 +18,8 @@ def staged_folder(folder: str | Path, *, replaces: tuple[str, ...] = ()) -> Iter
     """A temporary folder beside `folder`; what is in it moves there when the block ends without an error.
 
     Every file is synced to disk first. A folder that does not exist yet (or is empty) appears by one rename. Into an
-    existing one the files move one by one, each by an atomic replacement: weights before indexes, `config.json` last.
+    existing one the files move one by one, each by an atomic replacement: weights before indexes, `config.json` last. Nothing
+    can be renamed to a mount point, nor moved there from beside it: into one they move so from a folder within it.
 
     Args:
         folder: the destination; its other files stay. Of a symbolic link the folder that it leads to.
@@ -34,7 +35,8 @@ def staged_folder(folder: str | Path, *, replaces: tuple[str, ...] = ()) -> Iter
     staging: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        home = target if target.is_mount() else target.parent
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=home))
         yield staging
         _publish(staging, target, replaces)
     except OSError as error:
@@ -86,10 +88,12 @@ def _publish(staging: Path, folder: Path, replaces: tuple[str, ...]) -> None:
 
 
 def _rename_whole(staging: Path, folder: Path) -> bool:
-    """Put the staged folder in the place of one that is absent or empty; False if it holds something.
+    """Put the staged folder in the place of one that is absent or empty; False if it holds something, or it is within it.
 
     Also if it is the working folder: the user's shell would be left in the one that is gone.
     """
+    if staging.parent == folder:
+        return False
     with contextlib.suppress(OSError):  # there may be no working folder any more
         if folder.samefile(os.curdir):
             return False

@@ -20,7 +20,7 @@ from arriero.formats.parts import Placement
 from arriero.formats.safe_tensors import INDEX_FILE, SINGLE_FILE, LazyTensor
 from arriero.formats.shared_files import PartReader
 from arriero.models.config import LlamaConfig
-from arriero.models.tensor_split import cut_of, possible_degrees
+from arriero.models.tensor_split import Cut, cut_of, possible_degrees
 from arriero.models.weight_shapes import weight_shapes
 
 _FILE = re.compile(r"model-tp([0-9]{2,5})-of-([0-9]{2,5})(?:-pp([0-9]{2,5})-of-([0-9]{2,5}))?\.safetensors")
@@ -146,24 +146,32 @@ class ShardedState:
         return self._reader(name, rank).read(name)
 
     def read(self, name: str, box: tuple[slice, ...] | None = None) -> Tensor:
-        """A whole tensor, or a box of it. One that is joined of several pieces takes memory, any other is mapped.
+        """A whole tensor, or a box of it. What lies in one piece is mapped; what is joined of several takes memory.
+
+        Only the pieces that hold a part of it are read: processes of the folder's own degrees read a file each.
 
         Raises:
             FormatError: if files that should hold the same differ.
         """
-        pieces: list[Tensor] = []
+        shape = self.shapes[name]
+        wanted = box or tuple(slice(0, size) for size in shape)
+        parts: list[Tensor] = []
         for rank in range(self.tp):
-            cut = cut_of(name, self.shapes[name], self.config, self.tp, rank)
-            piece = self.piece(name, rank)
+            cut = cut_of(name, shape, self.config, self.tp, rank)
+            index = _index_in(wanted, cut)
+            if index is None:
+                continue
+            part = self.piece(name, rank)[index]
             if cut.copy == 0:
-                pieces.append(piece)
-            elif not _same_bits(piece, pieces[-1]):
+                parts.append(part)
+            elif not _same_bits(part, parts[-1]):
                 raise FormatError(
                     f"{self._reader(name, rank).source}: {name} differs from that in "
                     f"{self._reader(name, rank - cut.copy).source.name}, and both should hold the same"
                 )
-        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=cut.dim or 0)
-        return whole if box is None else whole[box]
+        if not parts:
+            return self.piece(name, 0).new_empty([part.stop - part.start for part in wanted])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=cut.dim or 0)
 
     def read_part(self, name: str, placement: Placement) -> Tensor:
         """This process's part of a tensor.
@@ -241,8 +249,19 @@ def _check_same_names(readers: list[PartReader]) -> None:
             raise FormatError(f"{without.source}: {name} is missing, which {with_it.source.name} holds")
 
 
+def _index_in(box: tuple[slice, ...], cut: Cut) -> tuple[slice, ...] | None:
+    """Which of a piece's elements lie in a box of the whole tensor; None for none."""
+    if cut.dim is None:
+        return box
+    wanted = box[cut.dim]
+    start, stop = max(wanted.start, cut.start), min(wanted.stop, cut.start + cut.size)
+    if start >= stop:
+        return None
+    return (*box[: cut.dim], slice(start - cut.start, stop - cut.start), *box[cut.dim + 1 :])
+
+
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+    return torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
 
 
 def _listed(names: list[str]) -> str:

@@ -9,13 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from arriero.formats.tokenizer_json import LLAMA3_SPLIT
+
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGIT = r"\p{N}"
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_QWEN2 = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -38,11 +36,11 @@ class PreTokenizer:
 _FAMILIES: dict[tuple[str, ...], PreTokenizer] = {
     ("gpt-2", "mpt", "olmo", "phi-2"): PreTokenizer((GPT2,)),
     ("smollm", "starcoder", "refact", "command-r", "codeshell"): PreTokenizer((DIGIT, GPT2)),
-    ("llama-bpe", "llama3", "llama-v3", "falcon3"): PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True),
+    ("llama-bpe", "llama3", "llama-v3", "falcon3"): PreTokenizer((LLAMA3_SPLIT,), ignore_merges=True, add_bos=True),
     ("qwen2",): PreTokenizer((_QWEN2,), nfc=True),
     ("deepseek-r1-qwen", "stablelm2", "megrez"): PreTokenizer((_QWEN2,)),
     ("tekken",): PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
-    ("smaug-bpe", "dbrx"): PreTokenizer((_LLAMA3,)),
+    ("smaug-bpe", "dbrx"): PreTokenizer((LLAMA3_SPLIT,)),
     ("default",): PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
 }
 PRE_TOKENIZERS = {name: family for names, family in _FAMILIES.items() for name in names}

@@ -16,6 +16,7 @@ from typing import Any
 from arriero.errors import FormatError
 from arriero.formats.gguf.pre_tokenizers import DIGIT, GPT2, PRE_TOKENIZERS
 from arriero.formats.sentencepiece_model import PieceType, merges_from_scores, write_sentencepiece_model
+from arriero.formats.tokenizer_json import added_token, bpe_model, byte_level, tokenizer_body
 
 MAX_PIECE_CHARACTERS = 1024
 _PADDING_PIECE = re.compile(r"\[PAD\d+\]")
@@ -144,17 +145,7 @@ def _added_tokens(vocabulary: _Vocabulary, special: Mapping[str, int]) -> list[d
     for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
         control = kind in (PieceType.CONTROL, PieceType.UNKNOWN) or index in always
         if token and (control or kind == PieceType.USER_DEFINED):
-            added.append(
-                {
-                    "id": index,
-                    "content": token,
-                    "single_word": False,
-                    "lstrip": False,
-                    "rstrip": False,
-                    "normalized": False,
-                    "special": control,
-                }
-            )
+            added.append(added_token(index, token, special=control))
     return added
 
 
@@ -179,41 +170,23 @@ def _byte_level(
     prefix = _boolean(metadata, "tokenizer.ggml.add_space_prefix", False, source)
     steps: list[dict[str, Any]]
     if family.splits == (GPT2,):
-        steps = [_byte_level_step(prefix, use_regex=True)]
+        steps = [byte_level(prefix, use_regex=True)]
     elif family.splits == (DIGIT, GPT2):
-        steps = [{"type": "Digits", "individual_digits": True}, _byte_level_step(prefix, use_regex=True)]
+        steps = [{"type": "Digits", "individual_digits": True}, byte_level(prefix, use_regex=True)]
     else:
         steps = [
             {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
             for split in family.splits
         ]
-        steps.append(_byte_level_step(prefix, use_regex=False))
-    return family.add_bos, {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": {"type": "NFC"} if family.nfc else None,
-        "pre_tokenizer": steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps},
-        "post_processor": None,
-        "decoder": _byte_level_step(True, use_regex=True),
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": family.ignore_merges,
-            "vocab": vocab,
-            "merges": _read_merges(metadata, vocab, source),
-        },
-    }
-
-
-def _byte_level_step(prefix: bool, *, use_regex: bool) -> dict[str, Any]:
-    return {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True, "use_regex": use_regex}
+        steps.append(byte_level(prefix, use_regex=False))
+    return family.add_bos, tokenizer_body(
+        bpe_model(vocab, _read_merges(metadata, vocab, source), ignore_merges=family.ignore_merges),
+        added,
+        normalizer={"type": "NFC"} if family.nfc else None,
+        pre_tokenizer=steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps},
+        post_processor=None,
+        decoder=byte_level(True, use_regex=True),
+    )
 
 
 def _read_merges(metadata: Mapping[str, Any], vocab: Mapping[str, int], source: str) -> list[list[str]]:
@@ -250,30 +223,23 @@ def _sentencepiece(
     ]
     if prefix:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    return True, {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": _added_tokens(vocabulary, special),
-        "normalizer": (
+    model = bpe_model(
+        vocab,
+        merges_from_scores(vocabulary.tokens, vocabulary.scores, vocabulary.types),
+        unknown=vocabulary.tokens[unknown] if unknown is not None else None,
+        fuse_unknown=True,
+        byte_fallback=byte_fallback,
+    )
+    return True, tokenizer_body(
+        model,
+        _added_tokens(vocabulary, special),
+        normalizer=(
             {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]} if prefix else replace
         ),
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": vocabulary.tokens[unknown] if unknown is not None else None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": byte_fallback,
-            "ignore_merges": False,
-            "vocab": vocab,
-            "merges": merges_from_scores(vocabulary.tokens, vocabulary.scores, vocabulary.types),
-        },
-    }
+        pre_tokenizer=None,
+        post_processor=None,
+        decoder={"type": "Sequence", "decoders": decoders},
+    )
 
 
 def _post_processor(

@@ -16,16 +16,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from arriero.errors import FormatError
+from arriero.formats.tokenizer_json import LLAMA3_SPLIT, added_token, bpe_model, byte_level, tokenizer_body
 
 TOKENIZER_FILE = "tokenizer.model"
 MAX_TIKTOKEN_BYTES = 32 * 2**20
 MAX_TOKEN_BYTES = 256  # the longest of Llama 3 has 128
 SPECIAL_TOKENS = 256
 BEGIN, END, TURN, MESSAGE = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]{1,7}")
 
 
@@ -92,18 +89,7 @@ def hf_files(tokens: Sequence[bytes], *, llama31: bool, context: int) -> dict[st
     """
     special = special_tokens(llama31=llama31)
     begin = len(tokens) + special.index(BEGIN)
-    added = [
-        {
-            "id": len(tokens) + index,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for index, token in enumerate(special)
-    ]
+    added = [added_token(len(tokens) + index, token, special=True) for index, token in enumerate(special)]
     piece = {"SpecialToken": {"id": BEGIN, "type_id": 0}}
     template = {
         "type": "TemplateProcessing",
@@ -116,28 +102,18 @@ def hf_files(tokens: Sequence[bytes], *, llama31: bool, context: int) -> dict[st
         ],
         "special_tokens": {BEGIN: {"id": BEGIN, "ids": [begin], "tokens": [BEGIN]}},
     }
-    body = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": _PRE_TOKENIZER,
-        "post_processor": {"type": "Sequence", "processors": [_byte_level(trim_offsets=False), template]},
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": True,
-            "vocab": {_spelled(token): rank for rank, token in enumerate(tokens)},
-            "merges": [[_spelled(left), _spelled(right)] for left, right in merges(tokens)],
+    merged = [[_spelled(left), _spelled(right)] for left, right in merges(tokens)]
+    body = tokenizer_body(
+        bpe_model({_spelled(token): rank for rank, token in enumerate(tokens)}, merged, ignore_merges=True),
+        added,
+        normalizer=None,
+        pre_tokenizer=_PRE_TOKENIZER,
+        post_processor={
+            "type": "Sequence",
+            "processors": [byte_level(False, use_regex=False, trim_offsets=False), template],
         },
-    }
+        decoder=byte_level(True, use_regex=True),
+    )
     names = {"bos_token": BEGIN, "eos_token": END} | ({"pad_token": "<|finetune_right_pad_id|>"} if llama31 else {})
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # read tokenizer.json as it is, in transformers 4 and 5 alike
@@ -225,15 +201,11 @@ def _pair(pair: Any) -> list[str]:
     return pair.split(" ") if isinstance(pair, str) else list(pair)
 
 
-def _byte_level(*, trim_offsets: bool = True) -> dict[str, Any]:
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": trim_offsets, "use_regex": False}
-
-
 _PRE_TOKENIZER: dict[str, Any] = {
     "type": "Sequence",
     "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False},
-        _byte_level(),
+        {"type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False},
+        byte_level(False, use_regex=False),
     ],
 }
 

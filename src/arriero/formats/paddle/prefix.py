@@ -33,6 +33,7 @@ from arriero.formats.json_file import read_json_object
 from arriero.formats.paddle.checkpoint import Piece, find_adapter_files, open_adapter_files, tensor_dtype
 from arriero.formats.paddle.names import base_prefix
 from arriero.formats.paddle.pdparams_writer import write_pdparams
+from arriero.formats.paddle.prefix_shape import EMBEDDING, PrefixShape
 from arriero.formats.peft_prefix import PeftPrefixConfig
 from arriero.formats.staging import staged_folder
 from arriero.models.config import LlamaConfig
@@ -43,11 +44,9 @@ PREFIX_CONFIG = "prefix_config.json"
 PREFIX_STEM = "prefix_model_state"
 CACHES = "pre_caches.npy"
 
-_EMBEDDING, _LINEAR, _LAST = "0.weight", "1", "3"
 # The axis that tensor parallelism cuts, in Paddle's layout.
 _AXES = {"0.weight": 0, "1.weight": 1, "1.bias": 0, "3.weight": 0}
 _ENCODER = "prefix_encoder"
-_KINDS = ("key", "value")
 
 
 @dataclass(frozen=True)
@@ -63,35 +62,6 @@ class PaddlePrefix:
     config: PeftPrefixConfig
     state: dict[str, Tensor]
     dropout: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """What `prefix_config.json` says."""
-
-    length: int
-    heads: int
-    head_dim: int
-    layers: int
-    hidden_size: int
-    projection_size: int | None
-
-    @property
-    def width(self) -> int:
-        return self.heads * self.head_dim
-
-    def stored(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the whole stored tensors, in Paddle's layout."""
-        columns = 2 * self.layers * self.width
-        if self.projection_size is None:
-            return {_EMBEDDING: (self.length, columns)}
-        return {
-            _EMBEDDING: (self.length, self.width),
-            "1.weight": (self.width, self.projection_size),
-            "1.bias": (self.projection_size,),
-            "3.weight": (self.projection_size, columns),
-            "3.bias": (columns,),
-        }
 
 
 def is_paddle_prefix(folder: str | Path) -> bool:
@@ -119,11 +89,11 @@ def read_paddle_prefix(folder: str | Path, model: LlamaConfig) -> PaddlePrefix:
     folder = Path(folder)
     values = read_json_object(folder / PREFIX_CONFIG, "a Paddle prefix folder needs it")
     reader = ConfigReader(values, str(folder / PREFIX_CONFIG))
-    shape = _read_shape(reader)
-    _check_model(reader.source, shape, model)
+    shape = PrefixShape.read(reader)
+    shape.check_model(reader.source, model)
     if not find_adapter_files(folder, PREFIX_STEM) and (folder / CACHES).is_file():
         shape = replace(shape, projection_size=None)
-        stored = _rotated({_EMBEDDING: _read_caches(folder / CACHES, shape)}, shape, model, shape.length)
+        stored = _rotated({EMBEDDING: _read_caches(folder / CACHES, shape)}, shape, model, shape.length)
         return PaddlePrefix(_peft_config(shape), _ours(stored, shape))
     checkpoint = open_adapter_files(folder, PREFIX_STEM, reader.integer("tensor_parallel_degree", 1))
     try:
@@ -136,9 +106,9 @@ def read_paddle_prefix(folder: str | Path, model: LlamaConfig) -> PaddlePrefix:
             )
         stored = {name: _join(checkpoint.pieces[name], name, wanted[name]) for name in wanted}
         if checkpoint.tp > 1:
-            _check_degree(shape, checkpoint.tp)
-            order = _order_of_processes(shape, checkpoint.tp)
-            stored |= {name: stored[name][..., order] for name in _output_tensors(shape)}
+            shape.check_degree(checkpoint.tp)
+            order = shape.order_of_processes(checkpoint.tp)
+            stored |= {name: stored[name][..., order] for name in shape.output_tensors}
     finally:
         checkpoint.close()
     stored = _rotated({name: tensor.float() for name, tensor in stored.items()}, shape, model, shape.length)
@@ -171,18 +141,18 @@ def write_paddle_prefix(
     """
     base_prefix(model)
     head_dim = config.token_dim // config.num_attention_heads
-    shape = _Shape(
+    shape = PrefixShape(
         config.num_virtual_tokens, config.num_attention_heads, head_dim, config.num_layers, model.hidden_size, None
     )
-    _check_model("the prefix", shape, model)
+    shape.check_model("the prefix", model)
     stored = _paddle_state(state, shape)
-    if f"{_LINEAR}.weight" in stored:
+    if "1.weight" in stored:
         shape = replace(shape, projection_size=stored["1.bias"].shape[0])
     stored = _rotated(stored, shape, model, -shape.length)
     if tp > 1:
-        _check_degree(shape, tp)
-        order = torch.argsort(_order_of_processes(shape, tp))
-    kind = str(stored[_EMBEDDING].dtype).removeprefix("torch.")
+        shape.check_degree(tp)
+        order = torch.argsort(shape.order_of_processes(tp))
+    kind = str(stored[EMBEDDING].dtype).removeprefix("torch.")
     values = {
         "dtype": kind,
         "hidden_size": shape.hidden_size,
@@ -198,7 +168,7 @@ def write_paddle_prefix(
     with staged_folder(folder, replaces=(f"{PREFIX_STEM}*.pdparams", CACHES)) as staging:
         _write_caches(staging / CACHES, _flat(stored), shape)
         if tp > 1:
-            stored |= {name: stored[name][..., order] for name in _output_tensors(shape)}
+            stored |= {name: stored[name][..., order] for name in shape.output_tensors}
         for rank in range(tp):
             parts = {name: _part(tensor, name, tp, rank) for name, tensor in stored.items()}
             write_pdparams(staging / f"{PREFIX_STEM}{f'.tp{rank:02d}' if tp > 1 else ''}.pdparams", parts)
@@ -206,27 +176,7 @@ def write_paddle_prefix(
         (staging / PREFIX_CONFIG).write_text(text, encoding="utf-8")
 
 
-def _read_shape(reader: ConfigReader) -> _Shape:
-    queries, hidden = reader.integer("num_attention_heads"), reader.integer("hidden_size")
-    heads = reader.integer("multi_query_group_num", queries)
-    numbers = {"num_prefix_tokens": reader.integer("num_prefix_tokens"), "multi_query_group_num": heads}
-    numbers |= {
-        "num_attention_heads": queries,
-        "hidden_size": hidden,
-        "num_hidden_layers": reader.integer("num_hidden_layers"),
-    }
-    projection = reader.boolean("prefix_projection", False)
-    size = reader.integer("prefix_projection_hidden_size", hidden) if projection else None
-    numbers |= {} if size is None else {"prefix_projection_hidden_size": size}
-    for key, value in numbers.items():
-        if not 1 <= value < 2**31:
-            raise FormatError(f"{reader.source}: {key} must be a number of at least 1, got {value}")
-    if hidden % queries:
-        raise FormatError(f"{reader.source}: hidden_size {hidden} is no multiple of num_attention_heads {queries}")
-    return _Shape(numbers["num_prefix_tokens"], heads, hidden // queries, numbers["num_hidden_layers"], hidden, size)
-
-
-def _peft_config(shape: _Shape) -> PeftPrefixConfig:
+def _peft_config(shape: PrefixShape) -> PeftPrefixConfig:
     return PeftPrefixConfig(
         num_virtual_tokens=shape.length,
         token_dim=shape.width,
@@ -237,17 +187,7 @@ def _peft_config(shape: _Shape) -> PeftPrefixConfig:
     )
 
 
-def _check_model(source: str, shape: _Shape, model: LlamaConfig) -> None:
-    found = (shape.layers, shape.heads, shape.head_dim, shape.hidden_size)
-    wanted = (model.num_hidden_layers, model.num_key_value_heads, model.head_dim, model.hidden_size)
-    if found != wanted:
-        words = ["{} layers, {} key-value heads of {}, hidden size {}".format(*numbers) for numbers in (found, wanted)]
-        raise FormatError(
-            f"{source}: is for a model of {words[0]}; the base model has {words[1]}: give the one it was for"
-        )
-
-
-def _rotated(stored: dict[str, Tensor], shape: _Shape, model: LlamaConfig, positions: int) -> dict[str, Tensor]:
+def _rotated(stored: dict[str, Tensor], shape: PrefixShape, model: LlamaConfig, positions: int) -> dict[str, Tensor]:
     """With the keys moved by a number of positions; see the top of this file."""
     if model.model_type == "mistral":
         return stored
@@ -255,7 +195,7 @@ def _rotated(stored: dict[str, Tensor], shape: _Shape, model: LlamaConfig, posit
     angles = positions * frequencies.double()
     cos, sin = angles.cos(), angles.sin()
     result = dict(stored)
-    for name in _output_tensors(shape):
+    for name in shape.output_tensors:
         tensor = stored[name]
         keys, values = tensor.chunk(2, -1)
         first, second = keys.double().view(*keys.shape[:-1], shape.heads * shape.layers, 2, -1).unbind(-2)
@@ -283,27 +223,6 @@ def _join(pieces: tuple[Piece, ...], name: str, wanted: tuple[int, ...]) -> Tens
     return whole
 
 
-def _check_degree(shape: _Shape, tp: int) -> None:
-    for what, size in (
-        ("prefix tokens", shape.length),
-        ("heads", shape.heads),
-        ("hidden units", shape.projection_size or tp),
-    ):
-        if size % tp:
-            raise FormatError(f"tensor_parallel_degree {tp} does not divide the {size} {what} of the prefix")
-
-
-def _order_of_processes(shape: _Shape, tp: int) -> Tensor:
-    """For each column (2 * layers, heads, head size) of the prefix, the column in which the processes keep it."""
-    columns = torch.arange(2 * shape.layers * shape.width)
-    return columns.view(tp, 2 * shape.layers, shape.heads // tp, shape.head_dim).transpose(0, 1).reshape(-1)
-
-
-def _output_tensors(shape: _Shape) -> tuple[str, ...]:
-    """Those whose last axis is the columns of the prefix."""
-    return (_EMBEDDING,) if shape.projection_size is None else ("3.weight", "3.bias")
-
-
 def _part(tensor: Tensor, name: str, tp: int, rank: int) -> Tensor:
     axis = _AXES.get(name)
     return (tensor if axis is None or tp == 1 else tensor.chunk(tp, axis)[rank]).contiguous()
@@ -313,64 +232,53 @@ def _layer_name(layer: int, kind: str) -> str:
     return f"model.layers.{layer}.self_attn.prefix.{kind}"
 
 
-def _columns(shape: _Shape) -> dict[tuple[int, str], slice]:
-    """Where the keys and values of each layer lie."""
-    return {
-        (layer, kind): slice(
-            (number * shape.layers + layer) * shape.width, (number * shape.layers + layer + 1) * shape.width
-        )
-        for layer in range(shape.layers)
-        for number, kind in enumerate(_KINDS)
-    }
-
-
-def _ours(stored: Mapping[str, Tensor], shape: _Shape) -> dict[str, Tensor]:
+def _ours(stored: Mapping[str, Tensor], shape: PrefixShape) -> dict[str, Tensor]:
     """The parameters by their names in a model of ours, in torch's layout."""
     if shape.projection_size is None:
-        found = {_layer_name(*at): stored[_EMBEDDING][:, where] for at, where in _columns(shape).items()}
+        found = {_layer_name(*at): stored[EMBEDDING][:, where] for at, where in shape.columns().items()}
     else:
         missing = shape.hidden_size - shape.width
         found = {
-            f"{_ENCODER}.embedding.weight": F.pad(stored[_EMBEDDING], (0, missing)),
+            f"{_ENCODER}.embedding.weight": F.pad(stored[EMBEDDING], (0, missing)),
             f"{_ENCODER}.linear.weight": F.pad(stored["1.weight"].t(), (0, missing)),
             f"{_ENCODER}.linear.bias": stored["1.bias"],
         }
-        for at, where in _columns(shape).items():
+        for at, where in shape.columns().items():
             found[f"{_layer_name(*at)}_proj.weight"] = stored["3.weight"][:, where].t()
             found[f"{_layer_name(*at)}_proj.bias"] = stored["3.bias"][where]
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
-def _paddle_state(state: Mapping[str, Tensor], shape: _Shape) -> dict[str, Tensor]:
+def _paddle_state(state: Mapping[str, Tensor], shape: PrefixShape) -> dict[str, Tensor]:
     """The parameters by Paddle's names, in its layout; without the network where Paddle's could not hold it."""
-    columns = _columns(shape)
+    columns = shape.columns()
     at = sorted(columns, key=lambda key: columns[key].start)
     if f"{_ENCODER}.linear.weight" not in state:
-        return {_EMBEDDING: torch.cat([state[_layer_name(*key)] for key in at], 1)}
+        return {EMBEDDING: torch.cat([state[_layer_name(*key)] for key in at], 1)}
     stored = {
-        _EMBEDDING: state[f"{_ENCODER}.embedding.weight"],
+        EMBEDDING: state[f"{_ENCODER}.embedding.weight"],
         "1.weight": state[f"{_ENCODER}.linear.weight"].t(),
         "1.bias": state[f"{_ENCODER}.linear.bias"],
         "3.weight": torch.cat([state[f"{_layer_name(*key)}_proj.weight"].t() for key in at], 1),
         "3.bias": torch.cat([state[f"{_layer_name(*key)}_proj.bias"] for key in at]),
     }
-    rest = stored[_EMBEDDING][:, shape.width :], stored["1.weight"][shape.width :]
+    rest = stored[EMBEDDING][:, shape.width :], stored["1.weight"][shape.width :]
     if any(not part.any() for part in rest):  # as wide as Paddle's, or widened by zeros when it was read
         return stored | {
-            _EMBEDDING: stored[_EMBEDDING][:, : shape.width],
+            EMBEDDING: stored[EMBEDDING][:, : shape.width],
             "1.weight": stored["1.weight"][: shape.width],
         }
-    return {_EMBEDDING: _flat(stored)}
+    return {EMBEDDING: _flat(stored)}
 
 
 def _flat(stored: Mapping[str, Tensor]) -> Tensor:
     """The prefix itself, (P, 2 * layers * width)."""
     if "1.weight" not in stored:
-        return stored[_EMBEDDING]
-    return (stored[_EMBEDDING] @ stored["1.weight"] + stored["1.bias"]).tanh() @ stored["3.weight"] + stored["3.bias"]
+        return stored[EMBEDDING]
+    return (stored[EMBEDDING] @ stored["1.weight"] + stored["1.bias"]).tanh() @ stored["3.weight"] + stored["3.bias"]
 
 
-def _read_caches(path: Path, shape: _Shape) -> Tensor:
+def _read_caches(path: Path, shape: PrefixShape) -> Tensor:
     """The columns of the prefix, of `pre_caches.npy`; what NumPy would unpickle is refused."""
     wanted = (shape.layers, 2, shape.heads, shape.length, shape.head_dim)
     try:
@@ -399,6 +307,6 @@ def _read_caches(path: Path, shape: _Shape) -> Tensor:
     return tensor.float().permute(3, 1, 0, 2, 4).reshape(shape.length, -1)
 
 
-def _write_caches(path: Path, flat: Tensor, shape: _Shape) -> None:
+def _write_caches(path: Path, flat: Tensor, shape: PrefixShape) -> None:
     caches = flat.detach().float().view(shape.length, 2, shape.layers, shape.heads, shape.head_dim)
     np.save(path, caches.permute(2, 1, 3, 0, 4).contiguous().numpy(), allow_pickle=False)
