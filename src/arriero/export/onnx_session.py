@@ -1,0 +1,122 @@
+"""An ONNX Runtime session over a graph of `onnx_graph`, with the keys and values of several sequences in place."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from arriero.errors import FormatError, require
+
+_BINDINGS = 64  # that are kept
+Integers = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
+
+
+class OnnxSession:
+    """Computes tokens of neighbouring rows of its cache.
+
+    Attributes:
+        rows: sequences that the cache has room for.
+        context: tokens of each.
+        vocab_size: of the logits.
+    """
+
+    def __init__(self, graph: Path, rows: int, threads: int | None = None, *, spinning: bool = False) -> None:
+        """
+        Args:
+            graph: the .onnx file; its weights lie beside it.
+            rows: room for sequences; memory is taken as they grow.
+            threads: of a computation; default: what the process may use of the machine's cores.
+            spinning: threads wait for each other without giving up their cores, which pays only where nothing else runs.
+
+        Raises:
+            FormatError: when ONNX Runtime cannot load it.
+            MissingExtraError: without ONNX Runtime.
+        """
+        runtime = require("onnxruntime", "export")
+        self.rows = rows
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+        try:
+            self._session = runtime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the library's exceptions have no common base
+            reason = " ".join(str(error).split())[:300]
+            raise FormatError(f"{graph}: ONNX Runtime cannot load it ({reason})") from error
+        shapes = {value.name: value.shape for value in self._session.get_inputs()}
+        cached = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values.")}
+        self.vocab_size = int(self._session.get_outputs()[0].shape[1])
+        self.context = int(next(iter(cached.values()))[2])
+        self._cache = {name: _untouched((rows, *shape[1:])) for name, shape in cached.items()}
+        self._bindings: dict[tuple[int, int], Any] = {}
+
+    def run(self, first: int, ids: Integers, starts: Integers, counts: Integers, logits_at: Integers) -> Logits:
+        """Compute tokens and store their keys and values.
+
+        Args:
+            first: the row of the cache that the first row of the batch is of; the next ones follow.
+            ids: (B, S), filled up on the right with any ids; `starts` + S must not go beyond the context.
+            starts: (B), tokens of each sequence that were computed before.
+            counts: (B), the real ones of each row; that of one row is S.
+            logits_at: (n), places in the flattened `ids`.
+
+        Returns:
+            (n, vocab_size).
+        """
+        batch = len(ids)
+        binding = self._binding(first, batch)
+        totals = (starts + counts).astype(np.int32)
+        given: dict[str, npt.NDArray[Any]] = {
+            "input_ids": np.ascontiguousarray(ids, np.int64),
+            "query_lengths": counts.astype(np.int32),
+            "seqlens_k": totals - np.int32(1),
+            "total_sequence_length": np.array(totals.max()),
+            "logits_at": np.ascontiguousarray(logits_at, np.int64),
+        }
+        for name, values in given.items():
+            binding.bind_input(name, "cpu", 0, values.dtype.type, values.shape, values.ctypes.data)
+        logits = np.empty((len(logits_at), self.vocab_size), np.float32)
+        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        self._session.run_with_iobinding(binding)
+        return logits
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Exchange the first tokens of two rows of the cache."""
+        for values in self._cache.values():
+            kept = values[one, :, :length].copy()
+            values[one, :, :length] = values[other, :, :length]
+            values[other, :, :length] = kept
+
+    def _binding(self, first: int, batch: int) -> Any:
+        """The rows of the cache as past and present of a batch."""
+        found = self._bindings.get((first, batch))
+        if found is None:
+            if len(self._bindings) >= _BINDINGS:
+                self._bindings.clear()
+            found = self._session.io_binding()
+            for name, values in self._cache.items():
+                rows = values[first : first + batch]
+                place = ("cpu", 0, np.float32, rows.shape, rows.ctypes.data)
+                found.bind_input(name, *place)
+                found.bind_output(name.replace("past_key_values", "present"), *place)
+            self._bindings[first, batch] = found
+        return found
+
+
+def _untouched(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Zeros that take memory a page at a time, as they are written to.
+
+    NumPy's own ask for huge pages, of which each head of each sequence would take one for its first token.
+    """
+    memory = mmap.mmap(-1, prod(shape) * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.float32).reshape(shape)

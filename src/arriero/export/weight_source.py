@@ -1,0 +1,83 @@
+"""The weights that a graph is made of, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from arriero.errors import ConfigError
+from arriero.export.block_weights import BlockFormat, BlockWeight, from_integers, quantize, stack
+from arriero.formats.quantized import QuantizedFolder
+from arriero.formats.safe_tensors import LazyTensor
+from arriero.formats.source import ModelSource
+from arriero.models.weight_shapes import HEAD
+from arriero.quantization.schemes import IntegerWeights
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+class WeightSource:
+    """Reads the tensors of a model as they are asked for.
+
+    Attributes:
+        config: of the model.
+        layers: names of the layers whose integers are kept where a format allows it.
+    """
+
+    def __init__(self, source: ModelSource, quantized: QuantizedFolder | None = None) -> None:
+        """
+        Args:
+            quantized: the same folder, if its layers are quantized.
+        """
+        self.config = source.config
+        self._source = source
+        self._scheme: IntegerWeights | None = None
+        self._quantized = quantized
+        if quantized is not None and isinstance(quantized.scheme, IntegerWeights):
+            self._scheme = quantized.scheme
+        self.layers = frozenset(quantized.layers) if quantized is not None and self._scheme is not None else frozenset()
+
+    @property
+    def integer_bits(self) -> int | None:
+        """Of the integers that the model is stored in; None if it is not."""
+        return None if self._scheme is None else self._scheme.integer.bits
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of all stored weights."""
+        return self._source.tensors.keys()
+
+    def load(self, name: str) -> Tensor:
+        """A weight as it is stored, or dequantized; a tied head is the embedding."""
+        if name == HEAD and self.config.tie_word_embeddings:
+            name = EMBEDDING
+        value = self._source.tensors[name]
+        return value.load() if isinstance(value, LazyTensor) else value
+
+    def rows(self, names: Sequence[str]) -> Tensor:
+        """Weights or biases one after the other, fp32."""
+        parts = [self.load(name).float() for name in names]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def blocks(self, names: Sequence[str], form: BlockFormat) -> BlockWeight:
+        """Weights one after the other, rounded, or with the integers that they have already.
+
+        Raises:
+            ConfigError: if the integers do not fit the format.
+        """
+        parts = [self._blocks(name, form) for name in names]
+        return stack(parts) if len(parts) > 1 else parts[0]
+
+    def _blocks(self, name: str, form: BlockFormat) -> BlockWeight:
+        layer = name.removesuffix(".weight")
+        if layer not in self.layers or self._quantized is None or self._scheme is None:
+            return quantize(self.load(name), form)
+        if self._scheme.integer.bits != form.bits or not form.symmetric:
+            raise ConfigError(
+                f"{self._source.path}: its weights are int{self._scheme.integer.bits} already, without zero points: "
+                f"export it as int{self._scheme.integer.bits}, symmetric, or export the original weights"
+            )
+        stored = {part: self._quantized.read(f"{layer}.{part}") for part in self._scheme.weight_names}
+        return from_integers(self._scheme.integers(stored), stored["weight_scale"], form)

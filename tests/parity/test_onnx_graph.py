@@ -1,0 +1,333 @@
+"""ONNX graphs against transformers, and against ONNX Runtime's own reading of their blocks."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.capi import _pybind_state as native
+
+from arriero.errors import ConfigError, FormatError, GenerationError
+from arriero.export import onnx_graph
+from arriero.export.block_weights import BlockFormat, BlockWeight, quantize
+from arriero.export.bundle import open_bundle
+from arriero.export.onnx_export import OnnxOptions, export_onnx
+from arriero.export.onnx_runner import MAX_TOKENS, OnnxRunner
+from arriero.export.onnx_session import OnnxSession
+from arriero.export.self_check import Step
+from arriero.formats.hf import load_model, save_model
+from arriero.formats.quantized import file_state, with_scheme
+from arriero.models.config import LlamaConfig
+from arriero.quantization.integers import IntegerScheme
+from arriero.quantization.schemes import IntegerWeights
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from twin_models import VOCAB, their_model
+
+SOURCE = Path(__file__).parents[2] / "src"
+# Heads of 16, which the rotation of the operator needs.
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 96}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "llama3": {"rope_scaling": LLAMA3},
+    "yarn": {"rope_scaling": YARN},
+    "mistral": {"model_type": "mistral", "sliding_window": 7},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 4},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32},
+}
+
+
+def saved(folder: Path, **changes: Any) -> tuple[Path, Any]:
+    """A model of transformers, and its folder."""
+    theirs = their_model(**WIDE | changes)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "norm" in name:
+                parameter += 1  # as trained ones are; with small ones attention would hardly look at positions
+    theirs.save_pretrained(folder)  # type: ignore[operator]
+    return folder, theirs
+
+
+def expected(theirs: Any, ids: list[int]) -> np.ndarray[Any, Any]:
+    with torch.inference_mode():
+        return theirs(torch.tensor([ids])).logits[0].numpy()
+
+
+def runner(folder: Path, slots: int = 4) -> OnnxRunner:
+    return OnnxRunner(OnnxSession(open_bundle(folder).graph, slots, threads=1))
+
+
+def sequence(seed: int, length: int, vocab: int = VOCAB) -> list[int]:
+    return random.Random(seed).choices(range(vocab), k=length)
+
+
+def live(given: OnnxRunner, sequences: list[list[int]], seed: int) -> list[np.ndarray[Any, Any]]:
+    """All logits of sequences that begin when a slot is free and go on by random steps, some of them at a time."""
+    rng = random.Random(seed)
+    waiting, free = list(range(len(sequences))), list(range(given.num_blocks))
+    slots: dict[int, int] = {}
+    done = [0] * len(sequences)
+    found: list[list[Any]] = [[] for _ in sequences]
+    while waiting or slots:
+        while waiting and free:
+            slots[waiting.pop(0)] = free.pop(rng.randrange(len(free)))
+        chosen = rng.sample(list(slots), rng.randint(1, len(slots)))
+        counts = [min(rng.choice((1, 1, 1, 2, 5, 20)), len(sequences[s]) - done[s]) for s in chosen]
+        steps = [
+            Step(sequences[s][done[s] : done[s] + n], done[s], [slots[s]], n)
+            for s, n in zip(chosen, counts, strict=True)
+        ]
+        logits, at = given.run(steps), 0
+        for s, n in zip(chosen, counts, strict=True):
+            found[s].append(logits[at : at + n])
+            at, done[s] = at + n, done[s] + n
+            if done[s] == len(sequences[s]):
+                free.append(slots.pop(s))
+        assert at == len(logits)
+    return [np.concatenate(parts) for parts in found]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_transformers(tmp_path: Path, family: str) -> None:
+    folder, theirs = saved(tmp_path / "hf", **FAMILIES[family])
+    bundle = export_onnx(folder, tmp_path / "onnx", OnnxOptions())
+    sequences = [sequence(seed, length) for seed, length in enumerate((40, 3, 90, 17, 60, 1, 33))]
+    found = live(runner(bundle.folder), sequences, seed=1)
+    for ids, logits in zip(sequences, found, strict=True):
+        torch.testing.assert_close(logits, expected(theirs, ids), rtol=0, atol=1e-4)
+
+
+def test_steps_of_many_lives_change_nothing(tmp_path: Path) -> None:
+    folder, theirs = saved(tmp_path / "hf")
+    given = runner(export_onnx(folder, tmp_path / "onnx", OnnxOptions()).folder, slots=5)
+    sequences = [sequence(seed, 1 + seed * 7 % 50) for seed in range(12)]
+    wanted = [expected(theirs, ids) for ids in sequences]
+    for seed in range(8):
+        for one, other in zip(live(given, sequences, seed), wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
+def test_a_long_prompt_and_few_logits(tmp_path: Path) -> None:
+    length = 2 * MAX_TOKENS + 30
+    folder, theirs = saved(tmp_path / "hf", max_position_embeddings=length)
+    given = runner(export_onnx(folder, tmp_path / "onnx", OnnxOptions()).folder, slots=2)
+    ids = sequence(3, length)
+    wanted = expected(theirs, ids)
+    none = given.run([Step(ids[:10], 0, [0], 0)])
+    assert none.shape == (0, VOCAB)
+    logits = given.run([Step(ids, 0, [1], 40), Step(ids[10:11], 10, [0], 1)])
+    torch.testing.assert_close(logits, np.concatenate((wanted[-40:], wanted[10:11])), rtol=0, atol=1e-4)
+
+
+def test_what_does_not_fit_a_slot(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path / "hf")
+    given = runner(export_onnx(folder, tmp_path / "onnx", OnnxOptions(context=20)).folder)
+    assert (given.block_size, given.context) == (20, 20)
+    for step in (Step([1] * 5, 16, [0], 1), Step([1], 0, [0, 1], 1), Step([], 0, [0], 0), Step([1], 0, [0], 2)):
+        with pytest.raises(GenerationError, match="do not fit a slot of 20"):
+            given.run([step])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_blocks_are_read_alike_by_the_operators(bits: int, block_size: int, symmetric: bool) -> None:
+    rows, columns = 40, 96  # of which blocks of 64 and 128 leave a part
+    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    weight = quantize(matrix, BlockFormat(bits, block_size, symmetric))
+    x = np.eye(columns, dtype=np.float32)
+    product = multiplied(weight, x)
+    np.testing.assert_allclose(product.T, weight.dequantize(), rtol=0, atol=1e-6)
+    theirs, ours = rounded_by_onnxruntime(matrix.numpy(), bits, block_size, symmetric), weight.dequantize()
+    errors = [float(np.square(rounded.astype(np.float64) - matrix.numpy()).sum()) for rounded in (ours, theirs)]
+    assert errors[0] <= errors[1] * (1 + 1e-5)  # of 8 bits they are the same but for the last bit of a scale
+
+
+def multiplied(weight: BlockWeight, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """x times a stored weight, by the operator."""
+    stored = {"packed": weight.packed, "scales": weight.scales}
+    if weight.zero_points is not None:
+        stored["zero_points"] = weight.zero_points
+    size = (weight.scales.shape[0], weight.in_features)
+    form = weight.format
+    node = helper.make_node(
+        "MatMulNBits", ["x", *stored], ["y"], domain="com.microsoft", N=size[0], K=size[1], bits=form.bits,
+        block_size=form.block_size, accuracy_level=1,
+    )  # fmt: skip
+    graph = helper.make_graph(
+        [node],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", size[1]])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", size[0]])],
+        [numpy_helper.from_array(np.ascontiguousarray(values), name) for name, values in stored.items()],
+    )
+    domains = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=domains, ir_version=10)
+    found: np.ndarray[Any, Any] = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})[0]
+    return found
+
+
+def rounded_by_onnxruntime(
+    matrix: np.ndarray[Any, Any], bits: int, block_size: int, symmetric: bool
+) -> np.ndarray[Any, Any]:
+    """A matrix rounded to blocks by ONNX Runtime's own quantizer."""
+    form = BlockFormat(bits, block_size, symmetric)
+    rows, columns = matrix.shape
+    blocks = form.blocks(columns)
+    packed = np.zeros((rows, blocks, block_size * bits // 8), np.uint8)
+    scales, zeros = np.zeros((rows * blocks,), np.float32), np.zeros((rows, -(-blocks * bits // 8)), np.uint8)
+    rounding = {4: native.quantize_matmul_4bits, 8: native.quantize_matmul_8bits}[bits]
+    transposed = np.ascontiguousarray(matrix.T)
+    rounding(packed, transposed, scales, zeros.reshape(-1), block_size, rows, columns, symmetric)
+    zero_points = None if symmetric else zeros
+    return BlockWeight(form, columns, packed, scales.reshape(rows, blocks), zero_points).dequantize()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("options", [{"weights": "int8"}, {"weights": "int4", "block_size": 16, "symmetric": False}])
+def test_rounded_weights_make_the_logits_that_they_should(tmp_path: Path, options: dict[str, Any], tied: bool) -> None:
+    folder, theirs = saved(tmp_path / "hf", tie_word_embeddings=tied, intermediate_size=80, attention_bias=True)
+    chosen = OnnxOptions(**options, accuracy_level=0)
+    given = runner(export_onnx(folder, tmp_path / "onnx", chosen).folder)
+    form = chosen.form()
+    assert form.layers is not None
+    assert form.head is not None
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if parameter.dim() == 2:
+                blocks = form.head if "embed" in name or "lm_head" in name else form.layers
+                parameter.copy_(torch.from_numpy(quantize(parameter, blocks).dequantize()))
+    ids = sequence(0, 50)
+    torch.testing.assert_close(live(given, [ids], seed=0)[0], expected(theirs, ids), rtol=0, atol=1e-4)
+
+
+def test_eight_bit_inputs_stay_near(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path / "hf")
+    check = export_onnx(folder, tmp_path / "onnx", OnnxOptions(weights="int4", accuracy_level=4)).manifest.check
+    assert 1e-4 < check["relative_difference"] < 0.05  # rounded, and to no less than 8 bits
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, None)])
+def test_a_quantized_folder_keeps_its_integers(tmp_path: Path, bits: int, group: int | None) -> None:
+    plain, _ = saved(tmp_path / "plain")
+    scheme = IntegerWeights(IntegerScheme(bits, group))
+    model = load_model(plain, torch.float32, scheme=scheme)
+    save_model(file_state(model, torch.float32), with_scheme(model.config, scheme), tmp_path / "hf")
+    options = OnnxOptions(weights=f"int{bits}", block_size=16, accuracy_level=0, head_bits=8)
+    given = runner(export_onnx(tmp_path / "hf", tmp_path / "onnx", options).folder)
+    ids = sequence(0, 30)
+    reference = load_model(tmp_path / "hf", torch.float32)
+    with torch.inference_mode():
+        for weight in (reference.lm_head.weight, reference.model.embed_tokens.weight):
+            weight.copy_(torch.from_numpy(quantize(weight, BlockFormat(8, 16)).dequantize()))
+        wanted = reference(torch.tensor([ids]))[0].numpy()
+    torch.testing.assert_close(live(given, [ids], seed=0)[0], wanted, rtol=0, atol=1e-4)
+    with pytest.raises(ConfigError, match=f"int{bits} already"):
+        export_onnx(tmp_path / "hf", tmp_path / "other", OnnxOptions(weights=f"int{12 - bits}"))
+    if group is not None:
+        with pytest.raises(ConfigError, match="choose a block size that divides 32"):
+            export_onnx(tmp_path / "hf", tmp_path / "other", OnnxOptions(weights="int4", block_size=64))
+    assert not (tmp_path / "other").exists()
+
+
+def test_half_of_the_bytes_in_fp16(tmp_path: Path) -> None:
+    folder, theirs = saved(tmp_path / "hf", tie_word_embeddings=True)
+    wide = export_onnx(folder, tmp_path / "fp32", OnnxOptions())
+    half = export_onnx(folder, tmp_path / "fp16", OnnxOptions(weights="fp16"))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(parameter.half())
+    ids = sequence(0, 50)
+    torch.testing.assert_close(live(runner(half.folder), [ids], seed=0)[0], expected(theirs, ids), rtol=0, atol=1e-4)
+    matrices = sum(p.numel() for p in theirs.parameters() if p.dim() == 2)
+    sizes = [(bundle.folder / "weights.bin").stat().st_size for bundle in (wide, half)]
+    assert sizes[0] - sizes[1] == pytest.approx(2 * matrices, abs=4096 * 20)
+
+
+def test_it_runs_where_torch_and_the_models_cannot_be_imported(tmp_path: Path) -> None:
+    folder, theirs = saved(tmp_path / "hf")
+    export_onnx(folder, tmp_path / "onnx", OnnxOptions())
+    prompt = sequence(5, 9)
+    program = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "onnx", "transformers") or name.startswith("arriero.models"):
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Blocked())
+import json
+from types import SimpleNamespace as Step
+from arriero.export.bundle import open_bundle
+from arriero.export.onnx_runner import OnnxRunner
+from arriero.export.onnx_session import OnnxSession
+runner = OnnxRunner(OnnxSession(open_bundle(sys.argv[1]).graph, 2))
+tokens, done = json.loads(sys.argv[2]), 0
+while len(tokens) < 9 + 40:
+    logits = runner.run([Step(tokens=tokens[done:], start=done, blocks=[1], logits=1)])
+    done = len(tokens)
+    tokens.append(int(logits[0].argmax()))
+print(json.dumps(tokens))
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "onnx"), json.dumps(prompt)],
+        capture_output=True, text=True, check=False, env={"PYTHONPATH": str(SOURCE)},
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    wanted = theirs.generate(
+        torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert json.loads(told.stdout) == wanted[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "text"),
+    [
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            {},
+            "rope type 'dynamic' cannot be exported to onnx",
+        ),
+        ({"head_dim": 8}, {}, "a head_dim of 8 cannot be exported to onnx"),
+        ({}, {"context": 97}, "a context of 97 cannot be exported: the model has positions 1 to 96"),
+        ({}, {"weights": "int3"}, "of the kind 'int3' are not known"),
+        ({}, {"weights": "int4", "block_size": 48}, "blocks of 48 are not supported"),
+        ({}, {"weights": "int4", "accuracy_level": 2}, "an accuracy level of 2 is not supported"),
+        ({}, {"weights": "int4", "head_bits": 5}, "weights of 5 bits are not supported"),
+    ],
+)
+def test_what_cannot_be_exported(tmp_path: Path, changes: dict[str, Any], options: dict[str, Any], text: str) -> None:
+    folder, _ = saved(tmp_path / "hf", **changes)
+    with pytest.raises(ConfigError, match=text):
+        export_onnx(folder, tmp_path / "onnx", OnnxOptions(**options))
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_graph_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = saved(tmp_path / "hf")
+    config = LlamaConfig.from_file(folder)
+    tables = onnx_graph.rope_tables(config, 96)
+    monkeypatch.setattr(onnx_graph, "rope_tables", lambda *_: (tables[0], tables[1] * 1.01))
+    with pytest.raises(FormatError, match="its logits differ from the model's"):
+        export_onnx(folder, tmp_path / "onnx", OnnxOptions())
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
