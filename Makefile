@@ -4,8 +4,8 @@
 #   make quickstart              fine-tune a real model on this machine and see it get better
 #   make test                    the tests;   make test-peers   those that take many minutes
 #   make lint                    style, types, layers
-#   make bench                   speed and memory of training beside the transformers Trainer; BENCH=preprocess, corpus_index
-#                                or optimizers: the other programs of benchmarks/
+#   make bench                   speed and memory of training beside the transformers Trainer; BENCH=generate, packing,
+#                                preprocess, convert and so on: the other programs of benchmarks/
 #   make bench-gpu               tokens/s, MFU and memory of a 1.3B model on one GPU (docs/gpu.md)
 #   make layouts                 every layout of processes against one process; rewrites the table of docs/layouts.md
 #   make docs                    rewrite the tables of docs/formats.md from the code that converts

@@ -21,6 +21,7 @@ from arriero.config.layout import Layout
 from arriero.config.parallel import ParallelOptions
 from arriero.formats import hf
 from arriero.formats.parts import Placement
+from arriero.formats.shard_writer import write_shards
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.materialize import materialize
@@ -125,6 +126,19 @@ class Peak:
         self.thread.join()
 
 
+def read_bytes(folder: Path) -> dict[str, int]:
+    """Of each file below a folder that this process maps: the bytes of it that it has looked at."""
+    found: dict[str, int] = {}
+    name = ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            name = Path(words[-1]).name if str(folder) in line else ""
+        elif words[0] == "Rss:" and name:
+            found[name] = found.get(name, 0) + int(words[1]) * 1024
+    return found
+
+
 def loading(folder: Path, axis: str, world: int) -> None:
     processes = start(layout_of(axis, world), CPU)
     processes.exchange(torch.ones(1 << 20).add(1.0)[0].item())  # what torch and gloo take the first time
@@ -140,7 +154,8 @@ def loading(folder: Path, axis: str, world: int) -> None:
         parallelize(model, processes, CPU)
         materialize(model, CPU, values)
     share = sum(tensor.nbytes for tensor in local_tensors(model).values())
-    append(folder / f"load-{axis}-{processes.rank}.jsonl", {"peak": peak.most, "share": share})
+    told = {"peak": peak.most, "share": share, "read": read_bytes(folder / "model")}
+    append(folder / f"load-{axis}-{processes.rank}.jsonl", told)
 
 
 def main(what: str, folder: Path) -> None:
@@ -188,24 +203,50 @@ def test_weights_gradients_and_optimizer_are_shared_out(worlds: tuple[int, ...],
             assert [rank["moments"] for rank in ranks] == [2 * share for share in expected], (axis, world)
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("axis", ["fsdp", *(pytest.param(a, marks=pytest.mark.peers) for a in ("tp", "pp"))])
-def test_loading_takes_the_memory_of_the_share(axis: str, tmp_path: Path) -> None:
-    """A folder of 140 MB in 4 processes: the peak of each is its share and one tensor."""
-    config = LlamaConfig.from_dict(BIG)
-    model = LlamaForCausalLM(config)
+def write_big(folder: Path) -> tuple[int, int]:
+    """A folder of 140 MB; the bytes of its weights, and of the largest."""
+    model = LlamaForCausalLM(LlamaConfig.from_dict(BIG))
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    largest, whole = max(t.nbytes for t in tensors.values()), sum(t.nbytes for t in tensors.values())
-    assert whole > 100e6
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(BIG | {"architectures": ["LlamaForCausalLM"]}))
-    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    run_ranks(4, Path(__file__), f"load {axis}", str(tmp_path))
-    found = [read_lines(tmp_path / f"load-{axis}-{rank}.jsonl")[0] for rank in range(4)]
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(BIG | {"architectures": ["LlamaForCausalLM"]}))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    sizes = [tensor.nbytes for tensor in tensors.values()]
+    assert sum(sizes) > 100e6
+    return sum(sizes), max(sizes)
+
+
+def load_in_four(folder: Path, axis: str, whole: int, largest: int) -> list[dict[str, Any]]:
+    run_ranks(4, Path(__file__), f"load {axis}", str(folder))
+    found = [read_lines(folder / f"load-{axis}-{rank}.jsonl")[0] for rank in range(4)]
     assert sum(rank["share"] for rank in found) <= whole * 1.001
     for rank in found:
         # the heap's free space takes a part of it; a probe that saw less than half would be blind
         assert 0.5 * rank["share"] < rank["peak"] <= rank["share"] + largest, found
+    return found
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("axis", ["fsdp", *(pytest.param(a, marks=pytest.mark.peers) for a in ("tp", "pp"))])
+def test_loading_takes_the_memory_of_the_share(axis: str, tmp_path: Path) -> None:
+    """The peak of each of 4 processes is its share and one tensor."""
+    load_in_four(tmp_path, axis, *write_big(tmp_path / "model"))
+
+
+@pytest.mark.timeout(300)
+def test_of_files_of_tensor_parallel_processes_each_reads_its_own(tmp_path: Path) -> None:
+    """Nothing is joined, and of the other files only what all hold is looked at: the norms, to compare them."""
+    whole, _ = write_big(tmp_path / "whole")
+    write_shards(tmp_path / "whole", tmp_path / "model", 4)
+    largest = 4 * BIG["intermediate_size"] * BIG["hidden_size"]
+    found = load_in_four(tmp_path, "tp", whole, largest)
+    for rank, told in enumerate(found):
+        own = told["read"].pop(f"model-tp0{rank}-of-04.safetensors")
+        assert own > 0.95 * told["share"]
+        assert len(told["read"]) == 3
+        # the system maps 64 KiB around what is read
+        assert all(size < (2 * BIG["num_hidden_layers"] + 3) * 65536 < 0.04 * own for size in told["read"].values()), (
+            found
+        )
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ from layout_runs import append, read_lines, run_ranks
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.model import ModelOptions
 from arriero.config.parallel import ParallelOptions
-from arriero.engine.generation import Generator
+from arriero.engine.engine import Engine
 from arriero.engine.loading import load_for_inference
-from arriero.engine.sampling import SamplingParams
+from arriero.engine.sampling_params import SamplingParams
 from arriero.engine.shared_generation import generate_shared
+from arriero.errors import ArrieroError
 from arriero.parallel.processes import Processes, start, stop
 
 ONE = "one process"
@@ -63,26 +64,29 @@ def answer(name: str, processes: Processes) -> dict[str, Any]:
     prompts = [harness.tok_encode(context) for context, _ in pairs]
     params = [SamplingParams(max_new_tokens=3 + i % 5, do_sample=i % 2 == 0, seed=i) for i in range(REQUESTS)]
     counted = {"rows": 0, "prompts": 0}
-    score, generate = harness._score, Generator.generate
+    score, generate = harness._score, Engine.generate
 
     def counting_score(rows: Any) -> Any:
         counted["rows"] += len(rows)
         return score(rows)
 
-    def counting_generate(self: Generator, prompts: Any, *given: Any, **more: Any) -> Any:
+    def counting_generate(self: Engine, prompts: Any, *given: Any, **more: Any) -> Any:
         counted["prompts"] += len(prompts)
         return generate(self, prompts, *given, **more)
 
     finished: list[int] = []
     with (
         mock.patch.object(harness, "_score", counting_score),
-        mock.patch.object(Generator, "generate", counting_generate),
+        mock.patch.object(Engine, "generate", counting_generate),
     ):
         likelihoods = harness.loglikelihood(
             [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)], disable_tqdm=True
         )
-        answers = generate_shared(loaded, prompts, params, max_batch_size=BATCH, on_done=finished.append)
-        few = generate_shared(loaded, prompts[:1], params[:1])  # fewer than processes
+        model, tokenizer = loaded.model, loaded.tokenizer
+        answers = generate_shared(model, tokenizer, prompts, params, max_running=BATCH, on_done=finished.append)
+        few = generate_shared(model, tokenizer, prompts[:1], params[:1])  # fewer than processes
+    with pytest.raises(ArrieroError, match="prompt 5: the prompt is empty"):  # whoever has it
+        generate_shared(model, tokenizer, [*prompts[:5], []], params[:6])
     assert [few[0].token_ids, sum(finished)] == [answers[0].token_ids, REQUESTS]
     told = {"likelihoods": likelihoods, "answers": [[made.token_ids, made.text] for made in answers]}
     return {"layout": name, "rank": processes.rank, **told, **counted}
@@ -115,7 +119,10 @@ def check(worlds: tuple[int, ...], folder: Path) -> None:
                 assert (logp, greedy) == (pytest.approx(right, rel=1e-5), wanted), name
             assert line["answers"] == one["answers"], name
             assert line["rows"] <= REQUESTS / shares + BATCH, name
-            assert abs(line["prompts"] - (REQUESTS + 1) / parts) <= 1, name
+            if parts == 1:  # rank 0 asks the model, the others follow it
+                assert line["prompts"] == (REQUESTS + 1 if line["rank"] == 0 else 0), name
+            else:
+                assert abs(line["prompts"] - (REQUESTS + 1) / parts) <= 1, name
 
 
 @pytest.mark.timeout(500)

@@ -198,14 +198,22 @@ def test_the_final_model_as_shards_too(
         assert (tmp_path / "m" / name).read_bytes() == (out / name).read_bytes(), name
 
 
+@pytest.mark.parametrize(
+    "more", [("--num_speculative_tokens", "3"), ("--pipeline_parallel_degree", "2")], ids=["tensor", "pipeline"]
+)
 def test_answers_of_two_processes_are_those_of_one(
-    arriero: Arriero, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    more: tuple[str, ...],
+    arriero: Arriero,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     predict = ("predict", "--model_name_or_path", TINY, "--max_new_tokens", "12", "--predict_file")
-    assert main([*predict, "one.json"]) == 0
+    alone = more if "pipeline" not in more[0] else ()
+    assert main([*predict, "one.json", *alone]) == 0
     shown = capsys.readouterr().out
-    two = arriero("launch", "--nproc_per_node", "2", *predict, "two.json", timeout=400)
+    two = arriero("launch", "--nproc_per_node", "2", *predict, "two.json", *more, timeout=400)
     assert two.returncode == 0, two.stderr
     assert (tmp_path / "two.json").read_bytes() == (tmp_path / "one.json").read_bytes()
     assert two.stdout == shown.replace("one.json", "two.json")

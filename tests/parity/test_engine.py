@@ -16,7 +16,7 @@ from arriero.engine.draft_model import DraftModel
 from arriero.engine.drafts import PromptLookup, Speculation
 from arriero.engine.engine import Engine
 from arriero.engine.runner import TorchRunner
-from arriero.engine.sampling import SamplingParams
+from arriero.engine.sampling_params import SamplingParams
 from arriero.errors import GenerationError
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
@@ -64,13 +64,14 @@ def pair(seed: int = 0, **changes: Any) -> tuple[LlamaForCausalLM, Any]:
     return ours, theirs
 
 
-def expected(theirs: Any, prompt: list[int]) -> list[int]:
+def expected(theirs: Any, prompt: list[int], max_new_tokens: int = NEW, **settings: Any) -> list[int]:
     output = theirs.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt)),
         do_sample=False,
         pad_token_id=0,
-        max_new_tokens=NEW,
+        max_new_tokens=max_new_tokens,
+        **settings,
     )
     return output[0, len(prompt) :].tolist()
 
@@ -79,6 +80,7 @@ FAMILIES = {
     "llama": {},
     "tied": {"rope_theta": 500.0, "tie_word_embeddings": True},
     "mistral, window": {"model_type": "mistral", "sliding_window": 8},
+    "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
 }
@@ -145,6 +147,30 @@ def test_what_is_drawn_does_not_depend_on_company_or_guesses(tokenizer: Tokenize
             TorchRunner(model, max_tokens=200), tokenizer, max_step_tokens=16, max_running=5, speculation=speculation
         )
         assert [answer.token_ids for answer in engine.generate(PROMPTS, params)] == alone
+
+
+def test_end_of_text_penalty_and_least_length(tokenizer: Tokenizer) -> None:
+    ours, theirs = pair()
+    free = [expected(theirs, prompt) for prompt in PROMPTS]
+    eos = [free[0][4], free[1][3], free[2][6]]  # tokens that do come early in these answers
+    engine = Engine(TorchRunner(ours, max_tokens=1024), tokenizer, max_running=2)
+    seen = set()
+    for penalty, least in itertools.product((1.0, 1.3), (0, 9)):
+        params = SamplingParams(
+            max_new_tokens=NEW, min_new_tokens=least, repetition_penalty=penalty, stop_token_ids=tuple(eos)
+        )
+        for prompt, answer in zip(PROMPTS, engine.generate(PROMPTS, params), strict=True):
+            wanted = expected(
+                theirs, prompt, min_new_tokens=least or None, repetition_penalty=penalty, eos_token_id=eos
+            )
+            ended = wanted[-1] in eos
+            assert answer.token_ids == wanted
+            assert answer.finish_reason == ("stop" if ended else "length")
+            assert len(answer.token_ids) > least
+            assert answer.text == tokenizer.decode(wanted[:-1] if ended else wanted)
+            assert answer.prompt_tokens == len(prompt)
+            seen.add((answer.finish_reason, least))
+    assert seen >= {("stop", 0), ("length", 9)}
 
 
 def test_log_probabilities_are_those_of_one_forward_pass(tokenizer: Tokenizer) -> None:
@@ -243,3 +269,21 @@ def test_smollm2(smollm2: Path) -> None:
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False, max_new_tokens=12
         )
         assert answer.token_ids == wanted[0, len(prompt) :].tolist()
+
+
+@pytest.mark.peers
+@pytest.mark.timeout(900)
+def test_batched_is_alone_on_the_real_model(smollm2: Path) -> None:
+    """fp32, token for token, prompts of very different lengths, eight of them running at a time."""
+    from arriero.formats.hf import load_model
+
+    tokenizer = load_tokenizer(smollm2)
+    runner = TorchRunner(load_model(smollm2, dtype=torch.float32), max_tokens=8192)
+    texts = Path(__file__).read_text(encoding="utf-8").split("\n\n")
+    prompts = [tokenizer.chat([{"role": "user", "content": f"Explain:\n{text[:700]}"}]) for text in texts]
+    assert len(prompts) >= 16
+    params = SamplingParams(max_new_tokens=24)
+    together = Engine(runner, tokenizer, max_running=8).generate(prompts, params)
+    for prompt, answer in zip(prompts, together, strict=True):
+        [alone] = Engine(runner, tokenizer, max_running=1, prefix_cache=False).generate([prompt], params)
+        assert answer.token_ids == alone.token_ids

@@ -20,8 +20,8 @@ from torch import Tensor
 gguf = pytest.importorskip("gguf")
 
 from arriero.data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
-from arriero.engine.generation import Generator  # noqa: E402
-from arriero.engine.sampling import SamplingParams  # noqa: E402
+from arriero.engine.sampling_params import SamplingParams  # noqa: E402
+from arriero.engine.shared_generation import generate_shared  # noqa: E402
 from arriero.formats.gguf.lora import write_gguf_lora  # noqa: E402
 from arriero.formats.gguf.model import open_gguf  # noqa: E402
 from arriero.formats.gguf.model_writer import write_gguf  # noqa: E402
@@ -90,7 +90,7 @@ def write(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 
 def greedy(model: LlamaForCausalLM, tokenizer: Tokenizer, prompts: list[list[int]]) -> list[list[int]]:
     params = SamplingParams(max_new_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
-    return [answer.token_ids for answer in Generator(model, tokenizer).generate(prompts, params)]
+    return [answer.token_ids for answer in generate_shared(model, tokenizer, prompts, [params] * len(prompts))]
 
 
 def test_answers_ids_and_chat_of_smollm2(

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from arriero.models.attention import AttentionInfo
-from arriero.models.cache import ContiguousCache
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
+from arriero.models.paged_cache import PagedCache, Run
 
 transformers = pytest.importorskip("transformers")
 
@@ -246,25 +246,21 @@ def test_cached_decode_equals_full_forward(family: str, rope: str, window: int |
     input_ids = tokens(3, total, 51)
     with torch.no_grad():
         expected = model(input_ids, use_cache=False).logits
-        cache = ContiguousCache(twin.config, batch=3, max_length=total)
+        cache = PagedCache(twin.config, num_blocks=12, block_size=4)
+        blocks = [[row, row + 3, row + 6, row + 9] for row in range(3)]  # none are neighbours
+        lengths = list(prompts)
         packed = torch.cat([input_ids[row, :length] for row, length in enumerate(prompts)])[None]
-        view = cache.prefill([0, 1, 2], prompts)
+        view = cache.view([Run(0, length, blocks[row]) for row, length in enumerate(prompts)])
         logits = twin(packed, view.positions, view.attention, view)
         for row, part in enumerate(logits[0].split(prompts)):
             torch.testing.assert_close(part, expected[row, : prompts[row]], atol=TOLERANCE, rtol=0)
-        rows = [0, 1, 2]  # what each row of the cache is
-        while rows:
-            new = torch.stack([input_ids[row, cache.lengths[slot]] for slot, row in enumerate(rows)])[:, None]
-            step = cache.decode()
-            logits = twin(new, step.positions, step.attention, step)
+        while rows := [row for row in range(3) if lengths[row] < total]:
+            new = torch.stack([input_ids[row, lengths[row]] for row in rows])[None]
+            view = cache.view([Run(lengths[row], 1, blocks[row]) for row in rows])
+            logits = twin(new, view.positions, view.attention, view)
             for slot, row in enumerate(rows):
-                at = cache.lengths[slot]
-                torch.testing.assert_close(logits[slot, 0], expected[row, at], atol=TOLERANCE, rtol=0)
-            cache.advance()
-            unfinished = [slot for slot in range(len(rows)) if cache.lengths[slot] < total]
-            if len(unfinished) < len(rows):
-                cache.select(unfinished)
-                rows = [rows[slot] for slot in unfinished]
+                torch.testing.assert_close(logits[0, slot], expected[row, lengths[row]], atol=TOLERANCE, rtol=0)
+                lengths[row] += 1
 
 
 def test_cached_decode_with_dynamic_rope_equals_transformers_cache() -> None:
@@ -274,16 +270,15 @@ def test_cached_decode_with_dynamic_rope_equals_transformers_cache() -> None:
     twin = ours(model, values)
     total, prompt = CONTEXT + 8, CONTEXT - 2
     input_ids = tokens(1, total, 61)
-    cache = ContiguousCache(twin.config, batch=1, max_length=total)
+    cache = PagedCache(twin.config, num_blocks=total, block_size=1)
     with torch.no_grad():
         past = model(input_ids[:, :prompt], use_cache=True).past_key_values
-        view = cache.prefill([0], [prompt])
+        view = cache.view([Run(0, prompt, range(total))])
         twin(input_ids[:, :prompt], view.positions, view.attention, view)
         for at in range(prompt, total):
             expected = model(input_ids[:, at : at + 1], past_key_values=past, use_cache=True).logits
-            step = cache.decode()
-            got = twin(input_ids[:, at : at + 1], step.positions, step.attention, step)
-            cache.advance()
+            view = cache.view([Run(at, 1, range(total))])
+            got = twin(input_ids[:, at : at + 1], view.positions, view.attention, view)
             torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)
 
 

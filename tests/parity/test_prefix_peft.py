@@ -243,17 +243,18 @@ def test_frozen_base_gets_no_gradient() -> None:
 def test_text_equals_pefts_generate(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     from arriero.data.tokenizer import load_tokenizer
-    from arriero.engine.generation import Generator
-    from arriero.engine.sampling import SamplingParams
+    from arriero.engine.sampling_params import SamplingParams
+    from arriero.engine.shared_generation import generate_shared
 
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(VOCAB)}, "0"))
     backend.save(str(tmp_path / "tokenizer.json"))
     ours, theirs = prefixed(PrefixConfig(LENGTH))
     wrapped, _ = trained_twin(theirs, ours, PrefixConfig(LENGTH))
-    shared = ids(1, 20)[0].tolist()  # more than the generator needs to compute a beginning once
+    shared = ids(1, 20)[0].tolist()  # more than a block
     prompts = [[5, 6, 7], [9], [*shared, 4], [*shared, 8, 3]]
-    generator = Generator(ours, load_tokenizer(tmp_path), max_batch_size=3)
-    answers = generator.generate(prompts, SamplingParams(max_new_tokens=12, ignore_eos=True))
+    params = [SamplingParams(max_new_tokens=12, ignore_eos=True)] * len(prompts)
+    answers = generate_shared(ours, load_tokenizer(tmp_path), prompts, params, max_running=3)
+    assert answers[3].cached_tokens > 0
     for prompt, answer in zip(prompts, answers, strict=True):
         row = torch.tensor([prompt])
         whole = wrapped.generate(

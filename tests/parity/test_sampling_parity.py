@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from arriero.engine import sampling
-from arriero.engine.sampling import Sampler, SamplingParams, SamplingRow
+from arriero.engine.logprobs import token_logprobs
+from arriero.engine.sampling import Sampler, SamplingRow
+from arriero.engine.sampling_params import SamplingParams
 from arriero.errors import GenerationError
 
 transformers = pytest.importorskip("transformers")
@@ -197,7 +199,7 @@ def test_values_out_of_range(values: dict[str, object], message: str) -> None:
 
 def test_log_probabilities() -> None:
     scores = logits(3)
-    found = sampling.token_logprobs(scores, [5, 6, 7], [0, 2, 5])
+    found = token_logprobs(scores, [5, 6, 7], [0, 2, 5])
     expected = torch.log_softmax(scores, dim=-1)
     for row, (token, count) in enumerate(zip([5, 6, 7], [0, 2, 5], strict=True)):
         assert found[row].logprob == pytest.approx(float(expected[row, token]), abs=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -25,11 +27,19 @@ class Serving(RuleBasedStateMachine):
         budget=st.integers(0, 12),
         cache=st.booleans(),
         reserve=st.booleans(),
+        adapters=st.integers(1, 3),
     )
-    def begin(self, blocks: int, size: int, running: int, budget: int, cache: bool, reserve: bool) -> None:
+    def begin(
+        self, blocks: int, size: int, running: int, budget: int, cache: bool, reserve: bool, adapters: int
+    ) -> None:
         self.manager = BlockManager(blocks, size, prefix_cache=cache)
         self.scheduler = Scheduler(
-            self.manager, max_running=running, max_step_tokens=running + budget, max_context=60, reserve=reserve
+            self.manager,
+            max_running=running,
+            max_step_tokens=running + budget,
+            max_context=60,
+            reserve=reserve,
+            max_adapters=adapters,
         )
         self.alive: list[Request] = []
         self.truth: dict[tuple[int, int], tuple[int, ...]] = {}  # (block, place) -> the tokens up to it
@@ -40,10 +50,11 @@ class Serving(RuleBasedStateMachine):
         new=st.integers(1, 8),
         priority=st.integers(0, 2),
         salt=st.sampled_from([b"", b"a"]),
+        adapter=st.integers(0, 4),
     )
-    def add(self, shared: int, own: list[int], new: int, priority: int, salt: bytes) -> None:
+    def add(self, shared: int, own: list[int], new: int, priority: int, salt: bytes, adapter: int) -> None:
         tokens = [7] * (shared * 4) + own + [1]
-        request = Request(tokens, len(tokens), new, priority=priority, salt=salt)
+        request = Request(tokens, len(tokens), new, priority=priority, salt=salt, adapter=adapter)
         fits = self.manager.blocks_for(request.longest) <= self.manager.num_blocks and request.longest <= 60
         try:
             self.scheduler.add(request)
@@ -124,6 +135,9 @@ class Serving(RuleBasedStateMachine):
             return
         self.manager.check([request.blocks for request in self.alive])
         assert len(self.scheduler.running) <= self.scheduler.max_running
+        adapters = Counter(request.adapter for request in self.scheduler.running if request.adapter)
+        assert len(adapters) <= self.scheduler.max_adapters
+        assert adapters == self.scheduler._adapters
         for request in self.alive:
             assert (request.status is Status.RUNNING) == (request in self.scheduler.running)
             assert request.status is Status.RUNNING or not request.blocks

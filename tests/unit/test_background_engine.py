@@ -18,7 +18,7 @@ from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.engine.background import BackgroundEngine
 from arriero.engine.engine import Engine
 from arriero.engine.runner import TorchRunner, Work
-from arriero.engine.sampling import SamplingParams
+from arriero.engine.sampling_params import SamplingParams
 from arriero.errors import GenerationError
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM

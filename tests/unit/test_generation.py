@@ -1,21 +1,24 @@
-"""Generation: batches, shared beginnings, chunks, streams, stop strings and refusals."""
+"""Generation: what runs when, streams, stop strings, refusals, and what it leaves behind."""
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers
 
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
-from arriero.engine.generation import Generation, Generator
-from arriero.engine.row_pool import MIN_SHARED_TOKENS, PrefillJob, common_prefix, split_jobs
-from arriero.engine.sampling import SamplingParams
+from arriero.engine.answer import Generation
+from arriero.engine.engine import Engine
+from arriero.engine.runner import BLOCK_SIZE, TorchRunner, Work
+from arriero.engine.sampling_params import SamplingParams
+from arriero.engine.shared_generation import engine_of, generate_shared
 from arriero.engine.text_stream import TextStream
 from arriero.errors import GenerationError
 from arriero.models.config import LlamaConfig
@@ -51,7 +54,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def model() -> LlamaForCausalLM:
     """In float64: a batch rounds differently from a lone row, and in fp32 two logits of some answer may be that close.
 
-    In fp32 batches are compared with transformers in tests/parity/test_generation_parity.py.
+    In fp32 batches are compared with transformers in tests/parity/test_engine.py.
     """
     built = LlamaForCausalLM(CONFIG)
     built.init_weights(1234)
@@ -75,8 +78,12 @@ def shared_prompts() -> list[list[int]]:
     return [prompts[i] for i in torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()]
 
 
-def answers(generator: Generator, prompts: list[list[int]], params: Any) -> list[tuple[list[int], str, str]]:
-    return [(a.token_ids, a.text, a.finish_reason) for a in generator.generate(prompts, params)]
+def engine_with(model: LlamaForCausalLM, tokenizer: Tokenizer, **limits: int) -> Engine:
+    return Engine(TorchRunner(model, max_tokens=4096), tokenizer, **limits)
+
+
+def answers(engine: Engine, prompts: list[list[int]], params: Any) -> list[tuple[list[int], str, str]]:
+    return [(a.token_ids, a.text, a.finish_reason) for a in engine.generate(prompts, params)]
 
 
 GREEDY = SamplingParams(max_new_tokens=16)
@@ -85,87 +92,74 @@ SAMPLED = SamplingParams(max_new_tokens=16, do_sample=True, temperature=0.9, top
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("prompts", [random_prompts(11), shared_prompts()], ids=["random", "shared"])
-@pytest.mark.parametrize("batch", [1, 3, 32])
+@pytest.mark.parametrize("running", [3, 32])
 def test_a_batch_gives_what_each_prompt_gives_alone(
-    params: SamplingParams, prompts: list[list[int]], batch: int, model: LlamaForCausalLM, tokenizer: Tokenizer
+    params: SamplingParams, prompts: list[list[int]], running: int, model: LlamaForCausalLM, tokenizer: Tokenizer
 ) -> None:
     each = [replace(params, max_new_tokens=4 + i % 13) for i in range(len(prompts))]
-    alone = [answers(Generator(model, tokenizer), [p], [own])[0] for p, own in zip(prompts, each, strict=True)]
-    assert answers(Generator(model, tokenizer, max_batch_size=batch), prompts, each) == alone
+    alone = [answers(engine_with(model, tokenizer), [p], [own])[0] for p, own in zip(prompts, each, strict=True)]
+    assert answers(engine_with(model, tokenizer, max_running=running), prompts, each) == alone
+    assert generated(model, tokenizer, prompts, each) == [(ids, text) for ids, text, _ in alone]
     assert {reason for *_, reason in alone} <= {"stop", "length"}
 
 
-@pytest.mark.parametrize("budget", [1, 7, 64])
-def test_chunks_of_a_prompt_give_the_same(budget: int, model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
-    prompts = random_prompts(5) + shared_prompts()[:4]
-    expected = answers(Generator(model, tokenizer), prompts, GREEDY)
-    assert answers(Generator(model, tokenizer, max_prefill_tokens=budget), prompts, GREEDY) == expected
+def generated(
+    model: LlamaForCausalLM, tokenizer: Tokenizer, prompts: list[list[int]], params: Sequence[SamplingParams]
+) -> list[tuple[list[int], str]]:
+    return [(a.token_ids, a.text) for a in generate_shared(model, tokenizer, prompts, params, max_running=3)]
 
 
-def test_little_cache_gives_the_same(model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
-    prompts = random_prompts(9) + shared_prompts()
-    expected = answers(Generator(model, tokenizer), prompts, GREEDY)
-    assert answers(Generator(model, tokenizer, max_cache_tokens=150), prompts, GREEDY) == expected
-
-
-def prefilled(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sizes of the forward passes from now on."""
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the forward passes from now on, in tokens."""
     sizes: list[int] = []
-    original = model.hidden_states
+    original = TorchRunner.run
 
-    def counting(input_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
-        sizes.append(input_ids.numel())
-        return original(input_ids, *rest)
+    def counting(self: TorchRunner, work: Sequence[Work]) -> torch.Tensor:
+        sizes.append(sum(len(item.tokens) for item in work))
+        return original(self, work)
 
-    monkeypatch.setattr(model, "hidden_states", counting)
+    monkeypatch.setattr(TorchRunner, "run", counting)
     return sizes
 
 
-@pytest.mark.parametrize("batch", [2, 32])
+@pytest.mark.parametrize("running", [2, 32])
 def test_a_common_beginning_is_computed_once(
-    batch: int, model: LlamaForCausalLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    running: int, model: LlamaForCausalLM, tokenizer: Tokenizer, computed: list[int]
 ) -> None:
     passage = random_prompts(1, 1, 2)[0] * 100
     prompts = [[*passage, i, i + 1, i + 2] for i in range(15)]
-    sizes = prefilled(model, monkeypatch)
-    Generator(model, tokenizer, max_batch_size=batch).generate(prompts, SamplingParams(max_new_tokens=1))
-    assert sum(sizes) == len(passage) + 3 * len(prompts)
+    engine_with(model, tokenizer, max_running=running).generate(prompts, SamplingParams(max_new_tokens=1))
+    shared = len(passage) // BLOCK_SIZE * BLOCK_SIZE  # whole blocks
+    assert sum(computed) == shared + len(prompts) * (len(prompts[0]) - shared)
 
 
-def test_prefill_is_packed_and_bounded(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prefill_is_packed_and_bounded(model: LlamaForCausalLM, tokenizer: Tokenizer, computed: list[int]) -> None:
     prompts = random_prompts(12, 3)
     total = sum(map(len, prompts))
-    sizes = prefilled(model, monkeypatch)
-    Generator(model, tokenizer, max_prefill_tokens=total).generate(prompts, SamplingParams(max_new_tokens=1))
-    assert sizes == [total]  # one pass, no padding
-    sizes.clear()
-    Generator(model, tokenizer, max_prefill_tokens=50).generate(prompts, SamplingParams(max_new_tokens=1))
-    assert max(sizes) <= 50
-    assert sum(sizes) == total
+    engine_with(model, tokenizer).generate(prompts, SamplingParams(max_new_tokens=1))
+    assert computed == [total]  # one pass, no padding
+    computed.clear()
+    engine_with(model, tokenizer, max_step_tokens=50).generate(prompts, SamplingParams(max_new_tokens=1))
+    assert max(computed) <= 50
+    assert sum(computed) == total
 
 
-def test_finished_rows_make_room(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prompts = [[i, 200 - i] for i in range(4)]
+def test_finished_requests_leave(model: LlamaForCausalLM, tokenizer: Tokenizer, computed: list[int]) -> None:
     lengths = [2, 9, 3, 6]
-    sizes = prefilled(model, monkeypatch)
     params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in lengths]
-    Generator(model, tokenizer, max_batch_size=4).generate(prompts, params)
+    engine_with(model, tokenizer, max_running=4).generate([[i, 200 - i] for i in range(4)], params)
     # One pass for all prompts, then as many rows as are still going.
-    assert sizes == [8] + [sum(n > step for n in lengths) for step in range(1, max(lengths))]
+    assert computed == [8] + [sum(n > step for n in lengths) for step in range(1, max(lengths))]
 
 
-def test_waiting_prompts_take_free_rows(model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
+def test_waiting_prompts_take_free_places(model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
     done: list[int] = []
-    prompts = [[i] for i in range(6)]
     params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (20, 2, 2, 2, 2, 2)]
-    results = Generator(model, tokenizer, max_batch_size=2).generate(
-        prompts, params, on_done=lambda index, answer: done.append(index)
+    results = engine_with(model, tokenizer, max_running=2).generate(
+        [[i] for i in range(6)], params, on_done=lambda index, answer: done.append(index)
     )
-    # The five short ones pass through one row while the long one keeps the other.
+    # The five short ones pass through one place while the long one keeps the other.
     assert done == [1, 2, 3, 4, 5, 0]
     assert [len(r.token_ids) for r in results] == [20, 2, 2, 2, 2, 2]
 
@@ -177,7 +171,7 @@ def test_streamed_text_is_the_final_text(
 ) -> None:
     params = replace(params, stop_strings=stop_strings, max_new_tokens=40)
     prompts = random_prompts(7, 5)
-    generator = Generator(model, tokenizer, max_batch_size=3)
+    engine = engine_with(model, tokenizer, max_running=3)
     streamed: dict[int, str] = dict.fromkeys(range(len(prompts)), "")
 
     def collect(index: int, piece: str) -> None:
@@ -185,85 +179,131 @@ def test_streamed_text_is_the_final_text(
         streamed[index] += piece
 
     finished: dict[int, Generation] = {}
-    results = generator.generate(prompts, params, collect, finished.__setitem__)
+    results = engine.generate(prompts, params, collect, finished.__setitem__)
     assert [streamed[i] for i in range(len(prompts))] == [r.text for r in results]
     assert [finished[i] for i in range(len(prompts))] == results
-    assert ["".join(generator.stream(prompt, params)) for prompt in prompts] == [r.text for r in results]
+    assert ["".join(engine.stream(prompt, params)) for prompt in prompts] == [r.text for r in results]
     if not stop_strings:
         plain = [r.token_ids[:-1] if r.finish_reason == "stop" else r.token_ids for r in results]
         assert [r.text for r in results] == [tokenizer.decode(ids) for ids in plain]
 
 
 def test_a_stop_string_across_tokens(model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
-    generator = Generator(model, tokenizer)
+    engine = engine_with(model, tokenizer)
     prompt = random_prompts(1, 2)[0]
-    free = generator.generate([prompt], SamplingParams(max_new_tokens=40, ignore_eos=True))[0].text
+    free = engine.generate([prompt], SamplingParams(max_new_tokens=40, ignore_eos=True))[0].text
     stop = free[10:13]  # three characters, so at least three tokens
-    cut = generator.generate([prompt], SamplingParams(max_new_tokens=40, ignore_eos=True, stop_strings=(stop,)))[0]
+    cut = engine.generate([prompt], SamplingParams(max_new_tokens=40, ignore_eos=True, stop_strings=(stop,)))[0]
     assert cut.finish_reason == "stop_string"
     assert cut.text == free[: free.index(stop)]
     assert 3 <= len(cut.token_ids) < 40
     # Not before the least number of tokens.
     late = SamplingParams(max_new_tokens=40, min_new_tokens=40, ignore_eos=True, stop_strings=(stop,))
-    assert len(generator.generate([prompt], late)[0].token_ids) == 40
+    assert len(engine.generate([prompt], late)[0].token_ids) == 40
 
 
 def test_stop_tokens(model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
-    generator = Generator(model, tokenizer)
+    engine = engine_with(model, tokenizer)
     prompt = random_prompts(1, 2)[0]
-    free = generator.generate([prompt], SamplingParams(max_new_tokens=30, ignore_eos=True))[0].token_ids
-    own = generator.generate([prompt], SamplingParams(max_new_tokens=30, ignore_eos=True, stop_token_ids=(free[5],)))[0]
+    free = engine.generate([prompt], SamplingParams(max_new_tokens=30, ignore_eos=True))[0].token_ids
+    own = engine.generate([prompt], SamplingParams(max_new_tokens=30, ignore_eos=True, stop_token_ids=(free[5],)))[0]
     first = free.index(free[5])
     assert own.token_ids == free[: first + 1]
     assert (own.finish_reason, own.text) == ("stop", tokenizer.decode(free[:first]))
 
 
-def test_a_stream_may_be_left(model: LlamaForCausalLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    model.train()
-    sizes = prefilled(model, monkeypatch)
-    stream = Generator(model, tokenizer).stream([1, 2, 3], SamplingParams(max_new_tokens=100, ignore_eos=True))
+def weights(model: LlamaForCausalLM) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def test_a_stream_may_be_left(model: LlamaForCausalLM, tokenizer: Tokenizer, computed: list[int]) -> None:
+    engine = engine_with(model, tokenizer)
+    stream = engine.stream([1, 2, 3], SamplingParams(max_new_tokens=100, ignore_eos=True))
     next(stream)
     stream.close()  # type: ignore[attr-defined]
-    assert len(sizes) < 10
-    assert model.training  # as it was
-    assert not torch.is_inference_mode_enabled()
-    model.eval()
+    assert len(computed) < 10
+    assert engine.unfinished == 0
+    engine.blocks.check([])
 
 
-def test_no_gradients_and_no_leftovers(model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
-    generator = Generator(model, tokenizer)
-    for _ in generator.stream([1, 2, 3], SamplingParams(max_new_tokens=3)):
-        assert not torch.is_inference_mode_enabled()  # the caller's code is not in our mode
+def test_the_model_is_as_it_was(tokenizer: Tokenizer) -> None:
+    """After answers, and after an error: in its mode, with its weights, and to be trained."""
+    model = LlamaForCausalLM(CONFIG)
+    model.init_weights(3)
+    before = weights(model)
+    model.train()
+    with engine_of(model, tokenizer) as engine:
+        assert not model.training
+        for _ in engine.stream([1, 2, 3], SamplingParams(max_new_tokens=3)):
+            assert not torch.is_inference_mode_enabled()  # the caller's code is not in our mode
+    assert model.training
+    with pytest.raises(GenerationError), engine_of(model, tokenizer) as engine:
+        engine.generate([[1], []], GREEDY)
+    assert model.training
+    with pytest.raises(GenerationError, match="prompt 1: the prompt is empty"):
+        generate_shared(model, tokenizer, [[1], []], [GREEDY, GREEDY])
+    assert model.training
     model(torch.tensor([[1, 2, 3]])).sum().backward()
-    assert model.lm_head.weight.grad is not None
-    model.zero_grad()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
+    model.eval()
+    generate_shared(model, tokenizer, [[1]], [GREEDY])
+    assert not model.training
+
+
+def test_weights_may_change_between_two_calls(tokenizer: Tokenizer) -> None:
+    """As in training; against whole forward passes without a cache."""
+    model = LlamaForCausalLM(CONFIG)
+    seen = []
+    for seed in (1, 2):
+        model.init_weights(seed)  # in place
+        prompt = list(range(40))
+        [answer] = generate_shared(model, tokenizer, [prompt], [replace(GREEDY, ignore_eos=True)])
+        tokens = list(prompt)
+        with torch.no_grad():
+            for _ in range(16):
+                tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+        assert answer.token_ids == tokens[len(prompt) :]
+        seen.append(answer.token_ids)
+    assert seen[0] != seen[1]
+
+
+def test_an_engine_takes_no_memory_before_it_is_used(model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
+    process = psutil.Process()
+    before = process.memory_info().rss
+    with engine_of(model, tokenizer, useful_tokens=1 << 20) as engine:
+        assert engine.runner.num_blocks * engine.runner.block_size == 1 << 20  # of 512 bytes each: half a GB
+        assert process.memory_info().rss - before < 64 << 20
+        assert engine.generate([[1] * 240], replace(GREEDY, ignore_eos=True))[0].prompt_tokens == 240
+        assert process.memory_info().rss - before < 96 << 20
 
 
 @pytest.mark.parametrize(
     ("prompts", "params", "message"),
     [
-        ([[]], GREEDY, "prompt 0 is empty"),
-        ([[1], [256]], GREEDY, "prompt 1 holds token id 256 and the model has ids 0 to 255"),
+        ([[]], GREEDY, "the prompt is empty"),
+        ([[1], [256]], GREEDY, "prompt 1: the prompt holds token id 256 and the model has ids 0 to 255"),
         ([[-1]], GREEDY, "token id -1"),
         ([[1] * 250], GREEDY, "250 tokens and max_new_tokens is 16.*max_position_embeddings, 256"),
         ([[1], [2]], [GREEDY], "2 prompts and 1 sampling parameters"),
     ],
 )
 def test_refusals(prompts: Any, params: Any, message: str, model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
+    engine = engine_with(model, tokenizer)
     with pytest.raises(GenerationError, match=message):
-        Generator(model, tokenizer).generate(prompts, params)
+        engine.generate(prompts, params)
+    assert engine.unfinished == 0
     if len(prompts) == 1:
         with pytest.raises(GenerationError, match=message):
-            Generator(model, tokenizer).stream(prompts[0], params)
+            engine.stream(prompts[0], params)
 
 
-def test_more_refusals(model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
-    with pytest.raises(GenerationError, match="more memory"):
-        Generator(model, tokenizer, max_cache_tokens=20).generate([[1] * 10], GREEDY)
-    with pytest.raises(GenerationError, match="max_batch_size is 0"):
-        Generator(model, tokenizer, max_batch_size=0)
-    assert Generator(model, tokenizer).generate([], GREEDY) == []
-    whole = Generator(model, tokenizer).generate([[1] * 240], replace(GREEDY, ignore_eos=True))[0]
+def test_limits(model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
+    with pytest.raises(GenerationError, match="max_running 0"):
+        engine_with(model, tokenizer, max_running=0)
+    assert engine_with(model, tokenizer).generate([], GREEDY) == []
+    assert generate_shared(model, tokenizer, [], []) == []
+    whole = generate_shared(model, tokenizer, [[1] * 240], [replace(GREEDY, ignore_eos=True)])[0]
     assert len(whole.token_ids) == 16  # to the very last position
 
 
@@ -273,29 +313,10 @@ def test_broken_weights_are_reported(tokenizer: Tokenizer) -> None:
     with torch.no_grad():
         broken.model.norm.weight.fill_(float("nan"))
     with pytest.raises(GenerationError, match="no finite numbers"):
-        Generator(broken, tokenizer).generate([[1]], GREEDY)
+        generate_shared(broken, tokenizer, [[1]], [GREEDY])
 
 
 # The parts.
-
-
-def test_common_prefix() -> None:
-    for a, b in itertools.product([[], [1], [1, 2, 3], [1, 2, 4, 5], [2, 2, 3], [1, 2, 3, 4, 5, 6]], repeat=2):
-        expected = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))))
-        assert common_prefix(a, b) == expected
-
-
-def test_split_jobs() -> None:
-    jobs = [PrefillJob(row, row, list(range(size)), True) for row, size in enumerate([3, 10, 4, 2, 5])]
-    batches = list(split_jobs(jobs, 6))
-    assert all(0 < sum(len(job.tokens) for job in batch) <= 6 for batch in batches)
-    for job in jobs:
-        parts = [part for batch in batches for part in batch if part.row == job.row]
-        assert [token for part in parts for token in part.tokens] == job.tokens
-        assert [part.last for part in parts] == [False] * (len(parts) - 1) + [True]
-        assert parts[0].start == job.start
-        assert all(b.start == a.start + len(a.tokens) for a, b in itertools.pairwise(parts))
-    assert MIN_SHARED_TOKENS > 1
 
 
 def test_text_is_held_back_only_while_a_stop_string_can_begin(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -24,7 +24,7 @@ from arriero.engine.drafts import PromptLookup, Speculation
 from arriero.engine.engine import Engine
 from arriero.engine.grammar import GrammarCompiler, Structure
 from arriero.engine.runner import TorchRunner
-from arriero.engine.sampling import SamplingParams
+from arriero.engine.sampling_params import SamplingParams
 from arriero.errors import GenerationError, MissingExtraError
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM

@@ -9,9 +9,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from arriero.models.attention import AttentionInfo
-from arriero.models.cache import ContiguousCache
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM, RMSNorm
+from arriero.models.paged_cache import PagedCache, Run
 
 
 def config(**changes: Any) -> LlamaConfig:
@@ -165,21 +165,20 @@ def test_shared_prefix_then_decode_equals_full_forward() -> None:
     model = fresh(config(model_type="mistral", sliding_window=4))
     prefix = torch.tensor([5, 6, 7, 8, 9])
     suffixes = [torch.tensor([1, 2, 3]), torch.tensor([4])]
-    following = torch.tensor([[10], [11]])
+    following = torch.tensor([10, 11])
     with torch.no_grad():
-        cache = ContiguousCache(model.config, batch=2, max_length=16)
-        view = cache.prefill([0], [5])
+        cache = PagedCache(model.config, num_blocks=3, block_size=5)
+        view = cache.view([Run(0, 5, [2])])
         model(prefix[None], view.positions, view.attention, view)
-        cache.copy_prefix(0, 1, 5)
-        view = cache.prefill([0, 1], [3, 1], prefix_lengths=[5, 5])
+        view = cache.view([Run(5, 3, [2, 0]), Run(5, 1, [2, 1])])
         got = model(torch.cat(suffixes)[None], view.positions, view.attention, view)[0].split([3, 1])
-        step = cache.decode()
-        last = model(following, step.positions, step.attention, step)
+        view = cache.view([Run(8, 1, [2, 0]), Run(6, 1, [2, 1])])
+        last = model(following[None], view.positions, view.attention, view)[0]
         for row, suffix in enumerate(suffixes):
-            whole = torch.cat((prefix, suffix, following[row]))
+            whole = torch.cat((prefix, suffix, following[row : row + 1]))
             expected = model(whole[None])[0]
             torch.testing.assert_close(got[row], expected[5:-1], atol=1e-4, rtol=0)
-            torch.testing.assert_close(last[row, 0], expected[-1], atol=1e-4, rtol=0)
+            torch.testing.assert_close(last[row], expected[-1], atol=1e-4, rtol=0)
 
 
 def test_autocast_trains_close_to_fp32() -> None:

@@ -29,9 +29,9 @@ from arriero.data.sft import IGNORE, Example
 from arriero.errors import ConfigError, FormatError
 from arriero.formats.peft_prefix import PeftPrefixConfig, read_config
 from arriero.models.attention import AttentionInfo, attention, put_before
-from arriero.models.cache import ContiguousCache
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
+from arriero.models.paged_cache import PagedCache, Run
 from arriero.models.tensor_split import cut_of
 from arriero.parallel.activation_checkpointing import apply_activation_checkpointing
 from arriero.parallel.compilation import apply_compile
@@ -295,22 +295,18 @@ def test_cached_rows_equal_whole_forward_passes() -> None:
     model = model_with(PrefixConfig(LENGTH, projection=True))
     plain = prefix_kv(model)
     assert plain is not None
-    cache = ContiguousCache(model.config, 2, 20)
-    cache.begin_with(plain.keys, plain.values)
-    assert cache.lengths == [LENGTH, LENGTH]
+    cache, blocks = PagedCache(model.config, 10, 3), [[0, 2, 4, 6], [1, 3, 5, 7]]
     rows = tokens(5, 8)
     with torch.no_grad():
-        view = cache.prefill([0, 1], [4, 7], [LENGTH, LENGTH])
+        for own in blocks:
+            cache.put(own, 0, plain.keys, plain.values)
+        view = cache.view([Run(LENGTH, 4, blocks[0]), Run(LENGTH, 7, blocks[1])])
         ids = torch.tensor([rows[0][:4] + rows[1][:7]])
         prefill = model(ids, view.positions, view.attention, view)[0]
-        step = cache.decode()
-        decode = model(torch.tensor([[row[-1]] for row in rows]), step.positions, step.attention, step)
+        view = cache.view([Run(LENGTH + 4, 1, blocks[0]), Run(LENGTH + 7, 1, blocks[1])])
+        decode = model(torch.tensor([[row[-1] for row in rows]]), view.positions, view.attention, view)[0]
         for row, start, last in zip(rows, torch.split(prefill, [4, 7]), decode, strict=True):
-            torch.testing.assert_close(torch.cat([start, last]), model(torch.tensor([row]))[0], atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="cannot begin with 4"):
-        cache.begin_with(plain.keys, plain.values)
-    with pytest.raises(ValueError, match="rows of 3"):
-        ContiguousCache(model.config, 1, 3).begin_with(plain.keys, plain.values)
+            torch.testing.assert_close(torch.cat([start, last[None]]), model(torch.tensor([row]))[0], atol=1e-5, rtol=0)
 
 
 def test_a_model_without_a_prefix_has_none() -> None:

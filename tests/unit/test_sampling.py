@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from arriero.engine.sampling import BROKEN, Sampler, SamplingParams, SamplingRow
+from arriero.engine.sampling import BROKEN, Sampler, SamplingRow
+from arriero.engine.sampling_params import SamplingParams
 from arriero.errors import GenerationError
 
 

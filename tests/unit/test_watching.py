@@ -22,7 +22,6 @@ from arriero.data.order import StepOrder
 from arriero.data.sft import IGNORE, Example
 from arriero.data.steps import FinetuningSteps
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
-from arriero.engine.generation import Generator
 from arriero.errors import ConfigError, TrainingError
 from arriero.formats.download import resolve_model
 from arriero.models.config import LlamaConfig
@@ -90,7 +89,7 @@ def make_trainer(folder: Path, tokenizer: Tokenizer, *callbacks: Callback, steps
 
 def samples(trainer: Trainer, tokenizer: Tokenizer, prompts: list[str], **options: Any) -> TextSamples:
     options = {"max_new_tokens": 12, **options}
-    return TextSamples(Generator(trainer.model, tokenizer), tokenizer, prompts, "steps", 2, **options)
+    return TextSamples(trainer.model, tokenizer, prompts, "steps", 2, **options)
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:

@@ -2,33 +2,118 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from arriero.commands.unavailable import not_available
+from arriero.commands.output_file import check_place, write_output_file
+from arriero.config.adapter import AdapterPathOptions
+from arriero.config.bench import BenchOptions
 from arriero.config.model import ModelOptions
-from arriero.config.option import OptionGroup, option
+from arriero.errors import ConfigError, require
 
-HELP = "Measure the speed of a model on this machine, against installed peers."
+if TYPE_CHECKING:
+    import torch
 
+    from arriero.engine.benchmark.report import Setting
+    from arriero.engine.loading import LoadedModel
 
-@dataclass(kw_only=True)
-class BenchOptions(OptionGroup):
-    """Benchmark."""
-
-    what: list[str] = option(["generate"], "what is measured", ("train", "generate", "serve"))
-    batch_size: int = option(1, "rows or requests at a time", minimum=1)
-    src_length: int = option(128, "tokens of a prompt", minimum=1)
-    max_new_tokens: int = option(128, "tokens of an answer", aliases=("tgt_length",), minimum=1)
-    peers: list[str] = option([], "installed programs to compare with", ("transformers", "llama.cpp", "vllm"))
-    output_file: str | None = option(None, "JSON file for the numbers")
-
-
-OPTIONS: tuple[type, ...] = (
-    ModelOptions,
-    BenchOptions,
+HELP = (
+    "Measure the speed of a model on this machine: rates, latencies, shares of what the machine can reach; with --against "
+    "beside other programs. Prompts are random tokens, and answers are as long as asked for."
 )
 
+OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, BenchOptions)
 
-def run(model: ModelOptions, bench: BenchOptions) -> int:
-    """Answer that this comes in a later version."""
-    raise not_available("bench", "make bench compares training with the transformers Trainer")
+
+def run(model: ModelOptions, adapter: AdapterPathOptions, bench: BenchOptions) -> int:
+    """Print a table, a line as soon as it is measured; write --output_file and --plot at the end."""
+    import torch
+
+    from arriero.engine.benchmark import report
+    from arriero.engine.benchmark.peer import peer
+    from arriero.engine.benchmark.rounds import measure
+    from arriero.engine.benchmark.work_cost import WorkCost
+    from arriero.engine.benchmark.workloads import Prompts, make_jobs
+    from arriero.engine.loading import load_for_inference
+    from arriero.engine.runner import TorchRunner
+
+    _check(adapter, bench)
+    if bench.threads is not None:
+        torch.set_num_threads(bench.threads)
+    loaded = load_for_inference(model, adapter)
+    cost = WorkCost.of(loaded.model)
+    prompts = Prompts.of(loaded.tokenizer, loaded.model.config.vocab_size, loaded.model.context, bench.seed)
+    jobs = make_jobs(bench, prompts)
+    setting = _setting(model.model_name_or_path, loaded)
+    useful = max(job.running_tokens(loaded.model.model.prefix_length) for job in jobs)
+    runner = TorchRunner(loaded.model, useful_tokens=useful)
+    records = []
+    with contextlib.ExitStack() as stack:
+        peers = [
+            stack.enter_context(peer(name, loaded.folder, _dtype(loaded), loaded.device, torch.get_num_threads()))
+            for name in bench.against
+        ]
+        setting.peers.update({other.name: other.version for other in peers})
+        print(f"{setting.text()}\n\n{report.heading()}", flush=True)
+        for job in jobs:
+            record = measure(
+                runner,
+                loaded.tokenizer,
+                job,
+                cost,
+                setting.peak,
+                repeats=bench.repeats,
+                max_step_tokens=bench.max_step_tokens,
+                peers=peers,
+            )
+            print(report.lines(record), flush=True)
+            records.append(record)
+    print(f"\n{report.EXPLANATION}")
+    if bench.output_file is not None:
+        write_output_file(
+            Path(bench.output_file).expanduser(), json.dumps(report.as_dictionary(setting, records), indent=1) + "\n"
+        )
+    if bench.plot is not None:
+        report.draw(Path(bench.plot).expanduser(), setting, records)
+    return 0
+
+
+def _check(adapter: AdapterPathOptions, bench: BenchOptions) -> None:
+    """What would be in vain is refused before anything is loaded."""
+    from arriero.engine.benchmark.peer import check_installed
+
+    for name, value in (("--output_file", bench.output_file), ("--plot", bench.plot)):
+        if value is not None:
+            check_place(Path(value).expanduser(), name)
+    if bench.plot is not None:
+        require("matplotlib.figure", "plot")
+    for name in bench.against:
+        check_installed(name)
+        if adapter.lora_path or adapter.prefix_path:
+            raise ConfigError(f"--against {name} measures the model without an adapter: leave one of them out")
+
+
+def _dtype(loaded: LoadedModel) -> torch.dtype:
+    return loaded.model.model.embed_tokens.weight.dtype
+
+
+def _setting(name: str, loaded: LoadedModel) -> Setting:
+    """Where this runs; measures the machine's peaks."""
+    import torch
+
+    from arriero.engine.benchmark.record import Peak
+    from arriero.engine.benchmark.report import Setting
+    from arriero.engine.machine_peak import machine_name, matrix_product_flops, read_bandwidth
+
+    device, dtype = loaded.device, _dtype(loaded)
+    return Setting(
+        model=name,
+        parameters=loaded.model.config.num_parameters(),
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        machine=machine_name(device),
+        threads=torch.get_num_threads(),
+        peak=Peak(matrix_product_flops(device, dtype), read_bandwidth(device)),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from arriero.config.adapter import AdapterPathOptions
@@ -17,38 +18,44 @@ OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, GenerationOptions
 
 
 def run(model: ModelOptions, adapter: AdapterPathOptions, generation: GenerationOptions, chat: ChatOptions) -> int:
-    """Read, answer as the tokens come, repeat."""
-    from arriero.engine.generation import Generator
+    """Read, answer as the tokens come, repeat: one engine throughout, so that a turn computes only what is new."""
     from arriero.engine.loading import load_for_inference
-    from arriero.engine.sampling import params_from_options
+    from arriero.engine.sampling_params import params_from_options
+    from arriero.engine.shared_generation import engine_of
 
     loaded = load_for_inference(model, adapter)
     params = params_from_options(generation)
-    generator = Generator(loaded.model, loaded.tokenizer, max_batch_size=1)
     start: list[dict[str, str]] = [{"role": "system", "content": chat.system}] if chat.system else []
+    context = loaded.model.config.max_position_embeddings
+    with engine_of(loaded.model, loaded.tokenizer, max_running=1, useful_tokens=context) as engine:
 
-    def answer(turns: list[dict[str, str]]) -> str:
-        prompt = _prompt(loaded.tokenizer, turns)
-        pieces = []
-        for piece in generator.stream(prompt, params):
-            print(piece, end="", flush=True)
-            pieces.append(piece)
-        print()
-        return "".join(pieces)
+        def answer(turns: list[dict[str, str]]) -> str:
+            pieces = []
+            for piece in engine.stream(_prompt(loaded.tokenizer, turns), params):
+                print(piece, end="", flush=True)
+                pieces.append(piece)
+            print()
+            return "".join(pieces)
 
-    if chat.prompt is not None:
-        answer([*start, {"role": "user", "content": chat.prompt}])
-        return 0
-    if sys.stdin.isatty():
-        print(f"{loaded.folder} on {loaded.device}. An empty line ends, /clear starts afresh.")
+        if chat.prompt is not None:
+            answer([*start, {"role": "user", "content": chat.prompt}])
+            return 0
+        if sys.stdin.isatty():
+            print(f"{loaded.folder} on {loaded.device}. An empty line ends, /clear starts afresh.")
+        _talk(start, answer)
+    return 0
+
+
+def _talk(start: list[dict[str, str]], answer: Callable[[list[dict[str, str]]], str]) -> None:
+    """A line, an answer, and so on, until there is no line."""
     turns = list(start)
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
-            return 0
+            return
         if not line:
-            return 0
+            return
         if line == "/clear":
             turns = list(start)
             continue

@@ -110,7 +110,7 @@ def score_model(
     from arriero.data.sft import encode_all
     from arriero.data.sources import load_samples
     from arriero.engine.loading import load_for_inference
-    from arriero.engine.sampling import SamplingParams
+    from arriero.engine.sampling_params import SamplingParams
     from arriero.training.evaluation import evaluate_loss
     from arriero.training.execution import build_execution
     from arriero.training.finetuning import may_share_prefixes

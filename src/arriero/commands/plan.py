@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arriero.commands.output_file import write_output_file
 from arriero.config.adapter import AdapterOptions
 from arriero.config.hub import HubOptions
 from arriero.config.logging import LoggingOptions
@@ -106,7 +107,7 @@ def _tell(plan: PlanOptions, told: dict[str, Any], shown: str) -> None:
     text = json.dumps(told, indent=1) + "\n"
     print(text if plan.json else shown, end="")
     if plan.output_file is not None:
-        _write(Path(plan.output_file).expanduser(), text)
+        write_output_file(Path(plan.output_file).expanduser(), text)
 
 
 def _search(
@@ -212,16 +213,3 @@ def _setup(
         layout=parallel.layout(plan.num_devices),
         reduce_dtype=parallel.gradient_reduce_dtype,
     )
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    from arriero.errors import ConfigError
-
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ConfigError(f"--output_file {path}: cannot be written ({error.strerror})") from error

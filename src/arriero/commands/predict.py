@@ -16,6 +16,9 @@ from arriero.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from arriero.data.samples import Sample
+    from arriero.engine.drafts import Speculation
+    from arriero.engine.grammar import Structure
+    from arriero.engine.loading import LoadedModel
 
 HELP = (
     "Answer every row of a jsonl file (src, instruction, context or messages) with a model, or a model and its adapter."
@@ -28,6 +31,7 @@ _CONTEXT = (
     "him seven times and forced him into three turnovers, including a fumble which they recovered for a touchdown. Denver "
     "linebacker Von Miller was named Super Bowl MVP, recording five solo tackles, 2½ sacks, and two forced fumbles."
 )
+MAX_SCHEMA_BYTES = 1_000_000
 BUILT_IN = ("linebacker", "five")  # the answers whose questions PaddleNLP's example asks for
 
 
@@ -43,10 +47,9 @@ def run(
     from arriero.data.rows.formats import sample_from_row
     from arriero.data.samples import Sample
     from arriero.data.sft import fit_prompt
-    from arriero.engine.generation import Generation, Generator
     from arriero.engine.loading import load_for_inference, pick_device
-    from arriero.engine.sampling import params_from_options
-    from arriero.parallel.generation import for_generation
+    from arriero.engine.sampling_params import params_from_options
+    from arriero.engine.shared_generation import generate_shared
     from arriero.parallel.processes import launched_size, start, stop
 
     if predict.merge_tensor_parallel_path:
@@ -56,13 +59,21 @@ def run(
                 "second instead"
             )
         check_target(predict.merge_tensor_parallel_path, "--merge_tensor_parallel_path")
+    size, stages = launched_size(), predict.pipeline_parallel_degree
+    if size % stages:
+        needed = -(-size // stages) * stages
+        raise ConfigError(
+            f"--pipeline_parallel_degree {stages} needs a multiple of {stages} processes and this run has {size}: "
+            f"start {needed} (arriero launch --nproc_per_node {needed}), or change it"
+        )
+    structure = _structure(predict.json_schema)
     if predict.data_file:
         samples = [sample_from_row(row, where, needs_target=False) for where, row in read_rows(Path(predict.data_file))]
     else:
         samples = [Sample(f"answer: {answer} context: ", _CONTEXT, "", None, ends_prompt=True) for answer in BUILT_IN]
     if not samples:
         raise DataError(f"{predict.data_file}: holds no row")
-    processes = start(Layout(tp=launched_size()), pick_device(model.device))
+    processes = start(Layout(pp=stages, tp=size // stages), pick_device(model.device))
     loaded = load_for_inference(model, adapter, processes)
     prompts, cut = [], 0
     for sample in samples:
@@ -71,27 +82,70 @@ def run(
         cut += shortened
     if cut and processes.first:
         print(f"{cut} of {len(samples)} prompts were cut to --src_length {predict.src_length}")
-    params = params_from_options(generation)
+    params = replace(params_from_options(generation), structure=structure)
     rows = [
         params if generation.seed is None else replace(params, seed=generation.seed + i) for i in range(len(prompts))
     ]
+    with processes.together():  # only rank 0 guesses
+        speculation = _speculation(predict, model, loaded, generation.batch_size) if processes.first else None
     quiet = len(prompts) < 3 or not processes.first
     with tqdm(total=len(prompts), unit="row", leave=False, disable=quiet) as bar:
-
-        def done(_: int, __: Generation) -> None:
-            bar.update(1)
-
-        generator = Generator(for_generation(loaded.model), loaded.tokenizer, max_batch_size=generation.batch_size)
-        answers = generator.generate(prompts, rows, on_done=done)
+        answers = generate_shared(
+            loaded.model,
+            loaded.tokenizer,
+            prompts,
+            rows,
+            max_running=generation.batch_size,
+            speculation=speculation,
+            on_done=bar.update,
+        )
 
     def publish() -> None:
         _write_answers(samples, [answer.text.strip() for answer in answers], Path(predict.predict_file))
         if predict.merge_tensor_parallel_path:
             _write_model(loaded.folder, predict.merge_tensor_parallel_path)
+        if speculation is not None:
+            counters = speculation.counters
+            print(f"guessed {counters.proposed} tokens, of which {100 * counters.acceptance:.0f} % were right")
 
     processes.by_first(publish)
     stop(processes)
     return 0
+
+
+def _structure(schema_file: str | None) -> Structure | None:
+    """The form that a file's JSON schema gives the answers."""
+    if schema_file is None:
+        return None
+    from arriero.engine.grammar import Structure
+
+    try:
+        with open(schema_file, "rb") as file:
+            raw = file.read(MAX_SCHEMA_BYTES + 1)
+        text = raw.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text file"
+        raise ConfigError(f"--json_schema {schema_file}: the file cannot be read ({reason})") from error
+    if len(raw) > MAX_SCHEMA_BYTES:
+        raise ConfigError(f"--json_schema {schema_file}: larger than {MAX_SCHEMA_BYTES:,} bytes; use a smaller schema")
+    return Structure("json_schema", text)
+
+
+def _speculation(predict: PredictOptions, model: ModelOptions, loaded: LoadedModel, running: int) -> Speculation | None:
+    """What guesses tokens ahead, for so many prompts at once."""
+    from arriero.engine.draft_model import DraftModel
+    from arriero.engine.drafts import PromptLookup, Speculation
+    from arriero.engine.loading import load_for_inference
+    from arriero.engine.runner import TorchRunner
+
+    if not predict.num_speculative_tokens:
+        return None
+    if predict.draft_model is None:
+        return Speculation(PromptLookup(), predict.num_speculative_tokens)
+    options = replace(model, model_name_or_path=predict.draft_model, tokenizer_name_or_path=None)
+    draft = load_for_inference(options, AdapterPathOptions()).model
+    runner = TorchRunner(draft, useful_tokens=running * draft.context)
+    return Speculation(DraftModel(runner, loaded.model.config.vocab_size), predict.num_speculative_tokens)
 
 
 def _write_answers(samples: Sequence[Sample], answers: Sequence[str], target: Path) -> None:

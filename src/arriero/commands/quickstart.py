@@ -87,7 +87,7 @@ def _score(options: QuickstartOptions, model: Path, adapter: Path | None, data: 
     from arriero.config.model import ModelOptions
     from arriero.data.sources import load_samples
     from arriero.engine.loading import load_for_inference
-    from arriero.engine.sampling import SamplingParams
+    from arriero.engine.sampling_params import SamplingParams
     from arriero.training.generation_metrics import generate_answers, references_of, score
 
     samples = load_samples(str(data), None, "squad_qa", ["dev"])["dev"][: options.max_eval_samples]

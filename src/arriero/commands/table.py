@@ -35,9 +35,21 @@ VERBS: dict[str, tuple[str, str]] = {
     "launch": ("arriero.commands.launch", "start a verb on several processes"),
     "completion": ("arriero.commands.completion", "print a completion script for bash, zsh or fish"),
 }
-LATER = frozenset({"export", "infer", "serve", "bench"})
+LATER = frozenset({"export", "infer", "serve"})
 ONE_PROCESS = frozenset(
-    {"quickstart", "quantize", "download", "upload", "convert", "inspect", "preprocess", "plan", "chat", "completion"}
+    {
+        "quickstart",
+        "quantize",
+        "download",
+        "upload",
+        "convert",
+        "inspect",
+        "preprocess",
+        "plan",
+        "chat",
+        "bench",
+        "completion",
+    }
 )
 
 

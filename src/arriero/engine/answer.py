@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from arriero.data.tokenizer import Tokenizer
+from arriero.engine.logprobs import TokenLogprobs
 from arriero.engine.request import Request
-from arriero.engine.sampling import SamplingParams, SamplingRow, TokenLogprobs
+from arriero.engine.sampling import SamplingRow
+from arriero.engine.sampling_params import SamplingParams
 from arriero.engine.text_stream import TextStream
 from arriero.errors import GenerationError
 
@@ -26,6 +28,9 @@ class Generation:
         prompt_tokens: the length of the prompt.
         cached_tokens: how many of them the cache held.
         logprobs: of each token, where they were asked for.
+        prompt_logprobs: of each token of the prompt, where they were asked for; None for the first. Of several answers only
+            the first has them.
+        alternatives: the other answers to the prompt, where several were asked for.
     """
 
     token_ids: list[int]
@@ -34,6 +39,8 @@ class Generation:
     prompt_tokens: int
     cached_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    alternatives: tuple[Generation, ...] = ()
 
 
 @dataclass(eq=False)
@@ -47,6 +54,7 @@ class Answer:
         stream: makes text of the tokens; None where text is wanted only at the end and there are no stop strings.
         token_ids: generated so far.
         logprobs: of each of them, where they are asked for.
+        prompt_logprobs: of the prompt's tokens, as far as they are computed; None for the first.
         new_text: what the last step released.
         finish_reason: why it ended; None while it goes on.
         error: what went wrong, with the finish reason "error".
@@ -60,6 +68,7 @@ class Answer:
     stream: TextStream | None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     new_text: str = ""
     finish_reason: FinishReason | None = None
     error: str = ""
@@ -107,5 +116,11 @@ class Answer:
             stopped = self.finish_reason == "stop" and self.token_ids[-1] in self.stop_ids
             text = tokenizer.decode(self.token_ids[:-1] if stopped else self.token_ids)
         return Generation(
-            self.token_ids, text, self.finish_reason, self.prompt_tokens, self.request.cached, tuple(self.logprobs)
+            self.token_ids,
+            text,
+            self.finish_reason,
+            self.prompt_tokens,
+            self.request.cached,
+            tuple(self.logprobs),
+            tuple(self.prompt_logprobs),
         )

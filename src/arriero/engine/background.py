@@ -8,13 +8,17 @@ import queue
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 from arriero.engine.answer import Answer, Generation
+from arriero.engine.answer_group import AnswerGroup
 from arriero.engine.engine import Engine
-from arriero.engine.sampling import SamplingParams
-from arriero.errors import GenerationError
+from arriero.engine.request_adapters import AdapterPool
+from arriero.engine.sampling_params import SamplingParams
+from arriero.errors import GenerationError, PeerError
 
 
 @dataclass(frozen=True)
@@ -24,25 +28,30 @@ class Piece:
     Attributes:
         text: that it released, perhaps none.
         token_ids: its new tokens.
-        result: the whole answer, with the last piece.
+        result: the whole answer, with its last piece.
+        index: of the answer, where the request asks for several. Where the best are selected (`best_of`) each is one piece,
+            the best first.
     """
 
     text: str
     token_ids: tuple[int, ...]
     result: Generation | None = None
+    index: int = 0
 
 
+Result = TypeVar("Result")
 _Message = Piece | GenerationError
 
 
 class Ticket:
-    """A request that was handed in. Iterate over its pieces, in one thread (`for`) or one event loop (`async for`).
+    """A request that was handed in. Iterate over its answers' pieces, in one thread (`for`) or one event loop (`async for`).
 
     Leaving the loop early does not end the request: `cancel` does.
     """
 
-    def __init__(self, cancel: Callable[[Ticket], None]) -> None:
+    def __init__(self, cancel: Callable[[Ticket], None], answers: int = 1) -> None:
         self._cancel = cancel
+        self._left = answers  # whose last pieces have not been read
         self._lock = threading.Lock()
         self._messages: deque[_Message] = deque()
         self._arrived = threading.Condition(self._lock)
@@ -54,25 +63,23 @@ class Ticket:
         self._cancel(self)
 
     def __iter__(self) -> Iterator[Piece]:
-        """The pieces, the last of which has the result.
+        """The pieces; an answer's last one has the result.
 
         Raises:
             GenerationError: the request was refused, or something went wrong with it.
         """
-        while True:
+        while self._left:
             with self._lock:
                 while not self._messages:
                     self._arrived.wait()
                 message = self._messages.popleft()
-            yield _piece(message)
-            if _is_last(message):
-                return
+            yield self._piece(message)
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         """As `for`, without blocking the event loop."""
         with self._lock:
             self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
-        while True:
+        while self._left:
             with self._lock:
                 message = self._messages.popleft() if self._messages else None
                 if message is None:
@@ -80,27 +87,26 @@ class Ticket:
             if message is None:
                 await self._event.wait()
                 continue
-            yield _piece(message)
-            if _is_last(message):
-                return
+            yield self._piece(message)
 
     def result(self) -> Generation:
-        """Wait for the whole answer.
+        """Wait for the whole answer; others are its `alternatives`.
 
         Raises:
             GenerationError: as iterating.
         """
-        for piece in self:
-            if piece.result is not None:
-                return piece.result
-        raise AssertionError("an iteration ends with the result")
+        return _first([piece for piece in self if piece.result is not None])
 
     async def wait(self) -> Generation:
         """As `result`, without blocking the event loop."""
-        async for piece in self:
-            if piece.result is not None:
-                return piece.result
-        raise AssertionError("an iteration ends with the result")
+        return _first([piece async for piece in self if piece.result is not None])
+
+    def _piece(self, message: _Message) -> Piece:
+        if isinstance(message, GenerationError):
+            self._left = 0
+            raise message
+        self._left -= message.result is not None
+        return message
 
     def _deliver(self, message: _Message) -> None:
         """Called on the engine's thread."""
@@ -113,27 +119,28 @@ class Ticket:
                 loop.call_soon_threadsafe(event.set)
 
 
-def _piece(message: _Message) -> Piece:
-    if isinstance(message, GenerationError):
-        raise message
-    return message
-
-
-def _is_last(message: _Message) -> bool:
-    return isinstance(message, Piece) and message.result is not None
+def _first(last_pieces: list[Piece]) -> Generation:
+    """The first of a request's answers, with the others."""
+    first, *others = [piece.result for piece in sorted(last_pieces, key=lambda piece: piece.index) if piece.result]
+    return replace(first, alternatives=tuple(others))
 
 
 class BackgroundEngine:
-    """Runs an engine's steps on one thread while there is work, and waits without cost while there is none."""
+    """Runs an engine's steps on one thread while there is work, and waits without cost while there is none.
+
+    Attributes:
+        failure: why nothing can be computed any more: another process that holds a part of the model is gone.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._tickets: dict[Answer, Ticket] = {}
-        self._answers: dict[Ticket, Answer] = {}
+        self._answers: dict[Ticket, AnswerGroup] = {}
         self._sent: dict[Answer, int] = {}
         self._waiting_for_idle: list[threading.Event] = []
         self._lock, self._closed = threading.Lock(), False
+        self.failure: PeerError | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -146,12 +153,59 @@ class BackgroundEngine:
         Raises:
             GenerationError: the engine is closed.
         """
-        ticket = Ticket(lambda given: self._commands.put(lambda: self._cancel(given)))
+        ticket = Ticket(lambda given: self._commands.put(lambda: self._cancel(given)), params.n)
         with self._lock:  # so that nothing follows the command that ends the thread
             if self._closed:
-                raise GenerationError("the engine is shutting down and takes no more requests")
+                reason = "the engine is shutting down and takes no more requests"
+                raise GenerationError(reason if self.failure is None else str(self.failure))
             self._commands.put(lambda: self._submit(ticket, list(prompt), params, options))
         return ticket
+
+    def call(self, function: Callable[[Engine], Result]) -> Result:
+        """Run something on the engine's thread, between two steps, and wait for what it returns.
+
+        Raises:
+            GenerationError: the engine is closed.
+            Exception: what `function` raises.
+        """
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function(self.engine))
+            except BaseException as error:  # it is the caller's, and the engine goes on
+                future.set_exception(error)
+
+        with self._lock:
+            if self._closed:
+                raise GenerationError("the engine is shutting down")
+            self._commands.put(run)
+        return future.result()
+
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Let requests use an adapter under a name. It is read on the caller's thread, and holds up no request meanwhile.
+
+        Raises:
+            ArrieroError: as `AdapterPool.read`; the engine's runner has no pool of adapters.
+        """
+        pool = self._adapters()
+        adapter = pool.read(name, folder)
+        self.call(lambda engine: pool.add(adapter))
+
+    def unload_adapter(self, name: str) -> None:
+        """Let no new request use it; those that have begun end with it.
+
+        Raises:
+            GenerationError: there is none of this name, or no pool of adapters.
+        """
+        pool = self._adapters()
+        self.call(lambda _: pool.unload(name))
+
+    def _adapters(self) -> AdapterPool:
+        pool = self.engine.runner.adapters
+        if pool is None:
+            raise GenerationError("this engine has no adapters that requests could name")
+        return pool
 
     def close(self, *, drain: bool = False, timeout: float | None = None) -> bool:
         """Stop; requests that are not finished end as cancelled.
@@ -206,38 +260,79 @@ class BackgroundEngine:
 
     def _submit(self, ticket: Ticket, prompt: list[int], params: SamplingParams, options: dict[str, Any]) -> None:
         try:
-            answer = self.engine.submit(prompt, params, streaming=True, **options)
+            if self.failure is not None:
+                raise GenerationError(str(self.failure))
+            group = self.engine.submit_group(prompt, params, streaming=True, **options)
         except GenerationError as error:
             ticket._deliver(error)
             return
-        self._tickets[answer], self._answers[ticket], self._sent[answer] = ticket, answer, 0
+        except Exception as error:  # whatever a request can be: the engine goes on
+            ticket._deliver(GenerationError(f"the request cannot be taken ({_reason(error)})"))
+            return
+        self._answers[ticket] = group
+        self._tickets |= dict.fromkeys(group.answers, ticket)
+        self._sent |= dict.fromkeys(group.answers, 0)
 
     def _cancel(self, ticket: Ticket) -> None:
-        answer = self._answers.get(ticket)
-        if answer is not None:
-            self.engine.cancel(answer)
-            self._send(answer)
+        group = self._answers.get(ticket)
+        if group is not None:
+            self.engine.cancel(group)
+            for answer in group.answers:
+                self._send(answer)
 
     def _step(self) -> None:
         try:
             answers = self.engine.step()
+        except PeerError as error:
+            self._fail(error)
+            return
         except Exception as error:  # whatever a device can raise: these requests fail, the engine goes on
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            self.engine.fail_running(f"the step could not be computed ({reason})")
+            self.engine.fail_running(f"the step could not be computed ({_reason(error)})")
             answers = [answer for answer in self._tickets if answer.finish_reason is not None]
         for answer in answers:
             self._send(answer)
 
+    def _fail(self, error: PeerError) -> None:
+        """End everything: another process of this run is gone."""
+        with self._lock:
+            self._closed, self.failure = True, error
+        for ticket, group in self._answers.items():
+            self.engine.cancel(group)
+            ticket._deliver(GenerationError(str(error)))
+        self._tickets, self._answers, self._sent = {}, {}, {}
+
     def _send(self, answer: Answer) -> None:
-        ticket, sent = self._tickets[answer], self._sent[answer]
-        new = tuple(answer.token_ids[sent:])
-        self._sent[answer] = len(answer.token_ids)
-        if answer.finish_reason is None:
-            if new or answer.new_text:
-                ticket._deliver(Piece(answer.new_text, new))
-            return
-        del self._tickets[answer], self._answers[ticket], self._sent[answer]
-        try:
-            ticket._deliver(Piece(answer.new_text, new, answer.result(self.engine.tokenizer)))
-        except GenerationError as error:
-            ticket._deliver(error)
+        """Deliver what is new of an answer."""
+        ticket = self._tickets.get(answer)
+        if ticket is None:
+            return  # the request has failed with another of its answers
+        group, tokenizer = self._answers[ticket], self.engine.tokenizer
+        if group.error:
+            self.engine.cancel(group)
+            self._forget(ticket)
+            ticket._deliver(GenerationError(group.error))
+        elif group.params.selects:
+            if group.over:
+                self._forget(ticket)
+                for index, result in enumerate(group.results(tokenizer)):
+                    ticket._deliver(Piece(result.text, tuple(result.token_ids), result, index))
+        else:
+            new, index = tuple(answer.token_ids[self._sent[answer] :]), group.answers.index(answer)
+            self._sent[answer] = len(answer.token_ids)
+            if answer.finish_reason is not None:
+                del self._tickets[answer], self._sent[answer]
+                if not any(other in self._tickets for other in group.answers):  # several may end in one step
+                    self._forget(ticket)
+                ticket._deliver(Piece(answer.new_text, new, answer.result(tokenizer), index))
+            elif new or answer.new_text:
+                ticket._deliver(Piece(answer.new_text, new, index=index))
+
+    def _forget(self, ticket: Ticket) -> None:
+        for answer in self._answers.pop(ticket).answers:
+            self._tickets.pop(answer, None)
+            self._sent.pop(answer, None)
+
+
+def _reason(error: Exception) -> str:
+    """In one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

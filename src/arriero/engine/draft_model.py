@@ -24,7 +24,7 @@ class _Held:
 
 
 class DraftModel:
-    """A `Drafter` whose guesses are a small model's likeliest tokens."""
+    """A `Drafter` whose guesses are a small model's likeliest tokens. It knows of no adapters, of no prefix either."""
 
     def __init__(self, runner: Runner, vocab_size: int, *, max_step_tokens: int = 2048) -> None:
         """
@@ -69,15 +69,16 @@ class DraftModel:
     def _rewind(self, request: Request) -> None:
         """Forget what was guessed and did not come."""
         held = self._held.setdefault(request, _Held())
-        same = min(len(held.tokens), len(request.tokens) - 1)
+        tokens = request.text
+        same = min(len(held.tokens), len(tokens) - 1)
         # only the tail can differ: what was certain once stays
-        while held.tokens[:same] != request.tokens[:same]:
+        while held.tokens[:same] != tokens[:same]:
             same -= 1
         del held.tokens[same:]
 
     def _grow(self, request: Request, drafts: Sequence[int]) -> bool:
         """Room for the sequence with its guesses; False where there is none, in the cache or in the context."""
-        held, length = self._held[request], len(request.tokens) + len(drafts)
+        held, length = self._held[request], len(request.text) + len(drafts)
         needed = self._blocks.blocks_for(length) - len(held.blocks)
         if needed > self._blocks.available or length > self._runner.context:
             return False
@@ -87,7 +88,7 @@ class DraftModel:
 
     def _next(self, going: Sequence[Request], drafts: Mapping[Request, list[int]]) -> list[int]:
         """Each sequence's likeliest next token; long beginnings are computed in pieces first."""
-        sequences = [request.tokens + drafts[request] for request in going]
+        sequences = [request.text + drafts[request] for request in going]
         room = self._max_step_tokens // len(going)
         for request, sequence in zip(going, sequences, strict=True):
             held = self._held[request]

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from arriero.data.tokenizer import Tokenizer
 from arriero.engine.answer import Answer, Generation
+from arriero.engine.answer_group import AnswerGroup
 from arriero.engine.block_manager import BlockManager
 from arriero.engine.drafts import Speculation
 from arriero.engine.grammar import GrammarCompiler
+from arriero.engine.logprobs import token_logprobs
+from arriero.engine.prompt_logprobs import max_step_scores, score_prompts, wanted_rows
 from arriero.engine.request import Request
+from arriero.engine.request_adapters import NO_ADAPTER, find_adapter
 from arriero.engine.runner import Runner, Work
-from arriero.engine.sampling import BROKEN, Sampler, SamplingParams, SamplingRow, token_logprobs
+from arriero.engine.sampling import BROKEN, Sampler, SamplingRow
+from arriero.engine.sampling_params import SamplingParams
 from arriero.engine.scheduler import Scheduler, Share
 from arriero.engine.text_stream import TextStream
 from arriero.errors import GenerationError
@@ -54,6 +60,8 @@ class Engine:
             max_running=max_running,
             max_step_tokens=max(max_step_tokens, max_running),
             max_context=runner.context + runner.prefix_length,
+            max_adapters=runner.adapters.max_loaded if runner.adapters is not None else 1,
+            max_step_scores=max_step_scores(runner.vocab_size),
         )
         self.speculation = speculation
         self.grammars = GrammarCompiler(tokenizer, runner.vocab_size)
@@ -73,41 +81,58 @@ class Engine:
         streaming: bool = False,
         priority: int = 0,
         salt: bytes = b"",
+        adapter: str | None = None,
     ) -> Answer:
-        """Add a request.
+        """Add a request for one answer.
 
         Args:
             prompt: token ids.
             streaming: whether each step's text is wanted (`Answer.new_text`).
             priority: lower goes first.
             salt: requests with different ones share nothing of the cache.
+            adapter: the name of one of the runner's `adapters`.
 
         Raises:
             GenerationError: a prompt that is empty, too long, or holds ids that the model does not have; a structure that
-                cannot be used (compiled here, unless `grammars` has it already).
+                cannot be used (compiled here, unless `grammars` has it already); a name that no adapter has; several answers
+                (see `submit_group`), or more log-probabilities than are given.
         """
+        if params.candidates > 1:
+            raise GenerationError(f"{params.candidates} answers are asked for where only one can be given: set n to 1")
         runner = self.runner
+        own = find_adapter(runner.adapters, adapter)
         if not prompt:
             raise GenerationError("the prompt is empty: give at least one token, such as bos")
+        if not all(isinstance(token, int) for token in prompt):
+            raise GenerationError("the prompt holds something else than token ids, which are whole numbers")
         strange = next((i for i in (min(prompt), max(prompt)) if not 0 <= i < runner.vocab_size), None)
         if strange is not None:
             raise GenerationError(
                 f"the prompt holds token id {strange} and the model has ids 0 to {runner.vocab_size - 1}: "
                 "the tokenizer is not this model's"
             )
-        if len(prompt) + params.max_new_tokens > runner.context:
-            less = f" less a prefix of {runner.prefix_length}" if runner.prefix_length else ""
+        prefix = own.prefix_length if own is not None and own.prefix_length else runner.prefix_length
+        context = runner.context + runner.prefix_length
+        if len(prompt) + params.max_new_tokens > context - prefix:
+            less = f" less a prefix of {prefix}" if prefix else ""
             raise GenerationError(
                 f"the prompt has {len(prompt)} tokens and max_new_tokens is {params.max_new_tokens}: together more than "
-                f"max_position_embeddings, {runner.context + runner.prefix_length}{less}; shorten one of them"
+                f"max_position_embeddings, {context}{less}; shorten one of them"
             )
+        params.check_prompt(len(prompt))
         grammar = self.grammars.compile(params.structure).start() if params.structure is not None else None
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= frozenset(self.tokenizer.stop_token_ids)
         # what a prefix holds is no token; it takes the first places of a sequence under ids that no token has
-        tokens = [*range(-runner.prefix_length, 0), *prompt]
-        request = Request(tokens, len(tokens), params.max_new_tokens, priority=priority, salt=salt)
+        tokens = [*range(-prefix, 0), *prompt]
+        request = Request(
+            tokens, len(tokens), params.max_new_tokens, priority=priority, salt=salt, prefix_length=prefix
+        )
+        if own is not None:
+            request.adapter, request.salt = own.number, own.salt(salt)
+        if params.prompt_logprobs is not None and len(prompt) > 1:
+            request.scored = prefix
         answer = Answer(
             request,
             params,
@@ -117,16 +142,40 @@ class Engine:
             TextStream(self.tokenizer.stream_decoder(), params.stop_strings)
             if streaming or params.stop_strings
             else None,
+            prompt_logprobs=[None] if params.prompt_logprobs is not None else [],
         )
         self.scheduler.add(request)
+        if runner.adapters is not None and own is not None:
+            runner.adapters.begin_use(own.number)
         self._answers[request] = answer
         return answer
 
-    def cancel(self, answer: Answer) -> None:
+    def submit_group(self, prompt: Sequence[int], params: SamplingParams, **options: Any) -> AnswerGroup:
+        """Add a request for all the answers that the parameters ask for (`n`, `best_of`).
+
+        Args:
+            options: of `submit`.
+
+        Raises:
+            GenerationError: as `submit`; then nothing is added.
+        """
+        params.check_prompt(len(prompt))
+        answers: list[Answer] = []
+        try:
+            for index in range(params.candidates):
+                answers.append(self.submit(prompt, params.of_candidate(index), **options))
+        except GenerationError:
+            for answer in answers:
+                self.cancel(answer)
+            raise
+        return AnswerGroup(params, answers)
+
+    def cancel(self, answer: Answer | AnswerGroup) -> None:
         """End a request now; a finished one stays as it is."""
-        if answer.finish_reason is None:
-            answer.finish_reason, answer.new_text = "cancelled", ""
-            self._remove(answer)
+        for one in answer.answers if isinstance(answer, AnswerGroup) else [answer]:
+            if one.finish_reason is None:
+                one.finish_reason, one.new_text = "cancelled", ""
+                self._remove(one)
 
     def fail_running(self, error: str) -> None:
         """End what runs now: its keys and values cannot be relied on. Cached beginnings are forgotten too."""
@@ -139,13 +188,14 @@ class Engine:
 
     def step(self) -> list[Answer]:
         """Compute a step; returns the answers that got tokens, with their `new_text` and perhaps a `finish_reason`."""
-        shares = self.scheduler.schedule()
+        shares, failed = self._with_adapters(self.scheduler.schedule())
         work = [item for share in shares if (item := self._work(share)) is not None]
         logits = self.runner.run(work) if work else None
         for share in shares:
             self.scheduler.advance(share)
         if logits is None:
-            return []
+            return failed
+        logits = score_prompts(logits, shares, self._answers)
         sampled = [share for share in shares if share.samples]
         given = self._sample(logits, sampled)
         answers = [self._answers[share.request] for share in sampled]
@@ -155,7 +205,18 @@ class Engine:
         if self.speculation is not None:
             self.speculation.measure(given)
             self.speculation.propose([answer.request for answer in answers if answer.finish_reason is None])
-        return answers
+        return failed + answers
+
+    def _with_adapters(self, shares: list[Share]) -> tuple[list[Share], list[Answer]]:
+        """The shares whose adapters are in memory, and the answers that end because theirs cannot be read any more."""
+        used = {share.request.adapter for share in shares} - {NO_ADAPTER}
+        errors = self.runner.adapters.prepare(used) if used and self.runner.adapters is not None else {}
+        failed = [self._answers[share.request] for share in shares if share.request.adapter in errors]
+        for answer in failed:
+            answer.fail(errors[answer.request.adapter])
+            answer.new_text = ""
+            self._remove(answer)
+        return [share for share in shares if share.request.adapter not in errors], failed
 
     def _sample(self, logits: Tensor, shares: Sequence[Share]) -> int:
         """Give each request its next token, and those after it for as long as they were guessed; returns how many in all."""
@@ -171,7 +232,7 @@ class Engine:
         while going:
             answers = [self._answers[shares[i].request] for i in going]
             now = torch.stack([rows[i][place] for i in going]) if place or len(logits) > len(going) else logits
-            tokens = self.runner.agree(self._sampler(now, [answer.sampling for answer in answers]).tolist())
+            tokens = self._sampler(now, [answer.sampling for answer in answers]).tolist()
             self._note_logprobs(now, answers, tokens)
             kept = []
             for i, answer, token in zip(going, answers, tokens, strict=True):
@@ -204,18 +265,20 @@ class Engine:
     def _work(self, share: Share) -> Work | None:
         """What the runner computes of a share; a prefix's places are only filled."""
         request, start, end = share.request, share.start, share.start + share.count
-        prefix = self.runner.prefix_length
+        prefix = request.prefix_length
         if start < prefix:
-            self.runner.begin(request.blocks, start, min(end, prefix))
+            self.runner.begin(request.blocks, start, min(end, prefix), request.adapter)
             start = min(end, prefix)
         if start == end:
             return None
         tokens = (request.tokens + request.drafts)[start:end] if request.drafts else request.tokens[start:end]
-        return Work(tokens, start, request.blocks, end - len(request.tokens) + 1 if share.samples else 0)
+        return Work(tokens, start, request.blocks, wanted_rows(share), request.adapter)
 
     def _remove(self, answer: Answer) -> None:
         self.scheduler.remove(answer.request)
         del self._answers[answer.request]
+        if answer.request.adapter and self.runner.adapters is not None:
+            self.runner.adapters.end_use(answer.request.adapter)
         if self.speculation is not None:
             self.speculation.forget(answer.request)
 
@@ -225,44 +288,63 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams],
         on_text: Callable[[int, str], None] | None = None,
         on_done: Callable[[int, Generation], None] | None = None,
+        adapters: str | Sequence[str | None] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> list[Generation]:
         """Answers in the order of the prompts.
 
         Args:
             prompts: token ids each.
             params: for all, or one for each.
-            on_text: called with (index of the prompt, new text) as text comes.
+            on_text: called with (index of the prompt, new text) as text comes; not for several answers to a prompt.
             on_done: called with (index of the prompt, answer) as soon as an answer is complete.
+            adapters: the name of one for all prompts, or one (or None) for each.
+            numbers: what errors call the prompts; default: their places.
 
         Raises:
-            GenerationError: as `submit`, naming the prompt; nothing is generated then.
+            GenerationError: as `submit`, naming the prompt; nothing is generated then. Or something went wrong with an answer.
         """
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise GenerationError(
                 f"{len(prompts)} prompts and {len(each)} sampling parameters: give one for each, or one"
             )
+        named = [adapters] * len(prompts) if adapters is None or isinstance(adapters, str) else list(adapters)
+        if len(named) != len(prompts):
+            raise GenerationError(f"{len(prompts)} prompts and {len(named)} adapters: give one for each, or one")
+        names = range(len(prompts)) if numbers is None else numbers
+        groups: list[AnswerGroup] = []
         index: dict[Answer, int] = {}
         try:
             for number, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
                 try:
-                    index[self.submit(prompt, own, streaming=on_text is not None)] = number
+                    if on_text is not None and own.candidates > 1:
+                        raise GenerationError("text can come piece by piece of one answer only: set n to 1")
+                    options = {"streaming": on_text is not None, "adapter": named[number]}
+                    groups.append(self.submit_group(prompt, own, **options))
+                    index |= dict.fromkeys(groups[-1].answers, number)
                 except GenerationError as error:
-                    raise GenerationError(f"prompt {number}: {error}") from error
+                    raise GenerationError(f"prompt {names[number]}: {error}") from error
             done: dict[int, Generation] = {}
             while len(done) < len(prompts):
                 for answer in self.step():
                     number = index[answer]
                     if answer.new_text and on_text is not None:
                         on_text(number, answer.new_text)
-                    if answer.finish_reason is not None:
-                        done[number] = answer.result(self.tokenizer)
+                    if answer.finish_reason is not None and groups[number].over:
+                        done[number] = self._result(groups[number], names[number])
                         if on_done is not None:
                             on_done(number, done[number])
         finally:
-            for answer in index:
-                self.cancel(answer)
+            for group in groups:
+                self.cancel(group)
         return [done[number] for number in range(len(prompts))]
+
+    def _result(self, group: AnswerGroup, number: int) -> Generation:
+        try:
+            return group.result(self.tokenizer)
+        except GenerationError as error:
+            raise GenerationError(f"prompt {number}: {error}") from error
 
     def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[str]:
         """One answer's text, piece by piece; leave the iterator to stop generating.

@@ -28,7 +28,11 @@ class Request:
         priority: lower goes first; then who came first.
         arrival: the number in the order of coming; the scheduler sets it.
         salt: cached beginnings are shared only among requests of equal ones (tenant, adapter).
+        adapter: the number of the adapter that it uses; 0 for none.
+        prefix_length: how many of its first places a learned prefix takes, under ids that no token has.
         drafts: guesses of the tokens that follow, to be checked in the next step.
+        scored: of how many of its first tokens the logits have been used, where those of all of the prompt are wanted; only so
+            many can come from the cache. None: they are not wanted, or no more.
         computed: tokens whose keys and values are in `blocks`.
         blocks: the block table.
         reserved: neighbours that are kept for it as long as nobody needs them.
@@ -45,7 +49,10 @@ class Request:
     priority: int = 0
     arrival: int = -1
     salt: bytes = b""
+    adapter: int = 0
+    prefix_length: int = 0
     drafts: list[int] = field(default_factory=list)
+    scored: int | None = None
     status: Status = Status.WAITING
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -60,6 +67,11 @@ class Request:
     def target(self) -> int:
         """How many tokens there are to compute, guesses included."""
         return len(self.tokens) + len(self.drafts)
+
+    @property
+    def text(self) -> list[int]:
+        """Its tokens without a prefix's places."""
+        return self.tokens[self.prefix_length :] if self.prefix_length else self.tokens
 
     @property
     def longest(self) -> int:

@@ -10,13 +10,18 @@ import psutil
 import torch
 from torch import Tensor
 
+from arriero.adapters.packed_deltas import PackedDeltas
 from arriero.adapters.prefix import PrefixKV, prefix_kv
+from arriero.engine.kv_memory import KVMemory
+from arriero.engine.request_adapters import NO_ADAPTER, AdapterPool
+from arriero.errors import ConfigError
 from arriero.models.llama import LlamaForCausalLM
+from arriero.models.packed_model import PackedModel
 from arriero.models.paged_cache import PagedCache, Run
 from arriero.parallel.generation import SharedModel
 
-# The share of the free memory that keys and values may take.
-CACHE_MEMORY_SHARE = 0.4
+# The share of the free memory that weights may take once more, in the layout of faster kernels (see `PackedModel`).
+COPY_MEMORY_SHARE = 0.25
 BLOCK_SIZE = 16
 
 
@@ -29,12 +34,14 @@ class Work:
         start: the position of the first.
         blocks: the sequence's block table.
         logits: of how many of the last of them logits are wanted.
+        adapter: the number of the adapter that it uses, in the runner's pool.
     """
 
     tokens: Sequence[int]
     start: int
     blocks: Sequence[int]
     logits: int
+    adapter: int = NO_ADAPTER
 
 
 class Runner(Protocol):
@@ -46,6 +53,7 @@ class Runner(Protocol):
         context: positions that the model has, less those of a prefix.
         prefix_length: learned keys and values that come before every sequence; they take the first positions of its blocks.
         reuses: whether what one sequence computed can serve another that begins alike.
+        adapters: that requests can name; None where there are none.
         device: of the logits.
     """
 
@@ -55,18 +63,16 @@ class Runner(Protocol):
     context: int
     prefix_length: int
     reuses: bool
+    adapters: AdapterPool | None
     device: torch.device
-
-    def agree(self, numbers: list[int]) -> list[int]:
-        """One list for all processes that hold the model together: the least of each place."""
-        ...
 
     def run(self, work: Sequence[Work]) -> Tensor:
         """Compute and store; returns the wanted logits, in the order of the work: (sum of `logits`, vocab_size)."""
         ...
 
-    def begin(self, blocks: Sequence[int], start: int, end: int) -> None:
-        """Store the prefix's keys and values of these positions for a sequence with these blocks."""
+    def begin(self, blocks: Sequence[int], start: int, end: int, adapter: int = NO_ADAPTER) -> None:
+        """Store the keys and values of these positions of a prefix, the adapter's or the model's own, for a sequence with these
+        blocks."""
         ...
 
 
@@ -74,14 +80,33 @@ class TorchRunner:
     """A `Runner` of a torch model, on a CPU or a GPU, or of one that several processes hold (all of them call it alike)."""
 
     def __init__(
-        self, model: LlamaForCausalLM | SharedModel, *, block_size: int = BLOCK_SIZE, max_tokens: int | None = None
+        self,
+        model: LlamaForCausalLM | SharedModel,
+        *,
+        block_size: int = BLOCK_SIZE,
+        max_tokens: int | None = None,
+        useful_tokens: int | None = None,
+        adapters: AdapterPool | None = None,
+        weight_copies: bool | None = None,
+        kv_cache_dtype: str = "auto",
     ) -> None:
         """
         Args:
             max_tokens: room for keys and values, in tokens; default: a share of the free memory. It is not taken until it
                 is used, on a CPU.
+            useful_tokens: of that share, no more than this is taken: for more there would be no use.
+            adapters: of this model, that requests can name.
+            weight_copies: hold the weights once more in the layout of faster kernels, where there are such (CPU, fp32);
+                default: if they take no more than a quarter of the free memory.
+            kv_cache_dtype: how keys and values are held, see `KVFormat.of`.
+
+        Raises:
+            ConfigError: adapters of another model; an unknown `kv_cache_dtype`.
         """
-        self.model, self.block_size = model, block_size
+        self.model, self.block_size, self.adapters = model, block_size, adapters
+        if adapters is not None and adapters.model is not model:
+            raise ConfigError("the adapters are read for another model: make the pool with the runner's")
+        self._compute = model if isinstance(model, SharedModel) else _packed(model, weight_copies)
         self.device = model.device if isinstance(model, SharedModel) else model.model.embed_tokens.weight.device
         # The embedding's, since adapters may stand in for any linear layer.
         self._dtype = model.dtype if isinstance(model, SharedModel) else model.model.embed_tokens.weight.dtype
@@ -92,27 +117,25 @@ class TorchRunner:
         self.context = model.config.max_position_embeddings - self.prefix_length
         scaling = model.config.rope_scaling
         self.reuses = scaling is None or scaling["rope_type"] != "dynamic"  # whose angles depend on the whole length
+        self.kv_memory = KVMemory.measure(model.config, self._dtype, kv_cache_dtype, self.device)
         if max_tokens is None:
-            max_tokens = self.agree([self._room()])[0]
+            room = self.kv_memory.tokens
+            if useful_tokens is not None:
+                room = min(room, -(-useful_tokens // block_size) * block_size)
+            max_tokens = model.agree([room])[0] if isinstance(model, SharedModel) else room
         self.num_blocks = max(1, max_tokens // block_size)
-        self._cache = PagedCache(model.config, self.num_blocks, block_size, self._dtype, self.device)
-
-    def agree(self, numbers: list[int]) -> list[int]:
-        """See `Runner`."""
-        return self.model.agree(numbers) if isinstance(self.model, SharedModel) else numbers
-
-    def _room(self) -> int:
-        """How many tokens' keys and values the memory holds."""
-        cuda = self.device.type == "cuda"
-        free = torch.cuda.mem_get_info(self.device)[0] if cuda else psutil.virtual_memory().available
-        return int(free * CACHE_MEMORY_SHARE) // PagedCache.bytes_of_block(self.model.config, 1, self._dtype)
+        self._cache = PagedCache(model.config, self.num_blocks, block_size, self._dtype, self.device, kv_cache_dtype)
 
     @torch.inference_mode()
     def run(self, work: Sequence[Work]) -> Tensor:
         """See `Runner`."""
         view = self._cache.view([Run(item.start, len(item.tokens), item.blocks) for item in work])
         tokens = torch.tensor([[token for item in work for token in item.tokens]], device=self.device)
-        hidden = self.model.hidden_states(tokens, view.positions, view.attention, view)[0]
+        inputs = (tokens, view.positions, view.attention, view)
+        if isinstance(self._compute, PackedModel):
+            hidden = self._compute.hidden_states(*inputs, self._deltas(work))[0]
+        else:
+            hidden = self._compute.hidden_states(*inputs)[0]
         wanted: list[int] = []
         end = 0
         for item in work:
@@ -120,15 +143,29 @@ class TorchRunner:
             wanted += range(end - item.logits, end)
         if len(wanted) < hidden.shape[0]:
             hidden = hidden[torch.tensor(wanted, dtype=torch.long, device=self.device)]
-        logits: Tensor = self.model.lm_head(hidden)
+        logits: Tensor = self._compute.lm_head(hidden)
         return logits
 
+    def _deltas(self, work: Sequence[Work]) -> PackedDeltas | None:
+        """What the adapters of a step add to its linear layers' outputs."""
+        if self.adapters is None:
+            return None
+        return self.adapters.deltas([item.adapter for item in work], [len(item.tokens) for item in work])
+
     @torch.inference_mode()
-    def begin(self, blocks: Sequence[int], start: int, end: int) -> None:
+    def begin(self, blocks: Sequence[int], start: int, end: int, adapter: int = NO_ADAPTER) -> None:
         """See `Runner`."""
-        if self._prefix is not None:
+        own = self.adapters.prefix(adapter) if self.adapters is not None and adapter != NO_ADAPTER else None
+        prefix = own or self._prefix
+        if prefix is not None:
             keys, values = (
                 {layer: tensor[:, start:end] for layer, tensor in given.items()}
-                for given in (self._prefix.keys, self._prefix.values)
+                for given in (prefix.keys, prefix.values)
             )
             self._cache.put(blocks, start, keys, values)
+
+
+def _packed(model: LlamaForCausalLM, copies: bool | None) -> PackedModel:
+    if copies is None:
+        copies = PackedModel.copy_bytes(model) <= COPY_MEMORY_SHARE * psutil.virtual_memory().available
+    return PackedModel(model, copy=copies)

@@ -8,104 +8,19 @@ rows at once with a value for each row.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from arriero.config.generation import GenerationOptions
-from arriero.engine.grammar import GrammarState, Structure
+from arriero.engine.grammar import GrammarState
+from arriero.engine.sampling_params import SamplingParams
 from arriero.errors import GenerationError
 
 # Top-p needs sorted logits. A nucleus is nearly always within this many, which cost much less than a full sort.
 NUCLEUS_CANDIDATES = 1024
-MAX_STOP_STRINGS = 64
-MAX_LOGIT_BIASES = 1024
-MAX_LOGPROBS = 100
 BROKEN = -1  # in the place of a token
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How one answer is generated.
-
-    Attributes:
-        max_new_tokens: at most so many tokens.
-        min_new_tokens: no stop token or stop string counts before so many tokens.
-        temperature: logits are divided by it; 0 means greedy.
-        top_k: draw among the k likeliest tokens; 0 means all.
-        top_p: draw among the likeliest tokens that together have this probability (https://arxiv.org/abs/1904.09751).
-        min_p: drop tokens below this share of the likeliest one's probability (https://arxiv.org/abs/2407.01082).
-        repetition_penalty: above 1, tokens of prompt and answer become less likely (https://arxiv.org/abs/1909.05858).
-        frequency_penalty: taken from a token's logit for each time that the answer has it already.
-        presence_penalty: taken from the logit of each token that the answer has already.
-        logit_bias: added to the logits of tokens, by id.
-        do_sample: draw at random; false means the likeliest token always, and temperature, top-k, top-p and min-p have no
-            effect.
-        stop_token_ids: tokens that end the answer, besides the tokenizer's own.
-        stop_strings: texts that end the answer; neither they nor what follows them is part of it.
-        seed: the answer is a function of prompt, parameters and seed, whatever else is generated beside it.
-        ignore_eos: the tokenizer's own stop tokens do not end the answer.
-        logprobs: with each token its log-probability, as the model gives it before any of the above, and those of the so many
-            likeliest; None: without.
-        structure: the form that the answer must have; None: any. It ends the answer where nothing can follow, and stop tokens
-            count only where it is complete. An answer that max_new_tokens cuts short is the beginning of one.
-
-    Raises:
-        GenerationError: a value outside its range.
-    """
-
-    max_new_tokens: int = 256
-    min_new_tokens: int = 0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    do_sample: bool = False
-    stop_token_ids: tuple[int, ...] = ()
-    stop_strings: tuple[str, ...] = ()
-    seed: int | None = None
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    structure: Structure | None = None
-
-    def __post_init__(self) -> None:
-        # Lists, as JSON gives them, are taken too.
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
-        self._check("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
-        self._check("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "from 0 to max_new_tokens")
-        self._check("temperature", 0.0 <= self.temperature < math.inf, "0 or more")
-        self._check("top_k", self.top_k >= 0, "0 (all) or more")
-        self._check("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1")
-        self._check("min_p", 0.0 <= self.min_p <= 1.0, "from 0 to 1")
-        self._check("repetition_penalty", 0.0 < self.repetition_penalty < math.inf, "above 0")
-        for name in ("frequency_penalty", "presence_penalty"):
-            self._check(name, -2.0 <= getattr(self, name) <= 2.0, "from -2 to 2")
-        self._check("logit_bias", len(self.logit_bias) <= MAX_LOGIT_BIASES, f"of at most {MAX_LOGIT_BIASES} tokens")
-        finite = all(token >= 0 and math.isfinite(bias) for token, bias in self.logit_bias.items())
-        self._check("logit_bias", finite, "finite numbers for token ids")
-        self._check(
-            "logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}"
-        )
-        self._check("seed", self.seed is None or 0 <= self.seed < 2**64, "from 0 to 2**64 - 1")
-        self._check("stop_token_ids", all(i >= 0 for i in self.stop_token_ids), "token ids, 0 or more")
-        self._check("stop_strings", all(self.stop_strings), "texts that are not empty")
-        self._check("stop_strings", len(self.stop_strings) <= MAX_STOP_STRINGS, f"at most {MAX_STOP_STRINGS} texts")
-
-    def _check(self, name: str, valid: bool, allowed: str) -> None:
-        if not valid:
-            raise GenerationError(f"{name} is {getattr(self, name)!r}: it must be {allowed}")
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
-        return not self.do_sample or self.temperature == 0.0
 
 
 @dataclass
@@ -215,39 +130,6 @@ def _probability_before(ordered: Tensor, total: Tensor) -> Tensor:
 def min_p(logits: Tensor, p: Tensor) -> Tensor:
     """Drop tokens whose probability is below p (B, 1) times the greatest one."""
     return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + p.log(), -math.inf)
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """How likely a token was, by the model itself: natural logarithms of the softmax of the raw logits.
-
-    Attributes:
-        logprob: of the token that was chosen.
-        top: (id, log-probability) of the likeliest tokens, the likeliest first.
-    """
-
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-
-
-def token_logprobs(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
-    """Of each row's token, and of so many likeliest ones.
-
-    Args:
-        logits: (B, V), raw.
-        tokens, counts: B each.
-    """
-    wide = logits.float()
-    total = wide.logsumexp(dim=-1, keepdim=True)
-    index = torch.tensor(list(tokens), dtype=torch.long, device=logits.device)[:, None]
-    own = (wide.gather(1, index) - total).squeeze(1).tolist()
-    most = min(max(counts, default=0), logits.shape[-1])
-    found = wide.topk(most, dim=-1)
-    ids, values = found.indices.tolist(), (found.values - total).tolist()
-    return [
-        TokenLogprobs(logprob, tuple(zip(ids[row][:count], values[row][:count], strict=True)))
-        for row, (logprob, count) in enumerate(zip(own, counts, strict=True))
-    ]
 
 
 class Sampler:
@@ -398,19 +280,3 @@ def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     # right=True: the first index whose sum exceeds the target, which has a probability above zero.
     picked = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
     return picked.clamp(max=scores.shape[-1] - 1)
-
-
-def params_from_options(options: GenerationOptions) -> SamplingParams:
-    """The sampling parameters that a command's generation options ask for."""
-    return SamplingParams(
-        max_new_tokens=options.max_new_tokens,
-        min_new_tokens=options.min_new_tokens,
-        do_sample=bool(options.do_sample),
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
-        stop_strings=tuple(options.stop),
-        seed=options.seed,
-    )

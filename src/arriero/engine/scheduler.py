@@ -32,11 +32,20 @@ class Scheduler:
 
     Running requests go on before others begin; a running one always gets at least a token, so that long prompts, which are
     computed in chunks, hold nobody up. Where blocks run out, the least important running request loses its own and waits; what
-    the cache keeps of them spares it most of the work later.
+    the cache keeps of them spares it most of the work later. One whose adapter has no place beside those of running requests
+    waits until they have ended, and nobody overtakes it.
     """
 
     def __init__(
-        self, blocks: BlockManager, *, max_running: int, max_step_tokens: int, max_context: int, reserve: bool = True
+        self,
+        blocks: BlockManager,
+        *,
+        max_running: int,
+        max_step_tokens: int,
+        max_context: int,
+        reserve: bool = True,
+        max_adapters: int = 1,
+        max_step_scores: int | None = None,
     ) -> None:
         """
         Args:
@@ -44,6 +53,9 @@ class Scheduler:
             max_step_tokens: tokens of one step.
             max_context: tokens of one request, prompt and answer.
             reserve: keep neighbouring blocks for a request's answer.
+            max_adapters: different adapters that requests use at once.
+            max_step_scores: tokens of one step whose logits score a prompt, but for one of each running request, which may
+                always go on; None: no limit.
 
         Raises:
             GenerationError: a limit below 1, or a step that has not one token for each running request.
@@ -55,12 +67,15 @@ class Scheduler:
             )
         self.blocks = blocks
         self.max_running, self.max_step_tokens, self.max_context = max_running, max_step_tokens, max_context
-        self.reserve = reserve
+        self.reserve, self.max_adapters = reserve, max_adapters
         self.waiting: list[Request] = []  # by rank
         self.running: list[Request] = []  # by rank
         self.preemptions = 0
+        self.max_step_scores = max_step_tokens if max_step_scores is None else max_step_scores
+        self._scores_left = 0
         self._arrivals = 0
         self._coming: Counter[bytes] = Counter()  # blocks that running requests are about to fill
+        self._adapters: Counter[int] = Counter()  # of running requests
 
     @property
     def unfinished(self) -> int:
@@ -102,7 +117,7 @@ class Scheduler:
         """The next step; empty only if there is no request."""
         self._make_way()
         shares: list[Share] = []
-        budget, index = self.max_step_tokens, 0
+        budget, index, self._scores_left = self.max_step_tokens, 0, self.max_step_scores
         while index < len(self.running):
             request, behind = self.running[index], self.running[index + 1 :]
             wanted = sum(other.target - other.computed for other in behind)
@@ -127,12 +142,21 @@ class Scheduler:
     def _chunk(self, request: Request, budget: int, others: int) -> int:
         """How many tokens a request computes now: what `others` leave of the budget, and at least half of it."""
         missing = request.target - request.computed
-        return min(missing, max(budget - others, budget // 2, 1))
+        count = min(missing, max(budget - others, budget // 2, 1))
+        if request.scored is not None:
+            count = min(count, max(self._scores_left, 1))
+            self._scores_left -= count
+        return count
 
     def _wanted_by_waiting(self, index: int) -> int:
         """Tokens that the one at this place would compute, if it may begin."""
         may = index < len(self.waiting) and len(self.running) < self.max_running
-        return self.waiting[index].target if may else 0
+        return self.waiting[index].target if may and self._has_place(self.waiting[index]) else 0
+
+    def _has_place(self, request: Request) -> bool:
+        """Whether its adapter is one of those of running requests, or can come to them."""
+        number = request.adapter
+        return number == 0 or number in self._adapters or len(self._adapters) < self.max_adapters
 
     def _share(self, request: Request, count: int) -> Share:
         start = request.computed
@@ -161,18 +185,24 @@ class Scheduler:
     def _make_way(self) -> None:
         """Where one waits that is more important than one that runs, and has no room, the latter waits."""
         while self.waiting and self.running and self.waiting[0].priority < self.running[-1].priority:
-            if len(self.running) < self.max_running and self._missing(self.waiting[0]) <= self.blocks.available:
+            room = len(self.running) < self.max_running and self._missing(self.waiting[0]) <= self.blocks.available
+            if room and self._has_place(self.waiting[0]):
                 return
             self._preempt(self.running[-1])
 
     def _missing(self, request: Request) -> int:
         """Blocks that must be available for a waiting request to begin: all of its known tokens', less what is in use."""
-        digests = self._digests(request)
+        digests = self._usable(request)
         held = self.blocks.held(digests)
         return self.blocks.blocks_for(request.target) - held + self.blocks.idle_among(digests)
 
+    def _usable(self, request: Request) -> list[bytes]:
+        """Of the full blocks that a request can take from the cache: not those whose logits are still wanted."""
+        digests = self._digests(request)
+        return digests if request.scored is None else digests[: request.scored // self.blocks.block_size]
+
     def _digests(self, request: Request) -> list[bytes]:
-        """Of the full blocks that a request can take from the cache: its last token is always computed."""
+        """Of its full blocks without its last token, which is always computed."""
         if not self.blocks.prefix_cache:
             return []
         full = (len(request.tokens) - 1) // self.blocks.block_size
@@ -184,21 +214,24 @@ class Scheduler:
         index = 0
         while budget > 0 and index < len(self.waiting) and len(self.running) < self.max_running:
             request = self.waiting[index]
-            digests = self._digests(request)
-            held = self.blocks.held(digests)
-            if held < len(digests) and self._coming[digests[held]]:
+            usable = self._usable(request)
+            held = self.blocks.held(usable)
+            if held < len(usable) and self._coming[usable[held]]:
                 index += 1  # a running request is computing what comes next of it: wait and share
                 continue
-            if self._missing(request) > self.blocks.available:
+            if self._missing(request) > self.blocks.available or not self._has_place(request):
                 return  # and nobody overtakes it, or it might wait for ever
             del self.waiting[index]
-            request.blocks = self.blocks.share(digests)
+            request.blocks = self.blocks.share(usable)
             request.sealed = len(request.blocks)
             request.computed = request.sealed * self.blocks.block_size
             if request.preemptions == 0:
-                request.cached = request.computed
+                request.cached = max(0, request.computed - request.prefix_length)
             request.status = Status.RUNNING
+            if request.adapter:
+                self._adapters[request.adapter] += 1
             bisect.insort(self.running, request, key=lambda r: r.rank)
+            digests = self._digests(request)
             request.coming = len(digests)
             self._coming.update(digests[held:])
             count = self._chunk(request, budget, self._wanted_by_waiting(index))
@@ -221,6 +254,10 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         self._arrived(request, request.coming)
+        if request.adapter:
+            self._adapters[request.adapter] -= 1
+            if self._adapters[request.adapter] == 0:
+                del self._adapters[request.adapter]
         self.blocks.release(request.blocks)
         self.blocks.release_reserved(request.reserved)
         request.blocks, request.reserved, request.sealed, request.coming = [], range(0), 0, 0

@@ -1,57 +1,128 @@
-"""Answers to many prompts from a model that several processes hold: whole copies of it take a share of the prompts each."""
+"""An engine over a loaded model, whole or held by several processes, and answers to many prompts at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-from arriero.engine.generation import Generation, Generator
-from arriero.engine.loading import LoadedModel
-from arriero.engine.sampling import SamplingParams
+from arriero.data.tokenizer import Tokenizer
+from arriero.engine.answer import Generation
+from arriero.engine.drafts import Speculation
+from arriero.engine.engine import Engine
+from arriero.engine.ranks import LeaderRunner, follow
+from arriero.engine.runner import BLOCK_SIZE, Runner, TorchRunner
+from arriero.engine.sampling_params import SamplingParams
+from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.generation import for_generation
 from arriero.parallel.parallelize import Parallel
 from arriero.parallel.processes import Processes
 
+# What other processes hear of an answer: all but log-probabilities, which no verb asks for.
+_TOLD = ("token_ids", "text", "finish_reason", "prompt_tokens", "cached_tokens")
+
+
+@contextmanager
+def engine_of(
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    *,
+    max_running: int = 32,
+    useful_tokens: int | None = None,
+    speculation: Speculation | None = None,
+    kv_cache_dtype: str = "auto",
+) -> Iterator[Engine]:
+    """An engine over a model of this process, as long as its weights stay what they are: it keeps copies and what they made.
+
+    The model is in evaluation mode meanwhile, and as it was afterwards. Making an engine costs little: the memory of its keys
+    and values is not touched before it is used.
+
+    Args:
+        useful_tokens: keys and values of more tokens than these would never be used.
+        kv_cache_dtype: how keys and values are held, see `KVFormat.of`.
+    """
+    with _runner_of(model, useful_tokens, kv_cache_dtype) as runner:
+        yield Engine(runner, tokenizer, max_running=max_running, speculation=speculation)
+
+
+@contextmanager
+def _runner_of(
+    model: LlamaForCausalLM, useful_tokens: int | None, kv_cache_dtype: str, *, apart: bool = False
+) -> Iterator[TorchRunner]:
+    """See `engine_of`; for each of the processes that hold the model.
+
+    Args:
+        apart: each has a whole copy and runs prompts of its own.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        shared = for_generation(model, apart=apart)
+        yield TorchRunner(shared, useful_tokens=useful_tokens, kv_cache_dtype=kv_cache_dtype)
+    finally:
+        model.train(was_training)
+
 
 def generate_shared(
-    loaded: LoadedModel,
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     params: Sequence[SamplingParams],
     *,
-    max_batch_size: int = 32,
+    max_running: int = 32,
+    speculation: Speculation | None = None,
+    kv_cache_dtype: str = "auto",
     on_done: Callable[[int], object] | None = None,
 ) -> list[Generation]:
     """The answers in the order of the prompts, the same in every process.
 
     Where each process has all weights, they share the prompts out by runs of like beginnings, so that those still meet. Where
-    they need each other for a forward pass, all go through all prompts.
+    they need each other for a forward pass, rank 0 has all prompts and the others follow it.
 
     Args:
         params: one for each prompt.
+        max_running: prompts answered at once in a process.
+        speculation: of this process's prompts; of those that only follow it is not asked.
+        kv_cache_dtype: how keys and values are held, see `KVFormat.of`.
         on_done: called with a number of answers as they are finished, those of other processes at the end.
 
     Raises:
-        GenerationError: as `Generator.generate`, of a prompt of this process.
+        GenerationError: as `Engine.generate`, of a prompt of this process.
         PeerError: of another's.
     """
-    parallel: Parallel | None = getattr(loaded.model, "parallel", None)
+    parallel: Parallel | None = getattr(model, "parallel", None)
     processes = parallel.processes if parallel is not None else Processes()
-    apart = processes.layout.dp_replicate == processes.size
-    generator = Generator(for_generation(loaded.model, apart=apart), loaded.tokenizer, max_batch_size=max_batch_size)
+    apart = not processes.alone and processes.layout.dp_replicate == processes.size
+
+    def generate(runner: Runner, own: Sequence[int]) -> list[Generation]:
+        engine = Engine(runner, tokenizer, max_running=max_running, speculation=speculation)
+        return engine.generate([prompts[i] for i in own], [params[i] for i in own], on_done=done, numbers=own)
+
+    def work(own: Sequence[int]) -> list[Generation]:
+        useful = sum(len(prompts[i]) + params[i].max_new_tokens + model.model.prefix_length + BLOCK_SIZE for i in own)
+        with _runner_of(model, useful, kv_cache_dtype, apart=apart) as runner:
+            if apart or processes.alone:
+                return generate(runner, own)
+            if not processes.first:
+                follow(runner, processes)
+                return []
+            with LeaderRunner(runner, processes) as leader:
+                return generate(leader, own)
 
     def done(_: int, __: Generation) -> None:
         if on_done is not None:
             on_done(1)
 
-    if not apart or processes.alone:
-        return generator.generate(prompts, params, on_done=done)
-    order = sorted(range(len(prompts)), key=lambda index: list(prompts[index]))
-    begin, end = (len(order) * rank // processes.size for rank in (processes.rank, processes.rank + 1))
-    own = order[begin:end]
+    if processes.alone:
+        return work(range(len(prompts)))
+    order = list(range(len(prompts)))
+    begin, end = 0, len(order)
+    if apart:
+        order.sort(key=lambda index: list(prompts[index]))
+        begin, end = (len(order) * rank // processes.size for rank in (processes.rank, processes.rank + 1))
     with processes.together():
-        made = generator.generate([prompts[i] for i in own], [params[i] for i in own], on_done=done)
-    told = processes.exchange([asdict(answer) for answer in made])
+        made = work(order[begin:end])
+    told = processes.exchange([{name: getattr(answer, name) for name in _TOLD} for answer in made])
     answers = [Generation(**fields) for part in told for fields in part]
     if on_done is not None:
-        on_done(len(order) - len(own))
+        on_done(len(order) - len(made))
     return [answer for _, answer in sorted(zip(order, answers, strict=True), key=lambda pair: pair[0])]

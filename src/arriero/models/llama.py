@@ -241,6 +241,11 @@ class LlamaForCausalLM(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its answer may have together: a learned prefix takes positions too."""
+        return self.config.max_position_embeddings - self.model.prefix_length
+
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
         """Fresh weights (see `arriero.models.initialization`): those of a seed are the same on every device."""
@@ -266,7 +271,7 @@ class LlamaForCausalLM(nn.Module):
             input_ids: (B, S) int64.
             positions: (B or 1, S) int64; default 0 to S-1, or counted in each document.
             attention: default causal.
-            cache: a view that stores the new keys and values and gives those to attend over; `positions` and
+            cache: a view that keeps the new keys and values and attends over them and earlier ones; `positions` and
                 `attention` must then be the view's.
 
         Returns:

@@ -50,30 +50,16 @@ class SharedModel:
         """Of the weights."""
         return self._parallel.stages[0].dtype
 
-    @property
-    def prefix_length(self) -> int:
-        """Learned keys and values that come before every prompt."""
-        return self._model.model.prefix_length
-
     def prefix_kv(self) -> PrefixKV | None:
         """Those of this process's layers and heads; every process must ask."""
         return prefix_kv(self._model)
-
-    @property
-    def training(self) -> bool:
-        return self._model.training
-
-    def train(self, mode: bool = True) -> SharedModel:
-        self._model.train(mode)
-        return self
-
-    def eval(self) -> SharedModel:
-        return self.train(False)
 
     def agree(self, numbers: Sequence[int]) -> list[int]:
         """One value for all processes that run the same prompts: the least that any of them has."""
         return [-round(number) for number in self._peers.max([-float(number) for number in numbers])]
 
+    @torch.inference_mode(False)  # FSDP keeps gathered weights, which must be ordinary tensors
+    @torch.no_grad()
     def hidden_states(
         self, input_ids: Tensor, positions: Tensor, attention: AttentionInfo, cache: CacheView | None = None
     ) -> Tensor:
@@ -93,6 +79,8 @@ class SharedModel:
         width = parallel.shapes["model.norm.weight"][0]
         return torch.zeros(1, dtype=self.dtype, device=self.device).expand(*input_ids.shape, width)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def lm_head(self, hidden: Tensor) -> Tensor:
         """(..., hidden) -> (..., vocab_size), in every process."""
         parallel, vocab_size = self._parallel, self.config.vocab_size

@@ -185,7 +185,8 @@ def backend_of(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
-def _timeout() -> timedelta:
+def silence_limit() -> timedelta:
+    """How long a process may say nothing before its peers give it up."""
     return timedelta(seconds=float(os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT)))
 
 
@@ -198,7 +199,7 @@ def start(layout: Layout, device: torch.device) -> Processes:
     if launched_size() == 1:
         return Processes(layout)
     rank = int(os.environ["RANK"])
-    timeout = _timeout()
+    timeout = silence_limit()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -226,7 +227,7 @@ def mesh_of(device: torch.device, degrees: Sequence[int], names: Sequence[str]) 
 def set_timeout(group: dist.ProcessGroup) -> None:
     """Give a group the timeout of the run: torch makes groups of a mesh with one of its own."""
     if dist.get_backend() != "fake":
-        dist.distributed_c10d._set_pg_timeout(_timeout(), group)
+        dist.distributed_c10d._set_pg_timeout(silence_limit(), group)
 
 
 def stop(processes: Processes) -> None:

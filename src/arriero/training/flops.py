@@ -9,13 +9,13 @@ positions, since only those are projected.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
+from arriero.engine.machine_peak import matrix_product_flops
 from arriero.models.llama import LlamaForCausalLM
 from arriero.quantization.linear import linear_layers
 
@@ -94,21 +94,4 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         for part, (single, low) in DEVICE_PEAKS.items():
             if part in name:
                 return (low if half else single) * 1e12, f"{name} data sheet"
-    return _measured_peak(device, dtype), "measured matrix product"
-
-
-def _measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    size, rounds = (1024, 10) if device.type == "cpu" else (4096, 20)
-    if device.type == "cpu":
-        dtype = torch.float32  # half precision is emulated on most CPUs: a peak of it would flatter
-    # no random numbers: a resumed run must find the generators as they were
-    a = torch.linspace(0.0, 1.0, size * size, device=device, dtype=dtype).view(size, size)
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
-        b = a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    del b
-    return 2.0 * size**3 / best
+    return matrix_product_flops(device, dtype), "measured matrix product"

@@ -11,7 +11,7 @@ from arriero.data.samples import Sample
 from arriero.data.sft import fit_prompt
 from arriero.data.squad import exact_match, f1_score, is_unanswerable
 from arriero.engine.loading import LoadedModel
-from arriero.engine.sampling import SamplingParams
+from arriero.engine.sampling_params import SamplingParams
 from arriero.engine.shared_generation import generate_shared
 from arriero.errors import DataError, require
 
@@ -35,7 +35,9 @@ def generate_answers(
 ) -> list[Answer]:
     """One answer for each sample, in order; `on_done` is called with a number of them as they are finished."""
     prompts = [fit_prompt(sample, loaded.tokenizer, src_length)[0] for sample in samples]
-    made = generate_shared(loaded, prompts, [params] * len(prompts), max_batch_size=batch_size, on_done=on_done)
+    made = generate_shared(
+        loaded.model, loaded.tokenizer, prompts, [params] * len(prompts), max_running=batch_size, on_done=on_done
+    )
     return [Answer(sample, clean(answer.text)) for sample, answer in zip(samples, made, strict=True)]
 
 
@@ -101,8 +103,4 @@ def evaluate_generation(
 ) -> dict[str, float]:
     """Generate greedily and score: the evaluation of `--eval_with_do_generation`."""
     params = SamplingParams(max_new_tokens=data.tgt_length)
-    was_training = loaded.model.training
-    loaded.model.eval()
-    answers = generate_answers(loaded, samples, src_length=data.src_length, params=params, batch_size=batch_size)
-    loaded.model.train(was_training)
-    return score(answers)
+    return score(generate_answers(loaded, samples, src_length=data.src_length, params=params, batch_size=batch_size))

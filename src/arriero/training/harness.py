@@ -27,7 +27,7 @@ from arriero.config.evaluation import EvaluateOptions
 from arriero.data.batch import group_by_prefix, pack_groups
 from arriero.data.sft import IGNORE, Example
 from arriero.engine.loading import LoadedModel
-from arriero.engine.sampling import SamplingParams
+from arriero.engine.sampling_params import SamplingParams
 from arriero.engine.shared_generation import generate_shared
 from arriero.errors import ArrieroError, ConfigError, DataError, GenerationError, TemplateError
 from arriero.parallel.generation import for_generation
@@ -94,7 +94,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     @property
     def max_length(self) -> int:
         """Tokens of context and continuation together."""
-        return self.loaded.model.config.max_position_embeddings - self.loaded.model.model.prefix_length
+        return self.loaded.model.context
 
     @property
     def tokenizer_name(self) -> str:
@@ -235,7 +235,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             stops.append(stop)
         quiet = disable_tqdm or not self._processes.first
         with tqdm(total=len(requests), unit="row", desc="answers", leave=False, disable=quiet) as bar:
-            answers = generate_shared(self.loaded, prompts, params, max_batch_size=self.batch_size, on_done=bar.update)
+            answers = generate_shared(
+                self.loaded.model, self._text, prompts, params, max_running=self.batch_size, on_done=bar.update
+            )
         texts = [
             postprocess_generated_text(answer.text, stop, None) for answer, stop in zip(answers, stops, strict=True)
         ]

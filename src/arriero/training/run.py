@@ -23,13 +23,11 @@ from arriero.config.parallel import ParallelOptions
 from arriero.config.precision import PrecisionOptions
 from arriero.data.steps import StepSource
 from arriero.data.tokenizer import Tokenizer
-from arriero.engine.generation import Generator
 from arriero.engine.loading import LoadedModel, pick_device
 from arriero.errors import ConfigError, PeerError, RunStopped, TrainingError
 from arriero.formats.shard_writer import write_own_shard
 from arriero.models.attention import document_kernel
 from arriero.models.llama import LlamaForCausalLM
-from arriero.parallel.generation import for_generation
 from arriero.parallel.materialize import Values, materialize
 from arriero.parallel.parallelize import parallelize
 from arriero.parallel.processes import Processes, launched_size, start, stop
@@ -279,7 +277,7 @@ def build_callbacks(
     if logging.sample_prompts:
         callbacks.append(
             TextSamples(
-                Generator(for_generation(model), tokenizer),
+                model,
                 tokenizer,
                 read_prompts(logging.sample_prompts),
                 strategy,

@@ -9,9 +9,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from arriero.data.tokenizer import Tokenizer
-from arriero.engine.generation import Generator
-from arriero.engine.sampling import SamplingParams
+from arriero.engine.sampling_params import SamplingParams
+from arriero.engine.shared_generation import generate_shared
 from arriero.errors import ConfigError
+from arriero.models.llama import LlamaForCausalLM
 from arriero.training.callbacks.evaluation import is_due
 from arriero.training.callbacks.records import drop_later, writing
 from arriero.training.checkpoint import random_state, restore_random_state
@@ -70,7 +71,7 @@ class TextSamples(Callback):
 
     def __init__(
         self,
-        generator: Generator,
+        model: LlamaForCausalLM,
         tokenizer: Tokenizer,
         prompts: Sequence[str],
         strategy: str,
@@ -80,13 +81,13 @@ class TextSamples(Callback):
         temperature: float = 0.0,
         seed: int = 0,
     ) -> None:
-        self.generator, self.prompts = generator, list(prompts)
+        self.model, self.tokenizer, self.prompts = model, tokenizer, list(prompts)
         self.strategy, self.every = strategy, every
         ids = tokenizer.encode_batch(self.prompts, add_special_tokens=True)
         # an eos that the tokenizer sets behind every text would end it
         suffix = tokenizer.eos_token_id
         self.ids = [row[:-1] if len(row) > 1 and row[-1] == suffix else row for row in ids]
-        room = generator.context - max_new_tokens
+        room = model.context - max_new_tokens
         for prompt, row in zip(self.prompts, self.ids, strict=True):
             if not 0 < len(row) <= room:
                 raise ConfigError(
@@ -111,11 +112,10 @@ class TextSamples(Callback):
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
         if not is_due(trainer, self.strategy, self.every):
             return
-        before, training = random_state(), trainer.model.training
+        before = random_state()
         try:
-            texts = self.generator.generate(self.ids, self.params)
+            texts = generate_shared(self.model, self.tokenizer, self.ids, self.params)
         finally:
-            trainer.model.train(training)
             restore_random_state(before)
         if not trainer.processes.first:  # it has the same texts
             return

@@ -1,0 +1,58 @@
+"""How much memory there is for keys and values, measured, and what it holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from arriero.models.config import LlamaConfig
+from arriero.models.kv_format import KVFormat
+from arriero.models.paged_cache import PagedCache
+
+# The share of the free memory that keys and values may take.
+CACHE_MEMORY_SHARE = 0.4
+
+
+@dataclass(frozen=True)
+class KVMemory:
+    """What a process can hold.
+
+    Attributes:
+        bytes: for keys and values.
+        token_bytes: that a token takes, in all layers that this process holds.
+        format: of the numbers, by its name.
+    """
+
+    bytes: int
+    token_bytes: int
+    format: str
+
+    @classmethod
+    def measure(cls, config: LlamaConfig, dtype: torch.dtype, kv_dtype: str, device: torch.device) -> KVMemory:
+        """Of the memory that is free now.
+
+        Args:
+            dtype, kv_dtype: see `PagedCache`.
+        """
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        token = PagedCache.bytes_of_block(config, 1, dtype, kv_dtype)
+        return cls(int(free * CACHE_MEMORY_SHARE), token, KVFormat.of(kv_dtype, dtype).name)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens fit."""
+        return self.bytes // self.token_bytes
+
+    def text(self, context: int) -> str:
+        """A line for people.
+
+        Args:
+            context: tokens of the longest request.
+        """
+        return (
+            f"keys and values: {self.token_bytes:,} bytes a token ({self.format}); {self.tokens:,} tokens fit into "
+            f"{self.bytes / 1e9:,.1f} GB ({CACHE_MEMORY_SHARE:.0%} of the free memory), which is {self.tokens / context:,.1f} "
+            f"requests of {context:,} tokens, the whole context"
+        )

@@ -1,0 +1,133 @@
+"""Linear layers as generation computes them: those of one input as one product, with what follows it where a kernel can.
+
+On a CPU the weights may be held once more in the layout of oneDNN's kernels, which then need not rearrange them in every call
+and apply SiLU, products and sums to a result while it is in the processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# oneDNN also takes weights in the ordinary layout: it then copies each part of them while it computes, which many rows pay for.
+MANY_ROWS = 32
+
+
+def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN's kernels can be called for a device and a number format."""
+    return (
+        device.type == "cpu"
+        and dtype == torch.float32
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    )
+
+
+def is_plain(*layers: nn.Module) -> bool:
+    """Whether these are linear layers and nothing more, all of one number format, so that they can be computed as one."""
+    return (
+        all(type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks for layer in layers)
+        and len({(layer.weight.dtype, layer.weight.device) for layer in layers}) == 1
+    )
+
+
+class PackedLinear:
+    """Plain linear layers of one input as one product: (T, in) -> (T, sum of out), in their order.
+
+    Without a copy the layers' weights become slices of one tensor: parameters as before, which can be trained and saved.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], *, copy: bool) -> None:
+        """
+        Args:
+            layers: `is_plain` ones.
+            copy: hold the weights once more for oneDNN's kernels, where they can be called.
+        """
+        weights = [layer.weight for layer in layers]
+        self._kernels = has_kernels(weights[0].device, weights[0].dtype)
+        self._copied = copy and self._kernels
+        if self._copied:
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(_joined(weights), None)
+        else:
+            self._weight = _joined(weights)
+            if len(weights) > 1:
+                for weight, part in zip(weights, self._weight.split([len(w) for w in weights]), strict=True):
+                    weight.data = part
+            self._transposed = self._weight.t()
+        self._bias: Tensor | None = None
+        if any(layer.bias is not None for layer in layers):
+            zeros = weights[0].new_zeros
+            self._bias = torch.cat([zeros(len(x.weight)) if x.bias is None else x.bias.detach() for x in layers])
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether for an input of so many rows what follows the product is best computed with it."""
+        return self._copied or (self._kernels and len(x) >= MANY_ROWS)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The product."""
+        return self._pointwise(x, "none") if self.fuses(x) else F.linear(x, self._weight, self._bias)
+
+    def silu(self, x: Tensor) -> Tensor:
+        """SiLU of the product."""
+        return self._pointwise(x, "swish") if self.fuses(x) else F.silu(self(x))
+
+    def times(self, x: Tensor, other: Tensor) -> Tensor:
+        """The product, times `other` of its shape, element by element."""
+        return self._binary(x, other, "mul") if self.fuses(x) else self(x).mul_(other)
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        """The product plus `other` of its shape, which may hold the result."""
+        if self.fuses(x):
+            return self._binary(x, other, "add")
+        other.addmm_(x, self._transposed)
+        return other if self._bias is None else other.add_(self._bias)
+
+    def _pointwise(self, x: Tensor, function: str) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._weight, self._bias, function, [], "")
+        return y
+
+    def _binary(self, x: Tensor, other: Tensor, function: str) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self._weight, self._bias, function)
+        return y
+
+
+class PackedGate:
+    """``silu(gate(x)) * up(x)`` of two plain linear layers: (T, in) -> (T, out)."""
+
+    def __init__(self, gate: nn.Linear, up: nn.Linear, *, copy: bool) -> None:
+        """Arguments as of `PackedLinear`."""
+        copy = copy and has_kernels(gate.weight.device, gate.weight.dtype)
+        self._both = None if copy else PackedLinear((gate, up), copy=False)
+        self._gate, self._up = PackedLinear((gate,), copy=copy), PackedLinear((up,), copy=copy)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._up.fuses(x):
+            return self._up.times(x, self._gate.silu(x))
+        gate, up = self.products(x)
+        return F.silu(gate).mul_(up)
+
+    def products(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """gate(x) and up(x), which may lie in one tensor."""
+        if self._both is None:
+            return self._gate(x), self._up(x)
+        gate, up = self._both(x).chunk(2, dim=-1)
+        return gate, up
+
+
+def _joined(weights: Sequence[Tensor]) -> Tensor:
+    """(sum of out, in): no copy of a single one, nor of those that lie one behind the other already."""
+    first = weights[0].detach()
+    if len(weights) == 1:
+        return first
+    rows = sum(map(len, weights))
+    ends, at = [], first.data_ptr()
+    for weight in weights:
+        ends.append(weight.is_contiguous() and weight.data_ptr() == at)
+        at += weight.nbytes
+    if all(ends) and len({weight.untyped_storage().data_ptr() for weight in weights}) == 1:
+        return first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
+    return torch.cat([weight.detach() for weight in weights])

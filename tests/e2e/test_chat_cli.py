@@ -1,0 +1,130 @@
+"""`arriero chat` and the options of `predict` that the engine brings, on the tiny model."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from arriero.data.tokenizer import load_tokenizer
+from arriero.engine.runner import BLOCK_SIZE, TorchRunner, Work
+from arriero.formats.download import resolve_model
+from arriero.formats.hf import load_model
+
+TINY = "__internal_testing__/tiny-random-llama"
+Call = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The tokens of each sequence in each forward pass."""
+    found: list[list[int]] = []
+    original = TorchRunner.run
+
+    def watched(self: TorchRunner, work: Sequence[Work]) -> torch.Tensor:
+        found.extend(list(item.tokens) for item in work)
+        return original(self, work)
+
+    monkeypatch.setattr(TorchRunner, "run", watched)
+    return found
+
+
+def continued(prompt: list[int], count: int, **model: Any) -> list[int]:
+    """The likeliest tokens, by whole forward passes without a cache."""
+    folder = resolve_model(TINY)
+    network, stops = load_model(folder, dtype=torch.float32), load_tokenizer(folder).stop_token_ids
+    tokens = list(prompt)
+    with torch.no_grad():
+        while len(tokens) < len(prompt) + count and tokens[-1] not in stops:
+            tokens.append(int(network(torch.tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_a_second_turn_computes_only_what_is_new(
+    in_process: Call, computed: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["Tell me of the mule that carried nine loads over the hills", "And then?"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    result = in_process("chat", "--model_name_or_path", TINY, "--max_new_tokens", "20", "--device", "cpu")
+    tokenizer = load_tokenizer(resolve_model(TINY))
+    turns: list[dict[str, str]] = []
+    prompts, answers = [], []
+    for line in lines:
+        turns.append({"role": "user", "content": line})
+        if tokenizer.has_chat_template():
+            prompts.append(tokenizer.chat(turns, add_generation_prompt=True))
+        else:
+            prompts.append(tokenizer.encode("\n".join(turn["content"] for turn in turns), add_special_tokens=True))
+        answers.append(continued(prompts[-1], 20))
+        ended = answers[-1][-1] in tokenizer.stop_token_ids
+        turns.append({"role": "assistant", "content": tokenizer.decode(answers[-1][:-1] if ended else answers[-1])})
+    assert result.stdout == "".join(f"{turn['content']}\n" for turn in turns[1::2])
+    second = next(tokens for tokens in computed[1:] if len(tokens) > 1)
+    held = [*prompts[0], *answers[0]][:-1]  # the last token was not computed
+    same = next((i for i, (a, b) in enumerate(zip(held, prompts[1], strict=False)) if a != b), len(held))
+    assert same > BLOCK_SIZE
+    assert second == prompts[1][same // BLOCK_SIZE * BLOCK_SIZE :]
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> list[str]:
+    rows = [f"one two three one two three one two {word}" for word in ("one", "three", "mule")]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"src": row}) + "\n" for row in rows))
+    return rows
+
+
+def outputs(path: Path) -> list[str]:
+    return [json.loads(line)["output"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_guesses_change_no_answer(in_process: Call, asked: list[str], tmp_path: Path) -> None:
+    predict = ("predict", "--model_name_or_path", TINY, "--data_file", "asked.jsonl", "--max_new_tokens", "24")
+    predict += ("--device", "cpu", "--predict_file")
+    assert in_process(*predict, "plain.json").returncode == 0
+    plain = outputs(tmp_path / "plain.json")
+    assert any(plain)
+    for more in ((), ("--draft_model", TINY)):  # the model itself: its guesses are always right
+        result = in_process(*predict, "guessed.json", "--num_speculative_tokens", "3", *more)
+        assert outputs(tmp_path / "guessed.json") == plain
+        line = result.stdout.splitlines()[-1]
+        assert line.startswith("guessed ")
+        share = int(line.split(" of which ")[1].split(" %")[0])
+        assert not more or share > 80  # not all: an answer may end within them
+
+
+def test_answers_fit_a_schema(in_process: Call, asked: list[str], tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "array", "items": {"enum": [1, 22]}, "minItems": 2, "maxItems": 2}')
+    arguments = ("predict", "--model_name_or_path", TINY, "--data_file", "asked.jsonl", "--device", "cpu")
+    result = in_process(
+        *arguments, "--json_schema", "schema.json", "--predict_file", "p.json", "--max_new_tokens", "200"
+    )
+    assert result.returncode == 0, result.stderr
+    for answer in outputs(tmp_path / "p.json"):
+        made = json.loads(answer)
+        assert len(made) == 2
+        assert set(made) <= {1, 22}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot be read (No such file or directory)"), (b"\xff", "not a UTF-8"), (b"[", "is not JSON")],
+)
+def test_a_bad_schema_is_one_line(
+    content: bytes | None, message: str, in_process: Call, asked: list[str], tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "schema.json").write_bytes(content)
+    result = in_process(
+        *("predict", "--model_name_or_path", TINY, "--data_file", "asked.jsonl", "--device", "cpu"),
+        *("--json_schema", "schema.json"),
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1  # a progress bar leaves nothing
+    assert message in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "prediction.json").exists()
