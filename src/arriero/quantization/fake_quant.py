@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from arriero.quantization.integers import IntegerScheme, absmax_scales, dequantize, quantize
+from arriero.quantization.integers import IntegerScheme, absmax_scales, at_least_fp32, dequantize, quantize
 from arriero.quantization.linear import rounded
 
 INPUT_HIGH = 127  # inputs are rounded to 8 bits
@@ -25,7 +25,7 @@ LEAST_RANGE = 1e-8  # what an optimizer made of it, a range stays above zero
 
 def input_scale(input_range: Tensor) -> Tensor:
     """The scale of inputs, (1,) fp32, of a range (1,): what is stored beside the integers of a converted layer."""
-    return input_range.detach().float().clamp_min(LEAST_RANGE) / INPUT_HIGH
+    return at_least_fp32(input_range.detach()).clamp_min(LEAST_RANGE) / INPUT_HIGH
 
 
 def weight_scales(weight: Tensor, scheme: IntegerScheme, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -57,9 +57,9 @@ def rounded_weight(weight: Tensor, scales: Tensor, scheme: IntegerScheme) -> Ten
 def sum_of_weights(weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float) -> Tensor:
     """``W + s B A`` in fp32, (out, in): the weight that an adapted layer rounds; without an adapter ``W``."""
     if lora_a is None or lora_b is None:
-        return weight.float()
+        return at_least_fp32(weight)
     with torch.autocast(weight.device.type, enabled=False):
-        return weight.float() + (lora_b.float() @ lora_a.float()) * scaling
+        return at_least_fp32(weight) + (at_least_fp32(lora_b) @ at_least_fp32(lora_a)) * scaling
 
 
 def rounded_product(
@@ -163,7 +163,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _range_gradient(x: Tensor, grad: Tensor, inside: Tensor) -> Tensor:
     """What clipping passes to the range, (1,) fp32: a clipped input stands at the range, or at -128/127 of it."""
     share = torch.where(x > 0, 1.0, INPUT_LOW / INPUT_HIGH).masked_fill(inside, 0.0)
-    return (grad.float() * share).sum().reshape(1)
+    return (at_least_fp32(grad) * share).sum().reshape(1)
 
 
 def greatest_input(x: Tensor, real: Tensor | None) -> Tensor:
@@ -176,4 +176,4 @@ def greatest_input(x: Tensor, real: Tensor | None) -> Tensor:
     magnitudes = x.detach().abs().amax(-1)
     if real is not None:
         magnitudes = magnitudes.masked_fill(~real, 0.0)
-    return magnitudes.max().float()
+    return at_least_fp32(magnitudes.max())

@@ -54,6 +54,11 @@ class IntegerScheme:
         return in_features // size
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Rounding is decided in fp32, and in fp64 where that is what a model computes in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def absmax_scales(weight: Tensor, scheme: IntegerScheme) -> Tensor:
     """Scales that bring the greatest magnitude of each group to `scheme.high`.
 

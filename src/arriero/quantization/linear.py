@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from arriero.errors import ConfigError
 from arriero.models.config import LlamaConfig
 from arriero.models.weight_shapes import weight_shapes
+from arriero.quantization.integers import at_least_fp32
 from arriero.quantization.schemes import WeightScheme
 
 
@@ -161,7 +162,7 @@ def rounded(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
     Returns:
         The rounded activations, and where ``x`` was not clipped (None: nowhere).
     """
-    wide = x.float()
+    wide = at_least_fp32(x)
     if scale is None:
         greatest = wide.abs().amax(-1, keepdim=True)
         scale = torch.where(greatest > 0, greatest / 127.5, torch.ones_like(greatest))

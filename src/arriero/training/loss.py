@@ -89,23 +89,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # needs_input_grad does not know of no_grad
         need_rows, need_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         train = need_rows or need_weight
-        # half-precision inputs are multiplied in half precision, everything after the logits is fp32
+        # half-precision inputs are multiplied in half precision, everything after the logits is at least fp32
         compute = (
             torch.get_autocast_dtype(rows.device.type) if torch.is_autocast_enabled(rows.device.type) else weight.dtype
         )
         if compute == torch.float16:
             chunk = min(chunk, FP16_CHUNK)
-        head = weight.to(compute)
-        loss = torch.zeros((), dtype=torch.float32, device=rows.device)
+        head, wide = weight.to(compute), torch.promote_types(compute, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=rows.device)
         correct = torch.zeros((), dtype=torch.int64, device=rows.device)
-        grad_rows = torch.empty_like(rows, dtype=torch.float32) if need_rows else None
-        grad_weight = torch.empty_like(weight, dtype=torch.float32) if need_weight else None
+        grad_rows = torch.empty_like(rows, dtype=wide) if need_rows else None
+        grad_weight = torch.empty_like(weight, dtype=wide) if need_weight else None
         if grad_weight is not None and not targets.numel():
             grad_weight.zero_()
         for start in range(0, targets.numel(), chunk):
             part = rows[start : start + chunk].to(compute)
             target = targets[start : start + chunk].unsqueeze(1)
-            logits = F.linear(part, head).float()
+            logits = F.linear(part, head).to(wide)
             inside: Tensor | None = None
             if shared:
                 local = target - vocabulary_part.start
@@ -143,7 +143,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_rows[start : start + chunk] = low @ head
                 if grad_weight is None:
                     continue
-                if compute == torch.float32:
+                if compute == wide:
                     grad_weight.addmm_(low.t(), part, beta=0.0 if start == 0 else 1.0)  # beta 0: not even read
                 elif start == 0:
                     grad_weight.copy_(low.t() @ part)

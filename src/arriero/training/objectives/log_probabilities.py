@@ -44,13 +44,13 @@ class _LinearLogProbabilities(torch.autograd.Function):
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         first = 0 if vocabulary_part is None else vocabulary_part.start
         chunk = max(1, CHUNK_ELEMENTS // (weight.shape[0] if vocabulary_part is None else vocabulary_part.size))
-        head = weight.to(compute)
+        head, wide = weight.to(compute), torch.promote_types(compute, torch.float32)
         count = targets.numel()
-        log_sums = torch.empty(count, 1, dtype=torch.float32, device=rows.device)
-        at_target = torch.empty(count, 1, dtype=torch.float32, device=rows.device)
+        log_sums = torch.empty(count, 1, dtype=wide, device=rows.device)
+        at_target = torch.empty(count, 1, dtype=wide, device=rows.device)
         for start in range(0, count, chunk):
             run = slice(start, start + chunk)
-            logits = F.linear(rows[run].to(compute), head).float()
+            logits = F.linear(rows[run].to(compute), head).to(wide)
             local, inside = _local(targets[run], first, weight.shape[0])
             at_target[run] = logits.gather(1, local) * inside
             log_sums[run] = logits.logsumexp(1, keepdim=True)
@@ -65,14 +65,14 @@ class _LinearLogProbabilities(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         rows, weight, targets, log_sums = ctx.saved_tensors
         need_rows, need_weight = ctx.needs_input_grad[:2]
-        head = weight.to(ctx.compute)
-        grad_rows = torch.empty_like(rows, dtype=torch.float32) if need_rows else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        head, wide = weight.to(ctx.compute), log_sums.dtype
+        grad_rows = torch.empty_like(rows, dtype=wide) if need_rows else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         for start in range(0, targets.numel(), ctx.chunk):
             run = slice(start, start + ctx.chunk)
             part = rows[run].to(ctx.compute)
             # d log p(target) / d logits = one at the target - softmax
-            at_logits = F.linear(part, head).float().sub_(log_sums[run]).exp_().neg_()
+            at_logits = F.linear(part, head).to(wide).sub_(log_sums[run]).exp_().neg_()
             local, inside = _local(targets[run], ctx.first, weight.shape[0])
             at_logits.scatter_add_(1, local, inside.to(at_logits.dtype))
             low = at_logits.mul_(grad[run].unsqueeze(1)).to(ctx.compute)
