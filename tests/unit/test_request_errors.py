@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.engine.background import BackgroundEngine, Piece
 from arriero.engine.engine import Engine
-from arriero.engine.grammar import Structure
+from arriero.engine.grammar import CompiledGrammar, Structure
 from arriero.engine.runner import TorchRunner, Work
 from arriero.engine.sampling_params import SamplingParams
 from arriero.errors import GenerationError
@@ -326,3 +327,24 @@ def test_one_error_ends_a_request_for_several_answers(background: BackgroundEngi
     assert not background._answers
     assert not background._sent
     background.engine.blocks.check([])
+
+
+def test_others_go_on_while_a_structure_is_compiled(
+    background: BackgroundEngine, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llguidance")
+    gate, compile_, made = threading.Event(), CompiledGrammar.compile, []
+
+    def held_up(*arguments: Any) -> CompiledGrammar:
+        assert gate.wait(60)
+        return compile_(*arguments)
+
+    monkeypatch.setattr(CompiledGrammar, "compile", held_up)
+    params = SamplingParams(max_new_tokens=8, structure=Structure("choice", ["yes", "no"]))
+    asking = threading.Thread(target=lambda: made.append(background.submit([1], params).result().text))
+    asking.start()
+    assert [background.submit(other, PARAMS).result().token_ids for other in OTHERS] == alone
+    assert not made
+    gate.set()
+    asking.join(60)
+    assert made[0] in ("yes", "no")

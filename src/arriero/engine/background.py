@@ -145,7 +145,9 @@ class BackgroundEngine:
         self._thread.start()
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, **options: Any) -> Ticket:
-        """Hand in a request, from any thread; returns at once. A refusal comes when the ticket is iterated.
+        """Hand in a request, from any thread. A refusal comes when the ticket is iterated.
+
+        Returns at once, but for a structure that is new, which is compiled first: the caller waits, and the engine does not.
 
         Args:
             options: of `Engine.submit`.
@@ -154,6 +156,12 @@ class BackgroundEngine:
             GenerationError: the engine is closed.
         """
         ticket = Ticket(lambda given: self._commands.put(lambda: self._cancel(given)), params.n)
+        if params.structure is not None:
+            try:
+                self.engine.grammars.compile(params.structure)
+            except Exception as error:
+                ticket._deliver(_refusal(error))
+                return ticket
         with self._lock:  # so that nothing follows the command that ends the thread
             if self._closed:
                 reason = "the engine is shutting down and takes no more requests"
@@ -263,11 +271,8 @@ class BackgroundEngine:
             if self.failure is not None:
                 raise GenerationError(str(self.failure))
             group = self.engine.submit_group(prompt, params, streaming=True, **options)
-        except GenerationError as error:
-            ticket._deliver(error)
-            return
         except Exception as error:  # whatever a request can be: the engine goes on
-            ticket._deliver(GenerationError(f"the request cannot be taken ({_reason(error)})"))
+            ticket._deliver(_refusal(error))
             return
         self._answers[ticket] = group
         self._tickets |= dict.fromkeys(group.answers, ticket)
@@ -331,6 +336,13 @@ class BackgroundEngine:
         for answer in self._answers.pop(ticket).answers:
             self._tickets.pop(answer, None)
             self._sent.pop(answer, None)
+
+
+def _refusal(error: Exception) -> GenerationError:
+    """What a request is told that is not taken."""
+    if isinstance(error, GenerationError):
+        return error
+    return GenerationError(f"the request cannot be taken ({_reason(error)})")
 
 
 def _reason(error: Exception) -> str:
