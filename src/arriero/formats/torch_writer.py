@@ -21,8 +21,10 @@ from arriero.errors import FormatError
 from arriero.formats.safe_tensors import LazyTensor
 from arriero.formats.staging import write_error
 from arriero.formats.torch_pickle import ORDERED_DICT, REBUILD_TENSOR, STORAGES
+from arriero.formats.write_behind import WriteBehind, read_ahead
 
 ALIGNMENT = 64  # of every storage in the file, as torch.save has it
+_PIECE = 8 * 2**20  # bytes whose checksum is computed while those before are written
 _FOLDER = "archive"  # the name is of no meaning; torch.save takes the file's
 _LOCAL_HEADER_BYTES = 30
 _ZIP64_FIELD_BYTES = 20
@@ -53,9 +55,10 @@ class TorchFileWriter:
         self._waiting: Iterator[tuple[int, str]] = iter(enumerate(layout))
         pickle = _pickle(layout, shared or {})
         try:
-            self._file = self.path.open("wb")
+            self._raw = self.path.open("wb", buffering=0)
         except OSError as error:
             raise write_error(self.path, error) from error
+        self._file = WriteBehind(self._raw.fileno())
         self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
         try:
             self._record("data.pkl", memoryview(pickle))
@@ -65,7 +68,7 @@ class TorchFileWriter:
             raise write_error(self.path, error) from error
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor of the layout."""
+        """Append the next tensor of the layout; when this returns, nothing refers to it any more."""
         number, expected = next(self._waiting, (0, None))
         if name != expected:
             raise FormatError(f"{self.path}: {name} is written where {expected} was announced")
@@ -77,6 +80,7 @@ class TorchFileWriter:
         content = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
         try:
             self._record(f"data/{number}", content)
+            self._file.settle()
         except OSError as error:
             raise write_error(self.path, error) from error
 
@@ -89,7 +93,8 @@ class TorchFileWriter:
         padding = -begin % ALIGNMENT
         entry.extra = struct.pack("<2H", _PADDING_FIELD, padding) + b"Z" * padding
         with self._archive.open(entry, "w", force_zip64=wide) as record:
-            record.write(content)
+            for start in range(0, content.nbytes, _PIECE):
+                record.write(content[start : start + _PIECE])
         # Readers need the padding where the data is, not in the directory too.
         entry.extra = b""
 
@@ -102,6 +107,7 @@ class TorchFileWriter:
             self._record("version", memoryview(b"3\n"))
             self._archive.close()
             self._file.close()
+            self._raw.close()
         except OSError as error:
             raise write_error(self.path, error) from error
 
@@ -119,7 +125,8 @@ class TorchFileWriter:
             self._abandon()
 
     def _abandon(self) -> None:
-        for file in (self._archive, self._file):
+        self._file.discard()
+        for file in (self._archive, self._file, self._raw):
             with contextlib.suppress(OSError, ValueError):  # that the disk is full is known already
                 file.close()
         self.path.unlink(missing_ok=True)
@@ -141,8 +148,10 @@ def write_torch_file(
     """
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     total, done = sum(prod(shape) * dtype.itemsize for dtype, shape in layout.values()), 0
+    following = [*list(tensors.values())[1:], None]
     with TorchFileWriter(path, layout) as writer:
-        for name, value in tensors.items():
+        for (name, value), ahead in zip(tensors.items(), following, strict=True):
+            read_ahead(ahead)
             writer.write(name, value.load() if isinstance(value, LazyTensor) else value)
             done += prod(value.shape) * value.dtype.itemsize
             if progress is not None:

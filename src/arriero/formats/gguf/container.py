@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from arriero.formats.gguf import k_quants
 from arriero.formats.gguf.file import DEFAULT_ALIGNMENT, MAGIC
 from arriero.formats.gguf.tensor_types import BF16, F16, F32, PLAIN, Q4_K, Q5_K, Q6_K, TensorType
 from arriero.formats.staging import sync_file, write_error
+from arriero.formats.write_behind import WriteBehind
 
 # A metadata value. Its Python type decides how it is stored: bool, uint32, float32, string; in arrays int32, float32, string.
 Value = bool | int | float | str | Sequence[int] | Sequence[float] | Sequence[str]
@@ -85,6 +85,7 @@ def write_container(
         for tensor in tensors:
             for piece in pack(tensor.load(), tensor.type, f"{path}: {tensor.name}"):
                 file.write(piece.data)
+            file.settle()  # so that one tensor is let go before the next is made
             file.write(_padding(tensor.nbytes))
             done += tensor.nbytes
             if progress is not None:
@@ -171,15 +172,19 @@ def _typed(value: Value) -> Iterable[bytes]:
 
 
 @contextlib.contextmanager
-def _staged_file(path: Path) -> Iterator[IO[bytes]]:
+def _staged_file(path: Path) -> Iterator[WriteBehind]:
     """A temporary file beside `path` that takes its place, synced, when the block ends without an error."""
     staging: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent, delete=False) as file:
             staging = Path(file.name)
-            yield file.file
-            file.flush()
+            with contextlib.closing(WriteBehind(file.fileno())) as behind:
+                try:
+                    yield behind
+                except BaseException:
+                    behind.discard()
+                    raise
             os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)

@@ -16,6 +16,7 @@ from arriero.formats.hf import check_state
 from arriero.formats.rope_layout import halves_to_pairs
 from arriero.formats.safe_tensors import LazyTensor
 from arriero.formats.source import ModelSource
+from arriero.formats.write_behind import read_ahead
 from arriero.models.config import LlamaConfig
 
 _SHOWN = 3
@@ -46,7 +47,11 @@ def write_gguf(
     tokenizer, lines = tokenizer_metadata(source.files, config, name)
     title = source.path.resolve().name.removesuffix(".gguf")
     metadata = model_metadata(config, title, source.files, chosen.file_type)
-    tensors = [_prepared(key, tensor, chosen, config) for key, tensor in source.tensors.items()]
+    following = [*list(source.tensors.values())[1:], None]
+    tensors = [
+        _prepared(key, tensor, chosen, config, ahead)
+        for (key, tensor), ahead in zip(source.tensors.items(), following, strict=True)
+    ]
     divisors = rope_divisors(config)
     if divisors is not None:
         tensors.insert(0, TensorToWrite(ROPE_FREQUENCIES, tuple(divisors.shape), F32, lambda: divisors))
@@ -54,11 +59,14 @@ def write_gguf(
     return (*notes(config), *lines, *_replaced(tensors, chosen))
 
 
-def _prepared(key: str, tensor: Tensor | LazyTensor, kind: Kind, config: LlamaConfig) -> TensorToWrite:
+def _prepared(
+    key: str, tensor: Tensor | LazyTensor, kind: Kind, config: LlamaConfig, ahead: Tensor | LazyTensor | None
+) -> TensorToWrite:
     name, shape = gguf_name(key), tuple(tensor.shape)
     heads = heads_of(name, config)
 
     def load() -> Tensor:
+        read_ahead(ahead)
         loaded = tensor.load() if isinstance(tensor, LazyTensor) else tensor.detach().cpu()
         return loaded if heads is None else halves_to_pairs(loaded, heads)
 

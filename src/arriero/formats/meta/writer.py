@@ -22,6 +22,7 @@ from arriero.formats.safe_tensors import LazyTensor
 from arriero.formats.source import ModelSource
 from arriero.formats.staging import staged_folder
 from arriero.formats.torch_writer import TorchFileWriter
+from arriero.formats.write_behind import read_ahead
 from arriero.models.config import LlamaConfig
 from arriero.models.weight_shapes import weight_shapes
 
@@ -80,7 +81,8 @@ def write_meta(
         with ExitStack() as stack:
             paths = [staging / f"consolidated.{rank:02d}.pth" for rank in range(ranks)]
             files = [stack.enter_context(TorchFileWriter(path, layout, shared)) for path in paths]
-            for name, (meta_name, row) in rows.items():
+            for (name, (meta_name, row)), ahead in zip(rows.items(), [*list(origin.values())[1:], None], strict=True):
+                read_ahead(ahead)
                 value = _in_meta_layout(_load(origin[name], kinds[name]), name, row, config)
                 parts = value.chunk(ranks, row.cut) if row.cut is not None else (value,) * ranks
                 for file, part in zip(files, parts, strict=True):

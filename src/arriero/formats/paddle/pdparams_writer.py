@@ -6,11 +6,11 @@ identity and cuts its output into frames; both are followed here, so that a test
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from arriero.errors import FormatError
 from arriero.formats.paddle.pdparams_reader import SLICED_ARRAYS, STRUCTURED_NAMES
 from arriero.formats.safe_tensors import LazyTensor
+from arriero.formats.write_behind import WriteBehind
 
 # NumPy 2 writes numpy._core here, which NumPy before 1.26 cannot read; all versions read this.
 MULTIARRAY_MODULE = "numpy.core.multiarray"
@@ -57,7 +58,7 @@ def write_pdparams(
     dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write a state dict; in memory are one tensor and 24 MiB at most.
+    """Write a state dict; in memory are one tensor and 48 MiB at most.
 
     Args:
         path: of the file, replaced if it is there; it is not written atomically: write into a staged folder.
@@ -75,10 +76,14 @@ def write_pdparams(
     table = {name: name for name in tensors} if structured_names is True else structured_names or None
     if table is not None and table.keys() != tensors.keys():
         raise FormatError(f"{path}: the table of Paddle's names does not have the names of the tensors")
-    with Path(path).open("wb") as file:
-        pickle = _Pickle(file)
-        pickle.dictionary(len(tensors) + (table is not None), _entries(pickle, tensors, kinds, table, progress))
-        pickle.finish()
+    with Path(path).open("wb", buffering=0) as raw, contextlib.closing(WriteBehind(raw.fileno())) as file:
+        try:
+            pickle = _Pickle(file)
+            pickle.dictionary(len(tensors) + (table is not None), _entries(pickle, tensors, kinds, table, progress))
+            pickle.finish()
+        except BaseException:
+            file.discard()
+            raise
 
 
 def _entries(
@@ -145,6 +150,8 @@ def _write_array(pickle: _Pickle, name: str, tensor: Tensor | LazyTensor, kind: 
         raise FormatError(f"the tensor {name!r} was announced with the shape {shape} and has {tuple(whole.shape)}")
     nbytes = prod(shape) * kind.itemsize
     pickle.payload(nbytes, _chunks(whole, kind))
+    if whole.dtype == kind and whole.is_contiguous():
+        pickle.settle()  # what is written is the tensor itself, which is let go before the next is made
     pickle.put(_TUPLE)
     pickle.remember()
     pickle.put(_BUILD)
@@ -200,7 +207,7 @@ def _in_order(part: Tensor) -> Tensor:
 class _Pickle:
     """Opcodes into a file, with the memo and the frames of Python's C pickler."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: WriteBehind) -> None:
         self._file = file
         self._frame = bytearray()
         self._memo: dict[object, int] = {}
@@ -210,6 +217,10 @@ class _Pickle:
     def finish(self) -> None:
         self.put(_STOP)
         self._commit()
+
+    def settle(self) -> None:
+        """Wait until the payloads are written."""
+        self._file.settle()
 
     def put(self, opcode: bytes) -> None:
         self._frame += opcode
@@ -310,5 +321,5 @@ class _Pickle:
     def _commit(self) -> None:
         if len(self._frame) >= _FRAME_MINIMUM:
             self._file.write(_FRAME + struct.pack("<Q", len(self._frame)))
-        self._file.write(self._frame)
+        self._file.write(bytes(self._frame))
         self._frame.clear()

@@ -21,6 +21,7 @@ from arriero.formats.paddle.reader import SENTENCEPIECE, TOKENIZER_MODEL
 from arriero.formats.safe_tensors import LazyTensor
 from arriero.formats.source import ModelSource
 from arriero.formats.staging import staged_folder
+from arriero.formats.write_behind import read_ahead
 
 Progress = Callable[[int, int], None]
 _REPLACED = (f"{MODEL_STEM}*.pdparams", f"{MODEL_STEM}*.pdparams.index.json")
@@ -64,7 +65,10 @@ def write_paddle(
     config = paddle_config(source.config, str(widest).removeprefix("torch."), tp)
     found = places(source.config, tp)
     pieces = {
-        file: {found[name].stored.name: _piece(source.tensors[name], found[name], tp, rank) for name in names}
+        file: {
+            found[name].stored.name: _piece(source.tensors[name], found[name], tp, rank, source.tensors.get(ahead))
+            for name, ahead in zip(names, [*names[1:], ""], strict=True)
+        }
         for file, names, rank in _files(found, kinds, max_shard_size, tp, pp)
     }
     total = sum(prod(t.shape) * (dtype or t.dtype).itemsize for file in pieces.values() for t in file.values())
@@ -138,12 +142,15 @@ def _stage_holds(name: str, first: int, last: int, stage: int, pp: int) -> bool:
     return stage == (0 if name.startswith("model.embed_tokens.") else pp - 1)
 
 
-def _piece(tensor: Tensor | LazyTensor, place: Place, tp: int, rank: int) -> LazyTensor:
-    """A process's part of a tensor, in Paddle's layout."""
-    return LazyTensor(place.stored.piece_shape(tp), tensor.dtype, partial(_cut, tensor, place, tp, rank))
+def _piece(
+    tensor: Tensor | LazyTensor, place: Place, tp: int, rank: int, ahead: Tensor | LazyTensor | None
+) -> LazyTensor:
+    """A process's part of a tensor, in Paddle's layout; the disk is set to read the next one, `ahead`, before it is made."""
+    return LazyTensor(place.stored.piece_shape(tp), tensor.dtype, partial(_cut, tensor, place, tp, rank, ahead))
 
 
-def _cut(tensor: Tensor | LazyTensor, place: Place, tp: int, rank: int) -> Tensor:
+def _cut(tensor: Tensor | LazyTensor, place: Place, tp: int, rank: int, ahead: Tensor | LazyTensor | None) -> Tensor:
+    read_ahead(ahead)
     whole = tensor.load() if isinstance(tensor, LazyTensor) else tensor
     stored = whole.t() if place.transposed else whole
     if place.stored.axis is not None and tp > 1:
