@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_generate.py                                   all cases
     python benchmarks/gpu_generate.py --cases batch_1                   one of them
+    python benchmarks/gpu_generate.py --eager                           without CUDA graphs, to see what they give
     python benchmarks/gpu_generate.py --device cpu --tiny               the same code on a laptop, for a check
 
 The cases are those of published figures: a single stream, for its share of the memory's bandwidth (gpt-fast); 128 requests
@@ -18,7 +19,7 @@ import sys
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -31,10 +32,11 @@ from arriero.engine.benchmark.rounds import measure
 from arriero.engine.benchmark.work_cost import WorkCost
 from arriero.engine.benchmark.workloads import Prompts
 from arriero.engine.machine_peak import machine_name, matrix_product_flops, read_bandwidth
-from arriero.engine.runner import TorchRunner
+from arriero.engine.runner import TorchRunner, cache_block_size
 from arriero.formats.download import resolve_model
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
+from arriero.models.paged_attention import KernelName
 from arriero.models.presets import TINY_RANDOM_LLAMA
 
 MODEL = Path(__file__).parents[1] / "configs/models/llama-3-8b"
@@ -90,7 +92,13 @@ def measure_case(
     cost = WorkCost.of(model)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    runner = TorchRunner(model, useful_tokens=job.running_tokens())
+    runner = TorchRunner(
+        model,
+        useful_tokens=job.running_tokens(block_size=cache_block_size(model, paged_attention=arguments.attention)),
+        paged_attention=arguments.attention,
+        cuda_graphs=not arguments.eager,
+        compile=arguments.compile,
+    )
     record = measure(runner, tokenizer, job, cost, peak, repeats=arguments.repeats)
     return {
         "date": str(date.today()),
@@ -99,6 +107,9 @@ def measure_case(
         "cuda": torch.version.cuda,
         "dtype": str(model.model.embed_tokens.weight.dtype),
         "parameters": config.num_parameters(),
+        "attention": runner.paged_attention,
+        "graphs": runner.graphs,
+        "compile": arguments.compile,
         "peak": asdict(peak),
         "memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         **asdict(record),
@@ -132,6 +143,13 @@ def parse(given: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--tiny", action="store_true", help="a model of two small layers, an eighth of requests and tokens"
     )
+    parser.add_argument(
+        "--attention",
+        choices=get_args(KernelName),
+        help="kernel of decoding (default: the fastest that is installed; on a CPU none)",
+    )
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for the layers of small steps")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument(
         "--output", type=Path, default=Path("runs/gpu_generate.jsonl"), help="JSON lines are added to it"

@@ -149,6 +149,11 @@ def forms(make: Make) -> Any:
     return texts
 
 
+def eight_bits(make: Make) -> Any:
+    """Keys and values in int8; each process rounds those of its heads."""
+    return chunks(make)
+
+
 def cancelled(make: Make) -> Any:
     engine = make(max_running=3, max_step_tokens=8)
     answers = [engine.submit(prompt, GREEDY) for prompt in PROMPTS]
@@ -183,15 +188,17 @@ def background(make: Make) -> Any:
 
 
 WAYS: dict[str, Callable[[Make], Any]] = {
-    way.__name__: way for way in (chunks, tiny_cache, guesses, drawn, forms, cancelled, background)
+    way.__name__: way for way in (chunks, tiny_cache, guesses, drawn, forms, eight_bits, cancelled, background)
 }
 
 
 def answers_of(folder: Path, processes: Processes, loaded: LoadedModel, way: str) -> Any:
     """What a way comes to; None in the processes that follow."""
-    sizes = {"max_tokens": 640}
+    sizes: dict[str, Any] = {"max_tokens": 640}
     if way == "tiny_cache":
         sizes = {"max_tokens": 128}
+    elif way == "eight_bits":
+        sizes["kv_cache_dtype"] = "int8"
     runner = TorchRunner(for_generation(loaded.model), **sizes)
     if not processes.first:
         follow(runner, processes)
@@ -384,6 +391,7 @@ def check_answers(folder: Path, world: int) -> None:
     for prefix in (False, True):
         assert expected[prefix, "chunks"] == expected[prefix, "tiny_cache"] == expected[prefix, "guesses"]
     assert expected[False, "chunks"] == expected[False, "background"] != expected[True, "chunks"]
+    assert expected[False, "eight_bits"] != expected[False, "chunks"], "nothing was rounded"
 
 
 @pytest.mark.timeout(300)

@@ -31,6 +31,8 @@ def test_all_workloads_beside_transformers(
     assert (found["threads"], found["dtype"], found["device"], found["model"]) == (1, "float32", "cpu", TINY)
     assert set(found["peers"]) == {"transformers"}
     assert min(found["peak"].values()) > 1e8
+    assert found["kv_memory"]["format"] == "float32"
+    assert f"keys and values: {found['kv_memory']['token_bytes']:,} bytes a token (float32); " in result.stdout
     cases = [
         ("decode", 1, 12, 5),
         ("decode", 3, 36, 15),

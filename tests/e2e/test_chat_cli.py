@@ -128,3 +128,27 @@ def test_a_bad_schema_is_one_line(
     assert result.stderr.count("\n") == 1  # a progress bar leaves nothing
     assert message in result.stderr.splitlines()[-1]
     assert not (tmp_path / "prediction.json").exists()
+
+
+@pytest.mark.parametrize("verb", ["chat", "predict"])
+def test_keys_and_values_in_fewer_bits(
+    verb: str, in_process: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    original = TorchRunner.run
+
+    def watched(self: TorchRunner, work: Sequence[Work]) -> torch.Tensor:
+        seen.append(self.kv_memory.format)
+        return original(self, work)
+
+    monkeypatch.setattr(TorchRunner, "run", watched)
+    own = {"chat": ("--prompt", "Where does the mule sleep?"), "predict": ("--predict_file", str(tmp_path / "answers"))}
+    common = (verb, "--model_name_or_path", TINY, "--max_new_tokens", "3", "--device", "cpu", *own[verb])
+    for name, held in (("int8", "int8"), ("fp8_e4m3", "fp8_e4m3"), ("bfloat16", "bfloat16"), ("auto", "float32")):
+        result = in_process(*common, "--kv_cache_dtype", name)
+        assert result.returncode == 0, result.stderr
+        assert set(seen) == {held}
+        seen.clear()
+    result = in_process(*common, "--kv_cache_dtype", "int4")
+    assert (result.returncode, len(result.stderr.splitlines()), seen) == (2, 1, [])
+    assert "--kv_cache_dtype takes one of auto, float16, bfloat16, fp8_e4m3, int8, not 'int4'" in result.stderr

@@ -18,9 +18,10 @@ import gpu_generate
 
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.engine.engine import Engine
-from arriero.engine.runner import TorchRunner
+from arriero.engine.runner import TorchRunner, Work, cache_block_size
 from arriero.engine.sampling_params import SamplingParams
 from arriero.formats.download import resolve_model
+from arriero.models import paged_attention
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 from arriero.models.presets import TINY_RANDOM_LLAMA
@@ -74,12 +75,85 @@ def test_greedy_is_transformers(family: str, budget: int, device: str, tokenizer
         )
         wanted.append(made[0, len(prompt) :].tolist())
     ours.to(device)
-    for tokens in (4096, 160):
-        engine = Engine(TorchRunner(ours, max_tokens=tokens), tokenizer, max_running=6, max_step_tokens=budget)
+    for tokens, graphs in ((4096, True), (160, True), (4096, False)):
+        runner = TorchRunner(ours, max_tokens=tokens, paged_attention="gather", cuda_graphs=graphs)
+        engine = Engine(runner, tokenizer, max_running=6, max_step_tokens=budget)
         assert engine.runner.device.type == device
         answers = engine.generate(PROMPTS, SamplingParams(max_new_tokens=NEW, ignore_eos=True))
         assert [answer.token_ids for answer in answers] == wanted
         assert (engine.scheduler.preemptions > 0) == (tokens == 160)
+        assert (runner.graphs > 0) == (graphs and device == "cuda")
+
+
+def small_model(device: str, dtype: torch.dtype, **changes: Any) -> LlamaForCausalLM:
+    """With heads that every kernel takes."""
+    settings = {"model_type": "llama", **gpu_generate.TINY, "head_dim": 64, "max_position_embeddings": 2048}
+    model = LlamaForCausalLM(LlamaConfig.from_dict(settings | {"initializer_range": 0.1} | changes)).eval()
+    model.init_weights(0)
+    return model.to(device, dtype)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize(
+    ("kernel", "device"),
+    [("gather", "cpu")]
+    + [pytest.param(k, "cuda", marks=pytest.mark.gpu) for k in ("gather", "varlen", "flash_attn", "flashinfer")],
+)
+def test_every_kernel_attends_alike(kernel: Any, window: int | None, device: str) -> None:
+    """Beside ordinary steps, in bf16: rows of very different lengths that grow, with graphs and without; also when the weights
+    change between them."""
+    if kernel == "varlen" and not paged_attention._has_paged_varlen():
+        pytest.skip("this torch has no varlen_attn with a block table")
+    if kernel in ("flash_attn", "flashinfer"):
+        pytest.importorskip(kernel)
+    changes = {} if window is None else {"model_type": "mistral", "sliding_window": window}
+    model = small_model(device, torch.bfloat16, **changes)
+    lengths = (700, 3, 255, 256, 511)
+    tokens = [torch.randint(0, 256, (n + 12,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
+    size = cache_block_size(model, paged_attention=kernel)
+    per_row = -(-712 // size)
+    blocks = [[row + len(lengths) * i for i in range(per_row)] for row in range(len(lengths))]
+    made: dict[str, TorchRunner] = {
+        "graphs": TorchRunner(model, max_tokens=len(lengths) * per_row * size, paged_attention=kernel),
+        "eager": TorchRunner(
+            model, max_tokens=len(lengths) * per_row * size, paged_attention=kernel, cuda_graphs=False
+        ),
+    }
+    ordinary = TorchRunner(model, block_size=size, max_tokens=len(lengths) * per_row * size)
+    ordinary._steps = None
+    for runner in made.values():
+        assert runner.paged_attention == kernel  # else a warning says why
+    for seed in (0, 1):
+        model.init_weights(seed)
+        for runner in (ordinary, *made.values()):
+            runner.run([Work(t[:n], 0, b, 0) for t, n, b in zip(tokens, lengths, blocks, strict=True)])
+        for n in range(12):
+            work = [
+                Work([t[length + n]], length + n, b, 1) for t, length, b in zip(tokens, lengths, blocks, strict=True)
+            ]
+            for rows in (slice(0, 5), slice(1, 4), slice(2, 3)):
+                expected = ordinary.run(work[rows]).float()
+                for runner in made.values():
+                    found = runner.run(work[rows]).float()
+                    assert (found - expected).abs().max() <= 0.03 * expected.abs().max()  # a few roundings of bf16
+    if device == "cuda":
+        assert 3 <= made["graphs"].graphs <= 6
+        assert made["eager"].graphs == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+def test_compiled_layers_in_graphs() -> None:
+    """In fp32, beside ordinary steps."""
+    model = small_model("cuda", torch.float32)
+    ordinary = TorchRunner(model, max_tokens=1024)
+    ordinary._steps = None
+    compiled = TorchRunner(model, max_tokens=1024, compile=True)
+    for n in range(8):
+        work = [Work([n + row], n, [2 * row], 1) for row in range(1 + n % 3)]
+        expected = ordinary.run(work)
+        assert (compiled.run(work) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert compiled.graphs == 3
 
 
 @devices

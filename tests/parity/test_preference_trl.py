@@ -100,9 +100,9 @@ def test_a_run_is_that_of_dpo_trainer(loss_type: str, kind: str, beta: float, fo
     peer.train()
     told = [line for line in peer.state.log_history if "loss" in line]
 
-    ours = load_model(folder, dtype=torch.float32)
+    ours = load_model(folder, dtype=torch.float64)
     objective = Preference(kind, beta=beta)
-    precision = Precision(torch.float32, "O1", CPU)
+    precision = Precision(torch.float64, "O1", CPU)
     execution = DirectExecution(Layers(ours, precision, CPU, objective))
     reference = reference_log_probabilities(execution, pair_batches(pairs, 2, share_prefixes=True), len(pairs), 2)
     records = Records()
@@ -127,7 +127,8 @@ def test_a_run_is_that_of_dpo_trainer(loss_type: str, kind: str, beta: float, fo
         assert record.loss == pytest.approx(float(line["loss"]), rel=1e-5)
         assert record.grad_norm == pytest.approx(float(line["grad_norm"]), rel=1e-5)
         assert record.metrics["reward_margin"] == pytest.approx(float(line["rewards/margins"]), rel=1e-4, abs=1e-6)
-        assert record.metrics["reward_accuracy"] == float(line["rewards/accuracies"])
+        if float(line["step"]) > 1:  # before that the model is the reference, and its margins are signs of rounding
+            assert record.metrics["reward_accuracy"] == float(line["rewards/accuracies"])
     expected = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         error = (parameter - expected[name]).norm() / expected[name].norm()

@@ -122,6 +122,11 @@ def test_pairs_and_keys_are_those_of_the_mask(window: int | None) -> None:
     assert cost.bytes([piece, piece]) - cost.bytes([piece]) == keys * 128
 
 
+def test_keys_in_eight_bits_are_fewer_bytes(model: LlamaForCausalLM) -> None:
+    cost = WorkCost.of(model, "int8")  # with a scale of 4 bytes for each head
+    assert cost.bytes([Piece(0, 10, 1)]) == cost.weight_bytes + 3 * 10 * 2 * 2 * (8 + 4)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_weights_that_are_read_are_those_of_the_file(tied: bool, tmp_path: Path) -> None:
     config = replace(CONFIG, tie_word_embeddings=tied)
@@ -256,9 +261,11 @@ def test_the_report_holds_what_was_measured(runner: TorchRunner, model: LlamaFor
     record = measure(runner, tokenizer, job(3, 9, 4, 3), WorkCost.of(model), PEAK, repeats=2)
     assert (record.runs, record.requests, record.prompt_tokens, record.output_tokens) == (2, 3, 27, 12)
     assert record.computed_prompt_tokens == 27
-    setting = report.Setting("a model", 1, "float32", "cpu", "a machine", 1, PEAK)
+    setting = report.Setting("a model", 1, "float32", "cpu", "a machine", 1, PEAK, runner.kv_memory, 640)
     found = json.loads(json.dumps(report.as_dictionary(setting, [record]), allow_nan=False))
     assert found["workloads"][0]["output_tokens_per_second"] == pytest.approx(12 / record.seconds)
+    assert found["kv_memory"]["token_bytes"] == 3 * 2 * 2 * 8 * 4
+    assert setting.text().splitlines()[2].startswith("keys and values: 384 bytes a token (float32)")
     assert len({len(line) for line in (report.heading(), report.lines(record).splitlines()[1])}) == 1
 
 
@@ -270,7 +277,9 @@ def test_a_picture_of_any_workload(
     record = measure(runner, tokenizer, job(2, 9, new, 2), WorkCost.of(model), PEAK, repeats=1)
     assert (record.next_token is None) == (record.answers is None) == (new == 1)
     record.against["transformers"] = Comparison(1.0, 2.0, (2.0,), 1.0)
-    setting = report.Setting("a model", 1, "float32", "cpu", "a machine", 1, PEAK, {"transformers": "5"})
+    setting = report.Setting(
+        "a model", 1, "float32", "cpu", "a machine", 1, PEAK, runner.kv_memory, 640, {"transformers": "5"}
+    )
     report.draw(tmp_path / "found.png", setting, [record])
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(ConfigError, match="cannot be written"):

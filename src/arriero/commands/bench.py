@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from arriero.commands.output_file import check_place, write_output_file
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.bench import BenchOptions
+from arriero.config.kv_cache import KVCacheOptions
 from arriero.config.model import ModelOptions
 from arriero.errors import ConfigError, require
 
@@ -18,16 +19,17 @@ if TYPE_CHECKING:
 
     from arriero.engine.benchmark.report import Setting
     from arriero.engine.loading import LoadedModel
+    from arriero.engine.runner import TorchRunner
 
 HELP = (
     "Measure the speed of a model on this machine: rates, latencies, shares of what the machine can reach; with --against "
     "beside other programs. Prompts are random tokens, and answers are as long as asked for."
 )
 
-OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, BenchOptions)
+OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, BenchOptions, KVCacheOptions)
 
 
-def run(model: ModelOptions, adapter: AdapterPathOptions, bench: BenchOptions) -> int:
+def run(model: ModelOptions, adapter: AdapterPathOptions, bench: BenchOptions, cache: KVCacheOptions) -> int:
     """Print a table, a line as soon as it is measured; write --output_file and --plot at the end."""
     import torch
 
@@ -37,18 +39,21 @@ def run(model: ModelOptions, adapter: AdapterPathOptions, bench: BenchOptions) -
     from arriero.engine.benchmark.work_cost import WorkCost
     from arriero.engine.benchmark.workloads import Prompts, make_jobs
     from arriero.engine.loading import load_for_inference
-    from arriero.engine.runner import TorchRunner
+    from arriero.engine.runner import TorchRunner, cache_block_size
 
     _check(adapter, bench)
     if bench.threads is not None:
         torch.set_num_threads(bench.threads)
     loaded = load_for_inference(model, adapter)
-    cost = WorkCost.of(loaded.model)
+    cost = WorkCost.of(loaded.model, cache.kv_cache_dtype)
     prompts = Prompts.of(loaded.tokenizer, loaded.model.config.vocab_size, loaded.model.context, bench.seed)
     jobs = make_jobs(bench, prompts)
-    setting = _setting(model.model_name_or_path, loaded)
-    useful = max(job.running_tokens(loaded.model.model.prefix_length) for job in jobs)
-    runner = TorchRunner(loaded.model, useful_tokens=useful)
+    block_size = cache_block_size(loaded.model, cache.kv_cache_dtype)
+    useful = max(job.running_tokens(loaded.model.model.prefix_length, block_size) for job in jobs)
+    runner = TorchRunner(
+        loaded.model, useful_tokens=useful, kv_cache_dtype=cache.kv_cache_dtype, compile=bench.torch_compile
+    )
+    setting = _setting(model.model_name_or_path, loaded, runner)
     records = []
     with contextlib.ExitStack() as stack:
         peers = [
@@ -99,7 +104,7 @@ def _dtype(loaded: LoadedModel) -> torch.dtype:
     return loaded.model.model.embed_tokens.weight.dtype
 
 
-def _setting(name: str, loaded: LoadedModel) -> Setting:
+def _setting(name: str, loaded: LoadedModel, runner: TorchRunner) -> Setting:
     """Where this runs; measures the machine's peaks."""
     import torch
 
@@ -116,4 +121,6 @@ def _setting(name: str, loaded: LoadedModel) -> Setting:
         machine=machine_name(device),
         threads=torch.get_num_threads(),
         peak=Peak(matrix_product_flops(device, dtype), read_bandwidth(device)),
+        kv_memory=runner.kv_memory,
+        context=runner.context,
     )

@@ -9,15 +9,22 @@ from typing import Any
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.chat import ChatOptions
 from arriero.config.generation import GenerationOptions
+from arriero.config.kv_cache import KVCacheOptions
 from arriero.config.model import ModelOptions
 from arriero.errors import GenerationError
 
 HELP = "Talk to a model, or a model with its adapter. An empty line or Ctrl-D ends; /clear starts afresh."
 
-OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, GenerationOptions, ChatOptions)
+OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, GenerationOptions, KVCacheOptions, ChatOptions)
 
 
-def run(model: ModelOptions, adapter: AdapterPathOptions, generation: GenerationOptions, chat: ChatOptions) -> int:
+def run(
+    model: ModelOptions,
+    adapter: AdapterPathOptions,
+    generation: GenerationOptions,
+    cache: KVCacheOptions,
+    chat: ChatOptions,
+) -> int:
     """Read, answer as the tokens come, repeat: one engine throughout, so that a turn computes only what is new."""
     from arriero.engine.loading import load_for_inference
     from arriero.engine.sampling_params import params_from_options
@@ -27,7 +34,13 @@ def run(model: ModelOptions, adapter: AdapterPathOptions, generation: Generation
     params = params_from_options(generation)
     start: list[dict[str, str]] = [{"role": "system", "content": chat.system}] if chat.system else []
     context = loaded.model.config.max_position_embeddings
-    with engine_of(loaded.model, loaded.tokenizer, max_running=1, useful_tokens=context) as engine:
+    with engine_of(
+        loaded.model,
+        loaded.tokenizer,
+        max_running=1,
+        useful_tokens=context,
+        kv_cache_dtype=cache.kv_cache_dtype,
+    ) as engine:
 
         def answer(turns: list[dict[str, str]]) -> str:
             pieces = []

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.generation import GenerationOptions, PredictOptions
+from arriero.config.kv_cache import KVCacheOptions
 from arriero.config.model import ModelOptions
 from arriero.errors import ConfigError, DataError
 
@@ -24,7 +25,7 @@ HELP = (
     "Answer every row of a jsonl file (src, instruction, context or messages) with a model, or a model and its adapter."
 )
 
-OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, PredictOptions, GenerationOptions)
+OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, PredictOptions, GenerationOptions, KVCacheOptions)
 
 _CONTEXT = (
     "The Broncos took an early lead in Super Bowl 50 and never trailed. Newton was limited by Denver's defense, which sacked "
@@ -36,7 +37,11 @@ BUILT_IN = ("linebacker", "five")  # the answers whose questions PaddleNLP's exa
 
 
 def run(
-    model: ModelOptions, adapter: AdapterPathOptions, predict: PredictOptions, generation: GenerationOptions
+    model: ModelOptions,
+    adapter: AdapterPathOptions,
+    predict: PredictOptions,
+    generation: GenerationOptions,
+    cache: KVCacheOptions,
 ) -> int:
     """Print every prompt with its answer and write them to --predict_file; of several processes the first does that."""
     from tqdm import tqdm
@@ -97,6 +102,7 @@ def run(
             rows,
             max_running=generation.batch_size,
             speculation=speculation,
+            kv_cache_dtype=cache.kv_cache_dtype,
             on_done=bar.update,
         )
 

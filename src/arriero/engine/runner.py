@@ -12,11 +12,14 @@ from torch import Tensor
 
 from arriero.adapters.packed_deltas import PackedDeltas
 from arriero.adapters.prefix import PrefixKV, prefix_kv
+from arriero.engine.decode_graphs import CudaCapture, DecodeSteps
 from arriero.engine.kv_memory import KVMemory
 from arriero.engine.request_adapters import NO_ADAPTER, AdapterPool
 from arriero.errors import ConfigError
+from arriero.models.kv_format import KVFormat
 from arriero.models.llama import LlamaForCausalLM
 from arriero.models.packed_model import PackedModel
+from arriero.models.paged_attention import SPARE_BLOCKS, KernelName, block_size_of, choose_kernel, make_kernel
 from arriero.models.paged_cache import PagedCache, Run
 from arriero.parallel.generation import SharedModel
 
@@ -83,15 +86,19 @@ class TorchRunner:
         self,
         model: LlamaForCausalLM | SharedModel,
         *,
-        block_size: int = BLOCK_SIZE,
+        block_size: int | None = None,
         max_tokens: int | None = None,
         useful_tokens: int | None = None,
         adapters: AdapterPool | None = None,
         weight_copies: bool | None = None,
         kv_cache_dtype: str = "auto",
+        paged_attention: KernelName | None = None,
+        cuda_graphs: bool = True,
+        compile: bool = False,
     ) -> None:
         """
         Args:
+            block_size: default: 16, or what the GPU's attention kernel needs; see `cache_block_size`.
             max_tokens: room for keys and values, in tokens; default: a share of the free memory. It is not taken until it
                 is used, on a CPU.
             useful_tokens: of that share, no more than this is taken: for more there would be no use.
@@ -99,14 +106,20 @@ class TorchRunner:
             weight_copies: hold the weights once more in the layout of faster kernels, where there are such (CPU, fp32);
                 default: if they take no more than a quarter of the free memory.
             kv_cache_dtype: how keys and values are held, see `KVFormat.of`.
+            paged_attention: what steps of one token a sequence attend with, all sequences at once; default: the fastest
+                kernel on a GPU (`choose_kernel`), and on a CPU none: there each sequence is read where it lies.
+            cuda_graphs: let a GPU repeat such steps without Python.
+            compile: let torch.compile make the layers of small steps; for GPUs, see `PackedModel`.
 
         Raises:
-            ConfigError: adapters of another model; an unknown `kv_cache_dtype`.
+            ConfigError: adapters of another model; an unknown `kv_cache_dtype`; a kernel that is not to be had.
         """
+        if block_size is None:
+            block_size = cache_block_size(model, kv_cache_dtype, paged_attention)
         self.model, self.block_size, self.adapters = model, block_size, adapters
         if adapters is not None and adapters.model is not model:
             raise ConfigError("the adapters are read for another model: make the pool with the runner's")
-        self._compute = model if isinstance(model, SharedModel) else _packed(model, weight_copies)
+        self._compute = model if isinstance(model, SharedModel) else _packed(model, weight_copies, compile)
         self.device = model.device if isinstance(model, SharedModel) else model.model.embed_tokens.weight.device
         # The embedding's, since adapters may stand in for any linear layer.
         self._dtype = model.dtype if isinstance(model, SharedModel) else model.model.embed_tokens.weight.dtype
@@ -124,16 +137,43 @@ class TorchRunner:
                 room = min(room, -(-useful_tokens // block_size) * block_size)
             max_tokens = model.agree([room])[0] if isinstance(model, SharedModel) else room
         self.num_blocks = max(1, max_tokens // block_size)
-        self._cache = PagedCache(model.config, self.num_blocks, block_size, self._dtype, self.device, kv_cache_dtype)
+        kernel = paged_attention or _kernel(model, kv_cache_dtype)
+        packed = self._compute if isinstance(self._compute, PackedModel) else None
+        blocks = self.num_blocks + (SPARE_BLOCKS if kernel is not None and packed is not None else 0)
+        self._cache = PagedCache(model.config, blocks, block_size, self._dtype, self.device, kv_cache_dtype)
+        self._steps: DecodeSteps | None = None
+        if kernel is not None and packed is not None:
+            most = -(-model.config.max_position_embeddings // block_size)
+            graphs = cuda_graphs and self.device.type == "cuda"
+            self._steps = DecodeSteps(
+                packed,
+                self._cache,
+                make_kernel(kernel, self._cache, model.config, most),
+                most,
+                CudaCapture(self.device) if graphs else None,
+            )
+
+    @property
+    def paged_attention(self) -> str | None:
+        """What steps of one token a sequence attend with, all at once; None where each sequence is read by itself."""
+        return self._steps.kernel if self._steps is not None else None
+
+    @property
+    def graphs(self) -> int:
+        """CUDA graphs that are held."""
+        return self._steps.graphs if self._steps is not None else 0
 
     @torch.inference_mode()
     def run(self, work: Sequence[Work]) -> Tensor:
         """See `Runner`."""
+        deltas = self._deltas(work)
+        if self._steps is not None and deltas is None and all(len(i.tokens) == 1 == i.logits for i in work):
+            return self._steps.run(work)
         view = self._cache.view([Run(item.start, len(item.tokens), item.blocks) for item in work])
         tokens = torch.tensor([[token for item in work for token in item.tokens]], device=self.device)
         inputs = (tokens, view.positions, view.attention, view)
         if isinstance(self._compute, PackedModel):
-            hidden = self._compute.hidden_states(*inputs, self._deltas(work))[0]
+            hidden = self._compute.hidden_states(*inputs, deltas)[0]
         else:
             hidden = self._compute.hidden_states(*inputs)[0]
         wanted: list[int] = []
@@ -165,7 +205,26 @@ class TorchRunner:
             self._cache.put(blocks, start, keys, values)
 
 
-def _packed(model: LlamaForCausalLM, copies: bool | None) -> PackedModel:
+def cache_block_size(
+    model: LlamaForCausalLM | SharedModel, kv_cache_dtype: str = "auto", paged_attention: KernelName | None = None
+) -> int:
+    """Of the blocks that a `TorchRunner` gives this model, in tokens."""
+    name = paged_attention or _kernel(model, kv_cache_dtype)
+    return BLOCK_SIZE if name is None else block_size_of(name, BLOCK_SIZE)
+
+
+def _kernel(model: LlamaForCausalLM | SharedModel, kv_cache_dtype: str) -> KernelName | None:
+    """What a step of one token a sequence attends with by default."""
+    if isinstance(model, SharedModel):
+        return None
+    weight = model.model.embed_tokens.weight
+    if weight.device.type != "cuda":
+        return None
+    form = KVFormat.of(kv_cache_dtype, weight.dtype)
+    return choose_kernel(weight.device, weight.dtype, form.dtype, model.config.head_dim)
+
+
+def _packed(model: LlamaForCausalLM, copies: bool | None, compile: bool) -> PackedModel:
     if copies is None:
         copies = PackedModel.copy_bytes(model) <= COPY_MEMORY_SHARE * psutil.virtual_memory().available
-    return PackedModel(model, copy=copies)
+    return PackedModel(model, copy=copies, compile=compile)

@@ -96,8 +96,8 @@ class Scheduler:
         if needed > self.blocks.num_blocks:
             raise GenerationError(
                 f"{request.longest} tokens of prompt and answer need {needed} blocks of {size}, "
-                f"and the key-value cache has {self.blocks.num_blocks} in all: shorten the prompt, lower max_new_tokens, or "
-                "give the cache more memory"
+                f"and the key-value cache has {self.blocks.num_blocks} in all: shorten the prompt, lower max_new_tokens, "
+                "free memory, or let it hold more tokens with --kv_cache_dtype int8"
             )
         if request.arrival < 0:
             request.arrival = self._arrivals

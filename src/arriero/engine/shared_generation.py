@@ -10,7 +10,7 @@ from arriero.engine.answer import Generation
 from arriero.engine.drafts import Speculation
 from arriero.engine.engine import Engine
 from arriero.engine.ranks import LeaderRunner, follow
-from arriero.engine.runner import BLOCK_SIZE, Runner, TorchRunner
+from arriero.engine.runner import Runner, TorchRunner, cache_block_size
 from arriero.engine.sampling_params import SamplingParams
 from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.generation import for_generation
@@ -98,7 +98,8 @@ def generate_shared(
         return engine.generate([prompts[i] for i in own], [params[i] for i in own], on_done=done, numbers=own)
 
     def work(own: Sequence[int]) -> list[Generation]:
-        useful = sum(len(prompts[i]) + params[i].max_new_tokens + model.model.prefix_length + BLOCK_SIZE for i in own)
+        more = model.model.prefix_length + cache_block_size(model, kv_cache_dtype)
+        useful = sum(len(prompts[i]) + params[i].max_new_tokens + more for i in own)
         with _runner_of(model, useful, kv_cache_dtype, apart=apart) as runner:
             if apart or processes.alone:
                 return generate(runner, own)

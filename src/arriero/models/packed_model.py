@@ -74,6 +74,7 @@ class PackedModel:
         self._parameters = [
             p for p in model.parameters() if not p.is_inference()
         ]  # the others do not say when they change
+        self._packings = 0
         self._pack()
 
     @staticmethod
@@ -90,17 +91,17 @@ class PackedModel:
             head = model.lm_head
             self._head: Callable[[Tensor], Tensor] = PackedLinear([head], copy=copy) if is_plain(head) else head
         self._state = self._values()
+        self._packings += 1
 
     def _values(self) -> list[int]:
         """Changes whenever a parameter does."""
         return [number for p in self._parameters for number in (p.data_ptr(), p._version)]
 
-    def refresh(self) -> bool:
-        """Pack the weights anew if any has changed; whether it had to."""
-        changed = self._values() != self._state
-        if changed:
+    def refresh(self) -> int:
+        """Pack the weights anew if any has changed; returns how often that was done so far."""
+        if self._values() != self._state:
             self._pack()
-        return changed
+        return self._packings
 
     @torch.no_grad()
     def hidden_states(

@@ -244,9 +244,8 @@ class PagedView(AttendingView):
     def _keys_and_values(self, piece: _Piece, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Those that a piece sees, (1, KV, S, D) each: views where they lie in one run as they are needed, else copies."""
         cache, held = self._cache, self._held[piece.number]
-        if (
-            len(held) == 1 and not cache.format.scaled and cache.format.dtype == dtype
-        ):  # a view of all layers costs as much as one of each
+        if len(held) == 1 and not cache.format.scaled and cache.format.dtype == dtype:
+            # a view of all layers costs as much as one of each
             place = piece.number, piece.first, piece.end
             if place not in self._views:
                 begin, end = held[0].start + piece.first, held[0].start + piece.end

@@ -48,10 +48,10 @@ class Job:
     def output_tokens(self) -> int:
         return sum(self.new_tokens)
 
-    def running_tokens(self, prefix_length: int = 0) -> int:
+    def running_tokens(self, prefix_length: int = 0, block_size: int = BLOCK_SIZE) -> int:
         """Room for keys and values in which no request loses its blocks, in tokens."""
         whole = sorted(len(prompt) + new for prompt, new in zip(self.prompts, self.new_tokens, strict=True))
-        return sum(tokens + prefix_length + BLOCK_SIZE for tokens in whole[-self.max_running :])
+        return sum(tokens + prefix_length + block_size for tokens in whole[-self.max_running :])
 
 
 @dataclass(frozen=True)

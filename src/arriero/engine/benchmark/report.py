@@ -15,6 +15,7 @@ import numpy as np
 
 from arriero import __version__
 from arriero.engine.benchmark.record import Latency, Peak, Record
+from arriero.engine.kv_memory import KVMemory
 from arriero.errors import ConfigError, require
 
 COLUMNS = (
@@ -40,6 +41,8 @@ class Setting:
     Attributes:
         model: its name, as given.
         parameters: how many.
+        kv_memory: for keys and values.
+        context: tokens that a request can have.
         peers: versions of other programs, by name.
     """
 
@@ -50,16 +53,18 @@ class Setting:
     machine: str
     threads: int
     peak: Peak
+    kv_memory: KVMemory
+    context: int
     peers: dict[str, str] = field(default_factory=dict)
 
     def text(self) -> str:
-        """Two lines."""
+        """Three lines."""
         others = "".join(f", {name} {number}" for name, number in self.peers.items())
         return (
             f"{self.model}, {self.parameters / 1e6:,.1f} million parameters, {self.dtype}; {date.today()}, {self.machine}, "
             f"{self.device}, {self.threads} threads; arriero {__version__}, torch {version('torch')}{others}\n"
             f"measured peaks: {self.peak.flops / 1e9:,.0f} GFLOP/s (matrix product), "
-            f"{self.peak.bandwidth / 1e9:,.1f} GB/s (reading)"
+            f"{self.peak.bandwidth / 1e9:,.1f} GB/s (reading)\n{self.kv_memory.text(self.context)}"
         )
 
 

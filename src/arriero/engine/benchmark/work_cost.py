@@ -53,8 +53,12 @@ class WorkCost:
     windows: tuple[int | None, ...]
 
     @classmethod
-    def of(cls, model: LlamaForCausalLM) -> WorkCost:
-        """The cost of a model as it stands, in the types that it is held in."""
+    def of(cls, model: LlamaForCausalLM, kv_dtype: str = "auto") -> WorkCost:
+        """The cost of a model as it stands, in the types that it is held in.
+
+        Args:
+            kv_dtype: how keys and values are held, see `KVFormat.of`.
+        """
         config = model.config
         dtype = model.model.embed_tokens.weight.dtype
         body = [*model.model.layers.named_parameters(), *model.model.layers.named_buffers()]
@@ -69,7 +73,7 @@ class WorkCost:
             per_logit_row=2.0 * config.vocab_size * config.hidden_size,
             per_pair=4.0 * config.num_attention_heads * config.head_dim,
             weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in read),
-            kv_bytes=PagedCache.bytes_of_block(config, 1, dtype) // config.num_hidden_layers,
+            kv_bytes=PagedCache.bytes_of_block(config, 1, dtype, kv_dtype) // config.num_hidden_layers,
             windows=tuple(config.layer_sliding_window(layer) for layer in layers),
         )
 
