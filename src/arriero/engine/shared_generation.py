@@ -98,7 +98,7 @@ def generate_shared(
         return engine.generate([prompts[i] for i in own], [params[i] for i in own], on_done=done, numbers=own)
 
     def work(own: Sequence[int]) -> list[Generation]:
-        more = model.model.prefix_length + cache_block_size(model, kv_cache_dtype)
+        more = model.model.prefix_length + cache_block_size(for_generation(model, apart=apart), kv_cache_dtype)
         useful = sum(len(prompts[i]) + params[i].max_new_tokens + more for i in own)
         with _runner_of(model, useful, kv_cache_dtype, apart=apart) as runner:
             if apart or processes.alone:
