@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, replace
@@ -24,6 +22,8 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from sides import run_side
 
 SIDES = ("arriero", "transformers")
 DATA = Path(__file__).parents[2] / "shared" / "data" / "instruct" / "seed_tasks.jsonl"
@@ -120,15 +120,6 @@ def run_transformers(model: Path, jobs: dict[str, Any], threads: int) -> dict[st
     return {"cases": cases}
 
 
-def measure(side: str, data: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One side in a process of its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--data", str(data)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(arguments.threads)}
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    values: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return values
-
-
 def median(runs: list[dict[str, Any]], *keys: str) -> float:
     """Of a figure in the records of all rounds."""
     found = []
@@ -189,7 +180,7 @@ def main() -> None:
         data.write_text(json.dumps({case: asdict(job) for case, job in jobs.items()}))
         for _ in range(arguments.rounds):
             for side in SIDES:
-                sides[side].append(measure(side, data, arguments))
+                sides[side].append(run_side(__file__, sys.argv[1:], side, data, OMP_NUM_THREADS=str(arguments.threads)))
     ours, theirs = sides["arriero"], sides["transformers"]
     peaks = [case["peak"] for run in ours for case in run["cases"].values()]
     flops, bandwidth = ([peak[key] / 1e9 for peak in peaks] for key in ("flops", "bandwidth"))

@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from sides import run_side
 
 SIDES = ("arriero", "transformers")
 DATA = Path(__file__).parents[2] / "shared" / "data" / "instruct" / "seed_tasks.jsonl"
@@ -134,15 +134,6 @@ def run_transformers(model: Path, rows: list[dict[str, list[int]]], arguments: a
     }
 
 
-def measure(side: str, data: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One side in a process of its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--data", str(data)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(arguments.threads)}
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    values: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return values
-
-
 def step_tokens(rows: list[dict[str, list[int]]], arguments: argparse.Namespace) -> tuple[list[int], int]:
     """Useful tokens of each step, and those that the padded side computes in all steps."""
     lengths = [len(row["input_ids"]) for row in rows]
@@ -194,7 +185,7 @@ def main() -> None:
         data.write_text(json.dumps(rows))
         for _ in range(arguments.rounds):
             for side in SIDES:
-                runs[side].append(measure(side, data, arguments))
+                runs[side].append(run_side(__file__, sys.argv[1:], side, data, OMP_NUM_THREADS=str(arguments.threads)))
     for run in [*runs["arriero"], *runs["transformers"]]:
         run["speed"] = sum(useful[1:]) / sum(run["seconds"][1:])
     ratios = [a["speed"] / b["speed"] for a, b in zip(runs["arriero"], runs["transformers"], strict=True)]

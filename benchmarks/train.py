@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from sides import run_side
 
 SIDES = ("arriero", "transformers")
 
@@ -114,11 +114,7 @@ def run_transformers(model: Path, rows: list[dict[str, list[int]]], arguments: a
 
 def measure(side: str, data: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """One side in a process of its own."""
-    command = [sys.executable, __file__, *arguments.raw, "--side", side, "--data", str(data)]
-    result = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-    )
-    values: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    values = run_side(__file__, arguments.raw, side, data)
     values["speed"] = sum(values["tokens"][1:]) / sum(values["seconds"][1:])
     return values
 

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from byte_tokenizer import write_byte_tokenizer
 from layout_runs import append, read_lines, run_ranks
 
 from arriero.config.adapter import AdapterPathOptions
@@ -83,11 +83,7 @@ def write_model(folder: Path) -> None:
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text(json.dumps(MODEL))
     save_file(model.state_dict(), folder / "model" / "model.safetensors", metadata={"format": "pt"})
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Backend(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.save(str(folder / "model" / "tokenizer.json"))
+    write_byte_tokenizer(folder / "model")
     told = {
         "peft_type": "PREFIX_TUNING",
         "task_type": "CAUSAL_LM",

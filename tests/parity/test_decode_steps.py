@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
@@ -26,6 +24,7 @@ from arriero.models.llama import LlamaForCausalLM
 pytest.importorskip("transformers")
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "fixtures"))
+from byte_tokenizer import write_byte_tokenizer
 from recorded_steps import RecordedOperations
 from twin_models import VOCAB, twin_models
 
@@ -164,13 +163,7 @@ def test_a_row_of_nan_is_alone_with_it() -> None:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """One token a byte."""
-    folder = tmp_path_factory.mktemp("bytes")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.save(str(folder / "tokenizer.json"))
-    return load_tokenizer(folder)
+    return load_tokenizer(write_byte_tokenizer(tmp_path_factory.mktemp("bytes")))
 
 
 @pytest.mark.parametrize("tokens", [4096, 100])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers
 
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.engine.draft_model import DraftModel
@@ -20,6 +19,9 @@ from arriero.engine.sampling_params import SamplingParams
 from arriero.errors import GenerationError
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from byte_tokenizer import write_byte_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -32,13 +34,7 @@ NEW = 24
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """One token a byte."""
-    folder = tmp_path_factory.mktemp("bytes")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.save(str(folder / "tokenizer.json"))
-    return load_tokenizer(folder)
+    return load_tokenizer(write_byte_tokenizer(tmp_path_factory.mktemp("bytes")))
 
 
 def pair(seed: int = 0, **changes: Any) -> tuple[LlamaForCausalLM, Any]:

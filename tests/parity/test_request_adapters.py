@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
 from arriero.adapters.lora import LoRAConfig, adapter_state, apply_lora, load_adapter_state
@@ -41,6 +39,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from byte_tokenizer import write_byte_tokenizer  # noqa: E402
 from twin_models import twin_models  # noqa: E402
 
 VOCABULARY = 256
@@ -112,15 +111,6 @@ def keys(name: str) -> str:
     return name.replace(", ", "/").replace(" ", "-")
 
 
-def byte_tokenizer(folder: Path) -> None:
-    """One token a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.save(str(folder / "tokenizer.json"))
-
-
 @torch.no_grad()
 def twins() -> tuple[LlamaForCausalLM, Any]:
     """Matrices so large that answers differ."""
@@ -157,7 +147,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     root = tmp_path_factory.mktemp("zoo")
     ours, theirs = twins()
     hf.save_model(ours, ours.config, root / "base")
-    byte_tokenizer(root / "base")
+    write_byte_tokenizer(root / "base")
     zoo = Zoo(root / "base", ours, load_tokenizer(root / "base"), {}, {}, {})
     zoo.wanted[None], zoo.logits[None] = truth(theirs)
     for seed, (name, settings) in enumerate(LORA.items()):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers
 
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.engine.background import BackgroundEngine
@@ -23,19 +22,16 @@ from arriero.errors import GenerationError
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from byte_tokenizer import write_byte_tokenizer
+
 PARAMS = SamplingParams(max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """One token a byte."""
-    folder: Path = tmp_path_factory.mktemp("bytes")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.save(str(folder / "tokenizer.json"))
-    return load_tokenizer(folder)
+    return load_tokenizer(write_byte_tokenizer(tmp_path_factory.mktemp("bytes")))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
-import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers
 
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.engine.answer import Generation
@@ -23,6 +22,9 @@ from arriero.engine.text_stream import TextStream
 from arriero.errors import GenerationError
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from byte_tokenizer import write_byte_tokenizer
 
 CONFIG = LlamaConfig(
     vocab_size=256,
@@ -40,12 +42,7 @@ CONFIG = LlamaConfig(
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """One token a byte, so that the random model's text is full of broken characters."""
-    folder = tmp_path_factory.mktemp("bytes")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.save(str(folder / "tokenizer.json"))
+    folder = write_byte_tokenizer(tmp_path_factory.mktemp("bytes"))
     (folder / "generation_config.json").write_text('{"eos_token_id": 77}')
     return load_tokenizer(folder)
 

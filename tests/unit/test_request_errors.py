@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
 
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.engine.background import BackgroundEngine, Piece
@@ -26,6 +25,9 @@ from arriero.errors import GenerationError
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from byte_tokenizer import write_byte_tokenizer
+
 VOCABULARY, CONTEXT, CACHE = 256, 128, 96
 OTHERS = [[1, 2, 3], [7] * 20, [5, 6]]
 PARAMS = SamplingParams(max_new_tokens=16, do_sample=True, seed=4)
@@ -35,13 +37,7 @@ NAN = 13  # a prompt with this token gets logits that are no numbers
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """One token a byte."""
-    folder: Path = tmp_path_factory.mktemp("bytes")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.save(str(folder / "tokenizer.json"))
-    return load_tokenizer(folder)
+    return load_tokenizer(write_byte_tokenizer(tmp_path_factory.mktemp("bytes")))
 
 
 class BreakingRunner(TorchRunner):
