@@ -3,6 +3,7 @@
 Each side of each round is a process of its own; the sides take turns, and the medians of the rounds are shown with the ratios
 to genai. Greedy, no tokenizer: a prompt of 128 random ids and then one token at a time for 1 and 8 sequences, and a prompt of
 512. `load` is the time until a bundle is open, its hashes checked and its session ready; `MiB` the memory after all that.
+`--perplexity` scores the first tokens of a text instead, by the engine, a run of PIECE tokens after the other.
 
     python -m onnxruntime_genai.models.builder -m MODEL -o /tmp/genai -p int4 -e cpu -c /tmp/cache \\
         --extra_options int4_accuracy_level=4 int4_block_size=32
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import secrets
 import subprocess
 import sys
 import time
@@ -28,7 +31,11 @@ SIDES = {
     "int8": {"weights": "int8"},
     "int4": {"weights": "int4"},
     "int4, head int4": {"weights": "int4", "head_bits": 4},
+    "int4, zero points": {"weights": "int4", "symmetric": False},
+    "int4, blocks of 64": {"weights": "int4", "block_size": 64},
+    "int4, blocks of 128": {"weights": "int4", "block_size": 128},
 }
+PIECE = 512
 
 
 def rate(tokens: int, compute: Callable[[], object]) -> float:
@@ -39,20 +46,22 @@ def rate(tokens: int, compute: Callable[[], object]) -> float:
 
 def ours(folder: Path, threads: int) -> dict[str, float]:
     from arriero.export.bundle import open_bundle
-    from arriero.export.onnx_runner import OnnxRunner
     from arriero.export.onnx_session import OnnxSession
+    from arriero.export.slot_runner import SlotRunner
 
     start = time.perf_counter()
     bundle = open_bundle(folder)
-    runner = OnnxRunner(OnnxSession(bundle.graph, TOGETHER, threads))
+    runner = SlotRunner(OnnxSession(bundle.graph, TOGETHER, threads))
     found = {"load": time.perf_counter() - start}
     ids = [7919 * at % runner.vocab_size for at in range(LONG)]
 
-    def step(slot: int, start: int, tokens: list[int]) -> Any:
-        return SimpleNamespace(tokens=tokens, start=start, blocks=[slot], logits=1)  # without importing torch
+    def step(slot: int, start: int, tokens: list[int], salt: bytes = b"") -> Any:
+        return SimpleNamespace(
+            tokens=tokens, start=start, blocks=[slot], logits=1, salt=salt
+        )  # without importing torch
 
     def prompt(slot: int, length: int) -> None:
-        runner.run([step(slot, 0, ids[:length])])
+        runner.run([step(slot, 0, ids[:length], secrets.token_bytes(8))])  # nothing of an earlier one
 
     def go_on(slots: int, count: int) -> None:
         for at in range(count):
@@ -104,6 +113,21 @@ def genai(folder: Path, threads: int) -> dict[str, float]:
     return found
 
 
+def perplexity(folder: Path, text: Path, pieces: int, threads: int) -> float:
+    """exp of the mean negative log-likelihood of each token of the text but the first of each piece."""
+    from arriero.commands.bundles import bundle_engine
+    from arriero.engine.sampling_params import SamplingParams
+    from arriero.export.bundle import open_bundle
+
+    engine = bundle_engine(open_bundle(folder), 4, threads)
+    ids = engine.tokenizer.encode(text.read_text(encoding="utf-8")[: pieces * PIECE * 8])
+    rows = [ids[PIECE * at : PIECE * (at + 1)] for at in range(pieces)]
+    assert len(rows[-1]) == PIECE, "the text is too short"
+    found = engine.generate(rows, SamplingParams(max_new_tokens=1, prompt_logprobs=0))
+    scores = [one.logprob for answer in found for one in answer.prompt_logprobs if one is not None]
+    return math.exp(-sum(scores) / len(scores))
+
+
 def resident() -> float:
     """MiB of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -138,12 +162,20 @@ def main() -> None:
     parser.add_argument("--genai-python", default=sys.executable)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5, help="0: only export")
+    parser.add_argument("--perplexity", type=Path, help="a text to score")
+    parser.add_argument("--pieces", type=int, default=16)
     parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         side(arguments)
         return
     sides = export(arguments.model, arguments.folder, arguments.kinds)
+    if arguments.perplexity:
+        for name, (_, folder) in sides.items():
+            size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+            found = perplexity(folder, arguments.perplexity, arguments.pieces, arguments.threads)
+            print(f"{name:20s} {size:7.1f} MB  perplexity {found:.2f}", flush=True)
+        return
     if arguments.genai:
         sides["genai"] = ("genai", arguments.genai)
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
@@ -162,7 +194,7 @@ def main() -> None:
                 for key in ("decode 1", "decode 8", "prefill")
             }
             text += "  of genai's " + " ".join(f"{value:.2f}" for value in ratios.values())
-        print(f"{name:16s} {text}", flush=True)
+        print(f"{name:20s} {text}", flush=True)
 
 
 if __name__ == "__main__":

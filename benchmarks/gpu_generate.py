@@ -146,7 +146,7 @@ def parse(given: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--attention",
         choices=get_args(KernelName),
-        help="kernel of decoding (default: the fastest that is installed; on a CPU none)",
+        help="kernel of decoding (default: the fastest one; on a CPU none)",
     )
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--compile", action="store_true", help="torch.compile for the layers of small steps")

@@ -35,7 +35,7 @@ import torch
 from arriero.config.checkpoint import CheckpointOptions
 from arriero.config.logging import LoggingOptions
 from arriero.config.model import ModelOptions
-from arriero.config.optimization import OptimizationOptions
+from arriero.config.optimization import OPTIMIZERS, OptimizationOptions
 from arriero.config.parallel import ParallelOptions
 from arriero.config.precision import PrecisionOptions
 from arriero.data.corpus.dataset import CorpusSample
@@ -49,7 +49,6 @@ from arriero.parallel import parallelize
 from arriero.parallel.compilation import apply_compile
 from arriero.parallel.processes import launched_size, start, stop
 from arriero.training.flops import peak_flops
-from arriero.training.optimizer import NAMES
 from arriero.training.run import RunOptions, build_trainer, share_out
 from arriero.training.weights import FullWeights
 
@@ -229,7 +228,7 @@ def parse(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--warmup", type=int, default=5, help="steps that are left out")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--optim", default="adamw", choices=NAMES)
+    parser.add_argument("--optim", default="adamw", choices=OPTIMIZERS)
     parser.add_argument("--backend", default="inductor", help="of torch.compile; aot_eager needs no compiler")
     parser.add_argument("--tensor_parallel_degree", type=int, default=1)
     parser.add_argument("--pipeline_parallel_degree", type=int, default=1)

@@ -14,9 +14,10 @@ from collections.abc import Callable
 
 import torch
 
+from arriero.config.optimization import OPTIMIZERS
 from arriero.models.llama import LlamaForCausalLM
 from arriero.models.presets import find_preset
-from arriero.training.optimizer import NAMES, Optimizer
+from arriero.training.optimizer import Optimizer
 
 
 def fill_gradients(model: torch.nn.Module, seed: int) -> None:
@@ -55,7 +56,7 @@ def main() -> None:
     model.init_weights(0)
     parameters = list(model.parameters())
     peer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
-    ours = {name: Optimizer(model, name=name) for name in NAMES}
+    ours = {name: Optimizer(model, name=name) for name in OPTIMIZERS}
     ways = {"torch fused AdamW": torch_step(model, peer)} | {name: our_step(o) for name, o in ours.items()}
     times: dict[str, list[float]] = {name: [] for name in ways}
     for round_number in range(arguments.rounds + 1):

@@ -21,7 +21,7 @@ from arriero.engine.engine import Engine
 from arriero.engine.runner import TorchRunner, Work, cache_block_size
 from arriero.engine.sampling_params import SamplingParams
 from arriero.formats.download import resolve_model
-from arriero.models import paged_attention
+from arriero.models import attention_libraries
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 from arriero.models.presets import TINY_RANDOM_LLAMA
@@ -75,8 +75,9 @@ def test_greedy_is_transformers(family: str, budget: int, device: str, tokenizer
         )
         wanted.append(made[0, len(prompt) :].tolist())
     ours.to(device)
-    for tokens, graphs in ((4096, True), (160, True), (4096, False)):
-        runner = TorchRunner(ours, max_tokens=tokens, paged_attention="gather", cuda_graphs=graphs)
+    # None is what a user gets, on a CPU each sequence by itself
+    for tokens, graphs, kernel in ((4096, True, "gather"), (160, True, None), (4096, False, None)):
+        runner = TorchRunner(ours, max_tokens=tokens, paged_attention=kernel, cuda_graphs=graphs)  # type: ignore[arg-type]
         engine = Engine(runner, tokenizer, max_running=6, max_step_tokens=budget)
         assert engine.runner.device.type == device
         answers = engine.generate(PROMPTS, SamplingParams(max_new_tokens=NEW, ignore_eos=True))
@@ -97,12 +98,15 @@ def small_model(device: str, dtype: torch.dtype, **changes: Any) -> LlamaForCaus
 @pytest.mark.parametrize(
     ("kernel", "device"),
     [("gather", "cpu")]
-    + [pytest.param(k, "cuda", marks=pytest.mark.gpu) for k in ("gather", "varlen", "flash_attn", "flashinfer")],
+    + [
+        pytest.param(k, "cuda", marks=pytest.mark.gpu)
+        for k in ("gather", "triton", "varlen", "flash_attn", "flashinfer")
+    ],
 )
 def test_every_kernel_attends_alike(kernel: Any, window: int | None, device: str) -> None:
     """Beside ordinary steps, in bf16: rows of very different lengths that grow, with graphs and without; also when the weights
     change between them."""
-    if kernel == "varlen" and not paged_attention._has_paged_varlen():
+    if kernel == "varlen" and not attention_libraries.has_paged_varlen():
         pytest.skip("this torch has no varlen_attn with a block table")
     if kernel in ("flash_attn", "flashinfer"):
         pytest.importorskip(kernel)
@@ -114,10 +118,10 @@ def test_every_kernel_attends_alike(kernel: Any, window: int | None, device: str
     per_row = -(-712 // size)
     blocks = [[row + len(lengths) * i for i in range(per_row)] for row in range(len(lengths))]
     made: dict[str, TorchRunner] = {
-        "graphs": TorchRunner(model, max_tokens=len(lengths) * per_row * size, paged_attention=kernel),
-        "eager": TorchRunner(
-            model, max_tokens=len(lengths) * per_row * size, paged_attention=kernel, cuda_graphs=False
-        ),
+        name: TorchRunner(
+            model, max_tokens=len(lengths) * per_row * size, paged_attention=kernel, cuda_graphs=name == "graphs"
+        )
+        for name in ("graphs", "eager")
     }
     ordinary = TorchRunner(model, block_size=size, max_tokens=len(lengths) * per_row * size)
     ordinary._steps = None
@@ -149,8 +153,11 @@ def test_compiled_layers_in_graphs() -> None:
     ordinary = TorchRunner(model, max_tokens=1024)
     ordinary._steps = None
     compiled = TorchRunner(model, max_tokens=1024, compile=True)
+    done = [0, 0, 0]  # tokens of each sequence, so that nothing is read that was not computed
     for n in range(8):
-        work = [Work([n + row], n, [2 * row], 1) for row in range(1 + n % 3)]
+        work = [Work([n + row], done[row], [2 * row], 1) for row in range(1 + n % 3)]
+        for row in range(len(work)):
+            done[row] += 1
         expected = ordinary.run(work)
         assert (compiled.run(work) - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert compiled.graphs == 3

@@ -97,9 +97,27 @@ def test_logits_are_those_of_transformers(family: str, recorded: bool) -> None:
         assert capture.replays == 27
 
 
+@pytest.mark.parametrize("few", [1, 4, 9])
+def test_single_tokens_beside_prompts(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts that are whole, in part and scored in a step with single tokens, in any order."""
+    monkeypatch.setattr(runner_module, "FEW_SINGLES", few)
+    ours, theirs = twin_models(max_position_embeddings=128)
+    capture = RecordedOperations()
+    tables = table_runner(ours, capture, block_size=BLOCK, max_tokens=BLOCK * 96)
+    tables.run([Work(SEQUENCES[i][:10], 0, blocks_of(i), 0) for i in (0, 1, 2, 3)])
+    spans = {4: (0, 5, 2), 2: (10, 11, 1), 0: (10, 11, 1), 5: (0, 17, 17), 1: (10, 11, 1), 3: (10, 30, 0)}
+    given = tables.run([Work(SEQUENCES[i][a:b], a, blocks_of(i), wanted) for i, (a, b, wanted) in spans.items()])
+    expected = []
+    for i, (_, end, wanted) in spans.items():
+        with torch.no_grad():
+            expected.append(theirs(torch.tensor([SEQUENCES[i][:end]])).logits[0, end - wanted :])
+    assert (given - torch.cat(expected)).abs().max() <= 1e-5 * torch.cat(expected).abs().max()
+    assert capture.replays == (few <= 3)
+
+
 @pytest.mark.parametrize("table_tokens", [BLOCK, 256])
 def test_tables_grow_with_the_longest_row(table_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_graphs, "TABLE_TOKENS", table_tokens)
+    monkeypatch.setattr(decode_graphs, "READ_WHOLE", (table_tokens, 2))
     ours, theirs = twin_models(max_position_embeddings=128)
     capture = RecordedOperations()
     tables = table_runner(ours, capture, block_size=BLOCK, max_tokens=BLOCK * 96)
@@ -277,7 +295,9 @@ def test_what_has_adapters_more_tokens_or_too_many_rows(monkeypatch: pytest.Monk
 
 def test_the_ladder() -> None:
     assert [rung(rows) for rows in range(1, 18)] == [1, 2, 4, 4, 8, 8, 8, 8, 16, 16, 16, 16, 16, 16, 16, 16, 24]
-    assert len({rung(rows) for rows in range(1, 513)}) == 67
+    assert len({rung(rows) for rows in range(1, 513)}) == 23
+    assert all(rung(rows) < 1.25 * rows for rows in range(33, 513))
+    assert all(rung(rung(rows)) == rung(rows) >= rows for rows in range(1, 513))
 
 
 def test_a_cpu_captures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,24 @@ from arriero.errors import GenerationError
 STEPS_TO_GET_ON = 400
 
 
+def test_nobody_loses_blocks_for_an_adapter_that_stays_in_use() -> None:
+    scheduler = Scheduler(BlockManager(16, 4), max_running=4, max_step_tokens=64, max_context=60, max_adapters=1)
+    first, second, third = (
+        Request([1, 2, number], 3, 8, priority=priority, adapter=adapter)
+        for number, (priority, adapter) in enumerate([(0, 1), (5, 0), (1, 2)])
+    )
+    scheduler.add(first)
+    scheduler.add(second)
+    scheduler.schedule()
+    scheduler.add(third)
+    scheduler.schedule()
+    assert scheduler.preemptions == 0
+    assert scheduler.running == [first, second]
+    scheduler.remove(first)
+    scheduler.schedule()
+    assert third.status is Status.RUNNING
+
+
 class Serving(RuleBasedStateMachine):
     """Requests come, are computed, guess, finish and go; `truth` is what a block must hold."""
 

@@ -10,7 +10,7 @@ import logging
 import math
 import sys
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from arriero.engine.runner import TorchRunner, Work, cache_block_size
 from arriero.errors import ConfigError
-from arriero.models import paged_attention
+from arriero.models import attention_libraries, paged_attention
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
-from arriero.models.paged_attention import block_size_of, choose_kernel
+from arriero.models.paged_attention import KernelName, block_size_of, choose_kernel
 
 HEADS, KEY_VALUE_HEADS, SIZE = 4, 2, 16
 CONFIG: dict[str, Any] = {
@@ -167,8 +167,8 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
         SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=BatchDecodeWithPagedKVCacheWrapper),
     )
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=varlen_attn))
-    monkeypatch.setattr(paged_attention, "_has_paged_varlen", lambda: True)
-    monkeypatch.setattr(paged_attention, "FLASHINFER_WORKSPACE", 16)
+    monkeypatch.setattr(attention_libraries, "has_paged_varlen", lambda: True)
+    monkeypatch.setattr(attention_libraries, "FLASHINFER_WORKSPACE", 16)
 
 
 def model(window: int | None = None) -> LlamaForCausalLM:
@@ -234,27 +234,24 @@ def test_a_kernel_that_fails_is_not_used(
 
 def test_a_kernel_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flashinfer", None)
-    monkeypatch.setattr(paged_attention, "_has_paged_varlen", lambda: False)
+    monkeypatch.setattr(attention_libraries, "has_paged_varlen", lambda: False)
     with pytest.raises(ConfigError, match="paged attention by flashinfer needs a package that cannot be imported"):
         TorchRunner(model(), max_tokens=64, paged_attention="flashinfer")
-    with pytest.raises(ConfigError, match="by 'varlen' is not to be had here: choose one of flashinfer, flash_attn"):
+    with pytest.raises(ConfigError, match=r"by varlen needs .*varlen_attn of torch .* takes no block table"):
         TorchRunner(model(), max_tokens=512, paged_attention="varlen")
+    with pytest.raises(ConfigError, match="by 'vllm' is not to be had here: choose one of triton, flashinfer"):
+        TorchRunner(model(), max_tokens=512, paged_attention="vllm")  # type: ignore[arg-type]
 
 
-def test_the_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    cuda, bf16, fp32 = torch.device("cuda"), torch.bfloat16, torch.float32
-    usable = {"flashinfer", "flash_attn"}
+def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    usable = {"triton"}
     monkeypatch.setattr(paged_attention, "_is_usable", lambda package: package in usable)
-    monkeypatch.setattr(paged_attention, "_has_paged_varlen", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert choose_kernel(torch.device("cpu"), bf16, bf16, 64) == "gather"
-    assert choose_kernel(cuda, fp32, fp32, 64) == "gather"
-    assert choose_kernel(cuda, bf16, torch.int8, 64) == "gather"
-    assert choose_kernel(cuda, bf16, bf16, 128) == "flashinfer"
-    assert choose_kernel(cuda, bf16, bf16, 96) == "flash_attn"
-    assert choose_kernel(cuda, bf16, bf16, 100) == "gather"
+    assert choose_kernel(torch.device("cpu")) == "gather"
+    assert choose_kernel(torch.device("cuda")) == "triton"
     usable.clear()
-    assert choose_kernel(cuda, bf16, bf16, 128) == "varlen"
+    assert choose_kernel(torch.device("cuda")) == "gather"
+    usable.add("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert choose_kernel(cuda, bf16, bf16, 128) == "gather"
-    assert [block_size_of(name, 16) for name in ("gather", "flashinfer", "flash_attn", "varlen")] == [16, 16, 256, 256]
+    assert choose_kernel(torch.device("cuda")) == "gather"
+    assert [block_size_of(name, 16) for name in get_args(KernelName)] == [16, 16, 256, 256, 16]

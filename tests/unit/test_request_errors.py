@@ -192,6 +192,41 @@ def test_a_structure_without_end_costs_its_answer_alone(
     assert [other.token_ids for other in others] == alone
 
 
+@pytest.mark.parametrize(
+    "options", [{"priority": "x"}, {"priority": math.nan}, {"salt": "x"}, {"adapter": 7}], ids=lambda value: str(value)
+)
+def test_an_option_of_another_type_is_refused_while_others_run(
+    options: dict[str, Any], engine: Engine, alone: list[list[int]]
+) -> None:
+    others = [engine.submit(other, PARAMS) for other in OTHERS]
+    engine.step()
+    with pytest.raises(GenerationError, match=f"{next(iter(options))} is .*: it must be"):
+        engine.submit([1] * 40, PARAMS, **options)
+    while engine.unfinished:
+        engine.step()
+    assert [other.token_ids for other in others] == alone
+
+
+def test_a_step_that_always_fails_ends_what_waits_too(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("no step today")
+
+    monkeypatch.setattr(engine.scheduler, "schedule", broken)
+    serving = BackgroundEngine(engine)
+    with pytest.raises(GenerationError, match="no step today"):
+        serving.submit([1, 2, 3], PARAMS).result()
+    assert serving.close()
+    assert not engine.unfinished
+
+
+def test_a_whole_answer_is_told_of_once(model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
+    told: list[int] = []
+    Engine(TorchRunner(model, max_tokens=512), tokenizer).generate(
+        [[1, 2, 3], [4]], SamplingParams(max_new_tokens=5, n=3), on_done=lambda number, _: told.append(number)
+    )
+    assert sorted(told) == [0, 1]
+
+
 def test_logits_that_are_no_numbers_fail_their_request_alone(engine: Engine, alone: list[list[int]]) -> None:
     others = [engine.submit(other, PARAMS) for other in OTHERS]
     broken = [engine.submit([4, NAN], PARAMS), engine.submit([NAN] * 20, SamplingParams(max_new_tokens=4))]

@@ -7,7 +7,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 
@@ -71,16 +71,19 @@ class FileCopier:
         reading = os.open(source, os.O_RDONLY | _DIRECT)
         try:
             writing = os.open(f"/proc/self/fd/{target}", os.O_WRONLY | _DIRECT)
+            moves: list[Future[bool]] = []
             try:
-                moves = [
+                moves += [
                     self._pool.submit(
                         self._move, reading, start + begin - at, writing, begin, min(_CHUNK, last - begin)
                     )
                     for begin in range(first, last, _CHUNK)
                 ]
-                wait(moves)  # for every one, also after a failure: they use the descriptors
                 return all(move.result() for move in moves)
             finally:
+                for move in moves:
+                    move.cancel()
+                wait(moves)  # for every one, also after a failure or an interrupt: they use the descriptors
                 os.close(writing)
         finally:
             os.close(reading)

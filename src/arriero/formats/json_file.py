@@ -27,10 +27,22 @@ def read_json_object(path: Path, missing: str) -> dict[str, Any]:
         raise FormatError(f"{path}: cannot be read ({error.strerror}); {missing}") from error
     if len(text) > MAX_CONFIG_BYTES:
         raise FormatError(f"{path}: is larger than {MAX_CONFIG_BYTES} bytes; this is not a configuration")
+    return parse_json_object(text, f"{path}:")
+
+
+def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Args:
+        where: how a message begins.
+
+    Raises:
+        FormatError: when it is none.
+    """
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: is not valid JSON; fetch it again") from error
+        raise FormatError(f"{where} is not valid JSON; fetch it again") from error
     if not isinstance(values, dict):
-        raise FormatError(f"{path}: must hold a JSON object, got {type(values).__name__}")
+        raise FormatError(f"{where} must hold a JSON object, got {type(values).__name__}")
     return values

@@ -7,6 +7,7 @@ from safetensors only; the files of torch.save (`.bin`, `.pt`, `.pth`) are pickl
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -149,44 +150,50 @@ def read_tensors(path: str | Path, device: str | torch.device = "cpu") -> Iterat
         FormatError: when the file is missing, truncated or corrupt in any way.
     """
     path = Path(path)
-    try:
-        size = path.stat().st_size
-        if size == 0:
-            raise FormatError(f"{path}: the file is empty; fetch it again")
-        with safe_open(path, framework="np") as file:  # which checks the header; for torch it would reserve memory
-            entries, names = read_entries(path), file.offset_keys()
+    entries = checked_entries(path)
+    with readable(path):
         mapped = MappedFile(path)
-        for name in names:
-            kind, shape, start, _ = entries[name]
-            yield name, mapped.view(start, _dtype(path, name, kind), shape).to(device)
-    except SafetensorError as error:
-        raise FormatError(f"{path}: is not a valid safetensors file ({_one_line(error)}); fetch it again") from error
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror or _one_line(error)})") from error
+    for name, (kind, shape, start, _) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        yield name, mapped.view(start, stored_dtype(path, name, kind), shape).to(device)
 
 
 def read_shapes(path: str | Path) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
     """Dtype (None for one that is no floating-point weight) and shape of every tensor of a file, without its data."""
-    path = Path(path)
-    try:
+    return {name: (_DTYPES.get(kind), shape) for name, (kind, shape, _, _) in checked_entries(Path(path)).items()}
+
+
+def checked_entries(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """What `read_entries` gives of a file whose header the library has checked, which maps nothing.
+
+    Raises:
+        FormatError: when the file is missing, truncated or corrupt in any way.
+    """
+    with readable(path):
         if path.stat().st_size == 0:
             raise FormatError(f"{path}: the file is empty; fetch it again")
-        with safe_open(path, framework="np") as file:  # which maps nothing, so the file may be larger than the memory
-            read_entries(path)
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return {name: (_DTYPES.get(part.get_dtype()), tuple(part.get_shape())) for name, part in slices.items()}
+        with safe_open(path, framework="np"):  # for torch it would reserve memory for all of it
+            return read_entries(path)
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """What goes wrong while a file is read, as a `FormatError` of one line."""
+    try:
+        yield
     except SafetensorError as error:
-        raise FormatError(f"{path}: is not a valid safetensors file ({_one_line(error)}); fetch it again") from error
+        reason = " ".join(str(error).split())[:200]
+        raise FormatError(f"{path}: is not a valid safetensors file ({reason}); fetch it again") from error
     except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror or _one_line(error)})") from error
+        raise FormatError(f"{path}: cannot be read ({error.strerror or ' '.join(str(error).split())[:200]})") from error
 
 
-def _dtype(path: Path, name: str, kind: str) -> torch.dtype:
+def stored_dtype(path: Path, name: str, kind: str) -> torch.dtype:
+    """Of a tensor of a file, by the name that its header gives.
+
+    Raises:
+        FormatError: if torch has no such dtype.
+    """
     try:
         return dtype_of_name(kind)
     except FormatError as error:
         raise FormatError(f"{path}: {name}: {error}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from arriero.errors import FormatError
@@ -28,8 +27,16 @@ from arriero.formats.box_writing import placement_of, write_box
 from arriero.formats.file_copy import FileCopier, write_at
 from arriero.formats.mapped_file import MappedFile
 from arriero.formats.parts import Part, Placement
-from arriero.formats.safe_tensors import INDEX_FILE, SINGLE_FILE, LazyTensor, weight_files
-from arriero.formats.safetensors_header import build_header, dtype_of_name, name_of_dtype, read_entries
+from arriero.formats.safe_tensors import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    LazyTensor,
+    checked_entries,
+    readable,
+    stored_dtype,
+    weight_files,
+)
+from arriero.formats.safetensors_header import build_header, dtype_of_name, name_of_dtype
 from arriero.formats.staging import staged_folder, write_error
 
 State = (
@@ -296,19 +303,14 @@ class PartReader:
         self.source = Path(source)
         self._stored: dict[str, _Stored] = {}
         for path in weight_files(self.source) if self.source.is_dir() else [self.source]:
-            with _readable(path):
-                if path.stat().st_size == 0:
-                    raise FormatError(f"{path}: the file is empty; fetch it again")
-                # The library checks the header; to map the file for torch it would reserve as much memory.
-                with safe_open(path, framework="np") as checked:
-                    names, entries = list(checked.keys()), read_entries(path)
+            entries = checked_entries(path)
+            with readable(path):
                 file = MappedFile(path)
-                for name in names:
-                    if name in self._stored:
-                        other = self._stored[name].path.name
-                        raise FormatError(f"{path}: holds {name}, which {other} holds too; fetch the model again")
-                    kind, shape, start, _ = entries[name]
-                    self._stored[name] = _Stored(file, path, kind, shape, start)
+            for name, (kind, shape, start, _) in sorted(entries.items()):
+                if name in self._stored:
+                    other = self._stored[name].path.name
+                    raise FormatError(f"{path}: holds {name}, which {other} holds too; fetch the model again")
+                self._stored[name] = _Stored(file, path, kind, shape, start)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -325,10 +327,7 @@ class PartReader:
             FormatError: if there is none of this name, or torch has no such dtype.
         """
         stored = self._find(name)
-        try:
-            return dtype_of_name(stored.dtype)
-        except FormatError as error:
-            raise FormatError(f"{stored.path}: {name}: {error}") from error
+        return stored_dtype(stored.path, name, stored.dtype)
 
     def read(self, name: str, box: tuple[slice, ...] | None = None) -> Tensor:
         """A box of a tensor (all of it if not given), as a view of the mapped file, on the CPU.
@@ -367,14 +366,3 @@ class PartReader:
         if name not in self._stored:
             raise FormatError(f"{self.source}: tensor {name} is missing")
         return self._stored[name]
-
-
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except SafetensorError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise FormatError(f"{path}: is not a valid safetensors file ({reason}); fetch it again") from error
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror or error})") from error

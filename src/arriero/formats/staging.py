@@ -10,7 +10,17 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from arriero.errors import FormatError
+from arriero.errors import ConfigError, FormatError
+
+
+def check_target(path: str | Path, option: str) -> None:
+    """Refuse a folder that holds something, before the work that is to fill it.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if Path(path).is_dir() and any(Path(path).iterdir()):
+        raise ConfigError(f"{option} {path} is not empty: name a new folder")
 
 
 @contextlib.contextmanager

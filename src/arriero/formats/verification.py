@@ -112,7 +112,7 @@ def compare(
         done += prod(value.shape) * value.dtype.itemsize
         if progress is not None:
             progress(done, total)
-    apart = _compare_logits(source, written, same=rounded == 0) if logits else None
+    apart = _compare_logits(source, written) if logits else None
     if apart is not None and rounded == 0 and apart[0] > 1e-5 * max(1.0, apart[1]):
         raise FormatError(f"{written.path}: all tensors are equal, but logits differ by {apart[0]:.1e}: do not use it")
     return Comparison(len(source.tensors), rounded, largest, worst, apart)
@@ -201,14 +201,9 @@ def _alike(one: object, other: object) -> bool:
     return one == other
 
 
-def _compare_logits(source: ModelSource, written: ModelSource, *, same: bool) -> tuple[float, float]:
-    """The largest difference, and the largest logit.
-
-    Args:
-        same: all tensors are equal. With equal configurations too it is the very same model, and is computed once.
-    """
-    before = prompt_logits(source)
-    after = before if same and source.config == written.config else prompt_logits(written)
+def _compare_logits(source: ModelSource, written: ModelSource) -> tuple[float, float]:
+    """The largest difference, and the largest logit."""
+    before, after = prompt_logits(source), prompt_logits(written)
     return float((before - after).abs().max()), float(before.abs().max())
 
 

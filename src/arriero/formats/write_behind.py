@@ -75,7 +75,10 @@ class WriteBehind(io.RawIOBase):
 
         Raises:
             OSError: when these or earlier ones cannot be written.
+            ValueError: after `discard`.
         """
+        if self._ends:
+            raise ValueError("write to a discarded file")
         view = memoryview(content).cast("B")
         if view.nbytes <= _SMALL:
             if self._thread is None:

@@ -9,25 +9,37 @@ import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from arriero.models.attention_info import AttentionInfo
 
-__all__ = ["AttentionInfo", "Backend", "attention", "choose_backend", "document_kernel", "put_before", "takes_lengths"]
+__all__ = [
+    "AttentionInfo",
+    "Backend",
+    "attention",
+    "choose_backend",
+    "document_kernel",
+    "kernels_for_any_shape",
+    "put_before",
+    "takes_lengths",
+]
 
 Backend = Literal["sdpa", "repeated", "varlen", "reference"]
 
-HAS_VARLEN = False
+HAS_VARLEN = _SAYS_GROUPED = False
 if torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]  # only CUDA has the kernel; the import takes a second
     with contextlib.suppress(ImportError):  # a torch without it; documents then go through SDPA
         from torch.nn.attention import varlen
 
-        # Earlier torch has it with fewer arguments: without windows and grouped heads it is of no use here.
-        HAS_VARLEN = {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen.varlen_attn).parameters.keys()
+        # Earlier torch has it with fewer arguments: without windows it is of no use here. That of torch 2.11 takes grouped
+        # heads as its kernels do, without being told.
+        _known = inspect.signature(varlen.varlen_attn).parameters.keys()
+        HAS_VARLEN, _SAYS_GROUPED = {"scale", "window_size"} <= _known, "enable_gqa" in _known
 
 
 def choose_backend(query: Tensor, info: AttentionInfo) -> Backend:
@@ -55,6 +67,17 @@ def takes_lengths(device: torch.device, dtype: torch.dtype, head_dim: int) -> bo
         and head_dim % 8 == 0
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )
+
+
+def kernels_for_any_shape(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Where shapes differ from call to call: on a GPU all of SDPA's kernels but cuDNN's, which torch prefers on Hopper.
+
+    It makes a plan for each new shape, for which an H200 waited 0.6 s (torch 2.11); the others are as fast there.
+    """
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return cast("contextlib.AbstractContextManager[None]", sdpa_kernel(kernels))
 
 
 def document_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
@@ -157,7 +180,8 @@ def _sdpa(
     if info.kind == "documents" and (len(info.lengths) > 1 or info.branches):
         if query.is_cuda:
             mask = info.dense_mask(queries, keys, sliding_window, query.device)
-            return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=grouped)
+            with kernels_for_any_shape(query.device):
+                return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=grouped)
         return _sdpa_by_document(query, key, value, info, scale, sliding_window)
     if info.kind == "masked":
         dense = info.dense_mask(queries, keys, sliding_window, query.device)
@@ -242,6 +266,7 @@ def _varlen(
     query_offsets, key_offsets = info.offsets(query.device)
     # Flash counts the keys before the query's own.
     left = -1 if sliding_window is None else sliding_window - 1
+    grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _SAYS_GROUPED else {}
     output = varlen.varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -252,7 +277,7 @@ def _varlen(
         max(info.kv_lengths),
         scale=scale,
         window_size=(left, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     assert isinstance(output, Tensor)  # a tuple only when auxiliary results are asked for
     return output.transpose(0, 1)[None]

@@ -202,7 +202,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, block: Block, scale: float
         value,
         *block.offsets(query.device),
         max(block.lengths),
-        max(block.key_lengths),
+        _longest(block),
         0.0,
         block.causal and left < 0,
         False,
@@ -233,7 +233,7 @@ def _flash_backward(
         log_sum.transpose(0, 1).contiguous(),
         *block.offsets(query.device),
         max(block.lengths),
-        max(block.key_lengths),
+        _longest(block),
         0.0,
         block.causal and left < 0,
         torch.zeros(2, dtype=torch.uint64, device=query.device),  # state of the dropout that is not there
@@ -243,6 +243,11 @@ def _flash_backward(
         window_size_right=right,
     )
     return of_query, of_key, of_value
+
+
+def _longest(block: Block) -> int:
+    """No fewer than the most keys of a document: more of them where queries see far ahead, since flash cuts how far to it."""
+    return max(block.key_lengths) + (0 if block.causal else max(block.lengths))
 
 
 def _reach(block: Block) -> tuple[int, int]:

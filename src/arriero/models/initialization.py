@@ -28,12 +28,12 @@ def drawn(name: str, box: Box, shape: tuple[int, ...], seed: int, draw: Draw) ->
     """
     rows, columns = box
     step = max(1, BLOCK_ELEMENTS // shape[1])
-    values = torch.empty(rows.stop - rows.start, columns.stop - columns.start)
+    values = torch.empty(rows.stop - rows.start, columns.stop - columns.start, device="cpu")
     for block in range(rows.start // step, -(-rows.stop // step)):
         key = hashlib.sha256(f"{seed}:{name}:{block}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(key[:8], "little") >> 1)
         first = block * step
-        drawn_rows = torch.empty(min(step, shape[0] - first), shape[1])
+        drawn_rows = torch.empty(min(step, shape[0] - first), shape[1], device="cpu")
         draw(drawn_rows, generator)
         low, high = max(rows.start, first), min(rows.stop, first + step)
         values[low - rows.start : high - rows.start] = drawn_rows[low - first : high - first, columns]
@@ -44,7 +44,7 @@ def initial_values(name: str, box: Box, shape: tuple[int, ...], config: LlamaCon
     """A box of a parameter as HF draws it: N(0, initializer_range) for matrices, 1 for norms, 0 for biases; fp32, CPU."""
     if len(shape) < 2:
         size = box[0].stop - box[0].start
-        return torch.zeros(size) if name.endswith(".bias") else torch.ones(size)
+        return torch.full((size,), 0.0 if name.endswith(".bias") else 1.0, device="cpu")
 
     def draw(values: Tensor, generator: torch.Generator) -> None:
         values.normal_(0.0, config.initializer_range, generator=generator)

@@ -57,11 +57,15 @@ class PackedModel:
     trained or loaded later count here too, but not another module in the place of one.
     """
 
-    def __init__(self, model: LlamaForCausalLM, *, copy: bool = False, compile: bool = False) -> None:
+    def __init__(
+        self, model: LlamaForCausalLM, *, copy: bool = False, join: bool = True, compile: bool = False
+    ) -> None:
         """
         Args:
             copy: hold the plain linear layers' weights once more in the layout of oneDNN's kernels, which `copy_bytes` of
                 memory make much faster; without effect where there are no such kernels.
+            join: let the weights of q/k/v, and of gate and up, become slices of one tensor, which takes its memory anew where
+                they were mapped from a file; without effect on what is copied.
             compile: of few packed tokens without `deltas`, layers are computed as torch.compile makes them, but for
                 attention; then there is no copy. The first steps take long. On a CPU it loses (see docs/gpu.md).
         """
@@ -69,6 +73,7 @@ class PackedModel:
         self._model = model
         kernels = self.copy_bytes(model) > 0
         self._copy = copy and kernels and not compile
+        self._join = join or self._copy
         # with more rows oneDNN's kernels are called, which the compiler does not know
         self._compiled_tokens = (MANY_ROWS - 1 if kernels else COMPILED_TOKENS) if compile else 0
         self._parameters = [
@@ -84,10 +89,10 @@ class PackedModel:
         return sum(weight.nbytes for weight in weights if has_kernels(weight.device, weight.dtype))
 
     def _pack(self) -> None:
-        model, copy = self._model, self._copy
+        model, copy, join = self._model, self._copy, self._join
         with torch.inference_mode(False), torch.no_grad():  # parameters are to stay ordinary tensors
             layers, heads = cast("list[DecoderLayer]", model.model.layers), self.config.num_key_value_heads
-            self._layers = [_PackedLayer(layer, heads, copy, self._compiled_tokens) for layer in layers]
+            self._layers = [_PackedLayer(layer, heads, copy, join, self._compiled_tokens) for layer in layers]
             head = model.lm_head
             self._head: Callable[[Tensor], Tensor] = PackedLinear([head], copy=copy) if is_plain(head) else head
         self._state = self._values()
@@ -136,14 +141,14 @@ class PackedModel:
 class _PackedLayer:
     """A decoder layer over packed tokens: (T, hidden_size) -> the same, perhaps in place."""
 
-    def __init__(self, layer: DecoderLayer, key_value_heads: int, copy: bool, compiled_tokens: int) -> None:
+    def __init__(self, layer: DecoderLayer, key_value_heads: int, copy: bool, join: bool, compiled_tokens: int) -> None:
         self._layer, self._key_value_heads, self._compiled_tokens = layer, key_value_heads, compiled_tokens
         attention, mlp = layer.self_attn, layer.mlp
         parts, gate = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
         self._parts: tuple[nn.Module, ...] = parts
-        self._qkv = PackedLinear(parts, copy=copy) if is_plain(*parts) else None
+        self._qkv = PackedLinear(parts, copy=copy) if join and is_plain(*parts) else None
         self._output = PackedLinear([attention.o_proj], copy=copy) if is_plain(attention.o_proj) else None
-        self._gate = PackedGate(*gate, copy=copy) if is_plain(*gate) else None
+        self._gate = PackedGate(*gate, copy=copy) if join and is_plain(*gate) else None
         self._down = PackedLinear([mlp.down_proj], copy=copy) if is_plain(mlp.down_proj) else None
 
     def __call__(

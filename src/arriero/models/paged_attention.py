@@ -3,19 +3,18 @@
 What is computed depends on the tensors' values and not on anything in Python, so that a CUDA graph of a step serves all later
 steps of its shape. Which kernel does it is chosen by `choose_kernel`, and nowhere else.
 
-Of the kernels only `Gathered` has ever run: the others need a GPU, and are written after their libraries' sources.
+`Gathered` runs everywhere; `triton_attention.py` and `attention_libraries.py` have the others.
 """
 
 from __future__ import annotations
 
-import contextlib
+import importlib
 import importlib.util
-import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache as once
-from typing import Any, Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +26,12 @@ from arriero.models.paged_cache import PagedCache
 
 logger = logging.getLogger(__name__)
 
-KernelName = Literal["flashinfer", "flash_attn", "varlen", "gather"]
+KernelName = Literal["triton", "flashinfer", "flash_attn", "varlen", "gather"]
 
 # A cache that is attended to by tables has so many blocks more, at its end: one for the rows that pad a step, one of zeros.
 SPARE_BLOCKS = 2
 # FlashAttention 2 reads pages of so many tokens, or multiples ("Paged KV cache block size must be divisible by 256").
 FLASH_BLOCK_SIZE = 256
-FLASHINFER_WORKSPACE = 128 * 2**20  # bytes, as its documentation recommends
-FLASHINFER_HEAD_DIMS = (64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -88,9 +85,11 @@ class DecodeKernel(Protocol):
 
     Attributes:
         name: what it is called by.
+        reads_whole_tables: whether it costs more where a table is wider than its sequences need.
     """
 
     name: KernelName
+    reads_whole_tables: bool
 
     def plan(self, blocks: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
         """What must be known in Python, before every step and outside of a graph: each row's blocks and its length."""
@@ -132,6 +131,7 @@ class Gathered:
     """
 
     name: KernelName = "gather"
+    reads_whole_tables = True
 
     def plan(self, blocks: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
         """Nothing has to be known."""
@@ -152,169 +152,11 @@ class Gathered:
         return attended.reshape(rows, heads, size)
 
 
-def _pages(cache: PagedCache, layer: int) -> tuple[Tensor, Tensor]:
-    """The keys and the values of a layer, (KV, blocks, block_size, D) each, without a copy."""
-    store = cache.layers[layer]
-    keys, values = store.view(len(store), cache.num_blocks, cache.block_size, -1).chunk(2)
-    return keys, values
-
-
-def _window(sliding_window: int | None) -> int:
-    """How far a query sees to the left, its own key not counted, as the kernels take it."""
-    return -1 if sliding_window is None else sliding_window - 1
-
-
-class FlashAttention:
-    """`flash_attn_with_kvcache` of the package flash-attn, version 2. Has never run."""
-
-    name: KernelName = "flash_attn"
-
-    def __init__(self) -> None:
-        self._attend: Callable[..., Tensor] = importlib.import_module("flash_attn").flash_attn_with_kvcache
-
-    def plan(self, blocks: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
-        """Nothing has to be known."""
-
-    def attend(
-        self, query: Tensor, cache: PagedCache, layer: int, table: Table, scale: float, sliding_window: int | None
-    ) -> Tensor:
-        """See `DecodeKernel`."""
-        keys, values = (pages.permute(1, 2, 0, 3) for pages in _pages(cache, layer))
-        left = _window(sliding_window)
-        attended = self._attend(
-            query[:, None],
-            keys,
-            values,
-            cache_seqlens=table.lengths,
-            block_table=table.blocks.int(),
-            softmax_scale=scale,
-            causal=True,
-            window_size=(left, 0 if left >= 0 else -1),
-        )
-        return attended[:, 0]
-
-
-class Varlen:
-    """`torch.nn.attention.varlen.varlen_attn` with a block table (torch 2.13 has it, 2.11 not). Has never run."""
-
-    name: KernelName = "varlen"
-
-    def __init__(self) -> None:
-        self._attend: Callable[..., Tensor] = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-
-    def plan(self, blocks: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
-        """Nothing has to be known."""
-
-    def attend(
-        self, query: Tensor, cache: PagedCache, layer: int, table: Table, scale: float, sliding_window: int | None
-    ) -> Tensor:
-        """See `DecodeKernel`."""
-        keys, values = (pages.permute(1, 2, 0, 3) for pages in _pages(cache, layer))
-        rows, left = len(query), _window(sliding_window)
-        return self._attend(
-            query,
-            keys,
-            values,
-            torch.arange(rows + 1, dtype=torch.int32, device=query.device),
-            F.pad(table.lengths.cumsum(0), (1, 0)).int(),
-            1,
-            table.blocks.shape[1] * cache.block_size,
-            scale=scale,
-            window_size=(left, 0 if left >= 0 else -1),
-            enable_gqa=keys.shape[2] != query.shape[1],
-            seqused_k=table.lengths,
-            block_table=table.blocks.int(),
-        )
-
-
-class FlashInfer:
-    """`BatchDecodeWithPagedKVCacheWrapper` of FlashInfer, planned before each step, a wrapper for each number of rows.
-    Has never run.
-    """
-
-    name: KernelName = "flashinfer"
-
-    def __init__(
-        self, cache: PagedCache, heads: int, scale: float, windows: Sequence[int | None], max_blocks: int
-    ) -> None:
-        """
-        Args:
-            heads: of the queries.
-            scale: the layers' factor on the scores.
-            windows: all that the layers have.
-            max_blocks: of a row.
-        """
-        self._flashinfer: Any = importlib.import_module("flashinfer")
-        self._cache, self._heads, self._scale, self._windows = cache, heads, scale, tuple(dict.fromkeys(windows))
-        self._workspace = torch.zeros(FLASHINFER_WORKSPACE, dtype=torch.uint8, device=cache.device)
-        self._max_blocks = max_blocks
-        self._wrappers: dict[tuple[int, int | None], Any] = {}
-
-    def plan(self, blocks: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
-        """Say which pages the rows have: the wrappers hold them in buffers that graphs read."""
-        size, ends, pages = self._cache.block_size, [0], list[int]()
-        for own, length in zip(blocks, lengths, strict=True):
-            pages += own[: -(-length // size)]
-            ends.append(len(pages))
-        key_value_heads, head_dim = len(self._cache.layers[0]) // 2, self._cache.layers[0].shape[-1]
-        offsets, indices = torch.tensor(ends, dtype=torch.int32), torch.tensor(pages, dtype=torch.int32)
-        last = torch.tensor([(length - 1) % size + 1 for length in lengths], dtype=torch.int32)
-        for window in self._windows:
-            self._wrapper(len(lengths), window).plan(
-                offsets,
-                indices,
-                last,
-                self._heads,
-                key_value_heads,
-                head_dim,
-                size,
-                window_left=_window(window),
-                q_data_type=self._cache.format.dtype,
-                kv_data_type=self._cache.format.dtype,
-                sm_scale=self._scale,
-            )
-
-    def attend(
-        self, query: Tensor, cache: PagedCache, layer: int, table: Table, scale: float, sliding_window: int | None
-    ) -> Tensor:
-        """See `DecodeKernel`."""
-        keys, values = (pages.transpose(0, 1) for pages in _pages(cache, layer))
-        attended: Tensor = self._wrappers[len(query), sliding_window].run(query.contiguous(), (keys, values))
-        return attended
-
-    def _wrapper(self, rows: int, window: int | None) -> Any:
-        if (rows, window) not in self._wrappers:
-            groups = 2 * self._heads // len(self._cache.layers[0])
-            sizes = (rows + 1, rows * self._max_blocks, rows)
-            buffers = [torch.zeros(size, dtype=torch.int32, device=self._cache.device) for size in sizes]
-            self._wrappers[rows, window] = self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-                self._workspace,
-                "HND",
-                use_cuda_graph=True,
-                use_tensor_cores=groups > 2,
-                paged_kv_indptr_buffer=buffers[0],
-                paged_kv_indices_buffer=buffers[1],
-                paged_kv_last_page_len_buffer=buffers[2],
-            )
-        return self._wrappers[rows, window]
-
-
-def choose_kernel(device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int) -> KernelName:
-    """The fastest one that is installed and can do it.
-
-    Args:
-        dtype: of the queries.
-        kv_dtype: of the cache.
-    """
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or kv_dtype != dtype:
-        return "gather"
-    if torch.cuda.get_device_capability(device) < (8, 0) or head_dim > 256 or head_dim % 8:
-        return "gather"
-    if head_dim in FLASHINFER_HEAD_DIMS and _is_usable("flashinfer"):
-        return "flashinfer"
-    if _is_usable("flash_attn"):
-        return "flash_attn"
-    return "varlen" if _has_paged_varlen() else "gather"
+def choose_kernel(device: torch.device) -> KernelName:
+    """The fastest one that is known to be so: of all that can run on a GPU only Triton's has been measured on one."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and _is_usable("triton"):
+        return "triton"
+    return "gather"
 
 
 def block_size_of(name: KernelName, wanted: int) -> int:
@@ -323,56 +165,66 @@ def block_size_of(name: KernelName, wanted: int) -> int:
     return -(-wanted // step) * step
 
 
-def make_kernel(name: KernelName, cache: PagedCache, config: LlamaConfig, max_blocks: int) -> DecodeKernel:
+def make_kernel(
+    name: KernelName, cache: PagedCache, config: LlamaConfig, max_blocks: int, dtype: torch.dtype
+) -> DecodeKernel:
     """The kernel of this name for a cache; `Gathered`, and a line that says why, where it does not compute what it should.
 
     Args:
         cache: its last blocks are overwritten.
         max_blocks: of a sequence.
+        dtype: of the queries.
 
     Raises:
         ConfigError: there is none of this name, or it is not installed.
     """
     windows = [config.layer_sliding_window(layer) for layer in range(config.num_hidden_layers)]
     scale, heads = config.head_dim**-0.5, config.num_attention_heads
+    if name == "gather":
+        return Gathered()
     kernel: DecodeKernel
     try:
-        match name:
-            case "flashinfer":
-                kernel = FlashInfer(cache, heads, scale, windows, max_blocks)
-            case "flash_attn":
-                kernel = FlashAttention()
-            case "varlen" if _has_paged_varlen():
-                kernel = Varlen()
-            case "gather":
-                return Gathered()
-            case _:
-                raise ConfigError(
-                    f"paged attention by {name!r} is not to be had here: choose one of {', '.join(get_args(KernelName))}"
-                )
+        if name == "triton":
+            kernel = importlib.import_module("arriero.models.triton_attention").TritonAttention(cache)
+        elif name in ("flashinfer", "flash_attn", "varlen"):
+            libraries = importlib.import_module("arriero.models.attention_libraries")
+            kernel = libraries.attention_by(name, cache, heads, scale, windows, max_blocks)
+        else:
+            raise ConfigError(
+                f"paged attention by {name!r} is not to be had here: choose one of {', '.join(get_args(KernelName))}"
+            )
     except ImportError as error:
         raise ConfigError(f"paged attention by {name} needs a package that cannot be imported: {error}") from None
-    return (
-        kernel if all(agrees(kernel, cache, heads, scale, window) for window in dict.fromkeys(windows)) else Gathered()
-    )
+    alike = all(agrees(kernel, cache, heads, scale, window, dtype) for window in dict.fromkeys(windows))
+    return kernel if alike else Gathered()
 
 
 @torch.no_grad()
-def agrees(kernel: DecodeKernel, cache: PagedCache, heads: int, scale: float, sliding_window: int | None) -> bool:
-    """Whether a kernel gives what `Gathered` gives, on two sequences in the last blocks of a cache of the queries' format,
-    which are overwritten.
+def agrees(
+    kernel: DecodeKernel,
+    cache: PagedCache,
+    heads: int,
+    scale: float,
+    sliding_window: int | None,
+    dtype: torch.dtype,
+) -> bool:
+    """Whether a kernel gives what `Gathered` gives, on two sequences in the last blocks of a cache, which are overwritten.
 
     A kernel that raises gives nothing, and one line says why.
     """
     size, layer = cache.block_size, 0
     generator = torch.Generator().manual_seed(0)
     store = cache.layers[layer]
-    store[:, -2 * size :] = torch.randn((len(store), 2 * size, store.shape[-1]), generator=generator)
+    numbers = torch.randn((len(store), 2 * size, store.shape[-1]), generator=generator).to(store.device, dtype)
+    codes, scales = cache.format.encode(numbers)
+    store[:, -2 * size :] = codes
+    if cache.scales is not None and scales is not None:
+        cache.scales[layer][:, -2 * size :] = scales
     first, second = cache.num_blocks - 1, cache.num_blocks - 2
     lengths = (size + 1, max(1, size - 1))
     rows = [[1, lengths[0] - 1, first, second], [1, lengths[1] - 1, second, first]]
     table = Table.of(torch.tensor(rows, device=cache.device), size)
-    query = torch.randn((2, heads, store.shape[-1]), generator=generator).to(store)
+    query = torch.randn((2, heads, store.shape[-1]), generator=generator).to(store.device, dtype)
     try:
         kernel.plan([row[2:] for row in rows], lengths)
         ours = kernel.attend(query, cache, layer, table, scale, sliding_window).float()
@@ -382,7 +234,7 @@ def agrees(kernel: DecodeKernel, cache: PagedCache, heads: int, scale: float, sl
             "%s cannot be used for paged attention: %s", type(kernel).__name__, str(error).partition("\n")[0]
         )
         return False
-    tolerance = 0.02 if query.dtype != torch.float32 else 1e-5  # a few roundings of bf16
+    tolerance = 0.02 if dtype != torch.float32 else 1e-5  # a few roundings of bf16
     if torch.allclose(ours, wanted, rtol=tolerance, atol=tolerance):
         return True
     logger.warning("%s gives other numbers than torch's attention and is not used", type(kernel).__name__)
@@ -400,14 +252,3 @@ def _is_usable(package: str) -> bool:
         logger.warning("%s is installed and cannot be imported, so attention does without it: %s", package, error)
         return False
     return True
-
-
-@once
-def _has_paged_varlen() -> bool:
-    if torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]  # only CUDA has it; the import takes a second
-        with contextlib.suppress(ImportError):
-            from torch.nn.attention import varlen
-
-            known = inspect.signature(varlen.varlen_attn).parameters.keys()
-            return {"scale", "window_size", "enable_gqa", "seqused_k", "block_table"} <= known
-    return False

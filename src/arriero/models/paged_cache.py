@@ -218,7 +218,7 @@ class PagedView(AttendingView):
             if piece.queries == 1:
                 # a group's heads are as good as queries of one head, and no kernel needs to know of groups
                 own = part.reshape(1, -1, groups, size)
-                attended = F.scaled_dot_product_attention(own, keys, values, scale=scale).view(1, heads, size)
+                attended = F.scaled_dot_product_attention(own, keys, values, scale=scale).reshape(1, heads, size)
             else:
                 attended = F.scaled_dot_product_attention(
                     part.transpose(0, 1)[None],

@@ -24,7 +24,7 @@ LEAST_RANGE = 1e-8  # what an optimizer made of it, a range stays above zero
 
 
 def input_scale(input_range: Tensor) -> Tensor:
-    """The scale of inputs, (1,) fp32, of a range (1,): what is stored beside the integers of a converted layer."""
+    """The scale of inputs, (1,) fp32 at least, of a range (1,): what is stored beside the integers of a converted layer."""
     return at_least_fp32(input_range.detach()).clamp_min(LEAST_RANGE) / INPUT_HIGH
 
 
@@ -55,7 +55,7 @@ def rounded_weight(weight: Tensor, scales: Tensor, scheme: IntegerScheme) -> Ten
 
 
 def sum_of_weights(weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float) -> Tensor:
-    """``W + s B A`` in fp32, (out, in): the weight that an adapted layer rounds; without an adapter ``W``."""
+    """``W + s B A`` in fp32 at least, (out, in): the weight that an adapted layer rounds; without an adapter ``W``."""
     if lora_a is None or lora_b is None:
         return at_least_fp32(weight)
     with torch.autocast(weight.device.type, enabled=False):
@@ -161,9 +161,10 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _range_gradient(x: Tensor, grad: Tensor, inside: Tensor) -> Tensor:
-    """What clipping passes to the range, (1,) fp32: a clipped input stands at the range, or at -128/127 of it."""
-    share = torch.where(x > 0, 1.0, INPUT_LOW / INPUT_HIGH).masked_fill(inside, 0.0)
-    return (at_least_fp32(grad) * share).sum().reshape(1)
+    """What clipping passes to the range, (1,), fp32 at least: a clipped input stands at the range, or at -128/127 of it."""
+    wide = at_least_fp32(grad)
+    below = wide * (INPUT_LOW / INPUT_HIGH)
+    return torch.where(x > 0, wide, below).masked_fill(inside, 0.0).sum().reshape(1)
 
 
 def greatest_input(x: Tensor, real: Tensor | None) -> Tensor:

@@ -7,7 +7,6 @@ tokenizer.json and not by a hash of some ids, so that a model with a vocabulary 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from arriero.errors import FormatError
 from arriero.formats.gguf import pre_tokenizers
 from arriero.formats.gguf.container import Value
+from arriero.formats.json_file import parse_json_object
 from arriero.formats.sentencepiece_model import PieceType, merges_from_scores, read_sentencepiece_model
 from arriero.models.config import LlamaConfig
 
@@ -337,12 +337,4 @@ def _added(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _object(files: Mapping[str, bytes], name: str, source: str) -> dict[str, Any]:
     """A JSON object among the files; {} when it is not there."""
-    if name not in files:
-        return {}
-    try:
-        value = json.loads(files[name])
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{source}: {name} is not valid JSON; fetch it again") from error
-    if not isinstance(value, dict):
-        raise FormatError(f"{source}: {name} must hold a JSON object")
-    return value
+    return parse_json_object(files[name], f"{source}: {name}") if name in files else {}

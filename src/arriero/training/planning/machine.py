@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
 
+from arriero.engine.machine_memory import container_limit
 from arriero.errors import ConfigError
 from arriero.training.flops import DEVICE_PEAKS, peak_flops
 
@@ -51,7 +51,6 @@ LINK_UTILIZATION = 0.8
 # Seconds that each message of a ring waits, in a node and between nodes: the figures by which NCCL itself chooses (hwLat in its
 # src/graph/tuning.cc: ring, Simple protocol).
 MESSAGE_DELAYS = (3.4e-6, 14.0e-6)
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
@@ -170,8 +169,5 @@ def _memory_here(device: str) -> tuple[int, str]:
     if device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory, "this machine's GPU"
     free, source = psutil.virtual_memory().available, "available on this machine"
-    try:
-        limit = int(_CGROUP_LIMIT.read_text(encoding="ascii"))
-    except (OSError, ValueError):  # no such file, or its word "max"
-        return free, source
-    return (limit, "limit of this container") if limit < free else (free, source)
+    limit = container_limit()
+    return (limit, "limit of this container") if limit is not None and limit < free else (free, source)

@@ -1,0 +1,122 @@
+"""The scores of a checkpoint on labelled rows: the objective's, and those of generated answers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from arriero.config.adapter import AdapterPathOptions
+from arriero.config.data import DataOptions
+from arriero.config.evaluation import EvaluateOptions
+from arriero.config.model import ModelOptions
+from arriero.config.parallel import ParallelOptions
+from arriero.data.batch import packed_batches
+from arriero.data.samples import Sample
+from arriero.data.sft import encode_all
+from arriero.data.sources import check_data, load_samples
+from arriero.engine.loading import LoadedModel, load_for_inference, pick_device
+from arriero.engine.sampling_params import SamplingParams
+from arriero.parallel.processes import Processes, launched_size, start, stop
+from arriero.training.evaluation import evaluate_loss
+from arriero.training.execution import build_execution
+from arriero.training.finetuning import may_share_prefixes
+from arriero.training.generation_metrics import Answer, generate_answers, references_of, score
+from arriero.training.precision import Precision
+from arriero.training.run import heard_once
+
+SQUAD_ANSWER_TOKENS = 32  # an extracted span is short
+
+
+def evaluate(
+    model: ModelOptions | LoadedModel,
+    adapter: AdapterPathOptions,
+    data: DataOptions,
+    evaluation: EvaluateOptions,
+    parallel: ParallelOptions,
+) -> dict[str, float]:
+    """The scores of a model, by all processes of this run; `output_dir` gets them with the answers.
+
+    Args:
+        model: its options, or one that is loaded already, whole, with its adapter.
+
+    Returns:
+        Loss, perplexity and token accuracy; of generated answers exact match and F1, or ROUGE and BLEU.
+
+    Raises:
+        ArrieroError: rows that cannot be read or used, or a model that cannot be loaded.
+    """
+    check_data(data.dataset_path, data.data_name, data.task_name)
+    if isinstance(model, LoadedModel):
+        processes = Processes()
+    else:
+        processes = start(parallel.layout(launched_size()), pick_device(model.device))
+    with heard_once(processes):
+        metrics, answers = score_model(model, adapter, data, evaluation, processes)
+        if evaluation.output_dir:
+            folder = Path(evaluation.output_dir)
+            processes.by_first(lambda: _write(folder, metrics, answers))
+    stop(processes)
+    return metrics
+
+
+def score_model(
+    model: ModelOptions | LoadedModel,
+    adapter: AdapterPathOptions,
+    data: DataOptions,
+    evaluation: EvaluateOptions,
+    processes: Processes,
+) -> tuple[dict[str, float], list[Answer]]:
+    """The same in every process; the answers are none where none are asked for."""
+    with processes.together():
+        samples = load_samples(
+            data.dataset_path,
+            data.data_name,
+            data.task_name,
+            ["dev"],
+            data_format=data.data_format,
+            limits={"dev": data.max_eval_samples},
+        )["dev"]
+    loaded = model if isinstance(model, LoadedModel) else load_for_inference(model, adapter, processes)
+    metrics = _loss(loaded, samples, data, evaluation, processes)
+    if not (data.eval_with_do_generation or data.task_name == "squad_qa"):
+        return metrics, []
+    default_length = SQUAD_ANSWER_TOKENS if data.task_name == "squad_qa" else data.tgt_length
+    with tqdm(total=len(samples), unit="row", desc="answers", leave=False, disable=not processes.first) as bar:
+        answers = generate_answers(
+            loaded,
+            samples,
+            src_length=data.src_length,
+            params=SamplingParams(max_new_tokens=evaluation.max_new_tokens or default_length),
+            on_done=bar.update,
+        )
+    return metrics | score(answers), answers
+
+
+def _loss(
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    data: DataOptions,
+    evaluation: EvaluateOptions,
+    processes: Processes,
+) -> dict[str, float]:
+    examples, report = encode_all(samples, loaded.tokenizer, data.src_length, data.tgt_length, train_on=data.train_on)
+    print(f"dev: {report}")
+    precision = Precision(next(loaded.model.parameters()).dtype, "O2", loaded.device)
+    rows = math.ceil(len(samples) / processes.layout.data)
+    with tqdm(total=rows, unit="row", desc="loss", leave=False, disable=not processes.first) as bar:
+        share = may_share_prefixes(loaded, processes)
+        batches = packed_batches(examples, evaluation.per_device_eval_batch_size, share_prefixes=share)
+        return evaluate_loss(build_execution(loaded.model, precision, loaded.device), batches, bar.update)
+
+
+def _write(folder: Path, metrics: dict[str, float], answers: Sequence[Answer]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "eval_results.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
+        for answer in answers:
+            row = {"id": answer.sample.id, "prompt": answer.sample.prompt, "output": answer.text}
+            file.write(json.dumps({**row, "references": references_of(answer.sample)}, ensure_ascii=False) + "\n")
