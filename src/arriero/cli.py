@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from arriero import __version__
-from arriero.commands.table import LATER, VERBS, load_verb
+from arriero.commands.table import VERBS, load_verb
 from arriero.commands.terminal import printable
 from arriero.errors import ArrieroError
 
@@ -28,7 +28,7 @@ _EXIT_INTERRUPTED = 130
 _EXIT_BROKEN_PIPE = 141
 _EXIT_TERMINATED = 143
 # Verbs that write beside their output's place first: at SIGTERM they remove that. Runs have an answer of their own.
-_TIDY = ("convert", "merge", "quantize", "download")
+_TIDY = ("convert", "merge", "quantize", "export", "download")
 
 
 class _Terminated(BaseException):
@@ -44,9 +44,7 @@ def overview() -> str:
         "",
         "Commands:",
     ]
-    lines += [f"  {name:<12} {help_line}" for name, (_, help_line) in VERBS.items() if name not in LATER]
-    lines += ["", f"Not in this version ({__version__}) yet; their options parse already:"]
-    lines += [f"  {name:<12} {help_line}" for name, (_, help_line) in VERBS.items() if name in LATER]
+    lines += [f"  {name:<12} {help_line}" for name, (_, help_line) in VERBS.items()]
     lines += [
         "",
         "`arriero COMMAND --help` lists the options of a command.",
@@ -81,11 +79,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end(error, "interrupted", _EXIT_INTERRUPTED, error_file, debug)
     except ArrieroError as error:
         return _end(error, " ".join(str(error).split()), error.exit_code, error_file, debug)
-    except Exception as error:  # a defect: still one line, and how to see more
-        detail = " ".join(str(error).split())[:500]
-        hint = "" if debug else " (run it again with --debug for the traceback)"
-        message = f"internal error: {type(error).__name__}: {detail}{hint}"
-        return _end(error, message, _EXIT_DEFECT, error_file, debug)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("arriero"):
+            return _defect(error, error_file, debug)
+        message = (
+            f"{error.name.partition('.')[0]} is needed for this and is not installed here: pip install arriero "
+            "(one that only runs bundles is without it, see docs/export.md)"
+        )
+        return _end(error, message, ArrieroError.exit_code, error_file, debug)
+    except Exception as error:
+        return _defect(error, error_file, debug)
+
+
+def _defect(error: Exception, error_file: Path | None, debug: bool) -> int:
+    """Still one line, and how to see more."""
+    detail = " ".join(str(error).split())[:500]
+    hint = "" if debug else " (run it again with --debug for the traceback)"
+    message = f"internal error: {type(error).__name__}: {detail}{hint}"
+    return _end(error, message, _EXIT_DEFECT, error_file, debug)
 
 
 @contextlib.contextmanager

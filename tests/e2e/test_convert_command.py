@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from arriero.cli import main
-from arriero.commands.convert import GGUF_ALIASES, GGUF_TYPES
+from arriero.config.converting import GGUF_ALIASES, GGUF_TYPES
 from arriero.errors import FormatError
 from arriero.formats import opening
 from arriero.formats.detection import detect

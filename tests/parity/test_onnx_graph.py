@@ -21,9 +21,9 @@ from arriero.export import onnx_graph
 from arriero.export.block_weights import BlockFormat, BlockWeight, quantize
 from arriero.export.bundle import open_bundle
 from arriero.export.onnx_export import OnnxOptions, export_onnx
-from arriero.export.onnx_runner import MAX_TOKENS, OnnxRunner
 from arriero.export.onnx_session import OnnxSession
 from arriero.export.self_check import Step
+from arriero.export.slot_runner import MAX_TOKENS, SlotRunner
 from arriero.formats.hf import load_model, save_model
 from arriero.formats.quantized import file_state, with_scheme
 from arriero.models.config import LlamaConfig
@@ -73,15 +73,15 @@ def expected(theirs: Any, ids: list[int]) -> np.ndarray[Any, Any]:
         return theirs(torch.tensor([ids])).logits[0].numpy()
 
 
-def runner(folder: Path, slots: int = 4) -> OnnxRunner:
-    return OnnxRunner(OnnxSession(open_bundle(folder).graph, slots, threads=1))
+def runner(folder: Path, slots: int = 4) -> SlotRunner:
+    return SlotRunner(OnnxSession(open_bundle(folder).graph, slots, threads=1))
 
 
 def sequence(seed: int, length: int, vocab: int = VOCAB) -> list[int]:
     return random.Random(seed).choices(range(vocab), k=length)
 
 
-def live(given: OnnxRunner, sequences: list[list[int]], seed: int) -> list[np.ndarray[Any, Any]]:
+def live(given: SlotRunner, sequences: list[list[int]], seed: int) -> list[np.ndarray[Any, Any]]:
     """All logits of sequences that begin when a slot is free and go on by random steps, some of them at a time."""
     rng = random.Random(seed)
     waiting, free = list(range(len(sequences))), list(range(given.num_blocks))
@@ -279,12 +279,12 @@ sys.meta_path.insert(0, Blocked())
 import json
 from types import SimpleNamespace as Step
 from arriero.export.bundle import open_bundle
-from arriero.export.onnx_runner import OnnxRunner
 from arriero.export.onnx_session import OnnxSession
-runner = OnnxRunner(OnnxSession(open_bundle(sys.argv[1]).graph, 2))
+from arriero.export.slot_runner import SlotRunner
+runner = SlotRunner(OnnxSession(open_bundle(sys.argv[1]).graph, 2))
 tokens, done = json.loads(sys.argv[2]), 0
 while len(tokens) < 9 + 40:
-    logits = runner.run([Step(tokens=tokens[done:], start=done, blocks=[1], logits=1)])
+    logits = runner.run([Step(tokens=tokens[done:], start=done, blocks=[1], logits=1, salt=b"")])
     done = len(tokens)
     tokens.append(int(logits[0].argmax()))
 print(json.dumps(tokens))
@@ -309,7 +309,7 @@ print(json.dumps(tokens))
             "rope type 'dynamic' cannot be exported to onnx",
         ),
         ({"head_dim": 8}, {}, "a head_dim of 8 cannot be exported to onnx"),
-        ({}, {"context": 97}, "a context of 97 cannot be exported: the model has positions 1 to 96"),
+        ({}, {"context": 97}, "a context of 97 cannot be exported: from 2 to the model.s 96 positions can"),
         ({}, {"weights": "int3"}, "of the kind 'int3' are not known"),
         ({}, {"weights": "int4", "block_size": 48}, "blocks of 48 are not supported"),
         ({}, {"weights": "int4", "accuracy_level": 2}, "an accuracy level of 2 is not supported"),

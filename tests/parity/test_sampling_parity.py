@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from arriero.engine import sampling
-from arriero.engine.logprobs import token_logprobs
-from arriero.engine.sampling import Sampler, SamplingRow
+from arriero.engine import numpy_sampling, torch_sampling
+from arriero.engine.sampling import Sampler, sampler_of
 from arriero.engine.sampling_params import SamplingParams
+from arriero.engine.torch_sampling import TorchSampler
+from arriero.engine.work import Library
 from arriero.errors import GenerationError
 
 transformers = pytest.importorskip("transformers")
 from transformers.generation import logits_process as hf  # noqa: E402
 
 VOCABULARY = 2000  # more than sampling.NUCLEUS_CANDIDATES, so that both ways of top-p run
+LIBRARIES: tuple[Library, Library] = ("torch", "numpy")
+Processor = Callable[..., Tensor]
+
+
+@pytest.fixture(params=LIBRARIES)
+def sampler(request: pytest.FixtureRequest) -> Sampler[Any]:
+    return sampler_of(request.param, "cpu")
+
+
+def native(sampler: Sampler[Any], logits: Tensor) -> Any:
+    """Logits as arrays of the sampler's library."""
+    return logits if isinstance(sampler, TorchSampler) else logits.numpy()
 
 
 def logits(rows: int, scale: float = 3.0, seed: int = 0) -> Tensor:
@@ -29,40 +45,57 @@ def column(values: list[float]) -> Tensor:
     return torch.tensor(values)[:, None]
 
 
+@pytest.fixture(params=LIBRARIES)
+def processed(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
+    """A processor by its name, with a value for each row; NumPy's take a row at a time."""
+
+    def by_torch(name: str, scores: Tensor, values: list[Any], *more: Tensor) -> Tensor:
+        of_rows = torch.tensor(values) if name == "top_k" else column(values)
+        return getattr(torch_sampling, name)(scores, *more, of_rows)  # type: ignore[no-any-return]
+
+    def by_numpy(name: str, scores: Tensor, values: list[Any], *more: Tensor) -> Tensor:
+        process = getattr(numpy_sampling, name)
+        others = [[tensor[row].numpy() for tensor in more] for row in range(len(scores))]
+        rows = [process(scores[row].numpy(), *others[row], value) for row, value in enumerate(values)]
+        assert {row.dtype for row in rows} == {np.dtype(np.float32)}
+        return torch.from_numpy(np.stack(rows))
+
+    return by_torch if request.param == "torch" else by_numpy
+
+
 @pytest.mark.parametrize("penalty", [0.5, 1.1, 1.7])
-def test_repetition_penalty(penalty: float) -> None:
+def test_repetition_penalty(processed: Processor, penalty: float) -> None:
     scores = logits(3)
     history = torch.randint(0, VOCABULARY, (3, 50), generator=torch.Generator().manual_seed(1))
     seen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, history, True)
     expected = hf.RepetitionPenaltyLogitsProcessor(penalty)(history, scores.clone())
-    torch.testing.assert_close(
-        sampling.repetition_penalty(scores, seen, column([penalty] * 3)), expected, rtol=0, atol=0
-    )
+    ours = processed("repetition_penalty", scores, [penalty] * 3, seen)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
 
-def test_top_k_with_a_value_a_row() -> None:
+def test_top_k_with_a_value_a_row(processed: Processor) -> None:
     values = [1, 7, VOCABULARY + 5]
     scores = logits(3)
-    ours = sampling.top_k(scores, torch.tensor(values))
+    ours = processed("top_k", scores, values)
     for row, k in enumerate(values):
         expected = hf.TopKLogitsWarper(k)(None, scores[row : row + 1].clone())
         assert torch.equal(ours[row : row + 1], expected)
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 8.0])
-def test_top_p_with_a_value_a_row(scale: float) -> None:
+def test_top_p_with_a_value_a_row(processed: Processor, scale: float) -> None:
     values = [1e-6, 0.3, 0.9, 0.999]
     scores = logits(4, scale)
-    ours = sampling.top_p(scores, column(values))
+    ours = processed("top_p", scores, values)
     for row, p in enumerate(values):
         expected = hf.TopPLogitsWarper(p)(None, scores[row : row + 1].clone())
         assert torch.equal(ours[row : row + 1], expected), p
 
 
-def test_min_p_with_a_value_a_row() -> None:
+def test_min_p_with_a_value_a_row(processed: Processor) -> None:
     values = [1e-4, 0.05, 0.5, 1.0]
     scores = logits(4)
-    ours = sampling.min_p(scores, column(values))
+    ours = processed("min_p", scores, values)
     for row, p in enumerate(values):
         expected = hf.MinPLogitsWarper(p)(None, scores[row : row + 1].clone())
         assert torch.equal(ours[row : row + 1], expected), p
@@ -86,7 +119,7 @@ def transformers_scores(params: SamplingParams, history: Tensor, prompt: int, eo
     return scores
 
 
-def test_the_sampled_distribution() -> None:
+def test_the_sampled_distribution(sampler: Sampler[Any]) -> None:
     """20,000 draws of each row of a mixed batch against the probabilities that transformers would draw from."""
     size, copies, steps, eos = 40, 200, 100, [3, 5]
     prompt = [1, 2, 3, 4]
@@ -103,20 +136,19 @@ def test_the_sampled_distribution() -> None:
     scores = torch.randn(len(cases), size, generator=torch.Generator().manual_seed(3)) * 1.5
     # Many rows of each kind, in turn, with a seed each.
     rows = [
-        SamplingRow.start(replace(params, seed=copy * len(cases) + i), prompt, eos, size)
+        sampler.start(replace(params, seed=copy * len(cases) + i), prompt, eos, size)
         for copy in range(copies)
         for i, params in enumerate(cases)
     ]
     draws = copies * steps
     counts = torch.zeros(len(cases), size)
-    sampler = Sampler()
     for _ in range(steps):
         for row in rows:  # every draw is a first one
             row.generated = 0
             if row.seen is not None:
-                row.seen.zero_()
+                row.seen[:] = False
                 row.seen[prompt] = True
-        chosen = sampler(scores.repeat(copies, 1), rows).view(copies, len(cases))
+        chosen = torch.tensor(sampler(native(sampler, scores.repeat(copies, 1)), rows)).view(copies, len(cases))
         for i in range(len(cases)):
             counts[i] += torch.bincount(chosen[:, i], minlength=size)
     for i, params in enumerate(cases):
@@ -133,10 +165,10 @@ def test_the_sampled_distribution() -> None:
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
-def test_greedy_scores(penalty: float) -> None:
+def test_greedy_scores(sampler: Sampler[Any], penalty: float) -> None:
     params = SamplingParams(repetition_penalty=penalty, min_new_tokens=2)
     scores, prompt, eos = logits(1), [4, 5, 6], [9]
-    row = SamplingRow.start(params, prompt, eos, VOCABULARY)
+    row = sampler.start(params, prompt, eos, VOCABULARY)
     history = list(prompt)
     for step in range(4):
         now = scores.clone()
@@ -147,26 +179,25 @@ def test_greedy_scores(penalty: float) -> None:
         expected = now.clone()
         for processor in chain:
             expected = processor(torch.tensor([history]), expected)
-        token = int(Sampler()(now, [row]))
+        (token,) = sampler(native(sampler, now), [row])
         assert token == int(expected.argmax())
         assert (token == 9) == (step >= 2)
         history.append(token)
 
 
-def test_penalties_and_bias_of_the_openai_api() -> None:
+def test_penalties_and_bias_of_the_openai_api(sampler: Sampler[Any]) -> None:
     """Its formula, token by token: mu[j] + bias[j] - c[j] * frequency - (c[j] > 0) * presence."""
     cases = [(0.5, 0.0, {}), (0.0, 0.02, {}), (-0.7, 0.3, {4: 5.0, 9: -100.0}), (0.0, 0.0, {7: 2.5})]
     rows = [
-        SamplingRow.start(
+        sampler.start(
             SamplingParams(frequency_penalty=frequency, presence_penalty=presence, logit_bias=bias), [1], [], VOCABULARY
         )
         for frequency, presence, bias in cases
     ]
     answers: list[list[int]] = [[] for _ in cases]
-    sampler = Sampler()
     for step in range(12):
         scores = logits(1, 0.3, seed=step % 3).expand(len(cases), -1)  # alike again and again, so that penalties decide
-        chosen = sampler(scores, rows).tolist()
+        chosen = sampler(native(sampler, scores), rows)
         for (frequency, presence, bias), answer, token in zip(cases, answers, chosen, strict=True):
             wanted = scores[0].clone()
             for j in range(VOCABULARY):
@@ -177,9 +208,9 @@ def test_penalties_and_bias_of_the_openai_api() -> None:
     assert len({tuple(answer) for answer in answers}) == len(cases)
 
 
-def test_a_bias_for_no_token_is_refused() -> None:
+def test_a_bias_for_no_token_is_refused(sampler: Sampler[Any]) -> None:
     with pytest.raises(GenerationError, match="logit_bias names token id 2000 and the model has ids 0 to 1999"):
-        SamplingRow.start(SamplingParams(logit_bias={2000: 1.0}), [1], [], VOCABULARY)
+        sampler.start(SamplingParams(logit_bias={2000: 1.0}), [1], [], VOCABULARY)
 
 
 @pytest.mark.parametrize(
@@ -197,12 +228,14 @@ def test_values_out_of_range(values: dict[str, object], message: str) -> None:
         SamplingParams(**values)
 
 
-def test_log_probabilities() -> None:
+def test_log_probabilities(sampler: Sampler[Any]) -> None:
     scores = logits(3)
-    found = token_logprobs(scores, [5, 6, 7], [0, 2, 5])
+    found = sampler.logprobs(native(sampler, scores), [5, 6, 7], [0, 2, 5])
     expected = torch.log_softmax(scores, dim=-1)
     for row, (token, count) in enumerate(zip([5, 6, 7], [0, 2, 5], strict=True)):
         assert found[row].logprob == pytest.approx(float(expected[row, token]), abs=1e-5)
         values, ids = expected[row].sort(descending=True)
         assert [index for index, _ in found[row].top] == ids[:count].tolist()
         assert [value for _, value in found[row].top] == pytest.approx(values[:count].tolist(), abs=1e-5)
+    none = sampler.logprobs(native(sampler, scores), [5, 6, 7], [0, 0, 0])
+    assert [one.top for one in none] == [(), (), ()]

@@ -135,7 +135,7 @@ def test_a_graph_that_is_not_among_the_files(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"kind": "aoti"}, "the kind 'aoti' is not known"),
+        ({"kind": "tensorrt"}, "the kind 'tensorrt' is not known"),
         ({"kind": None}, "the kind 'None' is not known"),
         ({"format": 2}, "is of format 2, and this version of arriero reads 1"),
         ({"context": "64"}, "context must be a whole number"),
@@ -145,7 +145,7 @@ def test_a_graph_that_is_not_among_the_files(bundle: Path) -> None:
         ({"files": {"model.onnx": {"size": 5}}}, "lacks the size or SHA-256 of model.onnx"),
         ({"versions": {}}, "does not say which version of onnxruntime"),
         ({"versions": {"onnxruntime": "new"}}, "does not say which version of onnxruntime"),
-        ({"isa": "vax"}, "is made for processors of the kind vax"),
+        ({"isa": "vax"}, "of the kind vax"),
     ],
 )
 def test_a_manifest_that_says_something_else(bundle: Path, changes: dict[str, Any], text: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 import arriero as package
 from arriero import cli
-from arriero.commands.table import LATER, ONE_PROCESS, VERBS, load_verb
+from arriero.commands.table import ONE_PROCESS, VERBS, load_verb
 from arriero.config.help_page import format_help
 from arriero.config.option import OptionGroup, specs_of, title
 from arriero.config.parser import option_table
@@ -69,9 +69,7 @@ def test_every_verb_is_complete(name: str) -> None:
 
 
 def test_every_verb_has_a_place() -> None:
-    assert VERBS.keys() >= LATER
     assert VERBS.keys() >= ONE_PROCESS
-    assert not LATER & ONE_PROCESS
 
 
 def test_help_and_parsing_import_no_torch(tmp_path: Path) -> None:

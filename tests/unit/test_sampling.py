@@ -5,12 +5,37 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from arriero.engine.sampling import BROKEN, Sampler, SamplingRow
+from arriero.engine.numpy_sampling import NumpySampler
+from arriero.engine.sampling import BROKEN, Sampler, SamplingRow, sampler_of
 from arriero.engine.sampling_params import SamplingParams
+from arriero.engine.torch_sampling import TorchSampler
+from arriero.engine.work import Library
 from arriero.errors import GenerationError
+
+
+@pytest.fixture(params=["torch", "numpy"])
+def library(request: pytest.FixtureRequest) -> Library:
+    """Whose arrays logits are; all tests are the same for both."""
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def sampler(library: Library) -> Sampler[Any]:
+    return sampler_of(library, "cpu")
+
+
+def draw(sampler: Sampler[Any], logits: Tensor, rows: list[SamplingRow[Any]]) -> list[int]:
+    """The next tokens, from logits in the sampler's own library."""
+    return sampler(logits if isinstance(sampler, TorchSampler) else logits.numpy(), rows)
+
+
+def test_the_sampler_is_that_of_the_library(sampler: Sampler[Any], library: Library) -> None:
+    assert type(sampler) is {"torch": TorchSampler, "numpy": NumpySampler}[library]
 
 
 @pytest.mark.parametrize(
@@ -42,72 +67,117 @@ def test_values_out_of_range_are_named(name: str, value: Any) -> None:
         SamplingParams(**{name: value})
 
 
-def rows_for(cases: list[SamplingParams], size: int = 50) -> list[SamplingRow]:
-    return [SamplingRow.start(params, [1, 2], [3], size) for params in cases]
+def rows_for(sampler: Sampler[Any], cases: list[SamplingParams], size: int = 50) -> list[SamplingRow[Any]]:
+    return [sampler.start(params, [1, 2], [3], size) for params in cases]
 
 
-def test_a_row_draws_the_same_alone_and_in_any_batch() -> None:
-    cases = [
-        SamplingParams(do_sample=True, seed=1),
-        SamplingParams(),
-        SamplingParams(do_sample=True, seed=1, top_p=0.8),
-        SamplingParams(do_sample=True, seed=2, top_k=5, repetition_penalty=1.3),
-        SamplingParams(do_sample=True, seed=2, min_p=0.1, min_new_tokens=5),
-    ]
-    steps = torch.randn(12, len(cases), 50, generator=torch.Generator().manual_seed(0)) * 2
-    together = rows_for(cases)
-    batched = torch.stack([Sampler()(step, together) for step in steps], dim=1)
-    for i in range(len(cases)):
-        alone = rows_for([cases[i]])
-        assert [int(Sampler()(step[i : i + 1], alone)) for step in steps] == batched[i].tolist()
+CASES = [
+    SamplingParams(do_sample=True, seed=1),
+    SamplingParams(),
+    SamplingParams(do_sample=True, seed=1, top_p=0.8),
+    SamplingParams(do_sample=True, seed=2, top_k=5, repetition_penalty=1.3),
+    SamplingParams(do_sample=True, seed=2, min_p=0.1, min_new_tokens=5),
+]
+
+
+def test_a_row_draws_the_same_alone_and_in_any_batch(sampler: Sampler[Any]) -> None:
+    steps = torch.randn(12, len(CASES), 50, generator=torch.Generator().manual_seed(0)) * 2
+    together = rows_for(sampler, CASES)
+    batched = [draw(sampler, step, together) for step in steps]
+    for i, case in enumerate(CASES):
+        alone = rows_for(sampler, [case])
+        assert [draw(sampler, step[i : i + 1], alone)[0] for step in steps] == [tokens[i] for tokens in batched]
     order = [3, 0, 4, 2, 1]
-    shuffled = rows_for([cases[i] for i in order])
-    again = torch.stack([Sampler()(step[order], shuffled) for step in steps], dim=1)
-    assert torch.equal(again, batched[order])
+    shuffled = rows_for(sampler, [CASES[i] for i in order])
+    again = [draw(sampler, step[order], shuffled) for step in steps]
+    assert again == [[tokens[i] for i in order] for tokens in batched]
 
 
-def test_without_a_seed_answers_differ() -> None:
+def test_the_random_numbers_are_those_of_numpy(sampler: Sampler[Any]) -> None:
+    """A seed's draws are a promise: those of the generator that NumPy keeps as it is."""
+    for seed in (0, 5, 2**64 - 1):
+        (row,) = rows_for(sampler, [SamplingParams(do_sample=True, seed=seed)])
+        expected = np.random.Generator(np.random.PCG64(seed)).random(100)
+        assert [row.uniform() for _ in range(100)] == expected.tolist()
+
+
+def test_without_a_seed_answers_differ(sampler: Sampler[Any]) -> None:
     logits = torch.zeros(1, 50)
     params = SamplingParams(do_sample=True)
-    draws = [[int(Sampler()(logits, row)) for _ in range(20)] for row in (rows_for([params]), rows_for([params]))]
+    draws = [
+        [draw(sampler, logits, row) for _ in range(20)]
+        for row in (rows_for(sampler, [params]), rows_for(sampler, [params]))
+    ]
     assert draws[0] != draws[1]
 
 
-def test_temperature_zero_is_greedy() -> None:
+def test_temperature_zero_is_greedy(sampler: Sampler[Any]) -> None:
     logits = torch.randn(1, 50)
-    assert int(Sampler()(logits, rows_for([SamplingParams(do_sample=True, temperature=0.0)]))) == int(logits.argmax())
+    row = rows_for(sampler, [SamplingParams(do_sample=True, temperature=0.0)])
+    assert draw(sampler, logits, row) == [int(logits.argmax())]
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1e6])
-def test_extreme_temperatures(temperature: float) -> None:
+def test_extreme_temperatures(sampler: Sampler[Any], temperature: float) -> None:
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) * 50
-    row = rows_for([SamplingParams(do_sample=True, temperature=temperature, seed=0, top_p=0.9, min_p=0.01)])
-    token = int(Sampler()(logits, row))
+    case = SamplingParams(do_sample=True, temperature=temperature, seed=0, top_p=0.9, min_p=0.01)
+    (token,) = draw(sampler, logits, rows_for(sampler, [case]))
     assert 0 <= token < 50
     if temperature < 1:
         assert token == int(logits.argmax())
 
 
-def test_impossible_tokens_are_never_drawn() -> None:
+def test_impossible_tokens_are_never_drawn(sampler: Sampler[Any]) -> None:
     logits = torch.full((1, 50), -math.inf)
     logits[0, 17] = 0.0
-    row = rows_for([SamplingParams(do_sample=True, seed=0)])
-    assert {int(Sampler()(logits, row)) for _ in range(50)} == {17}
+    row = rows_for(sampler, [SamplingParams(do_sample=True, seed=0)])
+    assert {draw(sampler, logits, row)[0] for _ in range(50)} == {17}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_broken_logits_are_reported(bad: float) -> None:
+def test_broken_logits_are_reported(sampler: Sampler[Any], bad: float) -> None:
     logits = torch.zeros(4, 50)
     logits[1, 7] = logits[3, 7] = bad
     logits[:, 9] += 1.0
-    rows = rows_for([SamplingParams(), SamplingParams(), SamplingParams(), SamplingParams(do_sample=True)])
-    assert Sampler()(logits, rows).tolist() == [9, BROKEN, 9, BROKEN]
+    cases = [SamplingParams(), SamplingParams(), SamplingParams(), SamplingParams(do_sample=True)]
+    rows = rows_for(sampler, cases)
+    assert draw(sampler, logits, rows) == [9, BROKEN, 9, BROKEN]
     assert [row.generated for row in rows] == [1, 0, 1, 0], "the others go on"
 
 
-def test_logits_are_left_alone() -> None:
+def test_logits_are_left_alone(sampler: Sampler[Any]) -> None:
     logits = torch.randn(1, 50)
     before = logits.clone()
-    row = rows_for([SamplingParams(do_sample=True, top_k=3, repetition_penalty=2.0, min_new_tokens=9, seed=0)])
-    Sampler()(logits, row)
-    assert torch.equal(logits, before)
+    settings: dict[str, Any] = {"do_sample": True, "seed": 0, "min_new_tokens": 9}
+    for more in ({}, {"top_k": 3, "repetition_penalty": 2.0}, {"logit_bias": {4: 1.0}}, {"presence_penalty": 1.0}):
+        row = rows_for(sampler, [SamplingParams(**settings, **more)])
+        for _ in range(3):
+            draw(sampler, logits, row)
+            assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("size", [50, 3000])
+def test_both_libraries_choose_the_same(size: int) -> None:
+    """In all ways of choosing, step after step: each draw depends on those before it."""
+    cases = [
+        SamplingParams(**settings, seed=seed, do_sample=drawn)
+        for seed, drawn in ((0, False), (1, True), (2, True))
+        for settings in (
+            {},
+            {"temperature": 0.3},
+            {"temperature": 2.5, "top_k": 7},
+            {"top_p": 0.7},
+            {"top_p": 0.9999, "temperature": 3.0},  # of 3,000 tokens, more than are sorted at first
+            {"min_p": 0.05, "repetition_penalty": 1.4},
+            {"frequency_penalty": 0.6, "presence_penalty": -0.3, "min_new_tokens": 20},
+            {"logit_bias": {4: 3.0, 11: -100.0}, "top_k": 30, "top_p": 0.9},
+        )
+    ]
+    steps = torch.randn(40, len(cases), size, generator=torch.Generator().manual_seed(4)) * 3
+    chosen = []
+    for library in ("torch", "numpy"):
+        sampler = sampler_of(library, "cpu")  # type: ignore[arg-type]
+        rows = rows_for(sampler, cases, size)
+        chosen.append([draw(sampler, step, rows) for step in steps])
+    assert chosen[0] == chosen[1]
+    assert len({tuple(step[i] for step in chosen[0]) for i in range(len(cases))}) > len(cases) // 2

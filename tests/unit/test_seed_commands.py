@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from arriero.cli import main
 from arriero.commands.launch import LaunchOptions, check_command
-from arriero.commands.table import LATER, load_verb
+from arriero.commands.table import load_verb
 from arriero.config.files import effective
 from arriero.config.parser import parse
 from arriero.data import sources
@@ -207,22 +206,6 @@ def test_the_launcher_part() -> None:
         ("0,1,2,3", None),
         ("0,1,2,3,4,5,6,7", None),
     ]
-
-
-@pytest.mark.parametrize(
-    "command", [command for command in COMMANDS if LATER & set(command)], ids=lambda c: " ".join(c[:3])
-)
-def test_a_verb_of_a_later_version_answers_one_line(
-    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(command) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    lines = [line for line in captured.err.splitlines() if "warning" not in line]
-    assert len(lines) == 1
-    assert "not available in this version (0.1) yet" in lines[0]
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [0, 1, 4, 6])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from arriero.commands.predict import _CONTEXT, BUILT_IN
+from arriero.commands.prompt_rows import read_prompts
 from arriero.data.batch import pack
 from arriero.data.rows.formats import sample_from_row
 from arriero.data.samples import Sample
@@ -69,9 +69,9 @@ def test_the_examples_are_the_seeds_own() -> None:
     text = SEED_README.read_text(encoding="utf-8")
     assert SEED_PROMPT in text
     assert SEED_TARGET in text
-    assert BUILT_IN == ("linebacker", "five")
-    for answer in BUILT_IN:
-        assert f"answer: {answer} context: {_CONTEXT}" in text
+    prompts = [sample.prompt for sample in read_prompts(None)]
+    assert [prompt.split()[1] for prompt in prompts] == ["linebacker", "five"]
+    assert all(prompt in text for prompt in prompts)
 
 
 ROWS = [

@@ -48,7 +48,7 @@ def run(model: ModelOptions, adapter: AdapterPathOptions, bench: BenchOptions, c
     cost = WorkCost.of(loaded.model, cache.kv_cache_dtype)
     prompts = Prompts.of(loaded.tokenizer, loaded.model.config.vocab_size, loaded.model.context, bench.seed)
     jobs = make_jobs(bench, prompts)
-    block_size = cache_block_size(loaded.model, cache.kv_cache_dtype)
+    block_size = cache_block_size(loaded.model)
     useful = max(job.running_tokens(loaded.model.model.prefix_length, block_size) for job in jobs)
     runner = TorchRunner(
         loaded.model, useful_tokens=useful, kv_cache_dtype=cache.kv_cache_dtype, compile=bench.torch_compile

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.chat import ChatOptions
 from arriero.config.generation import GenerationOptions
 from arriero.config.kv_cache import KVCacheOptions
 from arriero.config.model import ModelOptions
-from arriero.errors import GenerationError
+from arriero.errors import ConfigError, GenerationError
 
-HELP = "Talk to a model, or a model with its adapter. An empty line or Ctrl-D ends; /clear starts afresh."
+if TYPE_CHECKING:
+    from arriero.engine.engine import Engine
+
+HELP = (
+    "Talk to a model, with or without an adapter, or to a bundle. An empty line or Ctrl-D ends; /clear starts afresh."
+)
 
 OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, GenerationOptions, KVCacheOptions, ChatOptions)
 
@@ -26,25 +33,15 @@ def run(
     chat: ChatOptions,
 ) -> int:
     """Read, answer as the tokens come, repeat: one engine throughout, so that a turn computes only what is new."""
-    from arriero.engine.loading import load_for_inference
     from arriero.engine.sampling_params import params_from_options
-    from arriero.engine.shared_generation import engine_of
 
-    loaded = load_for_inference(model, adapter)
     params = params_from_options(generation)
     start: list[dict[str, str]] = [{"role": "system", "content": chat.system}] if chat.system else []
-    context = loaded.model.config.max_position_embeddings
-    with engine_of(
-        loaded.model,
-        loaded.tokenizer,
-        max_running=1,
-        useful_tokens=context,
-        kv_cache_dtype=cache.kv_cache_dtype,
-    ) as engine:
+    with _opened(model, adapter, cache) as (engine, what):
 
         def answer(turns: list[dict[str, str]]) -> str:
             pieces = []
-            for piece in engine.stream(_prompt(loaded.tokenizer, turns), params):
+            for piece in engine.stream(_prompt(engine.tokenizer, turns), params):
                 print(piece, end="", flush=True)
                 pieces.append(piece)
             print()
@@ -54,9 +51,47 @@ def run(
             answer([*start, {"role": "user", "content": chat.prompt}])
             return 0
         if sys.stdin.isatty():
-            print(f"{loaded.folder} on {loaded.device}. An empty line ends, /clear starts afresh.")
+            print(f"{what}. An empty line ends, /clear starts afresh.")
         _talk(start, answer)
     return 0
+
+
+@contextmanager
+def _opened(model: ModelOptions, adapter: AdapterPathOptions, cache: KVCacheOptions) -> Iterator[tuple[Engine, str]]:
+    """An engine for one sequence over a checkpoint or a bundle, and what it is; of a bundle without importing torch."""
+    from arriero.formats.bundle_folder import is_bundle
+
+    if is_bundle(Path(model.model_name_or_path).expanduser()):
+        yield _opened_bundle(model, adapter, cache)
+        return
+    from arriero.engine.loading import load_for_inference
+    from arriero.engine.shared_generation import engine_of
+
+    loaded = load_for_inference(model, adapter)
+    context = loaded.model.config.max_position_embeddings
+    with engine_of(
+        loaded.model, loaded.tokenizer, max_running=1, useful_tokens=context, kv_cache_dtype=cache.kv_cache_dtype
+    ) as engine:
+        yield engine, f"{loaded.folder} on {loaded.device}"
+
+
+def _opened_bundle(model: ModelOptions, adapter: AdapterPathOptions, cache: KVCacheOptions) -> tuple[Engine, str]:
+    from arriero.commands.bundles import bundle_engine
+    from arriero.export.bundle import open_bundle
+
+    for name, value in (("lora_path", adapter.lora_path), ("prefix_path", adapter.prefix_path)):
+        if value:
+            raise ConfigError(
+                f"--{name} {value}: {model.model_name_or_path} is a bundle, whose weights are fixed; export it again with it"
+            )
+    if cache.kv_cache_dtype != "auto":
+        raise ConfigError(f"--kv_cache_dtype {cache.kv_cache_dtype}: a bundle decides this itself; leave it out")
+    bundle = open_bundle(Path(model.model_name_or_path).expanduser())
+    if model.device not in ("auto", bundle.manifest.device):
+        raise ConfigError(
+            f"--device {model.device}: {bundle.folder} is made for {bundle.manifest.device}; leave it out"
+        )
+    return bundle_engine(bundle, max_running=1), f"{bundle.folder} ({bundle.manifest.kind})"
 
 
 def _talk(start: list[dict[str, str]], answer: Callable[[list[dict[str, str]]], str]) -> None:

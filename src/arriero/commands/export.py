@@ -2,40 +2,112 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from arriero.commands.unavailable import not_available
 from arriero.config.adapter import AdapterPathOptions
-from arriero.config.model import DTYPES, device_name
-from arriero.config.option import OptionGroup, option
+from arriero.config.export import ExportOptions
+from arriero.errors import ConfigError
 
-HELP = "Write a model as a bundle that runs without the model's Python code."
+if TYPE_CHECKING:
+    from arriero.export.bundle import Bundle
+    from arriero.formats.source import ModelSource
 
+    Exporter = Callable[[ExportOptions, AdapterPathOptions, Path | ModelSource], Bundle]
 
-@dataclass(kw_only=True)
-class ExportOptions(OptionGroup):
-    """Export."""
+HELP = "Write a model, with its adapter if it has one, as a bundle that runs without the model's Python code."
 
-    model_name_or_path: str = option("checkpoints/", "the model's folder or name", aliases=("model_path",))
-    output_path: str = option("inference/llama", "folder and name of the bundle")
-    kind: str = option("torch", "what the bundle runs in", ("torch", "aoti", "onnx", "gguf"))
-    dtype: str = option("auto", "type of the weights in the bundle", tuple(DTYPES))
-    device: str = option("auto", "the device it is made for: auto, cpu, gpu")
-    max_new_tokens: int = option(100, "default length of an answer", aliases=("tgt_length", "max_length"), minimum=1)
-    merge_weights: bool = option(True, "merge the adapter into the weights of the bundle", only_with="lora_path")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.dtype = DTYPES[self.dtype]
-        self.device = device_name(self.device)
-
-
-OPTIONS: tuple[type, ...] = (
-    ExportOptions,
-    AdapterPathOptions,
-)
+OPTIONS: tuple[type, ...] = (ExportOptions, AdapterPathOptions)
 
 
 def run(export: ExportOptions, adapter: AdapterPathOptions) -> int:
-    """Answer that this comes in a later version."""
-    raise not_available("export", "arriero merge writes a folder that other runtimes load")
+    """Export, check the bundle against the model, and say where it is and what the check gave."""
+    from arriero.config.model import ModelOptions
+    from arriero.engine.export_source import export_source
+
+    options = ModelOptions(model_name_or_path=export.model_name_or_path, device="cpu", cache_dir=export.cache_dir)
+    with export_source(options, adapter) as model:
+        bundle = EXPORTERS[export.format](export, adapter, model)
+    size = sum(noted["size"] for noted in bundle.manifest.files.values())
+    print(f"compared with the model: {_found(bundle)}")
+    print(f"{bundle.folder}: {bundle.manifest.kind}, {bundle.manifest.weights}, {size / 1e6:.1f} MB")
+    return 0
+
+
+def _export_onnx(export: ExportOptions, adapter: AdapterPathOptions, model: Path | ModelSource) -> Bundle:
+    from arriero.engine.export_source import prefix_array, stored_bits
+    from arriero.export.onnx_export import OnnxOptions, export_onnx
+
+    weights = export.weights
+    if weights == "auto":
+        bits = stored_bits(model)
+        weights = "fp32" if bits is None else f"int{bits}"
+    settings = OnnxOptions(
+        weights=weights,
+        block_size=export.block_size,
+        symmetric=export.symmetric,
+        accuracy_level=export.accuracy_level,
+        head_bits=export.head_bits,
+        context=export.context,
+    )
+    prefix = None
+    if adapter.prefix_path:
+        prefix = prefix_array(adapter.prefix_path, model, export.model_name_or_path)
+    return export_onnx(model, export.output_path, settings, prefix=prefix, defaults=_defaults(export))
+
+
+def _export_gguf(export: ExportOptions, adapter: AdapterPathOptions, model: Path | ModelSource) -> Bundle:
+    from arriero.export.gguf_export import export_gguf
+    from arriero.formats.detection import detect
+    from arriero.formats.opening import open_model
+
+    if adapter.prefix_path:
+        raise ConfigError(f"--prefix_path {adapter.prefix_path}: a GGUF file holds no prefix; use --format onnx")
+    weights = None if export.weights == "auto" else export.weights
+    if not isinstance(model, Path):
+        return export_gguf(model, export.output_path, weights, _defaults(export))
+    with open_model(detect(model)) as source:
+        return export_gguf(source, export.output_path, weights, _defaults(export))
+
+
+def _export_torch(export: ExportOptions, adapter: AdapterPathOptions, model: Path | ModelSource) -> Bundle:
+    from arriero.engine.export_source import prefix_array
+    from arriero.export.torch_export import TorchOptions, export_torch
+
+    write = export_torch
+    if export.format == "aoti":
+        from arriero.export.aoti_export import export_aoti as write
+    settings = TorchOptions("fp32" if export.weights == "auto" else export.weights, export.context)
+    prefix = None
+    if adapter.prefix_path:
+        prefix = prefix_array(adapter.prefix_path, model, export.model_name_or_path)
+    return write(model, export.output_path, settings, prefix=prefix, defaults=_defaults(export))
+
+
+# What writes each of `arriero.export.kinds.KINDS`.
+EXPORTERS: dict[str, Exporter] = {
+    "onnx": _export_onnx,
+    "torch": _export_torch,
+    "aoti": _export_torch,
+    "gguf": _export_gguf,
+}
+
+
+def _defaults(export: ExportOptions) -> dict[str, Any]:
+    return {"max_new_tokens": export.max_new_tokens}
+
+
+def _found(bundle: Bundle) -> str:
+    """What the comparison found, in words."""
+    check = bundle.manifest.check
+    if bundle.manifest.kind == "gguf":
+        words = (
+            f"{check['rounded']} of {check['tensors']} tensors rounded, by at most {check['largest']:.1e} of their norm"
+        )
+        return words + (f"; logits differ by at most {check['logits'][0]:.1e}" if check["logits"] else "")
+    return (
+        f"logits differ by at most {check['largest_difference']:.1e} (the largest is {check['largest_logit']:.1f}) with the "
+        f"stored weights, by {check['original_difference']:.1e} of their norm with the original ones; of {check['tokens']} "
+        f"likeliest tokens {check['original_agreement']:.1%} are the same"
+    )

@@ -1,38 +1,92 @@
-"""`arriero infer`: run an exported bundle."""
+"""`arriero infer`: run an exported bundle. Of a kind that needs no torch, nothing here imports it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from arriero.commands.unavailable import not_available
-from arriero.config.generation import GenerationOptions
-from arriero.config.model import device_name
-from arriero.config.option import REQUIRED, OptionGroup, option
+from arriero.config.infer import BundleGenerationOptions, InferOptions
+from arriero.errors import ConfigError
 
-HELP = "Run a bundle made by arriero export."
+if TYPE_CHECKING:
+    from arriero.data.samples import Sample
+    from arriero.engine.engine import Engine
+    from arriero.engine.sampling_params import SamplingParams
 
+HELP = "Answer prompts with a bundle made by arriero export, or measure its speed."
 
-@dataclass(kw_only=True)
-class InferOptions(OptionGroup):
-    """Inference."""
-
-    model_dir: str = option(REQUIRED, "folder of the bundle")
-    model_prefix: str = option("llama", "its name in that folder")
-    device: str = option("auto", "auto, cpu, gpu or cuda:N")
-    src_length: int = option(1024, "longest prompt in tokens", minimum=1)
-    data_file: str | None = option(None, "jsonl rows to answer; without it, the two built-in prompts")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.device = device_name(self.device)
+OPTIONS: tuple[type, ...] = (InferOptions, BundleGenerationOptions)
 
 
-OPTIONS: tuple[type, ...] = (
-    InferOptions,
-    GenerationOptions,
-)
+def run(infer: InferOptions, generation: BundleGenerationOptions) -> int:
+    """Print every prompt with its answer."""
+    from arriero.commands.bundles import bundle_engine, bundle_folder, default_length
+    from arriero.commands.prompt_rows import print_answer, read_prompts, write_answers
+    from arriero.data.sft import fit_prompt
+    from arriero.engine.sampling_params import params_from_options
+    from arriero.export.bundle import open_bundle
+
+    samples = read_prompts(infer.data_file)
+    start = time.perf_counter()
+    bundle = open_bundle(bundle_folder(infer.model_dir, infer.model_prefix))
+    if infer.device not in ("auto", bundle.manifest.device):
+        raise ConfigError(
+            f"--device {infer.device}: {bundle.folder} is made for {bundle.manifest.device}; leave it out"
+        )
+    if not generation.max_new_tokens:
+        generation = replace(generation, max_new_tokens=default_length(bundle))
+    params = params_from_options(generation)
+    engine = bundle_engine(bundle, generation.batch_size, infer.num_threads)
+    seconds = time.perf_counter() - start
+    prompts, cut = [], 0
+    for sample in samples:
+        ids, shortened = fit_prompt(sample, engine.tokenizer, infer.src_length)
+        prompts.append(ids)
+        cut += shortened
+    if cut:
+        print(f"{cut} of {len(samples)} prompts were cut to --src_length {infer.src_length}")
+    if infer.benchmark:
+        _measure(engine, prompts, params, generation.batch_size, seconds)
+        return 0
+    each = [
+        params if generation.seed is None else replace(params, seed=generation.seed + i) for i in range(len(prompts))
+    ]
+    if infer.stream:
+        answers = _stream(engine, samples, prompts, each)
+    else:
+        answers = [answer.text.strip() for answer in engine.generate(prompts, each)]
+        for sample, answer in zip(samples, answers, strict=True):
+            print_answer(sample, answer)
+    if infer.predict_file:
+        write_answers(samples, answers, Path(infer.predict_file))
+    return 0
 
 
-def run(infer: InferOptions, generation: GenerationOptions) -> int:
-    """Answer that this comes in a later version."""
-    raise not_available("infer", "arriero predict answers the same prompts from a model folder")
+def _stream(
+    engine: Engine, samples: Sequence[Sample], prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+) -> list[str]:
+    """Print answers as they come."""
+    answers = []
+    for sample, prompt, own in zip(samples, prompts, params, strict=True):
+        print(sample.prompt)
+        pieces = []
+        for piece in engine.stream(prompt, own):
+            print(piece, end="", flush=True)
+            pieces.append(piece)
+        print("\n" + "-" * 20)
+        answers.append("".join(pieces).strip())
+    return answers
+
+
+def _measure(
+    engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams, batch: int, load_seconds: float
+) -> None:
+    from arriero.engine.benchmark.rates import ROUNDS, measure
+
+    found = measure(engine, [prompts[i % len(prompts)] for i in range(batch)], params)
+    print(f"open and load: {load_seconds:.2f} s")
+    print(f"{batch} prompts at once, of {found.prompt_tokens} tokens in all; answers of {params.max_new_tokens} tokens")
+    print(f"medians of {ROUNDS}: prompts {found.prompt_rate:.1f} tokens/s, answers {found.answer_rate:.1f} tokens/s")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from arriero.commands.table import LATER, ONE_PROCESS, VERBS, load_verb
+from arriero.commands.table import ONE_PROCESS, VERBS, load_verb
 from arriero.config.option import REQUIRED, OptionGroup, option
 from arriero.config.parallel import ParallelOptions
 from arriero.config.parser import HelpRequested, parse
@@ -128,7 +128,6 @@ def check_command(launch: LaunchOptions) -> None:
     Raises:
         ConfigError: a slip in the verb's options, a verb that cannot run in several processes, or degrees of
             parallelism that do not fit their number.
-        ArrieroError: the verb's own answer, if it comes in a later version.
         HelpRequested: the command is `VERB --help`.
     """
     name, *arguments = launch.command
@@ -138,8 +137,6 @@ def check_command(launch: LaunchOptions) -> None:
         raise ConfigError(f"unknown command {name[:60]!r} after launch: arriero --help lists them")
     verb = load_verb(name)
     groups = parse(verb.options, [word for word in arguments if word != "--debug"], verb.prog, warn=False)
-    if name in LATER:
-        verb.run(*groups)
     if name in ONE_PROCESS and not launch.single:
         asked = f"--gpus {launch.gpus}" if launch.gpus is not None else "launch"
         raise ConfigError(f"{name} runs in one process and {asked} asks for several: name one GPU, e.g. --gpus 0")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +11,7 @@ from arriero.config.adapter import AdapterPathOptions
 from arriero.config.generation import GenerationOptions, PredictOptions
 from arriero.config.kv_cache import KVCacheOptions
 from arriero.config.model import ModelOptions
-from arriero.errors import ConfigError, DataError
+from arriero.errors import ConfigError
 
 if TYPE_CHECKING:
     from arriero.data.samples import Sample
@@ -27,13 +25,7 @@ HELP = (
 
 OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, PredictOptions, GenerationOptions, KVCacheOptions)
 
-_CONTEXT = (
-    "The Broncos took an early lead in Super Bowl 50 and never trailed. Newton was limited by Denver's defense, which sacked "
-    "him seven times and forced him into three turnovers, including a fumble which they recovered for a touchdown. Denver "
-    "linebacker Von Miller was named Super Bowl MVP, recording five solo tackles, 2½ sacks, and two forced fumbles."
-)
 MAX_SCHEMA_BYTES = 1_000_000
-BUILT_IN = ("linebacker", "five")  # the answers whose questions PaddleNLP's example asks for
 
 
 def run(
@@ -46,15 +38,13 @@ def run(
     """Print every prompt with its answer and write them to --predict_file; of several processes the first does that."""
     from tqdm import tqdm
 
-    from arriero.commands.merge import check_target
+    from arriero.commands.prompt_rows import read_prompts
     from arriero.config.layout import Layout
-    from arriero.data.row_files import read_rows
-    from arriero.data.rows.formats import sample_from_row
-    from arriero.data.samples import Sample
     from arriero.data.sft import fit_prompt
     from arriero.engine.loading import load_for_inference, pick_device
     from arriero.engine.sampling_params import params_from_options
     from arriero.engine.shared_generation import generate_shared
+    from arriero.formats.staging import check_target
     from arriero.parallel.processes import launched_size, start, stop
 
     if predict.merge_tensor_parallel_path:
@@ -72,12 +62,7 @@ def run(
             f"start {needed} (arriero launch --nproc_per_node {needed}), or change it"
         )
     structure = _structure(predict.json_schema)
-    if predict.data_file:
-        samples = [sample_from_row(row, where, needs_target=False) for where, row in read_rows(Path(predict.data_file))]
-    else:
-        samples = [Sample(f"answer: {answer} context: ", _CONTEXT, "", None, ends_prompt=True) for answer in BUILT_IN]
-    if not samples:
-        raise DataError(f"{predict.data_file}: holds no row")
+    samples = read_prompts(predict.data_file)
     processes = start(Layout(pp=stages, tp=size // stages), pick_device(model.device))
     loaded = load_for_inference(model, adapter, processes)
     prompts, cut = [], 0
@@ -107,7 +92,7 @@ def run(
         )
 
     def publish() -> None:
-        _write_answers(samples, [answer.text.strip() for answer in answers], Path(predict.predict_file))
+        _publish(samples, [answer.text.strip() for answer in answers], Path(predict.predict_file))
         if predict.merge_tensor_parallel_path:
             _write_model(loaded.folder, predict.merge_tensor_parallel_path)
         if speculation is not None:
@@ -154,16 +139,13 @@ def _speculation(predict: PredictOptions, model: ModelOptions, loaded: LoadedMod
     return Speculation(DraftModel(runner, loaded.model.config.vocab_size), predict.num_speculative_tokens)
 
 
-def _write_answers(samples: Sequence[Sample], answers: Sequence[str], target: Path) -> None:
+def _publish(samples: Sequence[Sample], answers: Sequence[str], target: Path) -> None:
     """Print the answers and write them as JSON lines."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for sample, answer in zip(samples, answers, strict=True):
-            file.write(json.dumps({"src": sample.prompt, "output": answer}, ensure_ascii=False) + "\n")
-            print(f"{sample.prompt}\n{answer}\n" + "-" * 20)
-    os.replace(partial, target)
-    print(f"{len(answers)} answers: {target}")
+    from arriero.commands.prompt_rows import print_answer, write_answers
+
+    for sample, answer in zip(samples, answers, strict=True):
+        print_answer(sample, answer)
+    write_answers(samples, answers, target)
 
 
 def _write_model(folder: Path, target: str) -> None:

@@ -25,9 +25,9 @@ OPTIONS: tuple[type, ...] = (ModelOptions, QuantizeOptions, DataOptions, Evaluat
 
 def run(model: ModelOptions, quantize: QuantizeOptions, data: DataOptions, evaluation: EvaluateOptions) -> int:
     """Quantize, write, read back and print what changed."""
-    from arriero.commands.merge import check_target
     from arriero.data.sources import check_data
     from arriero.engine.loading import model_folder
+    from arriero.formats.staging import check_target
     from arriero.training.quantizing import quantize_folder, weight_bytes
 
     output = Path(quantize.output_path).expanduser()
@@ -54,10 +54,10 @@ def _scores(
     model: ModelOptions, held: list[Tensor], data: DataOptions | None, evaluation: EvaluateOptions
 ) -> dict[str, float]:
     """Perplexity on the held text, and the task's metrics."""
-    from arriero.commands.evaluate import score_model
     from arriero.engine.loading import load_for_inference
     from arriero.parallel.processes import Processes
     from arriero.training.quantizing import perplexity
+    from arriero.training.scoring import score_model
 
     scores = {}
     if held:

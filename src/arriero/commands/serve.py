@@ -1,48 +1,39 @@
-"""`arriero serve`: a resident model, HTTP API and web page."""
+"""`arriero serve`: a resident model behind an HTTP API."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from arriero.commands.unavailable import not_available
 from arriero.config.adapter import AdapterPathOptions
+from arriero.config.kv_cache import KVCacheOptions
 from arriero.config.model import ModelOptions
-from arriero.config.option import OptionGroup, option
-from arriero.errors import ConfigError
+from arriero.config.option import specs_of
+from arriero.config.serving import ServeOptions
+from arriero.errors import ConfigError, require
 
-HELP = "Answer requests over HTTP with a model that stays in memory."
+HELP = "Answer requests over HTTP (OpenAI's API, and the seed's /api/chat) with a checkpoint or a bundle that stays in memory."
+
+OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, ServeOptions, KVCacheOptions)
 
 
-@dataclass(kw_only=True)
-class ServeOptions(OptionGroup):
-    """Server."""
-
-    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: every one of this machine")
-    port: int = option(8010, "port of the web page", minimum=1, maximum=65535)
-    flask_port: int = option(8011, "port of the HTTP API", aliases=("api_port",), minimum=1, maximum=65535)
-    src_length: int = option(1024, "longest prompt in tokens", minimum=1)
-    max_new_tokens: int = option(
-        1024, "longest answer in tokens a request may ask for", aliases=("tgt_length",), minimum=1
-    )
-    max_batch_size: int = option(32, "requests computed together at most", minimum=1)
-    api_key: str | None = option(None, "clients must send this key")
-    ui: bool = option(True, "serve the web page too")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.ui and self.port == self.flask_port:
+def run(model: ModelOptions, adapter: AdapterPathOptions, serve: ServeOptions, cache: KVCacheOptions) -> int:
+    """Serve until SIGTERM or Ctrl-C; running requests are finished first."""
+    default = next(spec.default for spec in specs_of(ModelOptions) if spec.name == "model_name_or_path")
+    if serve.model is not None:
+        if model.model_name_or_path not in (default, serve.model):
             raise ConfigError(
-                f"--port and --flask_port are both {self.port}: give the page and the API different ports"
+                f"two models are given, {serve.model} and --model_name_or_path {model.model_name_or_path}: give one"
             )
+        model.model_name_or_path = serve.model
+    for module in ("fastapi", "uvicorn", "prometheus_client"):
+        require(module, "serve")
+    if serve.port is not None:
+        require("gradio_client", "ui")  # a small part of gradio, which itself takes seconds to import
+    if serve.api_url is not None and serve.port is not None:
+        from arriero.serving.ui.process import serve_page
 
+        tls = {"ssl_certfile": serve.ssl_certfile, "ssl_keyfile": serve.ssl_keyfile}
+        serve_page(serve.api_url.removesuffix("/").removesuffix("/v1"), serve.host, serve.port, **tls)
+        return 0
+    from arriero.serving.hosting import host
 
-OPTIONS: tuple[type, ...] = (
-    ModelOptions,
-    AdapterPathOptions,
-    ServeOptions,
-)
-
-
-def run(model: ModelOptions, adapter: AdapterPathOptions, serve: ServeOptions) -> int:
-    """Answer that this comes in a later version."""
-    raise not_available("serve", "arriero chat talks to the same model in the terminal")
+    host(model, adapter, cache, serve)
+    return 0

@@ -1,6 +1,6 @@
 """The verbs: name -> (module that holds HELP, OPTIONS and run, one line for `arriero --help`).
 
-`LATER` are those whose work comes in a later version, `ONE_PROCESS` those that run in a single process.
+`ONE_PROCESS` are those that run in a single process.
 A verb's module is imported only when the verb is called, and torch only inside its `run`.
 """
 
@@ -35,11 +35,12 @@ VERBS: dict[str, tuple[str, str]] = {
     "launch": ("arriero.commands.launch", "start a verb on several processes"),
     "completion": ("arriero.commands.completion", "print a completion script for bash, zsh or fish"),
 }
-LATER = frozenset({"export", "infer", "serve"})
 ONE_PROCESS = frozenset(
     {
         "quickstart",
         "quantize",
+        "export",
+        "infer",
         "download",
         "upload",
         "convert",

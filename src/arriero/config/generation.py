@@ -42,13 +42,16 @@ class GenerationOptions(OptionGroup):
             self.temperature = 1.0
         if self.do_sample is None:
             self.do_sample = self.temperature != 1.0 or self.top_k > 1 or self.top_p < 1.0 or self.min_p > 0.0
+        self._check_lengths()
+        if "" in self.stop:
+            raise ConfigError("--stop holds an empty string, which would stop every answer at once: leave it out")
+
+    def _check_lengths(self) -> None:
         if self.min_new_tokens > self.max_new_tokens:
             raise ConfigError(
                 f"--min_new_tokens {self.min_new_tokens} is above --max_new_tokens {self.max_new_tokens}: "
                 "lower the first"
             )
-        if "" in self.stop:
-            raise ConfigError("--stop holds an empty string, which would stop every answer at once: leave it out")
 
 
 @dataclass(kw_only=True)

@@ -8,8 +8,9 @@ bool is `--flag`, `--flag 1`, `--flag False`; a list is `--x a b` or `--x a,b`. 
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from arriero.config import compatibility
@@ -150,17 +151,28 @@ class _Scanner:
 def _from_file(path: str, table: dict[str, OptionSpec]) -> dict[str, Any]:
     from arriero.config.files import read_config  # PyYAML is imported only when a file is given
 
+    return _named(read_config(path), table, path, show_key=lambda key: f"{path}: {key}")
+
+
+def _named(
+    given: Mapping[str, Any], table: dict[str, OptionSpec], source: str, show_key: Callable[[str], str]
+) -> dict[str, Any]:
+    """The typed values of options that a file or a call names.
+
+    Args:
+        source: the file or function, for messages; `show_key` names a key in it.
+    """
     values: dict[str, Any] = {}
-    for key, value in read_config(path).items():
+    for key, value in given.items():
         name = key.replace("-", "_")
         spec = table.get(name)
         if spec is None:
             suggestion = nearest(name, list(table))
             hint = f"did you mean {suggestion}?" if suggestion else "no option of this command has that name"
-            raise ConfigError(f"{path}: unknown key {show(key)}: {hint}")
+            raise ConfigError(f"{source}: unknown key {show(key)}: {hint}")
         if spec.name in values:
-            raise ConfigError(f"{path}: {key} and {spec.name} are the same option: give one")
-        values[spec.name] = convert(spec, value, f"{path}: {key}")
+            raise ConfigError(f"{source}: {key} and {spec.name} are the same option: give one")
+        values[spec.name] = convert(spec, value, show_key(key))
     return values
 
 
@@ -189,6 +201,34 @@ def parse(groups: Sequence[type], argv: Sequence[str], prog: str, *, warn: bool 
         spec = table[name]
         where = name.upper() if spec.positional else f"--{name}"
         values[name] = raw if spec.remainder else convert(spec, raw, where)
+    return _build(groups, values, f"see {prog} --help", warn=warn)
+
+
+def from_keywords(groups: Sequence[type], keywords: Mapping[str, Any], function: str) -> tuple[Any, ...]:
+    """Build one instance of each group from the keyword arguments of a Python function: `parse` for callers in Python.
+
+    Values are checked as those of a configuration file are; a path may also be an `os.PathLike`.
+
+    Args:
+        function: its name, for messages.
+
+    Raises:
+        ConfigError: as `parse`.
+    """
+    table = option_table(groups)
+    plain = {name: _without_paths(value) for name, value in keywords.items()}
+    values = _named(plain, table, function, show_key=lambda key: f"{function}({key}=...)")
+    return _build(groups, values, f"they are keyword arguments of {function}", warn=True)
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_without_paths(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _build(groups: Sequence[type], values: dict[str, Any], hint: str, *, warn: bool) -> tuple[Any, ...]:
+    """The instances of groups with values that have their options' types."""
     specs = [spec for group in groups for spec in specs_of(group)]
     for spec in specs:
         if spec.required and spec.unless and values.get(spec.unless) is not None:
@@ -196,7 +236,7 @@ def parse(groups: Sequence[type], argv: Sequence[str], prog: str, *, warn: bool 
     missing = [spec for spec in specs if spec.required and spec.name not in values]
     if missing:
         names = ", ".join(spec.name.upper() if spec.positional else f"--{spec.name}" for spec in missing)
-        raise ConfigError(f"{names} must be given: see {prog} --help")
+        raise ConfigError(f"{names} must be given: {hint}")
     instances = []
     for group in groups:
         instance = group(**{spec.name: values[spec.name] for spec in specs_of(group) if spec.name in values})

@@ -19,6 +19,10 @@ from arriero.errors import FormatError
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
+# From so many characters on a text goes to the library as a batch: then it lets other threads of this process run meanwhile.
+LONG_TEXT = 4096
+
+
 class JsonTokenizer:
     """The vocabulary, and how text becomes ids. Made once and then only read, so that threads may share it."""
 
@@ -66,7 +70,7 @@ class JsonTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, special tokens in it recognised; nothing added."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = _encode(self._tokenizer, text).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -75,7 +79,7 @@ class JsonTokenizer:
 
     def encode_literal(self, text: str) -> list[int]:
         """Ids of a text, special tokens in it not recognised."""
-        ids: list[int] = self._literal_tokenizer().encode(text, add_special_tokens=False).ids
+        ids: list[int] = _encode(self._literal_tokenizer(), text).ids
         return ids
 
     def offsets(self, text: str, *, after_token: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
@@ -85,12 +89,12 @@ class JsonTokenizer:
             after_token: the text follows a control token, rather than beginning a sequence.
         """
         if after_token:
-            encoding = self._literal_tokenizer().encode(self._seam + text, add_special_tokens=False)
+            encoding = _encode(self._literal_tokenizer(), self._seam + text)
             seam = len(self._seam)
             return encoding.ids[1:], [(max(0, start - seam), end - seam) for start, end in encoding.offsets[1:]]
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = _encode(self._tokenizer, text)
         if any(i in self.decoding.special_ids for i in encoding.ids):
-            encoding = self._literal_tokenizer().encode(text, add_special_tokens=False)
+            encoding = _encode(self._literal_tokenizer(), text)
         return encoding.ids, encoding.offsets
 
     def framing(self) -> tuple[list[int], list[int]]:
@@ -167,6 +171,12 @@ class JsonTokenizer:
             strip_leading_space=_strips_leading_space(decoder),
             separator=b"" if kinds else b" ",  # without a decoder the library joins tokens with a space
         )
+
+
+def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    if len(text) < LONG_TEXT:
+        return tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.encode_batch([text], add_special_tokens=False)[0]
 
 
 def _decoder_steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -179,6 +179,11 @@ class Tokenizer:
         """Whether `chat` works."""
         return self._template is not None
 
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the chat template."""
+        return self._template.source if self._template is not None else None
+
     def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
         """A conversation as the one text that the model was trained on.
 

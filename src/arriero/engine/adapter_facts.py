@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from arriero.data.tokenizer_files import SMALL_FILE_LIMIT, read_bounded
-from arriero.errors import FormatError
 from arriero.formats.detection import Found
+from arriero.formats.json_file import read_json_object
 from arriero.formats.stored_tensors import StoredTensor
 
 LARGEST = 2**63 - 1  # of the numbers that are told
@@ -30,13 +28,7 @@ def adapter_facts(found: Found, tensors: Sequence[StoredTensor]) -> dict[str, An
         return {"method": "LoRA", "rank": ranks, "alpha": alpha, "targets": sorted(layers)}
     names = {"paddle-lora": "lora_config.json", "paddle-prefix": "prefix_config.json"}
     path = found.path / names.get(found.kind, "adapter_config.json")
-    try:
-        values = json.loads(read_bounded(path, SMALL_FILE_LIMIT)) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: is not valid JSON; fetch it again") from error
-    if not isinstance(values, dict):
-        raise FormatError(f"{path}: must hold a JSON object, got {type(values).__name__}")
-    return _facts(found, values)
+    return _facts(found, read_json_object(path, "an adapter has one") if path.is_file() else {})
 
 
 def _facts(found: Found, values: Mapping[str, Any]) -> dict[str, Any]:

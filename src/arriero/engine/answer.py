@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from arriero.data.tokenizer import Tokenizer
 from arriero.engine.logprobs import TokenLogprobs
@@ -63,7 +63,7 @@ class Answer:
     request: Request
     params: SamplingParams
     prompt_tokens: int
-    sampling: SamplingRow
+    sampling: SamplingRow[Any]
     stop_ids: frozenset[int]
     stream: TextStream | None
     token_ids: list[int] = field(default_factory=list)

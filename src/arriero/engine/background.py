@@ -11,14 +11,25 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from arriero.engine.answer import Answer, Generation
 from arriero.engine.answer_group import AnswerGroup
 from arriero.engine.engine import Engine
-from arriero.engine.request_adapters import AdapterPool
+from arriero.engine.logprobs import TokenLogprobs
 from arriero.engine.sampling_params import SamplingParams
 from arriero.errors import GenerationError, PeerError
+
+if TYPE_CHECKING:
+    from arriero.engine.request_adapters import AdapterPool
+
+
+class RefusedError(GenerationError):
+    """A request that asks for what cannot be: nothing of it was computed."""
+
+
+class EngineClosedError(GenerationError):
+    """The engine takes no more requests."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +42,16 @@ class Piece:
         result: the whole answer, with its last piece.
         index: of the answer, where the request asks for several. Where the best are selected (`best_of`) each is one piece,
             the best first.
+        logprobs: of the new tokens, where they are asked for.
+        prompt_logprobs: see `Generation`; with the first piece.
     """
 
     text: str
     token_ids: tuple[int, ...]
     result: Generation | None = None
     index: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
 Result = TypeVar("Result")
@@ -55,6 +70,7 @@ class Ticket:
         self._lock = threading.Lock()
         self._messages: deque[_Message] = deque()
         self._arrived = threading.Condition(self._lock)
+        self._taken = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._event: asyncio.Event | None = None
 
@@ -62,11 +78,33 @@ class Ticket:
         """End the request as soon as the running step is over; its iteration ends with what it has come to."""
         self._cancel(self)
 
+    async def taken(self) -> None:
+        """Wait until the engine has taken the request in, so that its answer will come.
+
+        Raises:
+            RefusedError: it has not, and says why.
+            GenerationError: something went wrong already.
+        """
+        with self._lock:
+            self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
+        while True:
+            with self._lock:
+                message = self._messages[0] if self._messages else None
+                if message is None and not self._taken:
+                    self._event.clear()
+                else:
+                    break
+            await self._event.wait()
+        if isinstance(message, GenerationError):
+            self._left = 0
+            raise message
+
     def __iter__(self) -> Iterator[Piece]:
         """The pieces; an answer's last one has the result.
 
         Raises:
-            GenerationError: the request was refused, or something went wrong with it.
+            RefusedError: the request asks for what cannot be.
+            GenerationError: something went wrong with it.
         """
         while self._left:
             with self._lock:
@@ -113,6 +151,16 @@ class Ticket:
         with self._lock:
             self._messages.append(message)
             self._arrived.notify_all()
+        self._wake()
+
+    def _take(self) -> None:
+        """Called on the engine's thread."""
+        with self._lock:
+            self._taken = True
+        self._wake()
+
+    def _wake(self) -> None:
+        with self._lock:
             loop, event = self._loop, self._event
         if loop is not None and event is not None:
             with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
@@ -129,7 +177,7 @@ class BackgroundEngine:
     """Runs an engine's steps on one thread while there is work, and waits without cost while there is none.
 
     Attributes:
-        failure: why nothing can be computed any more: another process that holds a part of the model is gone.
+        failure: why nothing can be computed any more: another process that holds a part of the model is gone, or a defect.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -140,7 +188,7 @@ class BackgroundEngine:
         self._sent: dict[Answer, int] = {}
         self._waiting_for_idle: list[threading.Event] = []
         self._lock, self._closed = threading.Lock(), False
-        self.failure: PeerError | None = None
+        self.failure: PeerError | GenerationError | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -153,7 +201,7 @@ class BackgroundEngine:
             options: of `Engine.submit`.
 
         Raises:
-            GenerationError: the engine is closed.
+            EngineClosedError: the engine is closed.
         """
         ticket = Ticket(lambda given: self._commands.put(lambda: self._cancel(given)), params.n)
         if params.structure is not None:
@@ -165,7 +213,7 @@ class BackgroundEngine:
         with self._lock:  # so that nothing follows the command that ends the thread
             if self._closed:
                 reason = "the engine is shutting down and takes no more requests"
-                raise GenerationError(reason if self.failure is None else str(self.failure))
+                raise EngineClosedError(reason if self.failure is None else str(self.failure))
             self._commands.put(lambda: self._submit(ticket, list(prompt), params, options))
         return ticket
 
@@ -173,7 +221,7 @@ class BackgroundEngine:
         """Run something on the engine's thread, between two steps, and wait for what it returns.
 
         Raises:
-            GenerationError: the engine is closed.
+            EngineClosedError: the engine is closed.
             Exception: what `function` raises.
         """
         future: Future[Result] = Future()
@@ -186,7 +234,7 @@ class BackgroundEngine:
 
         with self._lock:
             if self._closed:
-                raise GenerationError("the engine is shutting down")
+                raise EngineClosedError("the engine is shutting down")
             self._commands.put(run)
         return future.result()
 
@@ -244,10 +292,13 @@ class BackgroundEngine:
                 for event in self._waiting_for_idle:
                     event.set()
                 self._waiting_for_idle = []
-            if not self._obey(block=not self._tickets):
-                break
-            if self._tickets:
-                self._step()
+            try:
+                if not self._obey(block=not self._tickets):
+                    break
+                if self._tickets:
+                    self._step()
+            except Exception as error:  # a defect: those who wait must hear of it, and the server can end in order
+                self._fail(GenerationError(f"the engine has failed ({_reason(error)}): start it again"))
         for ticket in list(self._answers):
             self._cancel(ticket)
 
@@ -269,7 +320,7 @@ class BackgroundEngine:
     def _submit(self, ticket: Ticket, prompt: list[int], params: SamplingParams, options: dict[str, Any]) -> None:
         try:
             if self.failure is not None:
-                raise GenerationError(str(self.failure))
+                raise EngineClosedError(str(self.failure))
             group = self.engine.submit_group(prompt, params, streaming=True, **options)
         except Exception as error:  # whatever a request can be: the engine goes on
             ticket._deliver(_refusal(error))
@@ -277,6 +328,7 @@ class BackgroundEngine:
         self._answers[ticket] = group
         self._tickets |= dict.fromkeys(group.answers, ticket)
         self._sent |= dict.fromkeys(group.answers, 0)
+        ticket._take()
 
     def _cancel(self, ticket: Ticket) -> None:
         group = self._answers.get(ticket)
@@ -297,14 +349,15 @@ class BackgroundEngine:
         for answer in answers:
             self._send(answer)
 
-    def _fail(self, error: PeerError) -> None:
-        """End everything: another process of this run is gone."""
+    def _fail(self, error: PeerError | GenerationError) -> None:
+        """End everything: another process of this run is gone, or nothing can be relied on."""
         with self._lock:
             self._closed, self.failure = True, error
-        for ticket, group in self._answers.items():
-            self.engine.cancel(group)
+        answers, self._tickets, self._answers, self._sent = self._answers, {}, {}, {}
+        for ticket, group in answers.items():
             ticket._deliver(GenerationError(str(error)))
-        self._tickets, self._answers, self._sent = {}, {}, {}
+            with contextlib.suppress(Exception):
+                self.engine.cancel(group)
 
     def _send(self, answer: Answer) -> None:
         """Deliver what is new of an answer."""
@@ -315,22 +368,27 @@ class BackgroundEngine:
         if group.error:
             self.engine.cancel(group)
             self._forget(ticket)
-            ticket._deliver(GenerationError(group.error))
+            grammars = [one.sampling.grammar for one in group.answers]
+            own_fault = any(grammar is not None and grammar.error for grammar in grammars)
+            ticket._deliver((RefusedError if own_fault else GenerationError)(group.error))
         elif group.params.selects:
             if group.over:
                 self._forget(ticket)
                 for index, result in enumerate(group.results(tokenizer)):
-                    ticket._deliver(Piece(result.text, tuple(result.token_ids), result, index))
+                    ids, logprobs, of_prompt = tuple(result.token_ids), result.logprobs, result.prompt_logprobs
+                    ticket._deliver(Piece(result.text, ids, result, index, logprobs, of_prompt))
         else:
-            new, index = tuple(answer.token_ids[self._sent[answer] :]), group.answers.index(answer)
+            sent, index = self._sent[answer], group.answers.index(answer)
+            new, logprobs = tuple(answer.token_ids[sent:]), tuple(answer.logprobs[sent:])
+            of_prompt = () if sent else tuple(answer.prompt_logprobs)
             self._sent[answer] = len(answer.token_ids)
             if answer.finish_reason is not None:
                 del self._tickets[answer], self._sent[answer]
                 if not any(other in self._tickets for other in group.answers):  # several may end in one step
                     self._forget(ticket)
-                ticket._deliver(Piece(answer.new_text, new, answer.result(tokenizer), index))
+                ticket._deliver(Piece(answer.new_text, new, answer.result(tokenizer), index, logprobs, of_prompt))
             elif new or answer.new_text:
-                ticket._deliver(Piece(answer.new_text, new, index=index))
+                ticket._deliver(Piece(answer.new_text, new, None, index, logprobs, of_prompt))
 
     def _forget(self, ticket: Ticket) -> None:
         for answer in self._answers.pop(ticket).answers:
@@ -340,8 +398,10 @@ class BackgroundEngine:
 
 def _refusal(error: Exception) -> GenerationError:
     """What a request is told that is not taken."""
-    if isinstance(error, GenerationError):
+    if isinstance(error, EngineClosedError):
         return error
+    if isinstance(error, GenerationError):
+        return RefusedError(str(error))
     return GenerationError(f"the request cannot be taken ({_reason(error)})")
 
 

@@ -42,8 +42,14 @@ class BlockManager:
     first goes first. Neighbours are preferred, so that a sequence lies in few runs.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, prefix_cache: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, *, prefix_cache: bool = True, take_turns: bool = False
+    ) -> None:
         """
+        Args:
+            prefix_cache: let full blocks be shared.
+            take_turns: give out all blocks before one comes again, for a runner that finds a use for what they hold.
+
         Raises:
             ValueError: a number below 1.
         """
@@ -57,6 +63,7 @@ class BlockManager:
         self._block: dict[bytes, int] = {}  # what is held -> block
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached blocks without a user, the first to go first
         self._empty = num_blocks  # blocks that hold nothing: open and reserved ones
+        self._take_turns, self._last = take_turns, -1
 
     @property
     def available(self) -> int:
@@ -128,6 +135,8 @@ class BlockManager:
         block = -1
         if after is not None and after + 1 < self.num_blocks and self._state[after + 1] in (_OPEN, _RESERVED):
             block = after + 1
+        if block < 0 and self._take_turns:
+            block = self._state.find(_OPEN, self._last + 1)
         if block < 0:
             block = self._state.find(_OPEN)
         if block < 0:
@@ -139,6 +148,7 @@ class BlockManager:
         else:
             self._empty -= 1
         self._state[block], self._users[block] = _USED, 1
+        self._last = block
         return block
 
     def reserve(self, count: int) -> range:

@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 # With more rows than this the kernels take longer than Python, and a graph is of no use.
 MAX_GRAPH_ROWS = 512
-RUNG = 8
-# Tables are as wide as for so many tokens, twice as many, and so on.
-TABLE_TOKENS = 256
+# Tables are as wide as for so many tokens, then so many times as many, and so on: of kernels that read all of a table, whose
+# every block costs, and of those that read what a sequence has.
+READ_WHOLE, READ_IN_PART = (256, 2), (2048, 4)
 
 
 class DecodeWork(Protocol):
@@ -87,8 +87,14 @@ class _Graph:
 
 
 def rung(rows: int) -> int:
-    """The next number of rows of the ladder: 1, 2, 4, 8, 16, 24, ..."""
-    return 1 << (rows - 1).bit_length() if rows <= RUNG else -(-rows // RUNG) * RUNG
+    """The next number of rows of the ladder: 1, 2, 4, 8, 16, 24, ..., 64, 80, ..., 128, 160, ..., 256, 320, ...
+
+    So there are few graphs, and a step of more than 32 rows is filled up by less than a quarter.
+    """
+    if rows <= 8:
+        return 1 << (rows - 1).bit_length()
+    unit = max(8, (1 << (rows - 1).bit_length()) // 8)
+    return -(-rows // unit) * unit
 
 
 class DecodeSteps:
@@ -153,10 +159,11 @@ class DecodeSteps:
     def _numbers(self, work: Sequence[DecodeWork], rows: int) -> Tensor:
         """Of `Table.of`, on the host."""
         size = self._cache.block_size
-        width = -(-TABLE_TOKENS // size)
+        tokens, factor = READ_WHOLE if self._kernel.reads_whole_tables else READ_IN_PART
+        width = -(-tokens // size)
         longest = max(item.start // size + 1 for item in work)
         while width < longest:
-            width *= 2
+            width *= factor
         width = max(longest, min(width, self._max_blocks))
         pinned = self._cache.device.type == "cuda"
         numbers = torch.full((rows, 2 + width), self._padding, dtype=torch.int64, pin_memory=pinned)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from arriero.engine.block_manager import BlockManager
 from arriero.engine.request import Request
-from arriero.engine.runner import Runner, Work
+from arriero.engine.work import Runner, Work
 from arriero.errors import GenerationError
 
 
@@ -101,7 +101,7 @@ class DraftModel:
             Work(sequence[len(held.tokens) :], len(held.tokens), held.blocks, 1)
             for sequence, held in ((s, self._held[r]) for r, s in zip(going, sequences, strict=True))
         ]
-        likeliest: list[int] = self._runner.run(work).argmax(dim=-1).tolist()
+        likeliest: list[int] = self._runner.run(work).argmax(-1).tolist()
         for request, sequence in zip(going, sequences, strict=True):
             self._held[request].tokens = list(sequence)
         return likeliest

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from arriero.data.tokenizer import Tokenizer
 from arriero.engine.answer import Answer, Generation
@@ -14,16 +12,18 @@ from arriero.engine.answer_group import AnswerGroup
 from arriero.engine.block_manager import BlockManager
 from arriero.engine.drafts import Speculation
 from arriero.engine.grammar import GrammarCompiler
-from arriero.engine.logprobs import token_logprobs
 from arriero.engine.prompt_logprobs import max_step_scores, score_prompts, wanted_rows
 from arriero.engine.request import Request
-from arriero.engine.request_adapters import NO_ADAPTER, find_adapter
-from arriero.engine.runner import Runner, Work
-from arriero.engine.sampling import BROKEN, Sampler, SamplingRow
+from arriero.engine.sampling import BROKEN, sampler_of
 from arriero.engine.sampling_params import SamplingParams
 from arriero.engine.scheduler import Scheduler, Share
 from arriero.engine.text_stream import TextStream
+from arriero.engine.work import NO_ADAPTER, Runner, Work
 from arriero.errors import GenerationError
+
+if TYPE_CHECKING:
+    from arriero.engine.request_adapters import RequestAdapter
+    from arriero.engine.work import Logits
 
 
 class Engine:
@@ -54,18 +54,23 @@ class Engine:
             GenerationError: a limit below 1.
         """
         self.runner, self.tokenizer = runner, tokenizer
-        self.blocks = BlockManager(runner.num_blocks, runner.block_size, prefix_cache=prefix_cache and runner.reuses)
+        # a block that is as long as a sequence has no neighbours, and another sequence finds in it what the runner knows of
+        slots = runner.block_size >= runner.context + runner.prefix_length
+        self.blocks = BlockManager(
+            runner.num_blocks, runner.block_size, prefix_cache=prefix_cache and runner.reuses, take_turns=slots
+        )
         self.scheduler = Scheduler(
             self.blocks,
             max_running=max_running,
             max_step_tokens=max(max_step_tokens, max_running),
             max_context=runner.context + runner.prefix_length,
             max_adapters=runner.adapters.max_loaded if runner.adapters is not None else 1,
+            reserve=not slots,
             max_step_scores=max_step_scores(runner.vocab_size),
         )
         self.speculation = speculation
         self.grammars = GrammarCompiler(tokenizer, runner.vocab_size)
-        self._sampler = Sampler()
+        self._sampler = sampler_of(runner.library, runner.device)
         self._answers: dict[Request, Answer] = {}
 
     @property
@@ -99,8 +104,11 @@ class Engine:
         """
         if params.candidates > 1:
             raise GenerationError(f"{params.candidates} answers are asked for where only one can be given: set n to 1")
+        for name, value, kind in (("priority", priority, int), ("salt", salt, bytes), ("adapter", adapter, str | None)):
+            if not isinstance(value, kind):
+                raise GenerationError(f"{name} is {str(value)[:40]!r}: it must be of the type {kind}")
         runner = self.runner
-        own = find_adapter(runner.adapters, adapter)
+        own = self._adapter(adapter)
         if not prompt:
             raise GenerationError("the prompt is empty: give at least one token, such as bos")
         if not all(isinstance(token, int) for token in prompt):
@@ -137,7 +145,7 @@ class Engine:
             request,
             params,
             len(prompt),
-            SamplingRow.start(params, prompt, stop_ids, runner.vocab_size, runner.device, grammar),
+            self._sampler.start(params, prompt, stop_ids, runner.vocab_size, grammar),
             stop_ids,
             TextStream(self.tokenizer.stream_decoder(), params.stop_strings)
             if streaming or params.stop_strings
@@ -178,8 +186,11 @@ class Engine:
                 self._remove(one)
 
     def fail_running(self, error: str) -> None:
-        """End what runs now: its keys and values cannot be relied on. Cached beginnings are forgotten too."""
-        for request in list(self.scheduler.running):
+        """End what runs now: its keys and values cannot be relied on. Cached beginnings are forgotten too.
+
+        Where nothing runs, what waits ends: no error may come again in every step.
+        """
+        for request in list(self.scheduler.running or self.scheduler.waiting):
             answer = self._answers[request]
             answer.fail(error)
             answer.new_text = ""
@@ -195,7 +206,7 @@ class Engine:
             self.scheduler.advance(share)
         if logits is None:
             return failed
-        logits = score_prompts(logits, shares, self._answers)
+        logits = score_prompts(logits, shares, self._answers, self._sampler)
         sampled = [share for share in shares if share.samples]
         given = self._sample(logits, sampled)
         answers = [self._answers[share.request] for share in sampled]
@@ -206,6 +217,15 @@ class Engine:
             self.speculation.measure(given)
             self.speculation.propose([answer.request for answer in answers if answer.finish_reason is None])
         return failed + answers
+
+    def _adapter(self, name: str | None) -> RequestAdapter | None:
+        """The adapter that a request asks for."""
+        if name is None:
+            return None
+        pool = self.runner.adapters
+        if pool is None:
+            raise GenerationError(f"there is no adapter {name[:100]!r}: this engine has none at all")
+        return pool.find(name)
 
     def _with_adapters(self, shares: list[Share]) -> tuple[list[Share], list[Answer]]:
         """The shares whose adapters are in memory, and the answers that end because theirs cannot be read any more."""
@@ -218,10 +238,10 @@ class Engine:
             self._remove(answer)
         return [share for share in shares if share.request.adapter not in errors], failed
 
-    def _sample(self, logits: Tensor, shares: Sequence[Share]) -> int:
+    def _sample(self, logits: Logits, shares: Sequence[Share]) -> int:
         """Give each request its next token, and those after it for as long as they were guessed; returns how many in all."""
         counts = [1 + share.start + share.count - len(share.request.tokens) for share in shares]
-        rows = list(torch.split(logits, counts))
+        first = [0, *itertools.accumulate(counts)]  # row of each share
         going = list(range(len(shares)))
         drafts = [share.request.drafts[: count - 1] for share, count in zip(shares, counts, strict=True)]
         given = accepted = 0
@@ -231,8 +251,8 @@ class Engine:
         place = 0
         while going:
             answers = [self._answers[shares[i].request] for i in going]
-            now = torch.stack([rows[i][place] for i in going]) if place or len(logits) > len(going) else logits
-            tokens = self._sampler(now, [answer.sampling for answer in answers]).tolist()
+            now = logits[[first[i] + place for i in going]] if place or len(logits) > len(going) else logits
+            tokens = self._sampler(now, [answer.sampling for answer in answers])
             self._note_logprobs(now, answers, tokens)
             kept = []
             for i, answer, token in zip(going, answers, tokens, strict=True):
@@ -253,12 +273,11 @@ class Engine:
             self.speculation.count(sum(map(len, drafts)), accepted)
         return given
 
-    @staticmethod
-    def _note_logprobs(logits: Tensor, answers: Sequence[Answer], tokens: Sequence[int]) -> None:
+    def _note_logprobs(self, logits: Logits, answers: Sequence[Answer], tokens: Sequence[int]) -> None:
         wanted = [i for i, a in enumerate(answers) if a.params.logprobs is not None and tokens[i] != BROKEN]
         if wanted:
             counts = [answers[i].params.logprobs or 0 for i in wanted]
-            found = token_logprobs(logits[wanted], [tokens[i] for i in wanted], counts)
+            found = self._sampler.logprobs(logits[wanted], [tokens[i] for i in wanted], counts)
             for i, logprobs in zip(wanted, found, strict=True):
                 answers[i].logprobs.append(logprobs)
 
@@ -272,7 +291,7 @@ class Engine:
         if start == end:
             return None
         tokens = (request.tokens + request.drafts)[start:end] if request.drafts else request.tokens[start:end]
-        return Work(tokens, start, request.blocks, wanted_rows(share), request.adapter)
+        return Work(tokens, start, request.blocks, wanted_rows(share), request.adapter, request.salt)
 
     def _remove(self, answer: Answer) -> None:
         self.scheduler.remove(answer.request)
@@ -331,7 +350,7 @@ class Engine:
                     number = index[answer]
                     if answer.new_text and on_text is not None:
                         on_text(number, answer.new_text)
-                    if answer.finish_reason is not None and groups[number].over:
+                    if answer.finish_reason is not None and groups[number].over and number not in done:
                         done[number] = self._result(groups[number], names[number])
                         if on_done is not None:
                             on_done(number, done[number])

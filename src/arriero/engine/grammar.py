@@ -15,11 +15,10 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
-import torch
-from torch import Tensor
+import numpy.typing as npt
 
 from arriero.data.tokenizer import Tokenizer
 from arriero.errors import GenerationError, require
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     import llguidance
 
 StructureKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+Mask: TypeAlias = npt.NDArray[np.bool_]  # (V,)
 
 MAX_REASON = 300  # characters of an error
 MAX_WAITING = 64  # grammars that are being compiled or wait for it
@@ -205,12 +205,12 @@ class _Tables:
         return cls(vocabulary, tree, llguidance.LLTokenizer(stripped), blanks)  # type: ignore[arg-type]
 
 
-def _mask(matcher: llguidance.LLMatcher, size: int) -> Tensor:
-    """The tokens that can come next, (V,) bool; none where it has come to an end or an error."""
+def _mask(matcher: llguidance.LLMatcher, size: int) -> Mask:
+    """The tokens that can come next; none where it has come to an end or an error."""
     if matcher.is_stopped():
-        return torch.zeros(size, dtype=torch.bool)
+        return np.zeros(size, np.bool_)
     packed = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-    return torch.from_numpy(np.unpackbits(packed, count=size, bitorder="little").view(np.bool_))
+    return np.unpackbits(packed, count=size, bitorder="little").view(np.bool_)
 
 
 @dataclass
@@ -226,7 +226,7 @@ class GrammarState:
 
     _compiled: CompiledGrammar = field(repr=False)
     _matcher: llguidance.LLMatcher = field(repr=False)
-    allowed: Tensor = field(repr=False)
+    allowed: Mask = field(repr=False)
     accepting: bool
     finished: bool
     error: str = ""
@@ -257,7 +257,7 @@ class CompiledGrammar:
     kind: StructureKind
     _tables: _Tables = field(repr=False)
     _matcher: llguidance.LLMatcher = field(repr=False)
-    _allowed: Tensor = field(repr=False)
+    _allowed: Mask = field(repr=False)
     _accepting: bool
     _finished: bool
 
@@ -277,7 +277,7 @@ class CompiledGrammar:
         )
         grammar = _lark(structure)
 
-        def begin(tree: llguidance.LLTokenizer) -> tuple[llguidance.LLMatcher, Tensor]:
+        def begin(tree: llguidance.LLTokenizer) -> tuple[llguidance.LLMatcher, Mask]:
             matcher = llguidance.LLMatcher(tree, grammar, log_level=0, limits=limits)
             return matcher, _mask(matcher, tables.vocabulary.size)
 

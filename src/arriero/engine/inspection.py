@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from arriero.engine.adapter_facts import LARGEST, adapter_facts
 from arriero.engine.weight_fit import misfit
 from arriero.errors import FormatError
 from arriero.formats.detection import MODELS, Found, detect
+from arriero.formats.json_file import read_json_object
 from arriero.formats.shared_files import natural_order
 from arriero.formats.stored_tensors import StoredTensor, stored_tensors, tensors_of_file
 from arriero.models.config import LlamaConfig
@@ -164,11 +165,8 @@ def _foreign(path: Path, reason: str) -> dict[str, Any]:
     """Of a model that is not read here: what its configuration calls it."""
     names: list[Any] = []
     if path.is_dir() and (path / "config.json").is_file():
-        try:
-            values = json.loads(read_bounded(path / "config.json", SMALL_FILE_LIMIT))
-        except (ValueError, RecursionError):
-            values = None
-        if isinstance(values, dict):
+        with suppress(FormatError):
+            values = read_json_object(path / "config.json", "")
             listed = values.get("architectures")
             names = [*listed] if isinstance(listed, list) else [values.get("model_type")]
     words = ", ".join(name[:200] for name in names if isinstance(name, str))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import psutil
 import torch
 
+from arriero.engine.machine_memory import free_memory
 from arriero.models.config import LlamaConfig
 from arriero.models.kv_format import KVFormat
 from arriero.models.paged_cache import PagedCache
@@ -36,7 +36,7 @@ class KVMemory:
         Args:
             dtype, kv_dtype: see `PagedCache`.
         """
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
         token = PagedCache.bytes_of_block(config, 1, dtype, kv_dtype)
         return cls(int(free * CACHE_MEMORY_SHARE), token, KVFormat.of(kv_dtype, dtype).name)
 

@@ -23,6 +23,7 @@ from arriero.engine.new_rows import NewRows, fill
 from arriero.engine.qat import apply_stored_rounding
 from arriero.errors import ConfigError, FormatError
 from arriero.formats import hf, peft
+from arriero.formats.bundle_folder import is_bundle
 from arriero.formats.download import resolve_model
 from arriero.formats.parts import Placement
 from arriero.formats.quantized import quantizing
@@ -99,6 +100,11 @@ def load(
     if (folder / peft.ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
         raise ConfigError(
             f"--model_name_or_path {folder} is an adapter: give its base there and this folder as --lora_path, or --prefix_path"
+        )
+    if is_bundle(folder):
+        raise ConfigError(
+            f"--model_name_or_path {folder} is a bundle of arriero export, which infer and chat run: give the model it was "
+            "made from"
         )
     wanted = options.dtype if options.dtype != "auto" else dtype
     kind = getattr(torch, wanted) if wanted else None

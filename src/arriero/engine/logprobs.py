@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 
 @dataclass(frozen=True)
 class TokenLogprobs:
@@ -22,19 +19,15 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def token_logprobs(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
-    """Of each row's token, and of so many likeliest ones.
+def with_likeliest(
+    own: Sequence[float], ids: Sequence[Sequence[int]], values: Sequence[Sequence[float]], counts: Sequence[int]
+) -> list[TokenLogprobs]:
+    """Each token's log-probability, and those of as many of the likeliest ones as are wanted of each.
 
     Args:
-        logits: (B, V), raw.
-        tokens, counts: B each.
+        own, counts: B each.
+        ids, values: (B, at least the most of the counts), the likeliest first.
     """
-    logprobs = logits.float().log_softmax(dim=-1)
-    index = torch.tensor(list(tokens), dtype=torch.long, device=logits.device)[:, None]
-    own = logprobs.gather(1, index).squeeze(1).tolist()
-    most = min(max(counts, default=0), logits.shape[-1])
-    found = logprobs.topk(most, dim=-1)
-    ids, values = found.indices.tolist(), found.values.tolist()
     return [
         TokenLogprobs(logprob, tuple(zip(ids[row][:count], values[row][:count], strict=True)))
         for row, (logprob, count) in enumerate(zip(own, counts, strict=True))

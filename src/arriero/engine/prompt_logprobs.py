@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from arriero.engine.answer import Answer
-from arriero.engine.logprobs import token_logprobs
 from arriero.engine.request import Request
+from arriero.engine.sampling import Sampler
 from arriero.engine.scheduler import Share
+
+if TYPE_CHECKING:
+    from arriero.engine.work import Logits
 
 # Of one step, over all requests: 128 MiB in single precision, and as much again while their softmax is taken.
 MAX_STEP_LOGITS = 2**25
@@ -34,7 +35,9 @@ def wanted_rows(share: Share) -> int:
     return max(drawn_rows(share), share.start + share.count - max(share.start, request.scored))
 
 
-def score_prompts(logits: Tensor, shares: Sequence[Share], answers: Mapping[Request, Answer]) -> Tensor:
+def score_prompts(
+    logits: Logits, shares: Sequence[Share], answers: Mapping[Request, Answer], sampler: Sampler[Any]
+) -> Logits:
     """Note how likely the prompts' tokens are, and leave the logits to draw from.
 
     Args:
@@ -45,18 +48,18 @@ def score_prompts(logits: Tensor, shares: Sequence[Share], answers: Mapping[Requ
     """
     if all(share.request.scored is None for share in shares):
         return logits
-    left: list[Tensor] = []
+    left: list[int] = []
     end = 0
     for share in shares:
         request, drawn, wanted = share.request, drawn_rows(share), wanted_rows(share)
         start, end = end, end + wanted
-        left.append(logits[end - drawn : end])
+        left += range(end - drawn, end)
         if request.scored is None:
             continue
         answer, count, first = answers[request], wanted - drawn, max(share.start, request.scored)
         following = request.tokens[first + 1 : first + 1 + count]
         alternatives = [answer.params.prompt_logprobs or 0] * count
-        answer.prompt_logprobs += token_logprobs(logits[start : start + count], following, alternatives)
+        answer.prompt_logprobs += sampler.logprobs(logits[start : start + count], following, alternatives)
         scored = first + count
         request.scored = scored if scored < request.prompt_length - 1 else None
-    return torch.cat(left)
+    return logits[left]

@@ -11,18 +11,20 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from arriero.engine.request_adapters import NO_ADAPTER
-from arriero.engine.runner import Runner, Work
 from arriero.engine.step_messages import HEADER, Kind, Limits, Message, decode, encode, header, read_header
+from arriero.engine.work import NO_ADAPTER, Runner, Work
 from arriero.errors import PeerError
 from arriero.parallel.launching.report import one_line, says_peer
 from arriero.parallel.processes import Processes, silence_limit
+
+if TYPE_CHECKING:
+    from arriero.engine.work import Logits
 
 T = TypeVar("T")
 FRAME = 1024  # integers of the first broadcast; few steps need a second
@@ -85,7 +87,8 @@ class LeaderRunner:
         self._runner = runner
         self.num_blocks, self.block_size = runner.num_blocks, runner.block_size
         self.vocab_size, self.context, self.prefix_length = runner.vocab_size, runner.context, runner.prefix_length
-        self.reuses, self.device, self.adapters = runner.reuses, runner.device, runner.adapters
+        self.reuses, self.adapters = runner.reuses, runner.adapters
+        self.library, self.device = runner.library, runner.device
         self._channel, self._limit, self._grace = _Channel(processes), silence_limit(), timedelta(seconds=grace)
         self._lock = threading.Lock()  # one message, and what it asks for, after the other
         self._lost: PeerError | None = None
@@ -106,7 +109,7 @@ class LeaderRunner:
             with suppress(PeerError):  # which would hide the error
                 self.close()
 
-    def run(self, work: Sequence[Work]) -> Tensor:
+    def run(self, work: Sequence[Work]) -> Logits:
         """See `Runner`.
 
         Raises:

@@ -13,10 +13,10 @@ from pathlib import Path
 from arriero.adapters.packed_deltas import JOINED_ROWS, JoinedDeltas, LayerDeltas, PackedDeltas
 from arriero.adapters.prefix import PrefixKV
 from arriero.engine.adapter_reader import AdapterReader, Weights
+from arriero.engine.work import NO_ADAPTER as NO_ADAPTER
 from arriero.errors import ArrieroError, ConfigError, GenerationError
 from arriero.models.llama import LlamaForCausalLM
 
-NO_ADAPTER = 0  # the number of none
 MAX_NAME = 128
 _NAME = re.compile(r"[A-Za-z0-9][\w.:@-]*(/[A-Za-z0-9][\w.:@-]*)*", re.ASCII)
 _NAMED = 20  # names in a message; the others are counted
@@ -270,19 +270,3 @@ class AdapterPool:
     def _drop(self, adapter: RequestAdapter) -> None:
         self._give_up(adapter.number)
         del self._numbered[adapter.number]
-
-
-def find_adapter(pool: AdapterPool | None, name: str | None) -> RequestAdapter | None:
-    """The adapter that a request asks for.
-
-    Args:
-        pool: None where a runner has none.
-
-    Raises:
-        GenerationError: there is none of this name.
-    """
-    if name is None:
-        return None
-    if pool is None:
-        raise GenerationError(f"there is no adapter {name[:MAX_NAME]!r}: this engine has none at all")
-    return pool.find(name)

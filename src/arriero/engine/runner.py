@@ -1,12 +1,9 @@
-"""What computes a step's tokens: one interface for a torch model and, later, exported bundles."""
+"""What computes a step's tokens with a torch model; see `work` for the interface."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -14,9 +11,13 @@ from arriero.adapters.packed_deltas import PackedDeltas
 from arriero.adapters.prefix import PrefixKV, prefix_kv
 from arriero.engine.decode_graphs import CudaCapture, DecodeSteps
 from arriero.engine.kv_memory import KVMemory
-from arriero.engine.request_adapters import NO_ADAPTER, AdapterPool
+from arriero.engine.machine_memory import free_memory
+from arriero.engine.request_adapters import AdapterPool
+from arriero.engine.work import NO_ADAPTER, Library
+from arriero.engine.work import Runner as Runner
+from arriero.engine.work import Work as Work
 from arriero.errors import ConfigError
-from arriero.models.kv_format import KVFormat
+from arriero.models.attention import kernels_for_any_shape
 from arriero.models.llama import LlamaForCausalLM
 from arriero.models.packed_model import PackedModel
 from arriero.models.paged_attention import SPARE_BLOCKS, KernelName, block_size_of, choose_kernel, make_kernel
@@ -26,61 +27,14 @@ from arriero.parallel.generation import SharedModel
 # The share of the free memory that weights may take once more, in the layout of faster kernels (see `PackedModel`).
 COPY_MEMORY_SHARE = 0.25
 BLOCK_SIZE = 16
-
-
-@dataclass(frozen=True)
-class Work:
-    """One sequence's part of a step.
-
-    Attributes:
-        tokens: to compute, (count) ids.
-        start: the position of the first.
-        blocks: the sequence's block table.
-        logits: of how many of the last of them logits are wanted.
-        adapter: the number of the adapter that it uses, in the runner's pool.
-    """
-
-    tokens: Sequence[int]
-    start: int
-    blocks: Sequence[int]
-    logits: int
-    adapter: int = NO_ADAPTER
-
-
-class Runner(Protocol):
-    """A model with a key-value cache in blocks.
-
-    Attributes:
-        num_blocks, block_size: of the cache.
-        vocab_size: ids are below it.
-        context: positions that the model has, less those of a prefix.
-        prefix_length: learned keys and values that come before every sequence; they take the first positions of its blocks.
-        reuses: whether what one sequence computed can serve another that begins alike.
-        adapters: that requests can name; None where there are none.
-        device: of the logits.
-    """
-
-    num_blocks: int
-    block_size: int
-    vocab_size: int
-    context: int
-    prefix_length: int
-    reuses: bool
-    adapters: AdapterPool | None
-    device: torch.device
-
-    def run(self, work: Sequence[Work]) -> Tensor:
-        """Compute and store; returns the wanted logits, in the order of the work: (sum of `logits`, vocab_size)."""
-        ...
-
-    def begin(self, blocks: Sequence[int], start: int, end: int, adapter: int = NO_ADAPTER) -> None:
-        """Store the keys and values of these positions of a prefix, the adapter's or the model's own, for a sequence with these
-        blocks."""
-        ...
+# With fewer of one token, in a step with prompts, these attend one after the other as the prompts do.
+FEW_SINGLES = 4
 
 
 class TorchRunner:
     """A `Runner` of a torch model, on a CPU or a GPU, or of one that several processes hold (all of them call it alike)."""
+
+    library: Library = "torch"
 
     def __init__(
         self,
@@ -104,7 +58,8 @@ class TorchRunner:
             useful_tokens: of that share, no more than this is taken: for more there would be no use.
             adapters: of this model, that requests can name.
             weight_copies: hold the weights once more in the layout of faster kernels, where there are such (CPU, fp32);
-                default: if they take no more than a quarter of the free memory.
+                default: if they take no more than a quarter of the free memory. False leaves them as they lie, on a GPU too,
+                where by default those of one input are joined.
             kv_cache_dtype: how keys and values are held, see `KVFormat.of`.
             paged_attention: what steps of one token a sequence attend with, all sequences at once; default: the fastest
                 kernel on a GPU (`choose_kernel`), and on a CPU none: there each sequence is read where it lies.
@@ -115,7 +70,7 @@ class TorchRunner:
             ConfigError: adapters of another model; an unknown `kv_cache_dtype`; a kernel that is not to be had.
         """
         if block_size is None:
-            block_size = cache_block_size(model, kv_cache_dtype, paged_attention)
+            block_size = cache_block_size(model, paged_attention)
         self.model, self.block_size, self.adapters = model, block_size, adapters
         if adapters is not None and adapters.model is not model:
             raise ConfigError("the adapters are read for another model: make the pool with the runner's")
@@ -137,7 +92,7 @@ class TorchRunner:
                 room = min(room, -(-useful_tokens // block_size) * block_size)
             max_tokens = model.agree([room])[0] if isinstance(model, SharedModel) else room
         self.num_blocks = max(1, max_tokens // block_size)
-        kernel = paged_attention or _kernel(model, kv_cache_dtype)
+        kernel = _kernel(model, paged_attention)
         packed = self._compute if isinstance(self._compute, PackedModel) else None
         blocks = self.num_blocks + (SPARE_BLOCKS if kernel is not None and packed is not None else 0)
         self._cache = PagedCache(model.config, blocks, block_size, self._dtype, self.device, kv_cache_dtype)
@@ -148,7 +103,7 @@ class TorchRunner:
             self._steps = DecodeSteps(
                 packed,
                 self._cache,
-                make_kernel(kernel, self._cache, model.config, most),
+                make_kernel(kernel, self._cache, model.config, most, self._dtype),
                 most,
                 CudaCapture(self.device) if graphs else None,
             )
@@ -166,9 +121,31 @@ class TorchRunner:
     @torch.inference_mode()
     def run(self, work: Sequence[Work]) -> Tensor:
         """See `Runner`."""
+        with kernels_for_any_shape(self.device):
+            return self._run(work)
+
+    def _run(self, work: Sequence[Work]) -> Tensor:
         deltas = self._deltas(work)
-        if self._steps is not None and deltas is None and all(len(i.tokens) == 1 == i.logits for i in work):
+        if self._steps is None or deltas is not None:
+            return self._run_packed(work, deltas)
+        singles = [len(item.tokens) == 1 == item.logits for item in work]
+        if all(singles):
             return self._steps.run(work)
+        if sum(singles) < FEW_SINGLES:
+            return self._run_packed(work, None)
+        # apart, each weight is read once more, and no sequence waits for another
+        alone, others = ([item for item, one in zip(work, singles, strict=True) if one == of] for of in (True, False))
+        places, others_places, at = list[int](), list[int](), 0
+        for item, one in zip(work, singles, strict=True):
+            (places if one else others_places).extend(range(at, at + item.logits))
+            at += item.logits
+        logits = torch.cat((self._steps.run(alone), self._run_packed(others, None)))
+        order = torch.empty(at, dtype=torch.long)
+        order[torch.tensor(places + others_places)] = torch.arange(at)
+        return logits[order.to(self.device)]
+
+    def _run_packed(self, work: Sequence[Work], deltas: PackedDeltas | None) -> Tensor:
+        """All as one packed row, in which each sequence attends by itself."""
         view = self._cache.view([Run(item.start, len(item.tokens), item.blocks) for item in work])
         tokens = torch.tensor([[token for item in work for token in item.tokens]], device=self.device)
         inputs = (tokens, view.positions, view.attention, view)
@@ -205,26 +182,23 @@ class TorchRunner:
             self._cache.put(blocks, start, keys, values)
 
 
-def cache_block_size(
-    model: LlamaForCausalLM | SharedModel, kv_cache_dtype: str = "auto", paged_attention: KernelName | None = None
-) -> int:
+def cache_block_size(model: LlamaForCausalLM | SharedModel, paged_attention: KernelName | None = None) -> int:
     """Of the blocks that a `TorchRunner` gives this model, in tokens."""
-    name = paged_attention or _kernel(model, kv_cache_dtype)
+    name = _kernel(model, paged_attention)
     return BLOCK_SIZE if name is None else block_size_of(name, BLOCK_SIZE)
 
 
-def _kernel(model: LlamaForCausalLM | SharedModel, kv_cache_dtype: str) -> KernelName | None:
-    """What a step of one token a sequence attends with by default."""
-    if isinstance(model, SharedModel):
-        return None
-    weight = model.model.embed_tokens.weight
-    if weight.device.type != "cuda":
-        return None
-    form = KVFormat.of(kv_cache_dtype, weight.dtype)
-    return choose_kernel(weight.device, weight.dtype, form.dtype, model.config.head_dim)
+def _kernel(model: LlamaForCausalLM | SharedModel, wanted: KernelName | None) -> KernelName | None:
+    """What a step of one token a sequence attends with."""
+    if wanted is not None or isinstance(model, SharedModel):
+        return wanted
+    device = model.model.embed_tokens.weight.device
+    return choose_kernel(device) if device.type == "cuda" else None
 
 
 def _packed(model: LlamaForCausalLM, copies: bool | None, compile: bool) -> PackedModel:
+    if model.model.embed_tokens.weight.device.type != "cpu":
+        return PackedModel(model, join=copies is not False, compile=compile)
     if copies is None:
-        copies = PackedModel.copy_bytes(model) <= COPY_MEMORY_SHARE * psutil.virtual_memory().available
-    return PackedModel(model, copy=copies, compile=compile)
+        copies = PackedModel.copy_bytes(model) <= COPY_MEMORY_SHARE * free_memory()
+    return PackedModel(model, copy=copies, join=False, compile=compile)

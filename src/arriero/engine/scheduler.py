@@ -118,10 +118,14 @@ class Scheduler:
         self._make_way()
         shares: list[Share] = []
         budget, index, self._scores_left = self.max_step_tokens, 0, self.max_step_scores
+        known, wanted = -1, 0
         while index < len(self.running):
-            request, behind = self.running[index], self.running[index + 1 :]
-            wanted = sum(other.target - other.computed for other in behind)
-            count = self._chunk(request, budget - len(behind), wanted - len(behind) + self._wanted_by_waiting(0))
+            request = self.running[index]
+            if len(self.running) != known:  # at first, and when some behind have lost their blocks
+                known, wanted = len(self.running), sum(other.target - other.computed for other in self.running[index:])
+            wanted -= request.target - request.computed
+            behind = known - index - 1
+            count = self._chunk(request, budget - behind, wanted - behind + self._wanted_by_waiting(0))
             if not self._grow(request, request.computed + count):
                 break  # it has lost its own blocks, and was the last
             shares.append(self._share(request, count))
@@ -185,10 +189,18 @@ class Scheduler:
     def _make_way(self) -> None:
         """Where one waits that is more important than one that runs, and has no room, the latter waits."""
         while self.waiting and self.running and self.waiting[0].priority < self.running[-1].priority:
-            room = len(self.running) < self.max_running and self._missing(self.waiting[0]) <= self.blocks.available
-            if room and self._has_place(self.waiting[0]):
+            first = self.waiting[0]
+            place = self._has_place(first)
+            if not place and not self._can_have_place(first):
+                return  # whoever lost blocks for it would have lost them for nothing
+            if place and len(self.running) < self.max_running and self._missing(first) <= self.blocks.available:
                 return
             self._preempt(self.running[-1])
+
+    def _can_have_place(self, request: Request) -> bool:
+        """Whether all who run with one of the adapters are less important, so that it can give way to this request's."""
+        kept = {other.adapter for other in self.running if other.priority <= request.priority}
+        return any(number not in kept for number in self._adapters)
 
     def _missing(self, request: Request) -> int:
         """Blocks that must be available for a waiting request to begin: all of its known tokens', less what is in use."""

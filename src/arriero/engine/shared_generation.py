@@ -12,12 +12,13 @@ from arriero.engine.engine import Engine
 from arriero.engine.ranks import LeaderRunner, follow
 from arriero.engine.runner import Runner, TorchRunner, cache_block_size
 from arriero.engine.sampling_params import SamplingParams
+from arriero.errors import GenerationError
 from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.generation import for_generation
 from arriero.parallel.parallelize import Parallel
 from arriero.parallel.processes import Processes
 
-# What other processes hear of an answer: all but log-probabilities, which no verb asks for.
+# What other processes hear of an answer.
 _TOLD = ("token_ids", "text", "finish_reason", "prompt_tokens", "cached_tokens")
 
 
@@ -57,7 +58,8 @@ def _runner_of(
     model.eval()
     try:
         shared = for_generation(model, apart=apart)
-        yield TorchRunner(shared, useful_tokens=useful_tokens, kv_cache_dtype=kv_cache_dtype)
+        copies = False if was_training else None  # they would last for these prompts only
+        yield TorchRunner(shared, useful_tokens=useful_tokens, kv_cache_dtype=kv_cache_dtype, weight_copies=copies)
     finally:
         model.train(was_training)
 
@@ -92,14 +94,19 @@ def generate_shared(
     parallel: Parallel | None = getattr(model, "parallel", None)
     processes = parallel.processes if parallel is not None else Processes()
     apart = not processes.alone and processes.layout.dp_replicate == processes.size
+    told_in_full = all(p.candidates == 1 and p.logprobs is None and p.prompt_logprobs is None for p in params)
+    if not processes.alone and not told_in_full:
+        raise GenerationError(
+            "several processes give one answer to a prompt, without log-probabilities: run one process"
+        )
 
     def generate(runner: Runner, own: Sequence[int]) -> list[Generation]:
         engine = Engine(runner, tokenizer, max_running=max_running, speculation=speculation)
         return engine.generate([prompts[i] for i in own], [params[i] for i in own], on_done=done, numbers=own)
 
     def work(own: Sequence[int]) -> list[Generation]:
-        more = model.model.prefix_length + cache_block_size(for_generation(model, apart=apart), kv_cache_dtype)
-        useful = sum(len(prompts[i]) + params[i].max_new_tokens + more for i in own)
+        more = model.model.prefix_length + cache_block_size(for_generation(model, apart=apart))
+        useful = sum(params[i].candidates * (len(prompts[i]) + params[i].max_new_tokens + more) for i in own)
         with _runner_of(model, useful, kv_cache_dtype, apart=apart) as runner:
             if apart or processes.alone:
                 return generate(runner, own)

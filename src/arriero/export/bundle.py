@@ -25,16 +25,17 @@ from typing import Any
 
 from arriero import __version__
 from arriero.errors import FormatError
+from arriero.export.kinds import KINDS, Kind
+from arriero.export.processor import lacks
+from arriero.formats.bundle_folder import MANIFEST as MANIFEST
+from arriero.formats.bundle_folder import is_bundle as is_bundle
 from arriero.formats.json_file import read_json_object
 from arriero.formats.receipt import sha256_of
 from arriero.formats.staging import staged_folder
 
-MANIFEST = "manifest.json"
 FORMAT = 1
 ANY = "any"
 MAX_FILES = 10_000
-# The package that runs each kind.
-RUNTIMES = {"onnx": "onnxruntime"}
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,16 @@ class Manifest:
     """What a bundle says of itself.
 
     Attributes:
-        kind: one of `RUNTIMES`.
+        kind: one of `KINDS`.
         graph: the file that the runtime loads.
         weights: how they are stored, in words.
         context: tokens of a sequence, the prompt's included.
         config: of the model, as config.json has it.
         generation: defaults of answers, as generation_config.json has them.
-        check: numbers of the comparison with the model that it was made from.
+        check: numbers of the comparison with the model that it was made from, and with its own numbers in fp64.
         versions: of the packages that made it.
-        device, isa: that it is made for; "any" for every instruction set.
+        device, isa: that it is made for; "any" for all.
+        prefix_length: places that a learned prefix takes at the start of every sequence.
         files: size and SHA-256 of every other file, by name.
         format: of the manifest.
         arriero: the version that wrote it.
@@ -66,6 +68,7 @@ class Manifest:
     versions: Mapping[str, str]
     device: str = "cpu"
     isa: str = ANY
+    prefix_length: int = 0
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     format: int = FORMAT
     arriero: str = __version__
@@ -91,17 +94,27 @@ def new_bundle(folder: str | Path) -> AbstractContextManager[Path]:
         FormatError: if the folder holds anything else, or cannot be written.
     """
     folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not _is_bundle(folder):
-        raise FormatError(f"{folder}: holds other files, and a bundle has its folder for itself; choose another place")
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if present - _names(folder):
+        raise FormatError(
+            f"{folder}: holds other files ({min(present - _names(folder))[:100]}), and a bundle has its folder for itself; "
+            "choose another place"
+        )
     return staged_folder(folder, replaces=("*",))
 
 
-def _is_bundle(folder: Path) -> bool:
+def _names(folder: Path) -> set[str]:
+    """The files that a bundle in a folder says are its own, and its manifest; none where there is no bundle."""
     try:
         values = read_json_object(folder / MANIFEST, "")
     except FormatError:
-        return False
-    return values.get("kind") in RUNTIMES and isinstance(values.get("files"), dict)
+        return set()
+    files = values.get("files")
+    return {*files, MANIFEST} if _is_known(values.get("kind")) and isinstance(files, dict) else set()
+
+
+def _is_known(kind: object) -> bool:
+    return isinstance(kind, str) and kind in KINDS
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -143,14 +156,20 @@ def _read_manifest(values: dict[str, Any], path: Path) -> Manifest:
             f"export the model again, or use the arriero that wrote it ({str(values.get('arriero'))[:40]})"
         )
     kind = values.get("kind")
-    if kind not in RUNTIMES:
-        raise FormatError(f"{path}: the kind {str(kind)[:40]!r} is not known; known are {', '.join(RUNTIMES)}")
+    if not _is_known(kind):
+        raise FormatError(f"{path}: the kind {str(kind)[:40]!r} is not known; known are {', '.join(KINDS)}")
     texts = ("kind", "graph", "weights", "device", "isa", "arriero")
     objects = ("config", "generation", "check", "versions", "files")
-    for key in (*texts, *objects, "context"):
+    numbers = ("context", "prefix_length")
+    for key in (*texts, *objects, *numbers):
         wanted = str if key in texts else dict if key in objects else int
         if not isinstance(values.get(key), wanted) or isinstance(values[key], bool):
             raise FormatError(f"{path}: {key} must be a {_WORDS[wanted]}; export the model again")
+    if not 0 <= values["prefix_length"] < values["context"]:
+        raise FormatError(
+            f"{path}: a prefix of {values['prefix_length']} and a context of {values['context']} cannot be; "
+            "export the model again"
+        )
     for name, noted in values["files"].items():
         if not _is_plain(name):
             raise FormatError(f"{path}: names the file {name[:100]!r}; only plain names of files beside it are allowed")
@@ -162,7 +181,7 @@ def _read_manifest(values: dict[str, Any], path: Path) -> Manifest:
             raise FormatError(f"{path}: lacks the size or SHA-256 of {name}; export the model again")
     if values["graph"] not in values["files"]:
         raise FormatError(f"{path}: names the graph {values['graph'][:100]!r}, which is not among its files")
-    return Manifest(**{key: values[key] for key in (*texts, *objects, "context", "format")})
+    return Manifest(**{key: values[key] for key in (*texts, *objects, *numbers, "format")})
 
 
 _WORDS = {str: "text", dict: "JSON object", int: "whole number"}
@@ -172,13 +191,30 @@ def _is_plain(name: str) -> bool:
     return (
         name not in ("", ".", "..", MANIFEST)
         and not set(name) & set("/\\\0")
-        and len(name.encode("utf-8", "surrogatepass")) <= 255
+        and not any("\ud800" <= character <= "\udfff" for character in name)
+        and len(name.encode()) <= 255
     )
 
 
 def _check_machine(manifest: Manifest, folder: Path) -> None:
     """Whether the runtime and the processor are those that the bundle needs."""
-    runtime = RUNTIMES[manifest.kind]
+    kind = KINDS[manifest.kind]
+    if kind.runtime is not None:
+        _check_runtime(manifest, folder, kind.runtime, kind)
+    if manifest.device not in kind.devices:
+        raise FormatError(
+            f"{folder}: is made for {manifest.device[:40]!r}, and {manifest.kind} bundles run on {' or '.join(kind.devices)}; "
+            "export the model again"
+        )
+    lacking = None if manifest.isa == ANY else lacks(manifest.isa)
+    if lacking is not None:
+        raise FormatError(
+            f"{folder}: is made for another processor: it needs {lacking}, which this one ({platform.machine()}) is not or has "
+            "not; export the model on a machine like this one"
+        )
+
+
+def _check_runtime(manifest: Manifest, folder: Path, runtime: str, kind: Kind) -> None:
     made = manifest.versions.get(runtime)
     if not isinstance(made, str) or _numbers(made) is None:
         raise FormatError(f"{folder}: does not say which version of {runtime} it is made for; export the model again")
@@ -186,19 +222,19 @@ def _check_machine(manifest: Manifest, folder: Path) -> None:
         here = importlib.metadata.version(runtime)
     except importlib.metadata.PackageNotFoundError:
         raise FormatError(
-            f"{folder}: needs {runtime} {made}, which is not installed: pip install 'arriero[export]'"
+            f"{folder}: needs {runtime} {made}, which is not installed: pip install 'arriero[{kind.extra}]'"
         ) from None
     needed, found = _numbers(made), _numbers(here)
     assert needed is not None
+    if kind.same_version and found != needed:
+        raise FormatError(
+            f"{folder}: is made for {runtime} {made}, and {here} is installed: "
+            f"pip install '{runtime}=={needed[0]}.{needed[1]}.*', or export the model again"
+        )
     if found is None or found[0] != needed[0] or found < needed:
         raise FormatError(
             f"{folder}: is made for {runtime} {made}, and {here} is installed: "
             f"pip install '{runtime}>={made},<{needed[0] + 1}', or export the model again"
-        )
-    if manifest.isa not in (ANY, platform.machine()):
-        raise FormatError(
-            f"{folder}: is made for processors of the kind {manifest.isa[:40]}, and this one is {platform.machine()}: "
-            "export the model on a machine like this one"
         )
 
 

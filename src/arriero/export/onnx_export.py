@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from arriero.errors import ConfigError, FormatError
+from arriero.errors import ConfigError
 from arriero.export.block_weights import BlockFormat
 from arriero.export.bundle import Bundle, Manifest, new_bundle, open_bundle, write_manifest
 from arriero.export.data_file import DataFile
+from arriero.export.model_files import generation_defaults, write_model_files
 from arriero.export.onnx_graph import OnnxGraph, WeightForm, check_config
-from arriero.export.self_check import StoredModel, check_graph
+from arriero.export.prefix_file import PrefixArray, write_prefix
+from arriero.export.self_check import check_graph
 from arriero.export.weight_source import WeightSource
 from arriero.formats.hf_source import open_hf
 from arriero.formats.quantized import QuantizedFolder, is_quantized
+from arriero.formats.source import ModelSource
 from arriero.models.config import LlamaConfig
 
 GRAPH, DATA = "model.onnx", "weights.bin"
@@ -50,49 +54,85 @@ class OnnxOptions:
             raise ConfigError(f"weights of the kind {self.weights!r} are not known: {', '.join(WEIGHTS)}")
         self.form()
 
+    def context_of(self, config: LlamaConfig) -> int:
+        """Tokens of a sequence of this model."""
+        return config.max_position_embeddings if self.context is None else self.context
+
     def form(self) -> WeightForm:
         """The form of the graph's weights."""
         if self.weights in ("fp32", "fp16"):
+            defaults = OnnxOptions.__dataclass_fields__
+            for name in ("block_size", "symmetric", "accuracy_level", "head_bits"):
+                if getattr(self, name) != defaults[name].default:
+                    raise ConfigError(
+                        f"{name} is for int8 and int4 weights, and these are {self.weights}: leave it out"
+                    )
             return WeightForm(half=self.weights == "fp16")
         layers = BlockFormat(int(self.weights.removeprefix("int")), self.block_size, self.symmetric)
-        head = BlockFormat(self.head_bits or 8, self.block_size, self.symmetric)
+        head = BlockFormat(8 if self.head_bits is None else self.head_bits, self.block_size, self.symmetric)
         return WeightForm(layers=layers, head=head, accuracy_level=self.accuracy_level)
 
 
-def export_onnx(folder: str | Path, target: str | Path, options: OnnxOptions = OnnxOptions()) -> Bundle:
-    """Write the bundle of an HF folder; a weight at a time is in memory.
+def export_onnx(
+    model: str | Path | ModelSource,
+    target: str | Path,
+    options: OnnxOptions = OnnxOptions(),
+    *,
+    prefix: PrefixArray | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Bundle:
+    """Write the bundle of a model; a weight at a time is in memory.
 
     Args:
-        folder: plain, or of `arriero quantize`, whose integers are kept.
+        model: an HF folder, plain or of `arriero quantize`, whose integers are kept; or a model of any other origin.
+        prefix: keys and values that every sequence begins with.
+        defaults: of answers, besides those of the model.
 
     Raises:
         ConfigError: what an ONNX graph cannot hold.
         FormatError: a broken folder, a target in use, or a graph that does not compute what the model computes.
     """
-    folder, form = Path(folder), options.form()
-    stored = LlamaConfig.from_file(folder)
-    context = options.context or stored.max_position_embeddings
-    check_config(stored, context)
-    quantized = QuantizedFolder(folder, stored) if is_quantized(stored) else None
-    with open_hf(folder) as opened, new_bundle(target) as staging:
+    if isinstance(model, ModelSource):
+        return _export(model, None, target, options, prefix, defaults or {})
+    config = LlamaConfig.from_file(model)
+    check_config(config, options.context_of(config))
+    quantized = QuantizedFolder(Path(model), config) if is_quantized(config) else None
+    with open_hf(model) as opened:
+        return _export(opened, quantized, target, options, prefix, defaults or {})
+
+
+def _export(
+    opened: ModelSource,
+    quantized: QuantizedFolder | None,
+    target: str | Path,
+    options: OnnxOptions,
+    prefix: PrefixArray | None,
+    defaults: Mapping[str, Any],
+) -> Bundle:
+    form, context, length = options.form(), options.context_of(opened.config), 0
+    if prefix is not None:
+        length = prefix.shape[3]
+        if length >= context:
+            raise ConfigError(f"a prefix of {length} fills a context of {context}: make that larger")
+    with new_bundle(target) as staging:
         source = WeightSource(opened, quantized)
         with DataFile(staging / DATA) as data:
-            model = OnnxGraph(source, form, context, data).build()
-        (staging / GRAPH).write_bytes(model.SerializeToString())
-        found = check_graph(staging / GRAPH, StoredModel(data, source, form), opened.config, form, context)
-        for name, content in opened.files.items():
-            (staging / name).write_bytes(content)
-        config = opened.config.to_dict()
-        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            graph = OnnxGraph(source, form, context, data).build()
+        (staging / GRAPH).write_bytes(graph.SerializeToString())
+        found = check_graph(staging / GRAPH, source, data, form, context)
+        if prefix is not None:
+            write_prefix(staging, prefix)
+        config = write_model_files(staging, opened)
         manifest = Manifest(
             kind="onnx",
             graph=GRAPH,
             weights=_words(form),
             context=context,
             config=config,
-            generation=_generation(opened.files.get("generation_config.json")),
+            generation=generation_defaults(opened) | dict(defaults),
             check=asdict(found),
             versions={name: importlib.metadata.version(name) for name in ("onnx", "onnxruntime", "torch")},
+            prefix_length=length,
         )
         write_manifest(staging, manifest)
     return open_bundle(target)
@@ -102,14 +142,3 @@ def _words(form: WeightForm) -> str:
     if form.layers is None or form.head is None:
         return "fp16, computed with in fp32" if form.half else "fp32"
     return f"{form.layers}; head and embedding {form.head}; accuracy level {form.accuracy_level}"
-
-
-def _generation(content: bytes | None) -> dict[str, object]:
-    """The defaults of answers that a folder has."""
-    if content is None:
-        return {}
-    try:
-        values = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise FormatError("generation_config.json is not valid JSON") from error
-    return values if isinstance(values, dict) else {}

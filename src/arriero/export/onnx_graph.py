@@ -69,9 +69,9 @@ def check_config(config: LlamaConfig, context: int) -> None:
             f"a head_dim of {config.head_dim} cannot be exported to onnx: its attention needs a multiple of {HEAD_DIM_UNIT}; "
             "export gguf"
         )
-    if not 1 <= context <= config.max_position_embeddings:
+    if not 2 <= context <= config.max_position_embeddings:
         raise ConfigError(
-            f"a context of {context} cannot be exported: the model has positions 1 to {config.max_position_embeddings}"
+            f"a context of {context} cannot be exported: from 2 to the model's {config.max_position_embeddings} positions can"
         )
 
 

@@ -53,8 +53,11 @@ class OnnxSession:
             raise FormatError(f"{graph}: ONNX Runtime cannot load it ({reason})") from error
         shapes = {value.name: value.shape for value in self._session.get_inputs()}
         cached = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values.")}
-        self.vocab_size = int(self._session.get_outputs()[0].shape[1])
-        self.context = int(next(iter(cached.values()))[2])
+        outputs = [value.shape for value in self._session.get_outputs()]
+        fixed = all(len(shape) == 4 and all(isinstance(size, int) for size in shape[1:]) for shape in cached.values())
+        if not cached or not fixed or len(outputs[0]) != 2 or not isinstance(outputs[0][1], int):
+            raise FormatError(f"{graph}: is not a graph that arriero wrote; export the model again")
+        self.vocab_size, self.context = outputs[0][1], int(next(iter(cached.values()))[2])
         self._cache = {name: _untouched((rows, *shape[1:])) for name, shape in cached.items()}
         self._bindings: dict[tuple[int, int], Any] = {}
 
@@ -87,6 +90,28 @@ class OnnxSession:
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         self._session.run_with_iobinding(binding)
         return logits
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        """Layers, key-value heads, and the numbers of each."""
+        first = next(iter(self._cache.values()))
+        return len(self._cache) // 2, first.shape[1], first.shape[3]
+
+    def fill(self, row: int, start: int, values: npt.NDArray[np.float32]) -> None:
+        """Store keys and values that were not computed here.
+
+        Args:
+            start: the position of the first.
+            values: (layers, 2, KV, n, D), keys and values of each layer.
+        """
+        for layer, (keys, others) in enumerate(values):
+            for part, given in (("key", keys), ("value", others)):
+                self._cache[f"past_key_values.{layer}.{part}"][row, :, start : start + given.shape[1]] = given
+
+    def copy(self, source: int, target: int, start: int, end: int) -> None:
+        """Copy what one row has of these positions to another."""
+        for values in self._cache.values():
+            values[target, :, start:end] = values[source, :, start:end]
 
     def swap(self, one: int, other: int, length: int) -> None:
         """Exchange the first tokens of two rows of the cache."""

@@ -1,10 +1,12 @@
-"""Whether a written graph computes what the eager model computes with the same numbers.
+"""Whether a written graph computes what the eager model computes, with the stored numbers and with the original ones.
 
 The eager model computes in fp64: in fp32 its own rounding would be most of the difference.
 """
 
 from __future__ import annotations
 
+import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +21,8 @@ from arriero.errors import FormatError
 from arriero.export.block_weights import BlockFormat, BlockWeight
 from arriero.export.data_file import DataFile
 from arriero.export.onnx_graph import WeightForm
-from arriero.export.onnx_runner import OnnxRunner
 from arriero.export.onnx_session import OnnxSession
+from arriero.export.slot_runner import SlotRunner
 from arriero.export.weight_source import EMBEDDING, WeightSource
 from arriero.models.attention import AttentionInfo
 from arriero.models.config import LlamaConfig
@@ -35,16 +37,19 @@ PROMPTS = (5, 17, 40)  # tokens of each
 EXACT, _LOGIT = 1e-4, 32.0
 # Of the root mean square of the differences, as a share of that of the logits, where inputs are rounded to 8 bits.
 ROUNDED = 0.1
+# The same beside the original weights, by what they were rounded to. A weight that is wrong is far beyond.
+ORIGINAL = {"fp32": 1e-4, "fp16": 0.02, "int8": 0.2, "int4": 0.7}
 
 
 @dataclass(frozen=True)
 class Step:
-    """One sequence's part of a step; see `arriero.engine.runner.Work`."""
+    """One sequence's part of a step; see `arriero.engine.work.Work`."""
 
     tokens: Sequence[int]
     start: int
     blocks: Sequence[int]
     logits: int
+    salt: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Check:
         relative_difference: root mean square of all differences, divided by that of the logits.
         largest_logit: of the eager model.
         greedy_agreement: the share of tokens that are the eager model's, too, each after the same tokens.
+        original_difference, original_agreement: `relative_difference` and `greedy_agreement` beside the original weights.
         repeats: whether a second run in the same slots gave the same logits to the last bit.
         tokens: that were compared.
     """
@@ -64,15 +70,29 @@ class Check:
     relative_difference: float
     largest_logit: float
     greedy_agreement: float
+    original_difference: float
+    original_agreement: float
     repeats: bool
     tokens: int
 
 
-class StoredModel:
-    """The eager model of what a data file holds, read back a layer at a time."""
+class EagerModel(ABC):
+    """A model in fp64 whose layers are read one at a time."""
 
-    def __init__(self, data: DataFile, source: WeightSource, form: WeightForm) -> None:
-        self._data, self._source, self._form, self._config = data, source, form, source.config
+    def __init__(self, config: LlamaConfig) -> None:
+        self._config = config
+
+    @abstractmethod
+    def _layer(self, prefix: str, layer: DecoderLayer) -> dict[str, Tensor]:
+        """The weights of a layer, fp64."""
+
+    @abstractmethod
+    def _table(self, name: str) -> Tensor:
+        """The embedding or the output head, (vocab_size, hidden) fp64."""
+
+    @abstractmethod
+    def _read(self, name: str) -> Tensor:
+        """Another weight, fp64."""
 
     @torch.inference_mode()
     def logits(self, sequences: Sequence[Sequence[int]], last: int) -> Tensor:
@@ -97,8 +117,33 @@ class StoredModel:
             layer.load_state_dict(self._layer(f"model.layers.{number}.", layer), assign=True)
             yield layer
 
+
+class SourceModel(EagerModel):
+    """The model that is exported."""
+
+    def __init__(self, source: WeightSource) -> None:
+        super().__init__(source.config)
+        self._source = source
+
     def _layer(self, prefix: str, layer: DecoderLayer) -> dict[str, Tensor]:
-        """The weights of a layer, those that lie in one matrix apart again."""
+        return {name: self._read(prefix + name) for name in layer.state_dict()}
+
+    def _table(self, name: str) -> Tensor:
+        return self._read(name)
+
+    def _read(self, name: str) -> Tensor:
+        return self._source.load(name).double()
+
+
+class StoredModel(EagerModel):
+    """The model of what a data file holds."""
+
+    def __init__(self, data: DataFile, config: LlamaConfig, form: WeightForm) -> None:
+        super().__init__(config)
+        self._data, self._form = data, form
+
+    def _layer(self, prefix: str, layer: DecoderLayer) -> dict[str, Tensor]:
+        """Those that lie in one matrix apart again."""
         state: dict[str, Tensor] = {}
         shapes = {name: tuple(value.shape) for name, value in layer.state_dict().items()}
         packed = {
@@ -147,25 +192,32 @@ class StoredModel:
         return torch.from_numpy(self._data.read(name).astype(np.float64))
 
 
-def check_graph(graph: Path, model: StoredModel, config: LlamaConfig, form: WeightForm, context: int) -> Check:
-    """Generate greedily with the graph, twice in the same slots, and compare every logit with the eager model's.
+def check_graph(graph: Path, source: WeightSource, data: DataFile, form: WeightForm, context: int) -> Check:
+    """Generate greedily with the graph, twice in the same slots, and compare every logit with those of the eager model with the
+    stored weights, and with the original ones.
 
     Raises:
         FormatError: if they differ by more than the kind's bound, or a second run differs from the first.
     """
+    config = source.config
     new_tokens = min(NEW_TOKENS, max(1, context // 2))
     sizes = [min(size, context - new_tokens) for size in PROMPTS]
     prompts = [[(7919 * (row + at + 1)) % config.vocab_size for at in range(size)] for row, size in enumerate(sizes)]
-    runner = OnnxRunner(OnnxSession(graph, len(prompts)))
+    runner = SlotRunner(OnnxSession(graph, len(prompts)))
     tokens, logits = generate(runner, prompts, new_tokens)
     again, repeated = generate(runner, prompts, new_tokens)
-    expected = model.logits([[*ids, *new[:-1]] for ids, new in zip(prompts, tokens, strict=True)], new_tokens)
-    apart = torch.from_numpy(np.stack(logits)).double() - expected
+    sequences = [[*ids, *new[:-1]] for ids, new in zip(prompts, tokens, strict=True)]
+    given = torch.from_numpy(np.stack(logits)).double()
+    expected = StoredModel(data, config, form).logits(sequences, new_tokens)
+    original = SourceModel(source).logits(sequences, new_tokens)
+    apart = given - expected
     found = Check(
         largest_difference=float(apart.abs().max()),
-        relative_difference=float(apart.norm() / expected.norm().clamp_min(1e-30)),
+        relative_difference=_relative(given, expected),
         largest_logit=float(expected.abs().max()),
         greedy_agreement=float((expected.argmax(-1) == torch.tensor(tokens)).double().mean()),
+        original_difference=_relative(given, original),
+        original_agreement=float((original.argmax(-1) == torch.tensor(tokens)).double().mean()),
         repeats=again == tokens and all(np.array_equal(a, b) for a, b in zip(logits, repeated, strict=True)),
         tokens=expected[..., 0].numel(),
     )
@@ -173,12 +225,16 @@ def check_graph(graph: Path, model: StoredModel, config: LlamaConfig, form: Weig
     return found
 
 
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
+
+
 def generate(
-    runner: OnnxRunner, prompts: list[list[int]], count: int
+    runner: SlotRunner, prompts: list[list[int]], count: int
 ) -> tuple[list[list[int]], list[npt.NDArray[np.float32]]]:
     """The greedy tokens of each prompt, in the slot of its number, and the logits (count, vocab_size) they are of."""
-    slots = range(len(prompts))
-    logits = runner.run([Step(prompts[slot], 0, [slot], 1) for slot in slots])
+    slots, salt = range(len(prompts)), secrets.token_bytes(8)  # nothing of an earlier run
+    logits = runner.run([Step(prompts[slot], 0, [slot], 1, salt) for slot in slots])
     tokens: list[list[int]] = [[] for _ in slots]
     kept = []
     for _ in range(count):
@@ -186,7 +242,8 @@ def generate(
         for slot in slots:
             tokens[slot].append(int(logits[slot].argmax()))
         if len(kept) < count:
-            logits = runner.run([Step(tokens[s][-1:], len(prompts[s]) + len(tokens[s]) - 1, [s], 1) for s in slots])
+            ends = [len(prompts[slot]) + len(tokens[slot]) for slot in slots]
+            logits = runner.run([Step(tokens[slot][-1:], ends[slot] - 1, [slot], 1, salt) for slot in slots])
     return tokens, [np.stack([step[slot] for step in kept]) for slot in slots]
 
 
@@ -198,6 +255,12 @@ def _judge(found: Check, form: WeightForm, graph: Path) -> None:
     if not value <= bound:
         raise FormatError(
             f"{graph.name}: its logits differ from the model's {what} {value:.1e}, and {bound:g} is allowed"
+        )
+    kind = ("fp16" if form.half else "fp32") if form.layers is None else f"int{form.layers.bits}"
+    if not found.original_difference <= ORIGINAL[kind]:
+        raise FormatError(
+            f"{graph.name}: its logits differ from those of the original weights relatively {found.original_difference:.1e}, "
+            f"and {ORIGINAL[kind]:g} is allowed for {kind}"
         )
     if not found.repeats:
         raise FormatError(f"{graph.name}: a second run in the same slots gave other logits")

@@ -40,11 +40,6 @@ class WeightSource:
         self.layers = frozenset(quantized.layers) if quantized is not None and self._scheme is not None else frozenset()
 
     @property
-    def integer_bits(self) -> int | None:
-        """Of the integers that the model is stored in; None if it is not."""
-        return None if self._scheme is None else self._scheme.integer.bits
-
-    @property
     def names(self) -> Collection[str]:
         """Of all stored weights."""
         return self._source.tensors.keys()

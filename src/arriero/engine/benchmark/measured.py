@@ -14,9 +14,10 @@ from arriero.engine.answer import Answer
 from arriero.engine.benchmark.work_cost import Piece
 from arriero.engine.engine import Engine
 from arriero.engine.machine_peak import synchronize
-from arriero.engine.runner import BLOCK_SIZE, Runner, Work
+from arriero.engine.runner import BLOCK_SIZE
 from arriero.engine.sampling import Sampler, SamplingRow
 from arriero.engine.sampling_params import SamplingParams
+from arriero.engine.work import Runner, Work
 from arriero.errors import GenerationError
 
 
@@ -128,20 +129,22 @@ class _TimedRunner:
         """See `Runner`."""
         self._clock.pieces += map(Piece.of, work)
         start = time.perf_counter()
-        logits = self._runner.run(work)
+        logits = cast(Tensor, self._runner.run(work))
         synchronize(logits.device)
         self._clock.model += time.perf_counter() - start
         return logits
 
 
-class _TimedSampler(Sampler):
-    def __init__(self, clock: _Clock) -> None:
-        self._clock = clock
+class _TimedSampler:
+    def __init__(self, sampler: Sampler[Any], clock: _Clock) -> None:
+        self._sampler, self._clock = sampler, clock
 
-    def __call__(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sampler, name)
+
+    def __call__(self, logits: Tensor, rows: Sequence[SamplingRow[Tensor]]) -> list[int]:
         start = time.perf_counter()
-        tokens = super().__call__(logits, rows)
-        synchronize(tokens.device)
+        tokens = self._sampler(logits, rows)
         self._clock.sampling += time.perf_counter() - start
         return tokens
 
@@ -161,7 +164,7 @@ class MeasuredEngine(Engine):
         self._clock = _Clock()
         self.steps: list[Step] = []
         super().__init__(cast(Runner, _TimedRunner(runner, self._clock)), tokenizer, **options)
-        self._sampler = _TimedSampler(self._clock)
+        self._sampler = cast(Sampler[Any], _TimedSampler(self._sampler, self._clock))
 
     def step(self) -> list[Answer]:
         """See `Engine`."""

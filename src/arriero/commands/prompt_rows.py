@@ -1,0 +1,54 @@
+"""The prompts of a file, or the two of PaddleNLP's example; and their answers, printed and in a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from arriero.errors import DataError
+
+if TYPE_CHECKING:
+    from arriero.data.samples import Sample
+
+_CONTEXT = (
+    "The Broncos took an early lead in Super Bowl 50 and never trailed. Newton was limited by Denver's defense, which sacked "
+    "him seven times and forced him into three turnovers, including a fumble which they recovered for a touchdown. Denver "
+    "linebacker Von Miller was named Super Bowl MVP, recording five solo tackles, 2½ sacks, and two forced fumbles."
+)
+_ANSWERS = ("linebacker", "five")  # the answers whose questions PaddleNLP's example asks for
+
+
+def read_prompts(data_file: str | None) -> list[Sample]:
+    """The rows of a file; without one the built-in prompts.
+
+    Raises:
+        DataError: a file that cannot be read, or holds no row; a row that is none.
+    """
+    from arriero.data.row_files import read_rows
+    from arriero.data.rows.formats import sample_from_row
+    from arriero.data.samples import Sample
+
+    if data_file is None:
+        return [Sample(f"answer: {answer} context: ", _CONTEXT, "", None, ends_prompt=True) for answer in _ANSWERS]
+    samples = [sample_from_row(row, where, needs_target=False) for where, row in read_rows(Path(data_file))]
+    if not samples:
+        raise DataError(f"{data_file}: holds no row")
+    return samples
+
+
+def print_answer(sample: Sample, answer: str) -> None:
+    print(f"{sample.prompt}\n{answer}\n" + "-" * 20)
+
+
+def write_answers(samples: Sequence[Sample], answers: Sequence[str], target: Path) -> None:
+    """Write them as JSON lines, whole or not at all, and say so."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for sample, answer in zip(samples, answers, strict=True):
+            file.write(json.dumps({"src": sample.prompt, "output": answer}, ensure_ascii=False) + "\n")
+    os.replace(partial, target)
+    print(f"{len(answers)} answers: {target}")

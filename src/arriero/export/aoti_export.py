@@ -1,0 +1,116 @@
+"""From a model to a bundle of native code: programs that AOTInductor compiled, and the weights beside them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from arriero.errors import ConfigError, FormatError
+from arriero.export.aoti_runner import STEP, decode_name, open_runner
+from arriero.export.bundle import Bundle
+from arriero.export.prefix_file import PrefixArray
+from arriero.export.processor import needed_isa
+from arriero.export.torch_export import PLAIN, ProgramKind, TorchOptions, export_programs
+from arriero.export.torch_trace import trace_decode, trace_step
+from arriero.formats.safe_tensors import LazyTensor
+from arriero.formats.source import ModelSource
+from arriero.models.config import LlamaConfig
+
+# Sequences of the programs of one token each: a step of several takes the smallest that holds them.
+DECODE_ROWS = (1, 4)
+# Loops are cut for so many threads; how many run is decided when the code runs.
+_THREADS = 8
+
+
+def export_aoti(
+    model: str | Path | ModelSource,
+    target: str | Path,
+    options: TorchOptions = PLAIN,
+    *,
+    prefix: PrefixArray | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    decode_rows: tuple[int, ...] = DECODE_ROWS,
+) -> Bundle:
+    """Write the bundle of a model, for processors like this one; a weight at a time is in memory.
+
+    Args:
+        decode_rows: sequences of the programs that continue them by a token; each is compiled for itself.
+
+    Other arguments and errors are those of `export_torch`.
+
+    Raises:
+        ConfigError: also, without a C++ compiler.
+    """
+    isa = _isa()
+
+    def write(path: Path, config: LlamaConfig, context: int, weights: Mapping[str, LazyTensor]) -> None:
+        programs = {STEP: trace_step(config, context, weights)}
+        programs |= {decode_name(rows): trace_decode(config, context, weights, rows) for rows in decode_rows}
+        _compile(programs, path)
+
+    kind = ProgramKind("aoti", write, open_runner, isa)
+    return export_programs(kind, model, target, options, prefix, defaults or {})
+
+
+def _isa() -> str:
+    """What the compiled code will need.
+
+    Raises:
+        ConfigError: without a compiler, or where torch cannot be told what to compile for.
+    """
+    from torch._inductor import config
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    if not hasattr(config.cpp, "march"):
+        raise ConfigError(
+            f"--format aoti needs torch 2.13 or newer, and this is {torch.__version__}: use --format torch"
+        )
+    try:
+        get_cpp_compiler()
+    except RuntimeError as error:
+        raise ConfigError(
+            "--format aoti needs a C++ compiler, and there is none: install g++ (or name one in $CXX), or use --format torch"
+        ) from error
+    return needed_isa(pick_vec_isa().build_arch_flags())
+
+
+def _compile(programs: Mapping[str, ExportedProgram], path: Path) -> None:
+    """Compile programs, and put the libraries into one package.
+
+    Raises:
+        FormatError: when the compiler fails.
+    """
+    from torch._inductor import aot_compile
+    from torch._inductor.package.package import package_aoti
+    from torch._inductor.utils import fresh_cache
+
+    options: dict[str, Any] = {
+        "aot_inductor.package": True,
+        "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.enable_line_tables": False,  # nor names of files of this machine
+        "cpp.march": "x86-64-v3" if needed_isa("").startswith("x86_64") else None,
+        "cpp.dynamic_threads": True,
+        "cpp.threads": _THREADS,
+        "compile_threads": 1,
+    }
+    with fresh_cache(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        files: dict[str, list[Any]] = {}
+        for name, program in programs.items():
+            assert program.example_inputs is not None
+            arguments, named = program.example_inputs
+            try:
+                written = aot_compile(program.module(check_guards=False), arguments, named, options=options)
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:300]
+                raise FormatError(f"{path.name}: the program {name} cannot be compiled ({reason})") from error
+            assert isinstance(written, list)
+            # not the sources
+            files[name] = [file for file in written if isinstance(file, str) and not file.endswith(".cpp")]
+        package_aoti(str(path), files)

@@ -1,0 +1,75 @@
+"""What computes an engine's steps with an aoti bundle: compiled programs, and none of the model's code.
+
+The bundle's manifest must be checked before: a package is native code, and loading it runs it.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from arriero.errors import FormatError
+from arriero.export.bundle import Bundle
+from arriero.export.slot_runner import SlotRunner
+from arriero.export.torch_session import open_weights, program_runner
+
+STEP = "step"
+_DECODE = "decode_"
+_NAME = re.compile(rf"[^/]+/data/aotinductor/{_DECODE}([1-9][0-9]{{0,3}})/[^/]+\.so")
+
+
+def decode_name(rows: int) -> str:
+    """Of the program that continues so many sequences by a token each."""
+    return f"{_DECODE}{rows}"
+
+
+class AotiProgram:
+    """A compiled program of tensors with one result.
+
+    Attributes:
+        name: in its package.
+    """
+
+    def __init__(self, bundle: Bundle, name: str) -> None:
+        """
+        Raises:
+            FormatError: when torch cannot load it.
+        """
+        self.name = name
+        try:
+            # one thread calls it, so it need not be locked
+            self._loader = torch._C._aoti.AOTIModelPackageLoader(str(bundle.graph), name, True, 1, -1)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise FormatError(
+                f"{bundle.graph}: torch cannot load its program {name} ({reason}); export it again"
+            ) from error
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Compute; some inputs are written to."""
+        return self._loader.run(list(inputs))[0]
+
+
+def open_runner(bundle: Bundle, slots: int, threads: int | None = None) -> SlotRunner:
+    """See `kinds.open_runner`; the number of threads is that of torch in this process.
+
+    Raises:
+        FormatError: when torch cannot load the programs.
+    """
+    decode = {rows: AotiProgram(bundle, decode_name(rows)) for rows in _decode_rows(bundle.graph)}
+    return program_runner(bundle, AotiProgram(bundle, STEP), decode, open_weights(bundle), slots, threads)
+
+
+def _decode_rows(package: Path) -> list[int]:
+    """Of the programs in a package that continue sequences by a token."""
+    try:
+        with zipfile.ZipFile(package) as archive:
+            found = [_NAME.fullmatch(name) for name in archive.namelist()]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise FormatError(f"{package}: is no package of programs ({error}); export the model again") from error
+    return sorted(int(match[1]) for match in found if match is not None)

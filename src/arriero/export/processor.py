@@ -1,0 +1,55 @@
+"""What native code needs of a processor, as a manifest's `isa` says it: the machine, and features by Linux' names.
+
+`x86_64 avx2 fma` is any x86 processor that has these two; `x86_64` alone is every one.
+"""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+_CPUINFO = Path("/proc/cpuinfo")
+# https://en.wikipedia.org/wiki/X86-64#Microarchitecture_levels, level 3 (x86 processors since about 2013)
+X86_64_V3 = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "abm")
+# Where the compiler's name of a feature is not the kernel's without its dashes.
+_KERNEL_NAMES = {
+    "avx512vnni": "avx512_vnni",
+    "avx512bf16": "avx512_bf16",
+    "avx512fp16": "avx512_fp16",
+    "amx-tile": "amx_tile",
+    "amx-bf16": "amx_bf16",
+    "amx-int8": "amx_int8",
+    "amx-fp16": "amx_fp16",
+}
+
+
+def features() -> frozenset[str]:
+    """Of this machine's processors; empty where the system does not tell."""
+    try:
+        lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    found = (line.partition(":")[2] for line in lines if line.split(":")[0].strip() in ("flags", "Features"))
+    return frozenset(next(found, "").split())
+
+
+def needed_isa(flags: str) -> str:
+    """The `isa` of code that was compiled for this machine's base (x86-64-v3, on x86) with more flags.
+
+    Args:
+        flags: of the compiler, `-mavx512f -mfma` say; those that name no feature do not count.
+    """
+    machine, own = platform.machine(), features()
+    if machine != "x86_64":
+        return " ".join((machine, *sorted(own)))  # the compiler may use all of them
+    named = (flag.removeprefix("-m") for flag in flags.split() if flag.startswith("-m") and "=" not in flag)
+    return " ".join((machine, *sorted({*X86_64_V3, *(_KERNEL_NAMES.get(name, name) for name in named)})))
+
+
+def lacks(isa: str) -> str | None:
+    """What this machine lacks of an `isa`: another kind of machine, or the first feature; None if nothing."""
+    machine, *needed = isa.split()[:1000] or [""]
+    if machine != platform.machine():
+        return f"a machine of the kind {machine[:40]}"
+    own = features()
+    return next((name[:40] for name in needed if name not in own), None)

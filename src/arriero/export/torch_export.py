@@ -1,0 +1,164 @@
+"""From a model to a bundle that torch runs: one exported program, and the weights beside it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arriero.errors import ConfigError
+from arriero.export.bundle import ANY, Bundle, Manifest, new_bundle, open_bundle, write_manifest
+from arriero.export.model_files import generation_defaults, write_model_files
+from arriero.export.prefix_file import PrefixArray, write_prefix
+from arriero.export.self_check import PROMPTS
+from arriero.export.slot_runner import SlotRunner
+from arriero.export.torch_check import check_runner
+from arriero.export.torch_runner import open_runner
+from arriero.export.torch_session import WEIGHTS
+from arriero.export.torch_trace import trace_step
+from arriero.export.torch_weights import program_weights
+from arriero.export.weight_source import WeightSource
+from arriero.formats.hf_source import open_hf
+from arriero.formats.safe_tensors import LazyTensor
+from arriero.formats.shared_files import write_tensor_file
+from arriero.formats.source import ModelSource
+from arriero.models.config import LlamaConfig
+
+GRAPH = "model.pt2"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TorchOptions:
+    """How a model is exported.
+
+    Attributes:
+        weights: fp32; fp16 or bf16, in which matrices are stored, and computed with in fp32.
+        context: tokens of a sequence; None: all that the model has.
+
+    Raises:
+        ConfigError: for values that are not these.
+    """
+
+    weights: str = "fp32"
+    context: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights not in DTYPES:
+            other = ": --format onnx has them" if self.weights in ("int8", "int4") else ""
+            raise ConfigError(f"weights of the kind {self.weights!r} are none of {', '.join(DTYPES)}{other}")
+
+    def context_of(self, config: LlamaConfig) -> int:
+        """Tokens of a sequence of this model.
+
+        Raises:
+            ConfigError: when it has not as many.
+        """
+        context = config.max_position_embeddings if self.context is None else self.context
+        if not 2 <= context <= config.max_position_embeddings:
+            raise ConfigError(
+                f"a context of {context} cannot be exported: from 2 to the model's {config.max_position_embeddings} can"
+            )
+        return context
+
+
+PLAIN = TorchOptions()
+
+
+@dataclass(frozen=True)
+class ProgramKind:
+    """A kind of bundle that is made of exported programs.
+
+    Attributes:
+        name: of the kind.
+        write: writes GRAPH: its path, the model's configuration, the context and the weights.
+        open_runner: see `kinds.open_runner`.
+        isa: what the processor must have.
+    """
+
+    name: str
+    write: Callable[[Path, LlamaConfig, int, Mapping[str, LazyTensor]], None]
+    open_runner: Callable[[Bundle, int], SlotRunner]
+    isa: str = ANY
+
+
+def export_torch(
+    model: str | Path | ModelSource,
+    target: str | Path,
+    options: TorchOptions = PLAIN,
+    *,
+    prefix: PrefixArray | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Bundle:
+    """Write the bundle of a model; a weight at a time is in memory.
+
+    Args:
+        model: an HF folder, of which quantized weights are dequantized; or a model of any other origin.
+        prefix: keys and values that every sequence begins with.
+        defaults: of answers, besides those of the model.
+
+    Raises:
+        ConfigError: what the programs cannot compute.
+        FormatError: a broken folder, a target in use, or a program that does not compute what the model computes.
+    """
+    kind = ProgramKind("torch", _write_program, open_runner)
+    return export_programs(kind, model, target, options, prefix, defaults or {})
+
+
+def _write_program(path: Path, config: LlamaConfig, context: int, weights: Mapping[str, LazyTensor]) -> None:
+    program = trace_step(config, context, weights)
+    program.example_inputs = None  # which would be pickled
+    torch.export.save(program, path)
+
+
+def export_programs(
+    kind: ProgramKind,
+    model: str | Path | ModelSource,
+    target: str | Path,
+    options: TorchOptions,
+    prefix: PrefixArray | None,
+    defaults: Mapping[str, Any],
+) -> Bundle:
+    """See `export_torch`; for any such kind."""
+    with nullcontext(model) if isinstance(model, ModelSource) else open_hf(model) as opened:
+        config, source, dtype = opened.config, WeightSource(opened), DTYPES[options.weights]
+        context, length = options.context_of(config), 0 if prefix is None else prefix.shape[3]
+        _check_config(config, kind.name)
+        if length >= context:
+            raise ConfigError(f"a prefix of {length} fills a context of {context}: make that larger")
+        with new_bundle(target) as staging:
+            weights = program_weights(source, dtype)
+            write_tensor_file(weights, staging / WEIGHTS)
+            kind.write(staging / GRAPH, config, context, weights)
+            manifest = Manifest(
+                kind=kind.name,
+                graph=GRAPH,
+                weights=options.weights if dtype == torch.float32 else f"{options.weights}, computed with in fp32",
+                context=context,
+                config=write_model_files(staging, opened),
+                generation=generation_defaults(opened) | dict(defaults),
+                check={},
+                versions={"torch": importlib.metadata.version("torch")},
+                isa=kind.isa,
+                files={WEIGHTS: {}},
+            )
+            runner = kind.open_runner(Bundle(staging, manifest), len(PROMPTS))
+            found = check_runner(runner, source, dtype, f"{kind.name} bundle")
+            if prefix is not None:
+                write_prefix(staging, prefix)
+            write_manifest(staging, replace(manifest, check=asdict(found), prefix_length=length))
+    return open_bundle(target)
+
+
+def _check_config(config: LlamaConfig, kind: str) -> None:
+    scaling = config.rope_scaling
+    if scaling is not None and scaling["rope_type"] == "dynamic":
+        raise ConfigError(
+            f"rope type 'dynamic' cannot be exported to {kind}: its angles change with the length of the sequence, and keys "
+            "are stored rotated; export gguf, or set another rope_scaling"
+        )

@@ -1,0 +1,214 @@
+"""Sequences' keys and values, and the programs that compute with them: what a torch and an aoti bundle run in."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from arriero.errors import FormatError
+from arriero.export.bundle import Bundle
+from arriero.export.prefix_file import read_prefix
+from arriero.export.slot_runner import SlotRunner
+from arriero.formats.safe_tensors import read_tensors
+
+WEIGHTS = "weights.safetensors"
+Integers = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
+# A program: its inputs in order -> logits (n, vocab_size) on the CPU; some inputs are written to.
+Program = Callable[[Sequence[Tensor]], Tensor]
+
+
+class TorchSession:
+    """Computes tokens of neighbouring rows of its cache; the session of an `SlotRunner`.
+
+    Attributes:
+        rows: sequences that the cache has room for.
+        context: tokens of each.
+        vocab_size: of the logits.
+        cache_shape: layers, key-value heads, and the numbers of each.
+    """
+
+    def __init__(
+        self,
+        step: Program,
+        decode: Mapping[int, Program],
+        weights: Sequence[Tensor],
+        cache_shape: tuple[int, int, int],
+        context: int,
+        vocab_size: int,
+        rows: int,
+    ) -> None:
+        """
+        Args:
+            step: see `torch_program.StepProgram`.
+            decode: `DecodeProgram`s by their number of sequences; with none, `step` does it.
+            weights: inputs of both, in order.
+        """
+        self.rows, self.context, self.vocab_size, self.cache_shape = rows, context, vocab_size, cache_shape
+        self._step, self._decode, self._weights = step, decode, list(weights)
+        layers, heads, head_dim = cache_shape
+        spare = bool(decode)  # for what is computed in a place that no sequence needs
+        self._caches = [_untouched_zeros((rows + spare, 2 * heads, context, head_dim)) for _ in range(layers)]
+        self._row_caches = [[cache[row] for cache in self._caches] for row in range(rows + spare)]
+        self._span = torch.arange(context)
+
+    @torch.inference_mode()
+    def run(self, first: int, ids: Integers, starts: Integers, counts: Integers, logits_at: Integers) -> Logits:
+        """Compute tokens and store their keys and values.
+
+        Args:
+            first: the row of the cache that the first row of the batch is of; the next ones follow.
+            ids: (B, S), filled up on the right with any ids; `starts` + S must not go beyond the context.
+            starts: (B), tokens of each sequence that were computed before.
+            counts: (B), the real ones of each row; that of one row is S.
+            logits_at: (n), places in the flattened `ids`.
+
+        Returns:
+            (n, vocab_size).
+        """
+        if self._decode and ids.shape[1] == 1 and len(logits_at):
+            logits = self._run_rows(first, ids[:, 0], starts)
+            return logits if logits_at.tolist() == list(range(len(logits))) else logits[logits_at]
+        # a program computes one row of logits or more
+        wanted = logits_at if len(logits_at) else np.zeros(1, np.int64)
+        inputs = [
+            torch.from_numpy(ids),
+            torch.from_numpy(starts),
+            self._span[: int((starts + counts).max())],
+            torch.from_numpy(wanted),
+            *self._weights,
+            *[cache[first : first + len(ids)] for cache in self._caches],
+        ]
+        found: Logits = self._step(inputs).numpy()
+        return found[: len(logits_at)]
+
+    def _run_rows(self, first: int, ids: Integers, starts: Integers) -> Logits:
+        """One token of each of some rows: the logits of all, (B, vocab_size)."""
+        found, done = [], 0
+        while done < len(ids):
+            left = len(ids) - done
+            size = min((size for size in self._decode if size >= left), default=max(self._decode))
+            own, filled = slice(done, done + size), max(0, size - left)
+            begins = [*starts[own].tolist(), *[0] * filled]
+            rows = [*range(first + done, first + done + size - filled), *[self.rows] * filled]
+            inputs = [
+                torch.tensor([*ids[own].tolist(), *[0] * filled]),
+                torch.tensor(begins),
+                *[self._span[: begin + 1] for begin in begins],
+                *self._weights,
+                *[cache for row in rows for cache in self._row_caches[row]],
+            ]
+            found.append(self._decode[size](inputs).numpy()[: size - filled])
+            done += size
+        return np.concatenate(found) if len(found) > 1 else found[0]
+
+    def fill(self, row: int, start: int, values: npt.NDArray[np.float32]) -> None:
+        """Store keys and values that were not computed here.
+
+        Args:
+            start: the position of the first.
+            values: (layers, 2, KV, n, D), keys and values of each layer.
+        """
+        end = start + values.shape[3]
+        for cache, given in zip(self._caches, values, strict=True):
+            cache[row, :, start:end] = torch.from_numpy(given.reshape(-1, *given.shape[2:]))
+
+    def copy(self, source: int, target: int, start: int, end: int) -> None:
+        """Copy what one row has of these positions to another."""
+        for cache in self._caches:
+            cache[target, :, start:end] = cache[source, :, start:end]
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Exchange the first tokens of two rows of the cache."""
+        for cache in self._caches:
+            kept = cache[one, :, :length].clone()
+            cache[one, :, :length] = cache[other, :, :length]
+            cache[other, :, :length] = kept
+
+
+def open_weights(bundle: Bundle) -> dict[str, Tensor]:
+    """The weights of a bundle by name, mapped, in the order of a program's inputs.
+
+    Raises:
+        FormatError: when the file is not one of weights.
+    """
+    path = bundle.folder / WEIGHTS
+    if WEIGHTS not in bundle.manifest.files:
+        raise FormatError(f"{bundle.folder}: names no {WEIGHTS} among its files; export the model again")
+    return dict(sorted(read_tensors(path)))
+
+
+def model_shape(bundle: Bundle) -> tuple[tuple[int, int, int], int]:
+    """Layers, key-value heads and numbers of each; and the vocabulary's size: as a manifest's configuration says.
+
+    Raises:
+        FormatError: when it does not.
+    """
+    keys = ("num_hidden_layers", "num_key_value_heads", "head_dim", "vocab_size")
+    found = [bundle.manifest.config.get(key) for key in keys]
+    for key, value in zip(keys, found, strict=True):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise FormatError(f"{bundle.folder}: its configuration has no {key}; export the model again")
+    layers, heads, head_dim, vocab_size = (int(value) for value in found if value is not None)
+    return (layers, heads, head_dim), vocab_size
+
+
+def program_runner(
+    bundle: Bundle,
+    step: Program,
+    decode: Mapping[int, Program],
+    weights: Mapping[str, Tensor],
+    slots: int,
+    threads: int | None,
+) -> SlotRunner:
+    """An engine's `Runner` of a bundle's programs.
+
+    Args:
+        threads: of torch, in this whole process; None leaves them.
+
+    Raises:
+        FormatError: when the bundle's prefix does not fit its model.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    (layers, heads, head_dim), vocab_size = model_shape(bundle)
+    context, length = bundle.manifest.context, bundle.manifest.prefix_length
+    shape = (layers, heads, head_dim)
+    session = TorchSession(step, decode, list(weights.values()), shape, context, vocab_size, slots)
+    prefix = read_prefix(bundle.folder, (layers, 2, heads, length, head_dim)) if length else None
+    return SlotRunner(session, prefix)
+
+
+def check_inputs(path: Path, found: Sequence[tuple[Any, ...]], wanted: Sequence[tuple[Any, ...]]) -> None:
+    """Compare the shapes (None for an open size) and dtypes of a program's inputs with those that it will be given.
+
+    Raises:
+        FormatError: at the first that does not fit.
+    """
+    if len(found) != len(wanted):
+        raise FormatError(f"{path}: takes {len(found)} inputs, and the model has {len(wanted)}; export the model again")
+    for number, ((shape, dtype), (own, kind)) in enumerate(zip(found, wanted, strict=True)):
+        fits = len(shape) == len(own) and all(size in (None, other) for size, other in zip(shape, own, strict=True))
+        if not fits or dtype != kind:
+            raise FormatError(
+                f"{path}: input {number} is {dtype} {list(shape)}, and the model's is {kind} {list(own)}; export it again"
+            )
+
+
+def _untouched_zeros(shape: tuple[int, ...]) -> Tensor:
+    """Zeros that take memory a page at a time, as they are written to.
+
+    Without huge pages: of these each head of each sequence would take one for its first token.
+    """
+    memory = mmap.mmap(-1, prod(shape) * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.from_numpy(np.frombuffer(memory, np.float32).reshape(shape))

@@ -1,0 +1,182 @@
+"""From options to a server: address, keys, certificate, engine, limits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from arriero.config.adapter import AdapterPathOptions
+from arriero.config.kv_cache import KVCacheOptions
+from arriero.config.model import ModelOptions
+from arriero.config.serving import ServeOptions
+from arriero.engine.background import BackgroundEngine
+from arriero.engine.engine import Engine
+from arriero.errors import ConfigError
+from arriero.serving.access import KEY_VARIABLE, Keys, read_keys
+from arriero.serving.admission import Admission
+from arriero.serving.app import make_app
+from arriero.serving.doors import hosts_for, is_loopback
+from arriero.serving.engines import (
+    adapters_of,
+    bundle_engine,
+    bundle_folder,
+    checkpoint_engine,
+    model_name,
+    runner_over,
+)
+from arriero.serving.page_process import PageProcess
+from arriero.serving.request_log import JsonLog
+from arriero.serving.server import bind, serve, tls_files
+from arriero.serving.service import Limits, ServedModel, Service
+
+
+@dataclass(frozen=True)
+class Entrance:
+    """Where requests come in, found before a model is loaded.
+
+    Attributes:
+        tls: uvicorn's settings for https.
+        warnings: for the log.
+    """
+
+    keys: Keys
+    tls: dict[str, Any]
+    listener: socket.socket
+    warnings: list[str]
+
+    @classmethod
+    def of(cls, options: ServeOptions) -> Entrance:
+        """
+        Raises:
+            ConfigError: keys, certificate or address that cannot be used.
+        """
+        keys, warning = read_keys(options.api_key_file)
+        tls = tls_files(options.ssl_certfile, options.ssl_keyfile)
+        warnings = [] if warning is None else [warning]
+        if not is_loopback(options.host):
+            if not keys:
+                how = f"set --api_key_file or ${KEY_VARIABLE}"
+                warnings.append(f"every machine that reaches {options.host} can use this server: {how}")
+            if not tls:
+                warnings.append(
+                    "keys and texts travel unencrypted: set --ssl_certfile, or put a proxy before the server"
+                )
+        listener = bind(options.host, options.flask_port)
+        if options.port is not None:
+            bind(options.host, options.port, "--port").close()  # the page's process takes it later
+        return cls(keys, tls, listener, warnings)
+
+    @property
+    def url(self) -> str:
+        """The server's address."""
+        address, port = self.listener.getsockname()[:2]
+        return f"{'https' if self.tls else 'http'}://{f'[{address}]' if ':' in address else address}:{port}"
+
+
+@contextlib.contextmanager
+def _entrance(options: ServeOptions) -> Iterator[Entrance]:
+    entrance = Entrance.of(options)
+    with contextlib.closing(entrance.listener):
+        yield entrance
+
+
+def host(model: ModelOptions, adapter: AdapterPathOptions, cache: KVCacheOptions, options: ServeOptions) -> None:
+    """Load a model and answer requests until a signal comes. Of several processes the first has the server.
+
+    Raises:
+        ArrieroError: something cannot be had; before the model is loaded, where that can be known.
+    """
+    folder = bundle_folder(model)
+    if folder is None:
+        _host_checkpoint(model, adapter, cache, options)
+        return
+    with _entrance(options) as entrance:
+        engine = bundle_engine(folder, model, adapter, cache, options)
+        _run(engine, [ServedModel(model_name(model, options))], entrance, options)
+
+
+def _host_checkpoint(
+    model: ModelOptions, adapter: AdapterPathOptions, cache: KVCacheOptions, options: ServeOptions
+) -> None:
+    from arriero.config.layout import Layout
+    from arriero.engine.loading import load_for_inference, pick_device
+    from arriero.engine.ranks import follow
+    from arriero.parallel.processes import launched_size, start, stop
+
+    processes = start(Layout(tp=launched_size()), pick_device(model.device))
+    with contextlib.ExitStack() as stack:
+        with processes.together():
+            if options.adapters and not processes.alone:
+                raise ConfigError("--adapters needs one process: give one adapter for all requests, by --lora_path")
+            entrance = stack.enter_context(_entrance(options)) if processes.first else None
+            loaded = load_for_inference(model, adapter, processes)
+        pool, models = adapters_of(loaded, model_name(model, options), options)
+        runner = runner_over(loaded, pool, cache, options)
+        if entrance is None:
+            follow(runner, processes)
+        else:
+            with checkpoint_engine(runner, loaded, options, processes) as engine:
+                _run(engine, models, entrance, options)
+    stop(processes)
+
+
+def _run(engine: Engine, models: list[ServedModel], entrance: Entrance, options: ServeOptions) -> None:
+    """Put the engine on its thread and serve."""
+    background = BackgroundEngine(engine)
+    try:
+        asyncio.run(_answer(background, models, entrance, options))
+    finally:
+        background.close()
+
+
+async def _answer(
+    background: BackgroundEngine, models: list[ServedModel], entrance: Entrance, options: ServeOptions
+) -> None:
+    runner = background.engine.runner
+    context = min(runner.context, runner.num_blocks * runner.block_size - runner.prefix_length)
+    limits = Limits(
+        context,
+        min(options.src_length or context, context),
+        min(options.max_new_tokens or context, context),
+        options.request_timeout,
+    )
+    admission, log = Admission(options.max_batch_size, options.max_queue_size), JsonLog()
+    service = Service(background, models, limits, admission, log=log, log_prompts=options.log_prompts)
+    app = make_app(
+        service,
+        keys=entrance.keys,
+        requests_per_minute=options.requests_per_minute,
+        max_body_bytes=options.max_body_bytes,
+        hosts=hosts_for(options.host, options.allowed_hosts),
+        cors_origins=options.cors_origins,
+        with_metrics=options.metrics,
+    )
+    for warning in entrance.warnings:
+        log("warning", level="warning", message=warning)
+
+    def listening() -> None:
+        print(f"{service.base.name} is served on {entrance.url}/v1 (Ctrl-C ends it)", flush=True)
+        log("ready", url=entrance.url, models=list(service.models), context=context, keys=bool(entrance.keys))
+
+    page = PageProcess(entrance.url, options) if options.port is not None else None
+    try:
+        if page is not None:
+            await page.start()
+        await serve(
+            app,
+            service,
+            entrance.listener,
+            drain_seconds=options.drain_timeout,
+            max_connections=options.max_connections,
+            tls=entrance.tls,
+            listening=listening,
+        )
+    finally:
+        if page is not None:
+            await page.close()
+        service.close()
+    log("stopped")

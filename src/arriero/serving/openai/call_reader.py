@@ -1,0 +1,129 @@
+"""Finds calls of tools in an answer while it grows. The grammar has seen to it that they are whole."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from typing import Literal
+
+from arriero.serving.openai.tool_format import ToolFormat
+
+_State = Literal["text", "name", "arguments", "end"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a piece of text turned out to be.
+
+    Attributes:
+        text: of the answer itself, or of the call's arguments.
+        call: the call's number; None for the answer's own text.
+        id, name: of a call that begins with this part.
+    """
+
+    text: str
+    call: int | None = None
+    id: str | None = None
+    name: str | None = None
+
+
+class CallReader:
+    """Takes an answer's text piece by piece.
+
+    Attributes:
+        calls: how many have begun.
+    """
+
+    def __init__(self, form: ToolFormat) -> None:
+        self._form = form
+        self._held = ""
+        self._state: _State = "text"
+        self._begun = False  # whether any text was released: then an answer without an opening is no call
+        self._depth, self._quoted, self._escaped = 0, False, False
+        self.calls = 0
+
+    def push(self, text: str) -> list[Part]:
+        """What can be told now."""
+        self._held += text
+        parts: list[Part] = []
+        while self._step(parts):
+            pass
+        return parts
+
+    def finish(self) -> list[Part]:
+        """What was held back, at the end."""
+        held, self._held = self._held, ""
+        if self._state == "arguments" and held:
+            return [Part(held, self.calls - 1)]
+        return [Part(held)] if self._state == "text" and held and not (self.calls and not held.strip()) else []
+
+    def _step(self, parts: list[Part]) -> bool:
+        """Go on; False where more text is needed."""
+        if self._state == "text":
+            return self._text(parts)
+        if self._state == "name":
+            name, found, rest = self._held.partition(self._form.before_arguments())
+            if not found:
+                return False
+            parts.append(Part("", self.calls, f"call_{uuid.uuid4().hex[:24]}", name))
+            self.calls += 1
+            self._held, self._state, self._depth = rest, "arguments", 0
+            return True
+        if self._state == "arguments":
+            return self._arguments(parts)
+        closing = self._form.after_arguments()
+        if len(self._held) < len(closing):
+            return False
+        self._held, self._state = self._held[len(closing) :], "text"
+        return True
+
+    def _text(self, parts: list[Part]) -> bool:
+        trigger = self._form.before_name()
+        if not self._form.opening:  # the answer is a call or has none
+            if not self._begun and not self.calls and self._held.startswith(trigger):
+                self._held, self._state = self._held[len(trigger) :], "name"
+                return True
+            waits = not self._begun and not self.calls and trigger.startswith(self._held)
+            return False if waits else self._release(parts, len(self._held))
+        at = self._held.find(trigger)
+        if at >= 0:
+            self._release(parts, len(self._held[:at].rstrip()))
+            self._held, self._state = self._held.split(trigger, 1)[1], "name"
+            return True
+        keep = next(
+            (n for n in range(min(len(trigger) - 1, len(self._held)), 0, -1) if trigger.startswith(self._held[-n:])), 0
+        )
+        whole = self._held[: len(self._held) - keep]
+        blanks = len(whole) - len(whole.rstrip())  # those before a call are not the answer's
+        return self._release(parts, len(whole) - blanks)
+
+    def _release(self, parts: list[Part], count: int) -> bool:
+        if count:
+            parts.append(Part(self._held[:count]))
+            self._held, self._begun = self._held[count:], True
+        return False
+
+    def _arguments(self, parts: list[Part]) -> bool:
+        """Up to the bracket that closes the object."""
+        for place, character in enumerate(self._held):
+            if self._quoted:
+                if self._escaped:
+                    self._escaped = False
+                elif character == "\\":
+                    self._escaped = True
+                elif character == '"':
+                    self._quoted = False
+            elif character == '"':
+                self._quoted = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if self._depth == 0:
+                    parts.append(Part(self._held[: place + 1], self.calls - 1))
+                    self._held, self._state = self._held[place + 1 :], "end"
+                    return True
+        if self._held:
+            parts.append(Part(self._held, self.calls - 1))
+            self._held = ""
+        return False

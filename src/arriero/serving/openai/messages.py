@@ -1,0 +1,160 @@
+"""The conversation of a chat request."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from arriero.serving.body import Closed
+from arriero.serving.openai.fields import ShortText, Text
+from arriero.serving.strict_json import parse_value
+
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024
+MAX_TOOLS = 128
+MAX_CALLS = 128
+
+FunctionName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
+
+
+class TextPart(Closed):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: Text
+
+
+def _text_only(content: Any) -> Any:
+    """Say clearly that pictures and the like are not taken; their addresses are never fetched."""
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise PydanticCustomError("text_only", "this model takes text only, no parts of other types")
+    return content
+
+
+Content = Annotated[Text | Annotated[list[TextPart], Field(max_length=MAX_PARTS)], BeforeValidator(_text_only)]
+
+
+class CalledFunction(Closed):
+    """A function with its arguments, as JSON text."""
+
+    name: FunctionName
+    arguments: Text
+
+
+class ToolCall(Closed):
+    """A call that the assistant made."""
+
+    id: ShortText
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class SystemMessage(Closed):
+    """What the operator says."""
+
+    role: Literal["system", "developer"]
+    content: Content
+    name: ShortText | None = None
+
+
+class UserMessage(Closed):
+    """What the user says."""
+
+    role: Literal["user"]
+    content: Content
+    name: ShortText | None = None
+
+
+class AssistantMessage(Closed):
+    """What the model said. Fields that OpenAI's own answers have, and which have no meaning here, may be null."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    name: ShortText | None = None
+    refusal: Text | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] | None = None
+    audio: None = None
+    function_call: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+
+
+class ToolMessage(Closed):
+    """What a tool answered."""
+
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: ShortText
+    name: ShortText | None = None
+
+
+Message = Annotated[
+    SystemMessage | UserMessage | AssistantMessage | ToolMessage,
+    Field(discriminator="role"),
+]
+
+
+class FunctionSpec(Closed):
+    """A function that the model may call; `parameters` is the JSON schema of its arguments."""
+
+    name: FunctionName
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Closed):
+    """A tool; there are no others than functions."""
+
+    type: Literal["function"]
+    function: FunctionSpec
+
+
+class NamedFunction(Closed):
+    """A function's name."""
+
+    name: FunctionName
+
+
+class NamedTool(Closed):
+    """The one function that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+def text_of(content: str | list[TextPart] | None) -> str:
+    """A message's content as one text."""
+    if content is None:
+        return ""
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def for_template(message: SystemMessage | UserMessage | AssistantMessage | ToolMessage) -> dict[str, Any]:
+    """A message as chat templates expect it: arguments of calls as objects."""
+    given: dict[str, Any] = {"role": message.role, "content": text_of(message.content)}
+    if message.role == "developer":
+        given["role"] = "system"
+    if message.name is not None:
+        given["name"] = message.name
+    if isinstance(message, ToolMessage):
+        given["tool_call_id"] = message.tool_call_id
+    if isinstance(message, AssistantMessage) and message.tool_calls:
+        given["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+    return given
+
+
+def _arguments(text: str) -> Any:
+    """Of a call: an object, or the text that a model wrote which is none."""
+    value = parse_value(text)
+    return value if isinstance(value, dict) else text

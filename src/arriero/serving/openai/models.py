@@ -1,0 +1,67 @@
+"""/v1/models, and the ways from text to tokens and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from arriero.errors import ArrieroError
+from arriero.serving.api_errors import ApiError, api_error
+from arriero.serving.body import read_body
+from arriero.serving.json_response import json_response
+from arriero.serving.openai.messages import for_template
+from arriero.serving.openai.requests import DetokenizeRequest, TokenizeRequest
+from arriero.serving.service import ServedModel, Service
+
+
+def _card(service: Service, model: ServedModel) -> dict[str, Any]:
+    card: dict[str, Any] = {"id": model.name, "object": "model", "created": service.created, "owned_by": "arriero"}
+    card["max_model_len"] = service.limits.context
+    if model.adapter is not None:
+        card["parent"] = service.base.name
+    return card
+
+
+async def list_models(request: Request, service: Service) -> Response:
+    """The base model and its adapters."""
+    return json_response({"object": "list", "data": [_card(service, model) for model in service.models.values()]})
+
+
+async def show_model(request: Request, service: Service) -> Response:
+    """One of them."""
+    return json_response(_card(service, service.find(request.path_params["model"])))
+
+
+async def tokenize(request: Request, service: Service) -> Response:
+    """Token ids of a text or a conversation."""
+    body = await read_body(request, TokenizeRequest, service.workers)
+    service.find(body.model)
+    ids = await service.workers.run(_token_ids, service, body)
+    return json_response({"count": len(ids), "max_model_len": service.limits.context, "tokens": ids})
+
+
+def _token_ids(service: Service, body: TokenizeRequest) -> list[int]:
+    tokenizer = service.tokenizer
+    try:
+        if body.prompt is not None:
+            return tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+        messages = [for_template(message) for message in body.messages or ()]
+        return tokenizer.chat(messages, add_generation_prompt=body.add_generation_prompt)
+    except ArrieroError as error:
+        raise api_error(error) from error
+
+
+async def detokenize(request: Request, service: Service) -> Response:
+    """The text of token ids."""
+    body = await read_body(request, DetokenizeRequest, service.workers)
+    service.find(body.model)
+    size = service.background.engine.runner.vocab_size
+    strange = next((token for token in body.tokens if token >= size), None)
+    if strange is not None:
+        raise ApiError(400, f"token id {strange}: the model has ids 0 to {size - 1}", param="tokens")
+    text = await service.workers.run(
+        service.tokenizer.decode, body.tokens, skip_special_tokens=body.skip_special_tokens
+    )
+    return json_response({"prompt": text})

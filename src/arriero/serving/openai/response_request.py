@@ -1,0 +1,190 @@
+"""The body of /v1/responses, and the chat request that it amounts to."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from arriero.serving.body import Closed
+from arriero.serving.openai.fields import (
+    Count,
+    IgnoredFields,
+    JsonObjectFormat,
+    ModelName,
+    ShortText,
+    StreamOptions,
+    Text,
+    TextFormat,
+)
+from arriero.serving.openai.messages import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, FunctionName
+from arriero.serving.openai.requests import ChatRequest
+
+
+class InputPart(Closed):
+    """A part of a message; of the model's own earlier answers `output_text`."""
+
+    type: Literal["input_text", "output_text", "text"]
+    text: Text
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    logprobs: Annotated[list[Any], Field(max_length=0)] | None = None
+
+
+def _text_only(content: Any) -> Any:
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind not in ("input_text", "output_text", "text"):
+            raise PydanticCustomError("text_only", "this model takes text only, no parts of other types")
+    return content
+
+
+InputContent = Annotated[Text | Annotated[list[InputPart], Field(max_length=MAX_PARTS)], BeforeValidator(_text_only)]
+
+
+class InputMessage(Closed):
+    """A message of the conversation."""
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: InputContent
+    id: ShortText | None = None
+    status: ShortText | None = None
+
+
+class InputCall(Closed):
+    """A call that the model made."""
+
+    type: Literal["function_call"]
+    call_id: ShortText
+    name: FunctionName
+    arguments: Text
+    id: ShortText | None = None
+    status: ShortText | None = None
+
+
+class InputCallOutput(Closed):
+    """What a function answered."""
+
+    type: Literal["function_call_output"]
+    call_id: ShortText
+    output: InputContent
+    id: ShortText | None = None
+    status: ShortText | None = None
+
+
+class ResponseSchemaFormat(Closed):
+    """JSON of a given form; flatter than in chat requests."""
+
+    type: Literal["json_schema"]
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
+    description: Text | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class TextSettings(Closed):
+    """The form of the answer."""
+
+    format: Annotated[TextFormat | JsonObjectFormat | ResponseSchemaFormat, Field(discriminator="type")] | None = None
+    verbosity: ShortText | None = None
+
+
+class ResponseTool(Closed):
+    """A function that the model may call; flatter than in chat requests."""
+
+    type: Literal["function"]
+    name: FunctionName
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ChosenFunction(Closed):
+    """The function that must be called."""
+
+    type: Literal["function"]
+    name: FunctionName
+
+
+class ResponseRequest(IgnoredFields):
+    """Body of /v1/responses. Nothing is kept, so `previous_response_id`, `conversation` and `background` are refused."""
+
+    model: ModelName | None = None
+    input: (
+        Text | Annotated[list[InputMessage | InputCall | InputCallOutput], Field(min_length=1, max_length=MAX_MESSAGES)]
+    )
+    instructions: Text | None = None
+    max_output_tokens: Count | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    text: TextSettings | None = None
+    tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
+    parallel_tool_calls: bool | None = None
+    truncation: Literal["disabled"] | None = None
+    include: Annotated[list[ShortText], Field(max_length=16)] | None = None
+    previous_response_id: None = None
+    background: Literal[False] | None = None
+
+    def as_chat(self) -> ChatRequest:
+        """The same as a chat request.
+
+        Raises:
+            pydantic.ValidationError: what cannot be, such as two tools of one name.
+        """
+        fields: dict[str, Any] = {
+            "model": self.model,
+            "messages": self._messages(),
+            "max_completion_tokens": self.max_output_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "stream": self.stream,
+            "parallel_tool_calls": self.parallel_tool_calls,
+        }
+        form = self.text.format if self.text is not None else None
+        if isinstance(form, ResponseSchemaFormat):
+            schema = {"name": form.name, "schema": form.schema_, "strict": form.strict}
+            fields["response_format"] = {"type": "json_schema", "json_schema": schema}
+        elif form is not None:
+            fields["response_format"] = {"type": form.type}
+        if self.tools is not None:
+            fields["tools"] = [
+                {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
+                for tool in self.tools
+            ]
+        choice = self.tool_choice
+        if isinstance(choice, ChosenFunction):
+            fields["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
+        else:
+            fields["tool_choice"] = choice
+        return ChatRequest.model_validate(fields)
+
+    def _messages(self) -> list[dict[str, Any]]:
+        messages: list[dict[str, Any]] = []
+        if self.instructions is not None:
+            messages.append({"role": "system", "content": self.instructions})
+        if isinstance(self.input, str):
+            return [*messages, {"role": "user", "content": self.input}]
+        for item in self.input:
+            if isinstance(item, InputMessage):
+                messages.append({"role": item.role, "content": _joined(item.content)})
+            elif isinstance(item, InputCallOutput):
+                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _joined(item.output)})
+            else:
+                call = {
+                    "id": item.call_id,
+                    "type": "function",
+                    "function": {"name": item.name, "arguments": item.arguments},
+                }
+                if messages and "tool_calls" in messages[-1]:
+                    messages[-1]["tool_calls"].append(call)
+                else:
+                    messages.append({"role": "assistant", "tool_calls": [call]})
+        return messages
+
+
+def _joined(content: str | list[InputPart]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)

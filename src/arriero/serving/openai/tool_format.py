@@ -1,0 +1,160 @@
+"""How a model writes calls of tools: the two common ways, their grammar, and the prompt where a template has none."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from arriero.engine.grammar import JSON_BLANKS, Structure
+from arriero.serving.api_errors import ApiError
+from arriero.serving.openai.fields import JsonObjectFormat, JsonSchemaFormat, TextFormat
+from arriero.serving.openai.messages import Tool
+
+MAX_PARALLEL_CALLS = 16
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """One way to write a call.
+
+    Attributes:
+        opening, closing: around it. Without an opening the call is the whole answer.
+        arguments_key: what the arguments are called.
+        native: whether the model's template describes the tools itself.
+    """
+
+    opening: str
+    closing: str
+    arguments_key: str
+    native: bool
+
+    def before_name(self) -> str:
+        """From the opening to the function's name."""
+        return f'{self.opening}{{"name": "'
+
+    def before_arguments(self) -> str:
+        """From the name to the arguments."""
+        return f'", "{self.arguments_key}": '
+
+    def after_arguments(self) -> str:
+        """From the arguments to the end."""
+        return "}" + self.closing
+
+    def call(self, name: str, arguments: Any) -> str:
+        """A call as the model writes it."""
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        return f"{self.before_name()}{name}{self.before_arguments()}{text}{self.after_arguments()}"
+
+
+CHATML = ToolFormat("<tool_call>\n", "\n</tool_call>", "arguments", native=True)
+LLAMA3 = ToolFormat("", "", "parameters", native=True)
+# For templates that know nothing of tools: the words that the ChatML models were trained with.
+TAUGHT = ToolFormat("<tool_call>\n", "\n</tool_call>", "arguments", native=False)
+
+
+def format_of(template: str | None) -> ToolFormat:
+    """How a model with this template writes calls."""
+    template = template or ""
+    if re.search(r"\btools\b", template) is None:
+        return TAUGHT
+    if "<tool_call>" in template:
+        return CHATML
+    return LLAMA3 if "parameters" in template or "ipython" in template else TAUGHT
+
+
+def specification(tool: Tool) -> dict[str, Any]:
+    """A tool as templates expect it."""
+    function: dict[str, Any] = {"name": tool.function.name, "description": tool.function.description or ""}
+    function["parameters"] = tool.function.parameters or {"type": "object", "properties": {}}
+    return {"type": "function", "function": function}
+
+
+def taught(messages: Sequence[dict[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """A conversation for a template without tools: they are described in the system message, and what they answered is said
+    by the user."""
+    lines = "\n".join(json.dumps(specification(tool), ensure_ascii=False) for tool in tools)
+    described = (
+        "You may call one or more functions to assist with the user query. Their signatures are within <tools></tools>:\n"
+        f"<tools>\n{lines}\n</tools>\n"
+        "For each call give a JSON object with the function's name and arguments within <tool_call></tool_call>:\n"
+        '<tool_call>\n{"name": "NAME", "arguments": {...}}\n</tool_call>'
+    )
+    told: list[dict[str, Any]] = []
+    for message in messages:
+        plain = {"role": message["role"], "content": message["content"]}
+        calls = message.get("tool_calls") or ()
+        if calls:
+            written = [TAUGHT.call(one["function"]["name"], one["function"]["arguments"]) for one in calls]
+            plain["content"] = "\n".join([part for part in (plain["content"], *written) if part])
+        if message["role"] == "tool":
+            plain = {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
+        told.append(plain)
+    if not tools:
+        return told
+    if told and told[0]["role"] == "system":
+        told[0]["content"] = f"{told[0]['content']}\n\n{described}"
+        return told
+    return [{"role": "system", "content": described}, *told]
+
+
+def structure_with_tools(
+    form: ToolFormat,
+    tools: Sequence[Tool],
+    *,
+    required: bool,
+    parallel: bool,
+    answer: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = None,
+) -> Structure:
+    """The grammar of an answer that may call tools: text, or calls whose arguments fit their schemas.
+
+    Args:
+        required: there is a call.
+        parallel: there may be several.
+        answer: the form of one that calls none.
+
+    Raises:
+        ApiError: parameters that are no schema of an object.
+    """
+    marker = form.opening.strip()
+    rest = form.before_name()[len(marker) :]
+    rules = [f"call: {' | '.join(f'call_{index}' for index in range(len(tools)))}"]
+    for index, tool in enumerate(tools):
+        begin = json.dumps(f"{rest}{tool.function.name}{form.before_arguments()}")
+        rules.append(f"call_{index}: {begin} arguments_{index} {json.dumps(form.after_arguments())}")
+        rules.append(f"arguments_{index}: %json {json.dumps(_schema(tool, index))}")
+    first = f"{json.dumps(marker)} call" if marker else "call"
+    more = f" ({json.dumps(chr(10) + marker)} call){{0,{MAX_PARALLEL_CALLS - 1}}}" if parallel and marker else ""
+    if required:
+        rules.insert(0, f"start: {first}{more}")
+    elif isinstance(answer, JsonObjectFormat | JsonSchemaFormat):
+        schema = answer.json_schema.schema_ if isinstance(answer, JsonSchemaFormat) else {"type": "object"}
+        rules[:0] = [f"start: answer | {first}{more}", f"answer: %json {json.dumps(_with_blanks(schema))}"]
+    elif marker:
+        rules[:0] = [
+            f"start: TEXT | lead call{more}",
+            f"TEXT: /(?s:.*)/ & ~/(?s:.*){marker}(?s:.*)/",
+            f"lead[lazy]: /(?s:.*){marker}/",
+        ]
+    else:
+        rules[:0] = ["start: TEXT? | call", "TEXT: /[^{](?s:.*)/"]
+    return Structure("grammar", "\n".join(rules))
+
+
+def _schema(tool: Tool, index: int) -> dict[str, Any]:
+    given = tool.function.parameters
+    if given is None:
+        given = {"type": "object", "properties": {}, "additionalProperties": False}
+    if given.get("type", "object") != "object":
+        raise ApiError(
+            400,
+            "the parameters of a function must be the schema of an object",
+            param=f"tools[{index}].function.parameters",
+        )
+    return _with_blanks({**given, "type": "object"})
+
+
+def _with_blanks(schema: dict[str, Any]) -> dict[str, Any]:
+    return {**schema, "x-guidance": {"whitespace_pattern": JSON_BLANKS}}

@@ -1,0 +1,194 @@
+"""A model that stays in memory, under the names that clients know, and the way of a request through it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from arriero.data.tokenizer import Tokenizer
+from arriero.engine.background import BackgroundEngine, RefusedError
+from arriero.engine.grammar import Structure
+from arriero.engine.sampling_params import SamplingParams
+from arriero.errors import ArrieroError, GenerationError
+from arriero.serving.admission import Admission
+from arriero.serving.api_errors import ApiError, api_error, shutting_down
+from arriero.serving.job import Job
+from arriero.serving.metrics import Metrics
+from arriero.serving.request_log import JsonLog
+from arriero.serving.workers import Workers
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A name that clients can ask for.
+
+    Attributes:
+        adapter: what the engine calls it; None: the model itself.
+    """
+
+    name: str
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for.
+
+    Attributes:
+        context: tokens of prompt and answer together.
+        src_length: tokens of a prompt.
+        max_new_tokens: tokens of an answer.
+        seconds: after which it is given up.
+    """
+
+    context: int
+    src_length: int
+    max_new_tokens: int
+    seconds: float
+
+
+class Service:
+    """What all routes share. Lives on one event loop; the engine has a thread of its own.
+
+    Attributes:
+        created: when it was made, seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        background: BackgroundEngine,
+        models: Sequence[ServedModel],
+        limits: Limits,
+        admission: Admission,
+        *,
+        log: JsonLog,
+        log_prompts: bool = False,
+    ) -> None:
+        """
+        Args:
+            models: the first is the base.
+            log_prompts: write prompts and answers into the log.
+        """
+        self.background, self.limits, self.admission = background, limits, admission
+        self.models = {model.name: model for model in models}
+        self.base = models[0]
+        self.log, self.log_prompts = log, log_prompts
+        self.metrics = Metrics(background.engine)
+        self.workers = Workers()
+        self.created = int(time.time())
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's."""
+        return self.background.engine.tokenizer
+
+    @property
+    def ready(self) -> bool:
+        """Whether new requests are taken."""
+        return self.background.failure is None and not self.admission.draining
+
+    def find(self, name: str | None) -> ServedModel:
+        """The model of a request; without a name, the base.
+
+        Raises:
+            ApiError: 404.
+        """
+        if name is None:
+            return self.base
+        model = self.models.get(name)
+        if model is None:
+            raise ApiError(
+                404,
+                f"The model '{name[:100]}' does not exist here: GET /v1/models lists those that do",
+                param="model",
+                code="model_not_found",
+            )
+        return model
+
+    def room(self, prompt: int, wanted: int | None, param: str = "max_tokens") -> int:
+        """How long the answer to a prompt of so many tokens may get.
+
+        Args:
+            wanted: by the request; None: as long as it may.
+
+        Raises:
+            ApiError: 400: the prompt is too long, or more is wanted than there is room for.
+        """
+        limits = self.limits
+        longest = min(limits.src_length, limits.context - 1)
+        if prompt > longest:
+            raise ApiError(
+                400,
+                f"This model's longest prompt is {longest} tokens here, and yours has {prompt}: shorten it",
+                param="prompt" if param == "max_tokens" else "messages",
+                code="context_length_exceeded",
+            )
+        left = min(limits.max_new_tokens, limits.context - prompt)
+        if wanted is not None and wanted > left:
+            raise ApiError(
+                400,
+                f"'{param}' is {wanted}: with a prompt of {prompt} tokens at most {left} are possible here (context "
+                f"{limits.context})",
+                param=param,
+                code="context_length_exceeded",
+            )
+        return left if wanted is None else wanted
+
+    async def start(
+        self,
+        request: Request,
+        model: ServedModel,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+    ) -> Job:
+        """Hand prompts in; returns as soon as the engine has taken all of them. Close the job in any case.
+
+        Raises:
+            ApiError: there is no place, or a prompt was refused.
+        """
+        if self.background.failure is not None:
+            raise shutting_down()
+        place = self.admission.enter(len(prompts) * params.candidates)
+        job = Job(self, request, model, place)
+        try:
+            if params.structure is not None:  # compiled here, so that `submit` does not wait for it
+                await self._compile(params.structure)
+            salt = request.state.client.salt
+            for prompt in prompts:
+                job.tickets.append(self.background.submit(prompt, params, adapter=model.adapter, salt=salt))
+            for ticket in job.tickets:
+                await ticket.taken()
+        except ArrieroError as error:
+            job.close()
+            raise self.told(error, request) from error
+        except BaseException:
+            job.close()
+            raise
+        return job
+
+    async def _compile(self, structure: Structure) -> None:
+        """
+        Raises:
+            RefusedError: the structure cannot be used.
+            ApiError: 503: too many are being compiled.
+        """
+        try:
+            await self.workers.run_slow(self.background.engine.grammars.compile, structure)
+        except GenerationError as error:
+            if "being compiled already" in str(error):
+                raise ApiError(503, str(error), code="busy", retry_after=5) from error
+            raise RefusedError(str(error)) from error
+
+    def told(self, error: ArrieroError, request: Request) -> ApiError:
+        """What the client hears of an error; what it does not hear is logged."""
+        answer = api_error(error)
+        if answer.status >= 500:
+            self.log("engine_error", level="error", request_id=request.state.request_id, message=str(error)[:1000])
+        return answer
+
+    def close(self) -> None:
+        """Let the threads go."""
+        self.workers.close()

@@ -1,0 +1,127 @@
+"""The page's way to the API: HTTP, with the key that the person in front of it has typed. Nothing is shared with the server."""
+
+from __future__ import annotations
+
+import json
+import ssl
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+CONNECT_SECONDS, READ_SECONDS = 10.0, 600.0
+
+
+class AnswerError(Exception):
+    """What the page says when there is no answer.
+
+    Attributes:
+        word: the key of the words for it, see `words`.
+        detail: what the API said.
+    """
+
+    def __init__(self, word: str, detail: str = "") -> None:
+        super().__init__(detail or word)
+        self.word, self.detail = word, detail
+
+
+@dataclass(frozen=True)
+class Progress:
+    """An answer on its way.
+
+    Attributes:
+        text: all of it so far.
+        tokens: how many it has.
+        tokens_per_second: since the first one.
+    """
+
+    text: str
+    tokens: int
+    tokens_per_second: float
+
+
+class ApiClient:
+    """Asks one API."""
+
+    def __init__(self, url: str, certificate: str | None = None) -> None:
+        """
+        Args:
+            url: without /v1.
+            certificate: of a server of this machine: this one is trusted, whatever name it has. Default: those of the system.
+        """
+        self.url = url.rstrip("/")
+        self._verify: ssl.SSLContext | bool = True
+        if certificate is not None:
+            context = ssl.create_default_context(cafile=certificate)
+            context.check_hostname = False
+            self._verify = context
+
+    def _http(self, key: str) -> httpx.AsyncClient:
+        headers = {"authorization": f"Bearer {key.strip()}"} if key.strip() else {}
+        if not key.isascii():
+            raise AnswerError("wrong_key")
+        timeout = httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
+        # trust_env: no proxy of the environment may come between, nor a .netrc put a password in
+        return httpx.AsyncClient(headers=headers, timeout=timeout, verify=self._verify, trust_env=False)
+
+    async def models(self, key: str) -> list[str]:
+        """The names of the models.
+
+        Raises:
+            AnswerError: there is no answer, or the key is wrong.
+        """
+        try:
+            async with self._http(key) as http:
+                answer = await http.get(f"{self.url}/v1/models")
+                _check(answer.status_code, answer.content)
+                return [str(model["id"]) for model in answer.json()["data"]]
+        except httpx.HTTPError as error:
+            raise AnswerError("unreachable") from error
+
+    async def chat(
+        self, key: str, messages: Sequence[Mapping[str, str]], settings: Mapping[str, Any]
+    ) -> AsyncIterator[Progress]:
+        """An answer as it comes. Leave the iteration to stop it.
+
+        Raises:
+            AnswerError: there is none, or it breaks off.
+        """
+        body = {**settings, "messages": list(messages), "stream": True, "stream_options": {"include_usage": True}}
+        text, tokens, first = "", 0, 0.0
+        try:
+            async with (
+                self._http(key) as http,
+                http.stream("POST", f"{self.url}/v1/chat/completions", json=body) as answer,
+            ):
+                if answer.status_code != 200:
+                    _check(answer.status_code, await answer.aread())
+                async for line in answer.aiter_lines():
+                    if not line.startswith("data: ") or line == "data: [DONE]":
+                        continue
+                    chunk = json.loads(line.removeprefix("data: "))
+                    if "error" in chunk:
+                        raise AnswerError("failed", str(chunk["error"].get("message", "")))
+                    if chunk.get("usage"):
+                        tokens = int(chunk["usage"]["completion_tokens"])
+                    for choice in chunk["choices"]:
+                        piece = choice["delta"].get("content") or ""
+                        if piece:
+                            first = first or time.perf_counter()
+                            text, tokens = text + piece, tokens + 1
+                    seconds = time.perf_counter() - first if first else 0.0
+                    yield Progress(text, tokens, (tokens - 1) / seconds if seconds > 0 and tokens > 1 else 0.0)
+        except httpx.HTTPError as error:
+            raise AnswerError("unreachable" if not text else "broken_off") from error
+
+
+def _check(status: int, body: bytes) -> None:
+    if status == 200:
+        return
+    try:
+        detail = str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        detail = f"HTTP {status}"
+    words = {401: "wrong_key", 429: "busy", 503: "busy"}
+    raise AnswerError(words.get(status, "failed"), detail)

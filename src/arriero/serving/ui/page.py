@@ -1,0 +1,175 @@
+"""The web page: a conversation with a model behind the API, by Gradio."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import gradio as gr
+
+from arriero.serving.ui.client import AnswerError, ApiClient
+from arriero.serving.ui.words import CHINESE, ENGLISH, status
+
+MAX_MESSAGE = 100_000  # characters
+FONTS = ["system-ui", "Segoe UI", "Roboto", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]
+CSS = """
+.gradio-container { max-width: 60rem !important; margin: 0 auto !important; }
+footer { display: none !important; }
+#status { min-height: 1.5rem; opacity: 0.8; font-size: 0.9rem; }
+#conversation { height: 56vh !important; }
+@media (max-width: 640px) {
+  .gradio-container { padding: 0.4rem !important; }
+  #conversation { height: 52vh !important; }
+  #buttons button { min-width: 0 !important; padding: 0.4rem !important; }
+}
+"""
+
+Turns = list[dict[str, Any]]
+
+
+def text_of(content: Any) -> str:
+    """A turn's text; Gradio gives it as a text or as parts."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [content]
+    return "".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
+
+
+def said(history: Turns | None, text: str) -> Turns:
+    """The conversation with the person's next turn."""
+    return [*(history or []), {"role": "user", "content": text}]
+
+
+def without_answer(history: Turns | None) -> Turns:
+    """The conversation up to the person's last turn."""
+    turns = list(history or [])
+    while turns and turns[-1]["role"] != "user":
+        turns.pop()
+    return turns
+
+
+class Page:
+    """The page's behaviour, apart from what it looks like.
+
+    Nothing of a conversation is kept on the server: it lives in the browser's page.
+    """
+
+    def __init__(self, client: ApiClient) -> None:
+        self._client = client
+
+    async def models(self, key: str, chosen: str | None) -> tuple[Any, str]:
+        """The list of models and a line if there is none."""
+        try:
+            names = await self._client.models(key)
+        except AnswerError as error:
+            return gr.update(), status(error.word, error.detail)
+        return gr.update(choices=names, value=chosen if chosen in names else names[0]), ""
+
+    async def answer(
+        self,
+        history: Turns | None,
+        key: str,
+        model: str | None,
+        system: str,
+        temperature: float,
+        top_p: float,
+        top_k: float,
+        repetition_penalty: float,
+        max_tokens: float,
+    ) -> AsyncIterator[tuple[Turns, str]]:
+        """The conversation as the answer to its last turn grows, and the line under it."""
+        turns = without_answer(history)
+        if not turns:
+            yield turns, status("empty")
+            return
+        messages = [{"role": str(turn["role"]), "content": text_of(turn["content"])} for turn in turns]
+        if system.strip():
+            messages.insert(0, {"role": "system", "content": system})
+        settings: dict[str, Any] = {
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": int(top_k),
+            "repetition_penalty": repetition_penalty,
+            "max_tokens": int(max_tokens),
+        }
+        if model:
+            settings["model"] = model
+        answered: Turns = [*turns, {"role": "assistant", "content": ""}]
+        try:
+            async for progress in self._client.chat(key, messages, settings):
+                answered = [*turns, {"role": "assistant", "content": progress.text}]
+                yield answered, f"{progress.tokens} tokens, {progress.tokens_per_second:.1f} tokens/s"
+        except AnswerError as error:
+            yield answered if answered[-1]["content"] else turns, status(error.word, error.detail)
+
+    def build(self) -> tuple[gr.Blocks, gr.I18n]:
+        """The page itself, and the words that the browser chooses from."""
+        words = gr.I18n(en=ENGLISH, zh=CHINESE, **{"zh-CN": CHINESE, "zh-TW": CHINESE})
+        with gr.Blocks(title="arriero", analytics_enabled=False, fill_height=True) as page:
+            conversation = gr.Chatbot(
+                show_label=False,
+                elem_id="conversation",
+                sanitize_html=True,
+                allow_tags=False,
+                render_markdown=True,
+                line_breaks=True,
+                buttons=["copy", "copy_all"],
+                feedback_options=None,
+                allow_file_downloads=False,
+            )
+            line = gr.Markdown("", elem_id="status", sanitize_html=True)
+            message = gr.Textbox(
+                show_label=False,
+                placeholder=words("placeholder"),
+                lines=2,
+                max_lines=8,
+                max_length=MAX_MESSAGE,
+                elem_id="message",
+                autofocus=True,
+            )
+            with gr.Row(elem_id="buttons"):
+                send = gr.Button(words("send"), variant="primary", elem_id="send", min_width=60)
+                stop = gr.Button(words("stop"), elem_id="stop", min_width=60)
+                regenerate = gr.Button(words("regenerate"), elem_id="regenerate", min_width=60)
+                roll_back = gr.Button(words("roll_back"), elem_id="roll_back", min_width=60)
+                clear = gr.Button(words("clear"), elem_id="clear", min_width=60)
+            with gr.Accordion(words("settings"), open=False, elem_id="settings"):
+                with gr.Row():
+                    model = gr.Dropdown([], label=words("model"), elem_id="model", interactive=True)
+                    reload = gr.Button(words("reload"), elem_id="reload", min_width=60, scale=0)
+                key = gr.Textbox("", label=words("key"), info=words("key_info"), type="password", elem_id="key")
+                system = gr.Textbox("", label=words("system"), lines=2, max_length=MAX_MESSAGE, elem_id="system")
+                sampling = [
+                    gr.Slider(0.0, 1.5, 0.95, step=0.05, label=words("temperature"), elem_id="temperature"),
+                    gr.Slider(0.05, 1.0, 0.7, step=0.05, label=words("top_p"), elem_id="top_p"),
+                    gr.Slider(0, 100, 0, step=1, label=words("top_k"), elem_id="top_k"),
+                    gr.Slider(
+                        1.0, 2.0, 1.2, step=0.05, label=words("repetition_penalty"), elem_id="repetition_penalty"
+                    ),
+                    gr.Slider(1, 2048, 256, step=1, label=words("max_tokens"), elem_id="max_tokens"),
+                ]
+            quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+            inputs = [conversation, key, model, system, *sampling]
+            answering = {"fn": self.answer, "inputs": inputs, "outputs": [conversation, line], **quiet}
+
+            def take(history: Turns | None, text: str) -> tuple[Turns, str]:
+                return (said(history, text), "") if text.strip() else (list(history or []), text)
+
+            def back(history: Turns | None) -> tuple[Turns, str]:
+                turns = without_answer(history)
+                return (turns[:-1], text_of(turns[-1]["content"])) if turns else ([], "")
+
+            sent = [
+                trigger(take, [conversation, message], [conversation, message], queue=False, **quiet).then(**answering)
+                for trigger in (send.click, message.submit)
+            ]
+            again = regenerate.click(**answering)
+            running = [*sent, again]
+            stop.click(None, None, None, cancels=running, **quiet)
+            roll_back.click(back, [conversation], [conversation, message], cancels=running, queue=False, **quiet)
+            clear.click(lambda: ([], ""), None, [conversation, line], cancels=running, queue=False, **quiet)
+            listing = {"fn": self.models, "inputs": [key, model], "outputs": [model, line], **quiet}
+            page.load(**listing)
+            reload.click(**listing)
+            key.change(**listing)
+        return page, words

@@ -1,0 +1,262 @@
+"""The routes beside chat and completions: the seed's chat, responses, embeddings; adapters as models."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pydantic
+import pytest
+import torch
+
+from arriero.adapters.lora import adapter_state, apply_lora, load_adapter_state, merge_lora
+from arriero.adapters.lora_config import LoRAConfig
+from arriero.adapters.peft_config import to_peft
+from arriero.config.model import ModelOptions
+from arriero.engine.engine import Engine
+from arriero.engine.loading import LoadedModel, load
+from arriero.engine.runner import TorchRunner
+from arriero.engine.sampling_params import SamplingParams
+from arriero.formats.peft import save_adapter
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from served import TINY, Served
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with Served("--served_model_name", "tiny") as server:
+        yield server
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=served.api, api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return load(ModelOptions(model_name_or_path=TINY, device="cpu"), dtype="float32")
+
+
+def alone(loaded: LoadedModel, messages: list[dict[str, str]], tokens: int) -> str:
+    engine = Engine(TorchRunner(loaded.model, max_tokens=2048), loaded.tokenizer)
+    text: str = engine.generate([loaded.tokenizer.chat(messages)], SamplingParams(max_new_tokens=tokens))[0].text
+    return text
+
+
+# The seed's /api/chat
+
+
+def test_the_seeds_request_gets_the_seeds_answer(served: Served, loaded: LoadedModel) -> None:
+    body = {"context": "你好", "max_length": 6, "min_length": 1, "top_p": 0.7, "temperature": 0.0, "extra_info": "x"}
+    answer = httpx.post(f"{served.url}/api/chat", json=body)
+    text = alone(loaded, [{"role": "user", "content": "你好"}], 6)
+    assert answer.json() == {
+        "error_code": 0,
+        "error_msg": "Success",
+        "result": {"response": {"role": "bot", "utterance": text}},
+    }
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        ["a question", "an answer"],
+        '["a question", "an answer"]',
+        [{"role": "user", "utterance": "a question"}, {"role": "bot", "utterance": "an answer"}],
+        '[{"role": "user", "utterance": "a question"}, {"role": "bot", "utterance": "an answer"}]',
+    ],
+)
+def test_with_a_history_it_comes_in_lines(served: Served, loaded: LoadedModel, history: Any) -> None:
+    body = {"context": "and now?", "history": history, "max_length": 8, "top_p": 0.0, "temperature": 0.9, "top_k": 0}
+    answer = httpx.post(f"{served.url}/api/chat", json=body)
+    lines = [json.loads(line) for line in answer.text.splitlines()]
+    turns = [("user", "a question"), ("assistant", "an answer"), ("user", "and now?")]
+    text = alone(loaded, [{"role": role, "content": content} for role, content in turns], 8)
+    assert "".join(line["result"]["response"]["utterance"] for line in lines) == text
+    assert {(line["error_code"], line["error_msg"]) for line in lines} == {(0, "Success")}
+    listed = httpx.post(
+        f"{served.url}/api/chat",
+        json={"context": ["a question", "an answer", "and now?"], "max_length": 8, "temperature": 0},
+    )
+    assert listed.json()["result"]["response"]["utterance"] == text
+
+
+def test_the_seeds_errors(served: Served) -> None:
+    def ask(**body: Any) -> tuple[int, str]:
+        answer = httpx.post(f"{served.url}/api/chat", json=body).json()
+        assert answer["result"] is None
+        return answer["error_code"], answer["error_msg"]
+
+    assert ask(context="x", src_length=1500, max_length=1000) == (
+        1,
+        "The sum of src_length<1500> and max_length<1000> should be smaller than or equal to the max-total-length<2048>",
+    )
+    assert ask(context="x " * 100, src_length=10, max_length=5)[0] == 1
+    assert ask(context="x", max_length=5000)[0] == 1
+    code, message = ask(max_length=5)
+    assert (code, message[:14]) == (1000, "Server error: ")
+    assert ask(context="x", history=["odd"])[0] == 1000
+    assert ask(context="x", history="no json")[0] == 1000
+    assert ask(context="x", history='[{"role": "king", "utterance": "x"}]')[0] == 1000
+
+
+# /v1/responses
+
+
+def test_responses_are_the_chat_in_another_form(client: openai.OpenAI, loaded: LoadedModel) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    wanted = alone(loaded, turns, 8)
+    common: Any = {
+        "model": "tiny",
+        "instructions": "Be brief.",
+        "input": "Hello",
+        "max_output_tokens": 8,
+        "temperature": 0,
+    }
+    answer = client.responses.create(**common)
+    assert answer.output_text == wanted
+    assert answer.status == "incomplete"
+    assert answer.incomplete_details is not None
+    assert answer.incomplete_details.reason == "max_output_tokens"
+    assert answer.usage is not None
+    assert answer.usage.output_tokens == 8
+    listed: Any = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "input_text", "text": "Hello"}]},
+    ]
+    other = client.responses.create(model="tiny", input=listed, max_output_tokens=8, temperature=0)
+    assert other.output_text == wanted
+    events = list(client.responses.create(**common, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == wanted
+    kinds = [event.type for event in events if event.type != "response.output_text.delta"]
+    assert kinds == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.incomplete",
+    ]
+
+
+def test_responses_parse(client: openai.OpenAI) -> None:
+    class Choice(pydantic.BaseModel):
+        yes: bool
+
+    asked: Any = {"model": "tiny", "input": "Well?", "max_output_tokens": 300, "text_format": Choice}
+    answer = client.responses.parse(**asked)
+    assert isinstance(answer.output_parsed, Choice)
+    assert answer.status == "completed"
+    with client.responses.stream(**asked) as stream:
+        assert isinstance(stream.get_final_response().output_parsed, Choice)
+
+
+def test_responses_call_functions(client: openai.OpenAI) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"x": {"type": "boolean"}},
+        "required": ["x"],
+        "additionalProperties": False,
+    }
+    tools: Any = [{"type": "function", "name": "f", "parameters": parameters, "strict": True}]
+    asked: Any = {"model": "tiny", "input": "go", "tools": tools, "tool_choice": "required", "max_output_tokens": 200}
+    answer = client.responses.create(**asked, parallel_tool_calls=False)
+    [call] = answer.output
+    assert call.type == "function_call"
+    assert call.name == "f"
+    assert json.loads(call.arguments).keys() == {"x"}
+    events = list(client.responses.create(**asked, stream=True, parallel_tool_calls=False))
+    done = next(event for event in events if event.type == "response.function_call_arguments.done")
+    deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    assert "".join(deltas) == done.arguments
+    history: Any = [
+        {"role": "user", "content": "go"},
+        call.model_dump(exclude_none=True),
+        {"type": "function_call_output", "call_id": call.call_id, "output": "done"},
+    ]
+    later = client.responses.create(model="tiny", input=history, tools=tools, max_output_tokens=4)
+    assert later.status == "incomplete"
+
+
+def test_responses_keep_nothing(client: openai.OpenAI) -> None:
+    for field in ({"previous_response_id": "resp_1"}, {"background": True}, {"conversation": "c"}):
+        asked: Any = {"model": "tiny", "input": "x", **field}
+        with pytest.raises(openai.BadRequestError):
+            client.responses.create(**asked)
+
+
+# /v1/embeddings
+
+
+def test_embeddings_are_pooled_hidden_states(client: openai.OpenAI, served: Served, loaded: LoadedModel) -> None:
+    texts = ["To be or not", "Romeo"]
+    ids = [loaded.tokenizer.encode(text, add_special_tokens=True) for text in texts]
+    hidden = [loaded.model.hidden_states(torch.tensor([one])).detach()[0] for one in ids]
+    for given in (texts, ids):
+        asked: Any = given
+        answer = client.embeddings.create(model="tiny", input=asked)  # the client asks for base64
+        for found, states in zip(answer.data, hidden, strict=True):
+            wanted = states.mean(0) / states.mean(0).norm()
+            assert found.embedding == pytest.approx(wanted.tolist(), abs=1e-5)
+        assert answer.usage.prompt_tokens == sum(map(len, ids))
+    body = {"model": "tiny", "input": "Romeo", "pooling": "last", "encoding_format": "float"}
+    last = httpx.post(f"{served.api}/embeddings", json=body).json()["data"][0]["embedding"]
+    assert last == pytest.approx((hidden[1][-1] / hidden[1][-1].norm()).tolist(), abs=1e-5)
+
+
+# Adapters
+
+
+def test_adapters_are_models(loaded: LoadedModel, tmp_path: Path) -> None:
+    adapted = load(ModelOptions(model_name_or_path=TINY, device="cpu"), dtype="float32")
+    config = LoRAConfig(rank=4, alpha=64.0, target_modules=("q_proj", "v_proj"))
+    apply_lora(adapted.model, config)
+    state = adapter_state(adapted.model)
+    for name, tensor in state.items():
+        torch.nn.init.normal_(tensor, std=0.2, generator=torch.Generator().manual_seed(len(name)))
+    load_adapter_state(adapted.model, state)
+    save_adapter(tmp_path / "mine", state, to_peft(config, "base"))
+    merge_lora(adapted.model)
+    messages = [{"role": "user", "content": "Hello"}]
+    texts = {"base": alone(loaded, messages, 8), "team/mine": alone(adapted, messages, 8)}
+    assert texts["base"] != texts["team/mine"]
+    with (
+        Served("--served_model_name", "base", "--adapters", f"team/mine={tmp_path / 'mine'}") as served,
+        openai.OpenAI(base_url=served.api, api_key="none", max_retries=0) as client,
+    ):
+        assert [model.id for model in client.models.list().data] == ["base", "team/mine"]
+        assert client.models.retrieve("team/mine").model_dump()["parent"] == "base"
+        asked: Any = messages
+        for name, text in texts.items():
+            answer = client.chat.completions.create(model=name, messages=asked, max_tokens=8, temperature=0)
+            assert (answer.model, answer.choices[0].message.content) == (name, text)
+
+
+# Bundles
+
+
+def test_a_bundle_is_served_too(in_process: Any, loaded: LoadedModel, tmp_path: Path) -> None:
+    """In fp32 its greedy answers are those of the checkpoint."""
+    pytest.importorskip("onnxruntime")
+    made = in_process("export", "--model_path", TINY, "--output_path", str(tmp_path / "tiny"), "--kind", "onnx")
+    assert made.returncode == 0, made.stderr
+    messages: Any = [{"role": "user", "content": "Hello"}]
+    with (
+        Served("--max_batch_size", "4", model=str(tmp_path / "tiny")) as served,
+        openai.OpenAI(base_url=served.api, api_key="none", max_retries=0) as client,
+    ):
+        answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=8, temperature=0)
+        assert answer.choices[0].message.content == alone(loaded, messages, 8)
+        with pytest.raises(openai.BadRequestError, match="no embeddings"):
+            client.embeddings.create(model="tiny", input="x")
