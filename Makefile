@@ -8,7 +8,8 @@
 #                                preprocess, convert and so on: the other programs of benchmarks/
 #   make bench-gpu               tokens/s, MFU and memory of a 1.3B model on one GPU (docs/gpu.md)
 #   make layouts                 every layout of processes against one process; rewrites the table of docs/layouts.md
-#   make docs                    rewrite the tables of docs/formats.md from the code that converts
+#   make docs                    rewrite what the docs have from the code: tables of formats, pages of verbs, types of keywords
+#   make docs-site               build the documentation site in build/site, with every link checked
 #   make clean                   remove .venv, caches and runs/
 #
 # PYTHON    the interpreter to make .venv with (3.11 or newer): make quickstart PYTHON=python3.12
@@ -32,7 +33,7 @@ PEER_PACKAGES := paddlepaddle==3.3.1 llama-cpp-python==0.3.36
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-peers lint bench bench-gpu layouts docs clean
+.PHONY: help quickstart test test-peers lint bench bench-gpu layouts docs docs-site clean
 
 help:
 	@sed -n 's/^#  \{0,1\}//p' Makefile
@@ -90,6 +91,12 @@ layouts: $(DEV)
 
 docs: $(DEV)
 	$(BIN)/python docs/make_formats.py
+	$(BIN)/python docs/make_keywords.py
+	$(BIN)/python docs/make_verbs.py $(ARGS)
+
+docs-site: $(DEV)
+	$(BIN)/python docs/make_site.py
+	$(BIN)/zensical build --strict --clean
 
 clean:
 	rm -rf .venv .venv-peers .pytest_cache $(PYTEST_TMP) .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist src/*.egg-info runs

@@ -245,6 +245,7 @@ class Broken:
             "prefix_length",
             "reuses",
             "adapters",
+            "library",
             "device",
         ):
             setattr(self, name, getattr(runner, name))

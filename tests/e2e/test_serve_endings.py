@@ -154,14 +154,18 @@ def test_https(tmp_path: Path) -> None:
         check=True,
         capture_output=True,
     )
-    with Served("--ssl_certfile", str(certificate), "--ssl_keyfile", str(key)) as served:
+    with Served("--ssl_certfile", str(certificate), "--ssl_keyfile", str(key), "--log_prompts") as served:
         assert served.url.startswith("https://")
         trusted = ssl.create_default_context(cafile=str(certificate))
         assert httpx.get(f"{served.api}/models", verify=trusted).status_code == 200
+        asked = {"prompt": "a secret", "max_tokens": 3}
+        answer = httpx.post(f"{served.api}/completions", json=asked, verify=trusted).json()
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{served.api}/models")
         with pytest.raises(httpx.RemoteProtocolError):
             httpx.get(f"http://127.0.0.1:{served.port}/v1/models")
+    [line] = [line for line in served.log if line.get("path") == "/v1/completions"]
+    assert (line["prompts"], line["answers"]) == (["a secret"], [answer["choices"][0]["text"]])
 
 
 def test_what_cannot_be_is_said_before_the_model_is_loaded(in_process: Run, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def fuzz(served: Served, requests: int) -> int:
             def run(case: Any) -> None:
                 nonlocal asked
                 asked += 1
-                response = case.call(base_url=served.url)
+                response = case.call(base_url=served.url, timeout=120)
                 case.validate_response(response, checks=CHECKS)
 
             run()
@@ -67,6 +67,6 @@ def test_requests_of_all_kinds(served: Served) -> None:
 
 
 @pytest.mark.peers
-@pytest.mark.timeout(3000)
+@pytest.mark.timeout(9000)
 def test_ten_thousand_requests(served: Served) -> None:
     assert fuzz(served, 10_000) >= 10_000

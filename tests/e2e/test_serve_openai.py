@@ -315,3 +315,31 @@ def test_tokenize_and_back(served: Served, loaded: LoadedModel) -> None:
     assert text == {"prompt": "To be </s>"}
     chat = httpx.post(f"{served.url}/tokenize", json={"messages": HELLO}).json()
     assert chat["tokens"] == loaded.tokenizer.chat(HELLO)
+
+
+def test_langchain(served: Served, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LangChain's chat model: asked, streamed, bound to a tool, and with a form for its answer."""
+    monkeypatch.setenv("LANGSMITH_TRACING", "false")
+    from langchain_openai import ChatOpenAI
+
+    class Go(pydantic.BaseModel):
+        """Go somewhere."""
+
+        north: bool
+
+    settings: Any = {"base_url": served.api, "api_key": "none", "model": "tiny", "max_retries": 0}
+    wanted = alone(loaded, loaded.tokenizer.chat(HELLO), max_new_tokens=8).text
+    model = ChatOpenAI(**settings, temperature=0, max_completion_tokens=8)
+    answer = model.invoke("Hello there")
+    assert answer.content == wanted
+    assert answer.usage_metadata is not None
+    assert answer.usage_metadata["output_tokens"] == 8
+    assert "".join(str(piece.content) for piece in model.stream("Hello there")) == wanted
+    longer = ChatOpenAI(**settings, max_completion_tokens=300, seed=1)
+    # strict: without it a schema allows other keys too, of which a random model makes ample use
+    bound = longer.bind_tools([Go], tool_choice="required", parallel_tool_calls=False, strict=True)
+    called = bound.invoke("Where to?")
+    [call] = called.tool_calls
+    assert (call["name"], call["args"].keys()) == ("Go", {"north"})
+    for method in ("json_schema", "function_calling"):
+        assert isinstance(longer.with_structured_output(Go, method=method, strict=True).invoke("Where to?"), Go)

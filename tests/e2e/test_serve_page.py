@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -31,7 +31,7 @@ if CHROMIUM is None:
 KEY = "k" * 30
 HOSTILE = (
     'Look: <img src=x onerror="window.hacked=1"> <script>window.hacked=2</script> [x](javascript:window.hacked=3)\n\n'
-    "```python\nprint('<b>')\n```"
+    "![](http://127.0.0.1:API/leak)\n\n```python\nprint('<b>')\n```"
 )
 SCREENSHOTS = os.environ.get("ARRIERO_SCREENSHOTS")  # a folder, to look at them
 
@@ -98,7 +98,9 @@ def send(page: Page, text: str) -> None:
 
 
 def turns(page: Page, role: str) -> list[str]:
-    return [element.inner_text().strip() for element in page.locator(f"#conversation .message.{role}").all()]
+    texts = "selector => [...document.querySelectorAll(selector)].map(element => element.innerText.trim())"
+    found: list[str] = page.evaluate(texts, f"#conversation .message.{role}")
+    return found
 
 
 def until(page: Page, condition: Any, seconds: float = 20) -> None:
@@ -128,7 +130,7 @@ def test_a_conversation(browser: Any, address: tuple[str, Served]) -> None:
     send(page, "Hello")
     until(page, lambda: "send an API key" in status(page))
     assert turns(page, "bot") == []
-    enter_key(page, "wrong key that is long")
+    enter_key(page, "a-wrong-key-that-is-long")
     send(page, "Hello again")
     until(page, lambda: "not one of this server's" in status(page))
     picture(page, "wrong-key")
@@ -193,14 +195,25 @@ def test_a_phone_in_chinese(browser: Any, address: tuple[str, Served]) -> None:
         assert box["x"] + box["width"] <= 360
 
 
+def hostile(api: int) -> str:
+    return HOSTILE.replace("API", str(api))
+
+
 class _Stub(http.server.BaseHTTPRequestHandler):
     """An API whose model is hostile."""
 
+    asked: ClassVar[list[str]] = []
+
     def do_GET(self) -> None:
+        self.asked.append(self.path)
         self._answer("application/json", json.dumps({"data": [{"id": "evil"}]}))
 
     def do_POST(self) -> None:
-        chunk = {"choices": [{"index": 0, "delta": {"content": HOSTILE}, "finish_reason": None}]}
+        chunk = {
+            "choices": [
+                {"index": 0, "delta": {"content": hostile(self.server.server_address[1])}, "finish_reason": None}
+            ]
+        }
         self._answer("text/event-stream", f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n")
 
     def _answer(self, media: str, text: str) -> None:
@@ -220,14 +233,14 @@ def test_what_the_model_writes_cannot_act_and_a_server_may_come_back(browser: An
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(SOURCE)}, stdout=subprocess.DEVNULL)
     try:
         wait_for_page(f"http://127.0.0.1:{port}")
-        page, others = opened(browser, f"http://127.0.0.1:{port}")
+        page, _ = opened(browser, f"http://127.0.0.1:{port}")
         send(page, "Are you there?")
         until(page, lambda: "does not answer" in status(page))
         stub = http.server.ThreadingHTTPServer(("127.0.0.1", api), _Stub)
         threading.Thread(target=stub.serve_forever, args=(0.05,), daemon=True).start()
         page.locator("#regenerate").click()
         until(page, lambda: any("Look:" in turn for turn in turns(page, "bot")))
-        send(page, HOSTILE)
+        send(page, hostile(api))
         until(page, lambda: len(turns(page, "bot")) == 2)
         page.wait_for_timeout(300)
         assert page.evaluate("window.hacked") is None
@@ -237,7 +250,7 @@ def test_what_the_model_writes_cannot_act_and_a_server_may_come_back(browser: An
         assert page.locator(f'{inside} a[href^="javascript"]').count() == 0
         assert page.locator(f"{inside} pre code").first.inner_text().strip() == "print('<b>')"
         picture(page, "hostile")
-        assert [url for url in others if not url.endswith("/x")] == []
+        assert _Stub.asked == []  # no picture was fetched
         stub.shutdown()
         stub.server_close()
     finally:

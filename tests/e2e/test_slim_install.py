@@ -42,6 +42,7 @@ def run(slim: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.peers
+@pytest.mark.timeout(600)
 def test_it_runs_bundles_and_says_what_it_lacks(slim: Path, in_process: Call, tmp_path: Path) -> None:
     found = subprocess.run([str(slim / "python"), "-c", "import torch"], capture_output=True, check=False)
     assert found.returncode == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from dataclasses import replace
@@ -317,6 +318,30 @@ def test_what_was_trained_with_rounding_keeps_its_integers(
     ids = prompts(1)[0]
     found = bundle_engine(bundle, 1, threads=1).runner.run([Work(ids, 0, [0], len(ids))])
     torch.testing.assert_close(torch.as_tensor(found), reference(torch.tensor([ids]))[0], rtol=0, atol=2e-4)
+
+
+def test_an_adapter_trained_with_rounding_keeps_its_base(tmp_path: Path) -> None:
+    folder, theirs = save_byte_model(tmp_path / "hf")
+    other, _ = save_byte_model(tmp_path / "other")
+    adapted = peft.get_peft_model(theirs, peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    randomise(adapted, 0.1)
+    adapted.save_pretrained(tmp_path / "lora")
+    config = tmp_path / "lora" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(folder)}))
+    (tmp_path / "lora" / "qat.json").write_text(QatSettings("W4", 16).to_json())
+    with export_source(*of(folder, lora_path=str(tmp_path / "lora"))) as source:
+        assert stored_bits(source) == 4
+        stored = load_model(source, torch.float32)
+    merged = adapted.merge_and_unload().model.layers[0].self_attn.q_proj.weight.detach()
+    groups = merged.view(len(merged), -1, 16)
+    scales = groups.abs().amax(-1, keepdim=True) / 7
+    found = stored.model.layers[0].self_attn.q_proj.dequantized()
+    torch.testing.assert_close(found, ((groups / scales).round() * scales).view_as(merged), rtol=0, atol=1e-5)
+    with (
+        pytest.raises(ConfigError, match=r"was trained with rounding on .*hf: give that as --model_path"),
+        export_source(*of(other, lora_path=str(tmp_path / "lora"))),
+    ):
+        pass
 
 
 def test_a_prefix_that_fills_the_context_is_refused(tmp_path: Path, model: tuple[Path, Any]) -> None:

@@ -163,7 +163,8 @@ def test_the_drawn_distribution_is_that_of_transformers(guess: str, tokenizer: T
     """Chi-square over all answers of three tokens, where those after the first are checked guesses."""
     model, theirs = pair()
     drafter = {"no": None, "lookup": PromptLookup(longest=1, shortest=1)}.get(
-        guess, DraftModel(TorchRunner(model, max_tokens=4096), 256)  # the likeliest tokens, of which some are drawn
+        guess,
+        DraftModel(TorchRunner(model, max_tokens=4096), 256),  # the likeliest tokens, of which some are drawn
     )
     speculation = Speculation(drafter, tokens=2, window=10**9) if drafter is not None else None
     engine = engine_of(model, tokenizer, max_running=64, speculation=speculation)

@@ -271,14 +271,22 @@ def test_compiled_programs(tmp_path: Path) -> None:
     assert "run on cpu" in edited(device="cuda")
 
 
+@pytest.mark.slow
 def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import config
 
     folder, _ = saved(tmp_path / "hf")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    monkeypatch.setattr(config.cpp, "cxx", ("/bin/true",))  # one that does nothing
+    with pytest.raises(FormatError, match="the program step cannot be compiled"):
+        export_aoti(folder, tmp_path / "aoti")
+    assert not [path for path in temporary.iterdir() if not path.name.startswith("torchinductor_")]
     monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     with pytest.raises(ConfigError, match="--format aoti needs a C\\+\\+ compiler, and there is none: install g\\+\\+"):
         export_aoti(folder, tmp_path / "aoti")
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "temporary"]
 
 
 @pytest.mark.parametrize(
@@ -426,3 +434,8 @@ def test_weights_of_another_model_are_refused(program: Path, tmp_path: Path) -> 
         FormatError, match=r"input \d+ is torch.float32 \[64, 96\], and the model's is torch.float32 \[64, 80\]"
     ):
         open_runner(other, slots=1)
+
+
+def test_more_memory_than_there_is(program: Path) -> None:
+    with pytest.raises(FormatError, match=r"GB for keys and values of 10{17} sequences of 96 tokens cannot be had"):
+        open_runner(open_bundle(program), slots=10**17)

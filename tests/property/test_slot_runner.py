@@ -83,7 +83,7 @@ class Sequence:
 
 
 @given(seed=st.integers(0, 2**32), prefix=st.booleans(), failures=st.booleans())
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_any_lives(seed: int, prefix: bool, failures: bool) -> None:
     drawn = random.Random(seed)
     session = TokensInRows()
@@ -110,7 +110,8 @@ def test_any_lives(seed: int, prefix: bool, failures: bool) -> None:
             whole = np.array([-1] * places + sequence.tokens[:end])
             sequence.expected = [digest(whole[: places + at + 1]) for at in range(end - wanted, end)]
             sequence.done = end
-        if failures and drawn.random() < 0.1 and work:
+        # what needs no logits may be there already, and then nothing is computed that could fail
+        if failures and drawn.random() < 0.1 and any(item.logits for item in work):
             session.fails = True
             with pytest.raises(RuntimeError, match="failed"):
                 runner.run(work)

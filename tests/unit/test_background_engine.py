@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
-from arriero.engine.background import BackgroundEngine
+from arriero.engine.background import BackgroundEngine, EngineClosedError, RefusedError
 from arriero.engine.engine import Engine
 from arriero.engine.runner import TorchRunner, Work
 from arriero.engine.sampling_params import SamplingParams
@@ -174,3 +174,55 @@ def test_random_lives_leave_nothing_behind(background: BackgroundEngine, events:
     assert not background._tickets
     assert not background._answers
     assert not background._sent
+
+
+def test_a_server_knows_whose_fault_it_is(background: BackgroundEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before an answer has begun: taken, refused, broken."""
+
+    async def run() -> None:
+        good = background.submit([1, 2], PARAMS)
+        await good.taken()
+        assert len((await good.wait()).token_ids) == 12
+        await good.taken()  # later too
+        for prompt in ([], [999], [1] * 200):
+            with pytest.raises(RefusedError):
+                await background.submit(prompt, PARAMS).taken()
+        monkeypatch.setattr(background.engine.runner, "run", lambda work: 1 / 0)
+        with pytest.raises(GenerationError) as broken:
+            await background.submit([3], PARAMS).wait()
+        assert not isinstance(broken.value, RefusedError | EngineClosedError)
+
+    asyncio.run(run())
+    background.close()
+    with pytest.raises(EngineClosedError):
+        background.submit([1], PARAMS)
+
+
+def test_pieces_have_the_log_probabilities_of_their_tokens(background: BackgroundEngine) -> None:
+    params = SamplingParams(max_new_tokens=9, logprobs=2, prompt_logprobs=0, n=2, do_sample=True, seed=1)
+    pieces = list(background.submit([5, 6, 7], params))
+    for index in range(2):
+        own = [piece for piece in pieces if piece.index == index]
+        result = own[-1].result
+        assert result is not None
+        assert tuple(one for piece in own for one in piece.logprobs) == result.logprobs
+        assert tuple(token for piece in own for token in piece.token_ids) == tuple(result.token_ids)
+        assert own[0].prompt_logprobs == result.prompt_logprobs
+        assert not any(piece.prompt_logprobs for piece in own[1:])
+    assert len(pieces[0].prompt_logprobs) == 3
+
+
+def test_a_defect_of_the_engine_is_told_to_all_who_wait(
+    background: BackgroundEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And to whoever runs it: `failure`."""
+    waiting = [background.submit([i], SamplingParams(max_new_tokens=100)) for i in range(1, 4)]
+    next(iter(waiting[0]))
+    monkeypatch.setattr(background.engine, "step", lambda: 1 / 0)
+    monkeypatch.setattr(background.engine, "fail_running", lambda error: 1 / 0)
+    for ticket in waiting:
+        with pytest.raises(GenerationError):
+            ticket.result()
+    assert "the engine has failed" in str(background.failure)
+    with pytest.raises(EngineClosedError, match="the engine has failed"):
+        background.submit([1], PARAMS)

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from arriero.api.groups import EVALUATE
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.data import DataOptions
 from arriero.config.evaluation import EvaluateOptions
@@ -18,7 +19,7 @@ HELP = (
     "tasks of lm-eval."
 )
 
-OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, DataOptions, EvaluateOptions, ParallelOptions)
+OPTIONS: tuple[type, ...] = EVALUATE
 
 
 def run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from arriero.api.groups import FINETUNE
 from arriero.commands.hub_push import check_push, push
 from arriero.config.adapter import AdapterOptions
 from arriero.config.checkpoint import CheckpointOptions
@@ -21,21 +22,7 @@ from arriero.config.vocabulary import VocabularyOptions
 
 HELP = "Fine-tune a model on questions and answers, instructions or conversations: all weights, or LoRA with --lora."
 
-OPTIONS: tuple[type, ...] = (
-    ModelOptions,
-    DataOptions,
-    OptimizationOptions,
-    PrecisionOptions,
-    AdapterOptions,
-    QuantizationOptions,
-    PreferenceOptions,
-    VocabularyOptions,
-    ParallelOptions,
-    CheckpointOptions,
-    LoggingOptions,
-    HubOptions,
-    PreviewOptions,
-)
+OPTIONS: tuple[type, ...] = (*FINETUNE, HubOptions, PreviewOptions)
 
 
 def run(

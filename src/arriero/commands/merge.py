@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from arriero.api.groups import MERGE
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.merging import MergeOptions
 from arriero.config.model import ModelOptions
@@ -14,7 +15,7 @@ HELP = (
     "numerically."
 )
 
-OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, MergeOptions)
+OPTIONS: tuple[type, ...] = MERGE
 
 
 def run(model: ModelOptions, adapter: AdapterPathOptions, merge: MergeOptions) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from arriero.api.groups import PRETRAIN
 from arriero.commands.hub_push import check_push, push
 from arriero.config.checkpoint import CheckpointOptions
 from arriero.config.hub import HubOptions
@@ -14,16 +15,7 @@ from arriero.config.pretraining import CorpusOptions, PretrainModelOptions, Pret
 
 HELP = "Train a model on a token corpus, from random weights or from those of a model."
 
-OPTIONS: tuple[type, ...] = (
-    PretrainModelOptions,
-    CorpusOptions,
-    PretrainOptimizationOptions,
-    PrecisionOptions,
-    ParallelOptions,
-    CheckpointOptions,
-    LoggingOptions,
-    HubOptions,
-)
+OPTIONS: tuple[type, ...] = (*PRETRAIN, HubOptions)
 
 
 def run(

@@ -41,7 +41,8 @@ def metavar(spec: OptionSpec) -> str:
     return f"{word} ..." if spec.is_list else word
 
 
-def _usage(prog: str, specs: Sequence[OptionSpec]) -> str:
+def usage(prog: str, specs: Sequence[OptionSpec]) -> str:
+    """The line that says what a command takes."""
     parts = [f"usage: {prog}", "[RUN.yaml]" if not any(spec.positional for spec in specs) else "", "[options]"]
     for spec in specs:
         if spec.positional:
@@ -77,7 +78,7 @@ def format_help(prog: str, description: str, groups: Sequence[type]) -> str:
     """The whole page, as wide as the terminal (at most 120 columns)."""
     width = min(shutil.get_terminal_size().columns, 120)
     specs = [spec for group in groups for spec in specs_of(group)]
-    lines = textwrap.wrap(_usage(prog, specs), width, subsequent_indent="       ", break_on_hyphens=False)
+    lines = textwrap.wrap(usage(prog, specs), width, subsequent_indent="       ", break_on_hyphens=False)
     if description:
         lines += ["", *textwrap.wrap(description, width)]
     for group in groups:

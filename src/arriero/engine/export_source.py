@@ -53,6 +53,8 @@ def export_source(options: ModelOptions, adapter: AdapterPathOptions) -> Iterato
     trained = Path(adapter.lora_path) if adapter.lora_path else path
     settings = read_settings(trained) if trained.is_dir() else None
     if settings is not None:
+        if adapter.lora_path:
+            _check_trained_base(trained, path, options)
         if settings.rounds_inputs:
             _warn(f"inputs of layers are not rounded with the ranges of the training ({settings})")
         with TemporaryDirectory(prefix="arriero-export-") as name:
@@ -76,6 +78,15 @@ def export_source(options: ModelOptions, adapter: AdapterPathOptions) -> Iterato
         return
     with open_model(found) as source:
         yield source
+
+
+def _check_trained_base(lora_path: Path, folder: Path, options: ModelOptions) -> None:
+    """What was trained with rounding is computed from the base that it was trained with."""
+    base = peft.load_adapter(lora_path)[0].base_model_name_or_path
+    if base is not None and model_folder(base, options.cache_dir).resolve() != folder.resolve():
+        raise ConfigError(
+            f"--lora_path {lora_path} was trained with rounding on {base}: give that as --model_path, and not {folder}"
+        )
 
 
 def _merged(options: ModelOptions, folder: Path, lora_path: Path) -> ModelSource:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -99,18 +100,23 @@ def _compile(programs: Mapping[str, ExportedProgram], path: Path) -> None:
         "cpp.threads": _THREADS,
         "compile_threads": 1,
     }
-    with fresh_cache(), warnings.catch_warnings():
+    files: dict[str, list[Any]] = {}
+    failed: tuple[str, RuntimeError] | None = None  # raised outside, since the cache of a block that fails is kept
+    with TemporaryDirectory(prefix="arriero-aoti-") as scratch, fresh_cache(dir=scratch), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        files: dict[str, list[Any]] = {}
         for name, program in programs.items():
             assert program.example_inputs is not None
             arguments, named = program.example_inputs
             try:
                 written = aot_compile(program.module(check_guards=False), arguments, named, options=options)
             except RuntimeError as error:
-                reason = " ".join(str(error).split())[:300]
-                raise FormatError(f"{path.name}: the program {name} cannot be compiled ({reason})") from error
+                failed = name, error
+                break
             assert isinstance(written, list)
             # not the sources
             files[name] = [file for file in written if isinstance(file, str) and not file.endswith(".cpp")]
-        package_aoti(str(path), files)
+        else:
+            package_aoti(str(path), files)
+    if failed is not None:
+        reason = " ".join(str(failed[1]).split())[:300]
+        raise FormatError(f"{path.name}: the program {failed[0]} cannot be compiled ({reason})") from failed[1]

@@ -6,9 +6,6 @@ from arriero.export.bundle import Bundle
 from arriero.export.onnx_session import OnnxSession
 from arriero.export.prefix_file import read_prefix
 from arriero.export.slot_runner import SlotRunner
-from arriero.export.slot_runner import SlotRunner as OnnxRunner
-
-__all__ = ["OnnxRunner", "open_runner"]
 
 
 def open_runner(bundle: Bundle, slots: int, threads: int | None = None) -> SlotRunner:

@@ -42,7 +42,7 @@ class OnnxSession:
         runtime = require("onnxruntime", "export")
         self.rows = rows
         options = runtime.SessionOptions()
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = threads or _cores()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
@@ -134,6 +134,11 @@ class OnnxSession:
                 found.bind_output(name.replace("past_key_values", "present"), *place)
             self._bindings[first, batch] = found
         return found
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _untouched(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:

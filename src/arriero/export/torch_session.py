@@ -27,7 +27,7 @@ Program = Callable[[Sequence[Tensor]], Tensor]
 
 
 class TorchSession:
-    """Computes tokens of neighbouring rows of its cache; the session of an `SlotRunner`.
+    """Computes tokens of neighbouring rows of its cache; the session of a `SlotRunner`.
 
     Attributes:
         rows: sequences that the cache has room for.
@@ -175,14 +175,21 @@ def program_runner(
         threads: of torch, in this whole process; None leaves them.
 
     Raises:
-        FormatError: when the bundle's prefix does not fit its model.
+        FormatError: when the bundle's prefix does not fit its model, or its context not into the address space.
     """
     if threads is not None:
         torch.set_num_threads(threads)
     (layers, heads, head_dim), vocab_size = model_shape(bundle)
     context, length = bundle.manifest.context, bundle.manifest.prefix_length
     shape = (layers, heads, head_dim)
-    session = TorchSession(step, decode, list(weights.values()), shape, context, vocab_size, slots)
+    try:
+        session = TorchSession(step, decode, list(weights.values()), shape, context, vocab_size, slots)
+    except (OSError, OverflowError, ValueError) as error:
+        size = 8 * prod(shape) * context * slots / 1e9
+        raise FormatError(
+            f"{bundle.folder}: {size:,.0f} GB for keys and values of {slots} sequences of {context} tokens cannot be had "
+            f"({error}): compute fewer at once (--batch_size), or export with a smaller --context"
+        ) from error
     prefix = read_prefix(bundle.folder, (layers, 2, heads, length, head_dim)) if length else None
     return SlotRunner(session, prefix)
 

@@ -18,6 +18,7 @@ MAX_TARGET_BYTES = 4096  # path and query
 MAX_HEADER_BYTES = 16 * 1024
 MAX_HEADERS = 100
 BODY_SECONDS = 60.0  # for a body to arrive
+DISCARD_BYTES, DISCARD_SECONDS = 16 * 2**20, 5.0
 OPEN_PATHS = ("/health/live", "/health/ready")
 
 
@@ -52,7 +53,10 @@ class Doors:
             state["client"] = self._client(scope)
             state["rate"] = self._check_rate(scope, state["client"])
         except ApiError as error:
-            await error_response(error, {"connection": "close"})(scope, receive, send)
+            too_much = error.status in (413, 414, 431)
+            if too_much:
+                await _discard(receive)
+            await error_response(error, {"connection": "close"} if too_much else {})(scope, receive, send)
             return
         await self._app(scope, _Body(receive, self._max_body_bytes).receive, send)
 
@@ -128,6 +132,19 @@ class _Body:
             if self._size > self._limit:
                 raise too_large(self._limit)
         return message
+
+
+async def _discard(receive: Receive) -> None:
+    """Let a client finish that sends somewhat too much: one whose connection is closed while it writes never reads why."""
+    size, more = 0, True
+    try:
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while more and size < DISCARD_BYTES:
+                message = await receive()
+                size += len(message.get("body", b""))
+                more = message["type"] == "http.request" and message.get("more_body", False)
+    except TimeoutError:
+        return
 
 
 def too_large(limit: int) -> ApiError:

@@ -162,7 +162,7 @@ async def _answer(
         print(f"{service.base.name} is served on {entrance.url}/v1 (Ctrl-C ends it)", flush=True)
         log("ready", url=entrance.url, models=list(service.models), context=context, keys=bool(entrance.keys))
 
-    page = PageProcess(entrance.url, options) if options.port is not None else None
+    page = PageProcess(entrance.url, options, log) if options.port is not None else None
     try:
         if page is not None:
             await page.start()

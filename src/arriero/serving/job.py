@@ -36,6 +36,7 @@ class Job:
         self._last: dict[tuple[int, int], float] = {}
         self._tokens = self._prompt_tokens = self._cached_tokens = 0
         self._ended: list[str] = []
+        self._texts: list[str] = []
         self._closed = False
 
     @property
@@ -113,6 +114,8 @@ class Job:
         facts = self._request.state.facts
         facts["model"], facts["prompt_tokens"], facts["completion_tokens"] = name, self._prompt_tokens, self._tokens
         facts["finish"] = ",".join(dict.fromkeys(self._ended)) or "cancelled"
+        if self._service.log_prompts:
+            facts["answers"] = self._texts
         if self._first is not None:
             facts["first_token_seconds"] = round(self._first - self._began, 4)
 
@@ -163,4 +166,6 @@ class Job:
                 self._prompt_tokens += piece.result.prompt_tokens
                 self._cached_tokens += piece.result.cached_tokens
             self._ended.append(piece.result.finish_reason)
+            if self._service.log_prompts:
+                self._texts.append(piece.result.text)
             metrics.finished.labels(piece.result.finish_reason).inc()

@@ -8,18 +8,22 @@ import os
 import sys
 
 from arriero.config.serving import ServeOptions
+from arriero.serving.request_log import JsonLog
 
 END_SECONDS = 5.0
+MAX_LINE = 4096
 
 
 class PageProcess:
     """Started and ended with the server. It gets no key: whoever is in front of the page types one."""
 
-    def __init__(self, api: str, options: ServeOptions) -> None:
+    def __init__(self, api: str, options: ServeOptions, log: JsonLog) -> None:
         """
         Args:
             api: the server's address.
+            log: what it says is a line of the server's log.
         """
+        self._log = log
         port = api.rpartition(":")[2]
         # An address of all interfaces is none to connect to.
         everywhere = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
@@ -40,6 +44,8 @@ class PageProcess:
         if options.ssl_keyfile is not None:
             self._arguments += ["--ssl_keyfile", options.ssl_keyfile]
         self._process: asyncio.subprocess.Process | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._closing = False
 
     async def start(self) -> None:
         """Start it; it says itself when the page is there."""
@@ -52,11 +58,23 @@ class PageProcess:
             *self._arguments,
             env=environment,
             stdin=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the server, which ends it
         )
+        self._reader = asyncio.create_task(self._read(self._process))
+
+    async def _read(self, process: asyncio.subprocess.Process) -> None:
+        """Until it ends, which is no reason for the API to end too."""
+        assert process.stderr is not None
+        while line := await process.stderr.read(MAX_LINE):
+            self._log("page", level="warning", message=line.decode("utf-8", "replace").strip())
+        code = await process.wait()
+        if not self._closing:
+            self._log("page_ended", level="error", code=code)
 
     async def close(self) -> None:
         """End it."""
+        self._closing = True
         process = self._process
         if process is None or process.returncode is not None:
             return
@@ -67,3 +85,5 @@ class PageProcess:
             except TimeoutError:
                 process.kill()
                 await process.wait()
+        if self._reader is not None:
+            await self._reader

@@ -189,6 +189,8 @@ async def seed_chat(request: Request, service: Service) -> Response:
         body = await read_body(request, SeedChatRequest, service.workers)
         model = service.find(body.model)
         work = await service.workers.run(prepare, service, body)
+        if service.log_prompts:
+            request.state.facts["messages"] = body.messages()
         job = await service.start(request, model, [work.prompt], work.params)
         if body.streams:
             return EventStream(job, _lines(job), lines=True, error=seed_error)

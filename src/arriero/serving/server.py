@@ -116,6 +116,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._service, self._drain_seconds, self._listening = service, drain_seconds, listening
         self._draining: asyncio.Task[None] | None = None
+        self._signal: str | None = None
         self.failure: ArrieroError | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -124,12 +125,12 @@ class Server(uvicorn.Server):
         self._listening()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal came."""
+        """A signal came. It may have come in the middle of anything, so only flags are set here."""
         if self._service.admission.draining:
             self.should_exit = self.force_exit = True
             return
         self._service.admission.draining = True
-        self._service.log("shutdown", signal=signal.Signals(sig).name, active=self._service.admission.active)
+        self._signal = signal.Signals(sig).name
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second."""
@@ -138,6 +139,7 @@ class Server(uvicorn.Server):
             self.failure = failure
             self.should_exit = True
         if self._service.admission.draining and self._draining is None:
+            self._service.log("shutdown", signal=self._signal, active=self._service.admission.active)
             self._draining = asyncio.create_task(self._drain())
         return await super().on_tick(counter)
 

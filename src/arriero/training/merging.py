@@ -31,7 +31,7 @@ def merge_model(
     model: ModelOptions,
     adapter: AdapterPathOptions,
     merge: MergeOptions,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
     """Merge the adapter where one is named, else the shards of the model.
 

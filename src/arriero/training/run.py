@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, get_type_hints
 
 import numpy as np
 import torch
@@ -71,6 +71,12 @@ class RunOptions:
     @property
     def groups(self) -> tuple[Any, ...]:
         return tuple(vars(self).values())
+
+    @classmethod
+    def of(cls, groups: Sequence[Any]) -> Self:
+        """From option groups in any order: each goes where its type belongs."""
+        kinds = get_type_hints(cls)
+        return cls(**{name: next(group for group in groups if isinstance(group, kinds[name])) for name in kinds})
 
 
 def check_run(verb: str, options: RunOptions, metrics: Sequence[str]) -> None:

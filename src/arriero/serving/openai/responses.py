@@ -19,6 +19,7 @@ from arriero.serving.job import Job
 from arriero.serving.json_response import json_response
 from arriero.serving.openai.call_reader import CallReader, Part
 from arriero.serving.openai.chat import ChatWork, prepare
+from arriero.serving.openai.messages import for_template
 from arriero.serving.openai.response_request import ResponseRequest
 from arriero.serving.service import ServedModel, Service
 
@@ -212,6 +213,8 @@ async def responses(request: Request, service: Service) -> Response:
         return prepare(service, chat)
 
     work = await service.workers.run(prepared)
+    if service.log_prompts:
+        request.state.facts["messages"] = [for_template(message) for message in body.as_chat().messages]
     job = await service.start(request, model, [work.prompt], work.params)
     answer = ResponseAnswer(body, model, work)
     if body.stream:

@@ -13,16 +13,28 @@ from arriero.serving.ui.words import CHINESE, ENGLISH, status
 MAX_MESSAGE = 100_000  # characters
 FONTS = ["system-ui", "Segoe UI", "Roboto", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]
 CSS = """
-.gradio-container { max-width: 60rem !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 56rem !important; margin: 0 auto !important; }
+.gradio-container { padding: 0.5rem !important; }
+.gradio-container main { width: 100% !important; max-width: none !important; padding: 0.5rem !important; }
 footer { display: none !important; }
 #status { min-height: 1.5rem; opacity: 0.8; font-size: 0.9rem; }
-#conversation { height: 56vh !important; }
+#conversation { height: 58vh !important; }
+#buttons { gap: 0.5rem !important; }
+#buttons button { white-space: nowrap; min-width: 0 !important; }
 @media (max-width: 640px) {
-  .gradio-container { padding: 0.4rem !important; }
+  .gradio-container, .gradio-container main { padding: 0.2rem !important; }
   #conversation { height: 52vh !important; }
-  #buttons button { min-width: 0 !important; padding: 0.4rem !important; }
+  #buttons { gap: 0.25rem !important; }
+  #buttons button { padding: 0.4rem 0 !important; font-size: 0.8rem !important; }
 }
 """
+# Nothing is loaded from elsewhere: a picture in an answer would tell its server what was said. Gradio's scripts are inline.
+POLICY = (
+    "default-src 'self'; img-src 'self' data: blob:; connect-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    "style-src 'self' 'unsafe-inline'; font-src 'self' data:; frame-src 'none'; object-src 'none'; base-uri 'self'; "
+    "form-action 'self'"
+)
+HEAD = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
 
 Turns = list[dict[str, Any]]
 
@@ -105,7 +117,7 @@ class Page:
     def build(self) -> tuple[gr.Blocks, gr.I18n]:
         """The page itself, and the words that the browser chooses from."""
         words = gr.I18n(en=ENGLISH, zh=CHINESE, **{"zh-CN": CHINESE, "zh-TW": CHINESE})
-        with gr.Blocks(title="arriero", analytics_enabled=False, fill_height=True) as page:
+        with gr.Blocks(title="arriero", analytics_enabled=False, fill_width=True) as page:
             conversation = gr.Chatbot(
                 show_label=False,
                 elem_id="conversation",
@@ -128,15 +140,15 @@ class Page:
                 autofocus=True,
             )
             with gr.Row(elem_id="buttons"):
-                send = gr.Button(words("send"), variant="primary", elem_id="send", min_width=60)
-                stop = gr.Button(words("stop"), elem_id="stop", min_width=60)
-                regenerate = gr.Button(words("regenerate"), elem_id="regenerate", min_width=60)
-                roll_back = gr.Button(words("roll_back"), elem_id="roll_back", min_width=60)
-                clear = gr.Button(words("clear"), elem_id="clear", min_width=60)
+                send = gr.Button(words("send"), variant="primary", elem_id="send", min_width=60, size="md")
+                stop = gr.Button(words("stop"), elem_id="stop", min_width=60, size="md")
+                regenerate = gr.Button(words("regenerate"), elem_id="regenerate", min_width=60, size="md")
+                roll_back = gr.Button(words("roll_back"), elem_id="roll_back", min_width=60, size="md")
+                clear = gr.Button(words("clear"), elem_id="clear", min_width=60, size="md")
             with gr.Accordion(words("settings"), open=False, elem_id="settings"):
                 with gr.Row():
                     model = gr.Dropdown([], label=words("model"), elem_id="model", interactive=True)
-                    reload = gr.Button(words("reload"), elem_id="reload", min_width=60, scale=0)
+                    reload = gr.Button(words("reload"), elem_id="reload", min_width=130, scale=0, size="md")
                 key = gr.Textbox("", label=words("key"), info=words("key_info"), type="password", elem_id="key")
                 system = gr.Textbox("", label=words("system"), lines=2, max_length=MAX_MESSAGE, elem_id="system")
                 sampling = [
@@ -166,8 +178,12 @@ class Page:
             again = regenerate.click(**answering)
             running = [*sent, again]
             stop.click(None, None, None, cancels=running, **quiet)
-            roll_back.click(back, [conversation], [conversation, message], cancels=running, queue=False, **quiet)
-            clear.click(lambda: ([], ""), None, [conversation, line], cancels=running, queue=False, **quiet)
+            for button, change, changed in (
+                (roll_back, back, [conversation, message]),
+                (clear, lambda history: ([], ""), [conversation, line]),
+            ):  # first the end of an answer under way, or its next piece would bring everything back
+                ended = button.click(None, None, None, cancels=running, **quiet)
+                ended.then(change, [conversation], changed, queue=False, **quiet)
             listing = {"fn": self.models, "inputs": [key, model], "outputs": [model, line], **quiet}
             page.load(**listing)
             reload.click(**listing)

@@ -68,7 +68,7 @@ def serve_page(
 
     gradio = require("gradio", "ui")
     from arriero.serving.ui.client import ApiClient
-    from arriero.serving.ui.page import CSS, FONTS, Page
+    from arriero.serving.ui.page import CSS, FONTS, HEAD, Page
 
     page, words = Page(ApiClient(api, api_certificate)).build()
     page.queue(default_concurrency_limit=MAX_TOGETHER, max_size=4 * MAX_TOGETHER)
@@ -88,6 +88,7 @@ def serve_page(
             i18n=words,
             theme=gradio.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"]),  # none from elsewhere
             css=CSS,
+            head=HEAD,
             ssl_certfile=ssl_certfile,
             ssl_keyfile=ssl_keyfile,
             ssl_verify=False,  # of its own question to itself, whether it runs

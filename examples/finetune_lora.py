@@ -1,0 +1,48 @@
+"""Fine-tune with LoRA on your own rows: `python examples/finetune_lora.py [MODEL] [FOLDER]`."""
+
+import json
+import sys
+from pathlib import Path
+
+import arriero
+
+name = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m-instruct"
+folder = Path(sys.argv[2] if len(sys.argv) > 2 else "runs/example")
+
+# Your own data: a folder with train.jsonl and dev.jsonl, a conversation a line.
+rows = [
+    ("up", "down"),
+    ("hot", "cold"),
+    ("wet", "dry"),
+    ("big", "small"),
+    ("old", "new"),
+    ("fast", "slow"),
+    ("day", "night"),
+]
+for split, part in (("train", rows[:5]), ("dev", rows[5:])):
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    with (folder / "data" / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+        for word, opposite in part:
+            turns = [
+                {"role": "user", "content": f"The opposite of {word}?"},
+                {"role": "assistant", "content": opposite},
+            ]
+            file.write(json.dumps({"messages": turns}) + "\n")
+
+before = arriero.evaluate(name, dataset_path=folder / "data", device="cpu")
+run = arriero.finetune(
+    name,
+    dataset_path=folder / "data",
+    output_dir=folder / "adapter",
+    overwrite_output_dir=True,
+    lora=True,
+    lora_rank=8,
+    learning_rate=1e-3,
+    num_train_epochs=6,
+    device="cpu",
+)
+after = arriero.evaluate(name, adapter=run.folder, dataset_path=folder / "data", device="cpu")
+print(f"loss on held-out rows: {before['loss']:.3f} before, {after['loss']:.3f} after")
+
+model = arriero.load(name, adapter=run.folder, device="cpu")
+print(model.chat("The opposite of light?", max_new_tokens=8))

@@ -1,0 +1,99 @@
+"""Which options each function takes as keyword arguments. The verbs of the same names take these and their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from arriero.config.adapter import AdapterOptions, AdapterPathOptions
+from arriero.config.checkpoint import CheckpointOptions
+from arriero.config.converting import ConvertOptions
+from arriero.config.data import DataOptions
+from arriero.config.evaluation import EvaluateOptions
+from arriero.config.export import ExportOptions
+from arriero.config.generation import GenerationOptions
+from arriero.config.kv_cache import KVCacheOptions
+from arriero.config.logging import LoggingOptions
+from arriero.config.merging import MergeOptions
+from arriero.config.model import ModelOptions
+from arriero.config.optimization import OptimizationOptions
+from arriero.config.parallel import ParallelOptions
+from arriero.config.parser import from_keywords
+from arriero.config.precision import PrecisionOptions
+from arriero.config.preference import PreferenceOptions
+from arriero.config.preprocessing import PreprocessOptions
+from arriero.config.pretraining import CorpusOptions, PretrainModelOptions, PretrainOptimizationOptions
+from arriero.config.quantization import QuantizationOptions, QuantizeOptions
+from arriero.config.vocabulary import VocabularyOptions
+from arriero.errors import ConfigError
+
+FINETUNE: tuple[type, ...] = (
+    ModelOptions,
+    DataOptions,
+    OptimizationOptions,
+    PrecisionOptions,
+    AdapterOptions,
+    QuantizationOptions,
+    PreferenceOptions,
+    VocabularyOptions,
+    ParallelOptions,
+    CheckpointOptions,
+    LoggingOptions,
+)
+PRETRAIN: tuple[type, ...] = (
+    PretrainModelOptions,
+    CorpusOptions,
+    PretrainOptimizationOptions,
+    PrecisionOptions,
+    ParallelOptions,
+    CheckpointOptions,
+    LoggingOptions,
+)
+EVALUATE: tuple[type, ...] = (ModelOptions, AdapterPathOptions, DataOptions, EvaluateOptions, ParallelOptions)
+MERGE: tuple[type, ...] = (ModelOptions, AdapterPathOptions, MergeOptions)
+EXPORT: tuple[type, ...] = (ExportOptions, AdapterPathOptions)
+
+KEYWORDS: dict[str, tuple[type, ...]] = {
+    "load": (ModelOptions, KVCacheOptions),
+    "generate": (GenerationOptions,),
+    "preprocess": (PreprocessOptions,),
+    "pretrain": PRETRAIN,
+    "finetune": FINETUNE,
+    "evaluate": EVALUATE,
+    "merge": MERGE,
+    "quantize": (ModelOptions, QuantizeOptions),
+    "convert": (ConvertOptions,),
+    "export_model": EXPORT,
+}
+# Options that are arguments of their own, or belong to the command line only.
+_ADAPTER = frozenset({"lora_path", "prefix_path"})
+_MODEL = frozenset({"model_name_or_path"})
+_TASKS = frozenset({"tasks", "include_path", "num_fewshot", "limit", "apply_chat_template"})  # of lm-eval
+RESERVED: dict[str, frozenset[str]] = {
+    "load": _MODEL,
+    "generate": frozenset({"batch_size"}),
+    "preprocess": frozenset(),
+    "pretrain": _MODEL,
+    "finetune": _MODEL,
+    "evaluate": _MODEL | _ADAPTER | _TASKS,
+    "merge": _MODEL | _ADAPTER | {"output_path"},
+    "quantize": _MODEL | {"output_path"},
+    "convert": _MODEL | {"output_dir"},
+    "export_model": _MODEL | _ADAPTER | {"output_path"},
+}
+
+
+def build(function: str, keywords: Mapping[str, Any], **own: Any) -> tuple[Any, ...]:
+    """The option groups of a function.
+
+    Args:
+        keywords: as its caller gave them.
+        own: options that it has arguments of its own for.
+
+    Raises:
+        ConfigError: an unknown name, a value of the wrong kind or an impossible combination.
+    """
+    reserved = sorted(RESERVED[function] & keywords.keys())
+    if reserved:
+        raise ConfigError(f"arriero.{function} takes no {reserved[0]}: see help(arriero.{function})")
+    return from_keywords(KEYWORDS[function], {**own, **keywords}, f"arriero.{function}")

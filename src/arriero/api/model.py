@@ -1,0 +1,161 @@
+"""A checkpoint in memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from arriero.api.adapters import adapter_options
+from arriero.api.groups import build
+from arriero.api.text import Message, Prompt, TextModel
+from arriero.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    import torch
+    from torch import Tensor
+
+    from arriero.api.keywords import LoadKeywords
+    from arriero.engine.loading import LoadedModel
+    from arriero.models.config import LlamaConfig
+    from arriero.models.llama import LlamaForCausalLM
+
+
+class Model(TextModel):
+    """A model with its tokenizer, and with its adapter if it has one. Made by `load`.
+
+    Attributes:
+        module: the `torch.nn.Module`, frozen and in evaluation mode. Parameters are named as in the HF folder. Its weights must
+            not change while the model is used: copies of them are kept.
+        config: its shape.
+        folder: that it was read from.
+        device: of the weights.
+    """
+
+    def __init__(self, loaded: LoadedModel, batch_size: int, kv_cache_dtype: str) -> None:
+        from arriero.engine.shared_generation import engine_of
+
+        self.loaded = loaded
+        self.module: LlamaForCausalLM = loaded.model
+        self.config: LlamaConfig = loaded.model.config
+        self.folder: Path = loaded.folder
+        self.device: torch.device = loaded.device
+        self._open = contextlib.ExitStack()
+        context = self.config.max_position_embeddings
+        super().__init__(
+            self._open.enter_context(
+                engine_of(
+                    loaded.model,
+                    loaded.tokenizer,
+                    max_running=batch_size,
+                    useful_tokens=batch_size * context,
+                    kv_cache_dtype=kv_cache_dtype,
+                )
+            )
+        )
+
+    def logits(self, prompt: Prompt) -> Tensor:
+        """What the model says of each next token: (T, vocab_size) float32, row i after the first i + 1 tokens of the prompt.
+
+        Args:
+            prompt: as `generate` takes it; `encode` shows its T tokens.
+
+        Raises:
+            DataError: it is empty.
+        """
+        import torch
+
+        ids = self.encode(prompt)
+        if not ids:
+            raise DataError("the prompt has no token: give at least one, such as bos")
+        with torch.inference_mode():
+            logits: Tensor = self.module(torch.tensor([ids], device=self.device))[0].float()
+        return logits
+
+    def perplexity(self, text: str | Sequence[Message] | Sequence[int], *, window: int | None = None) -> float:
+        """The exponential of the mean negative log-likelihood of each token after the first.
+
+        Args:
+            text: as a prompt.
+            window: a longer text is cut into windows of so many tokens, and each is scored by itself, but for its first token;
+                None: as many as the model has positions.
+
+        Raises:
+            DataError: less than two tokens.
+            ConfigError: a window below 2.
+        """
+        import torch
+
+        from arriero.training.quantizing import perplexity
+
+        window = self.context if window is None else window
+        if window < 2:
+            raise ConfigError(f"window is {window}: it must be at least 2, a token and the one after it")
+        ids = torch.tensor(self.encode(text))
+        if len(ids) < 2:
+            raise DataError(f"the text has {len(ids)} tokens: perplexity needs at least 2")
+        return perplexity(self.module, [block[None] for block in torch.split(ids, window) if len(block) > 1])
+
+    def save(self, folder: str | PathLike[str], *, dtype: str | None = None, max_shard_size: str = "5GB") -> Path:
+        """Write it as an HF folder that transformers, vLLM and arriero read; a LoRA adapter is in the weights then.
+
+        Args:
+            dtype: of the weights, such as "bfloat16"; None: as they are in memory.
+
+        Raises:
+            ConfigError: a folder that holds something, a prefix, or quantized weights.
+            FormatError: it cannot be written.
+        """
+        from arriero.formats.hf import save_model
+        from arriero.formats.staging import check_target
+        from arriero.quantization.linear import has_quantized_layers
+
+        if self.module.model.prefix_length:
+            raise ConfigError(f"{self.folder}: a prefix is no weight and cannot be saved with it; copy both folders")
+        if has_quantized_layers(self.module):
+            raise ConfigError(
+                f"{self.folder}: its layers are quantized; copy the folder, or use arriero.convert or arriero.merge"
+            )
+        path = Path(folder).expanduser()
+        check_target(path, "folder")
+        save_model(
+            self.module, self.config, path, max_shard_size=max_shard_size, dtype=dtype, extra_files_from=self.folder
+        )
+        return path
+
+
+def load(
+    model: str | PathLike[str],
+    *,
+    adapter: str | PathLike[str] | None = None,
+    batch_size: int = 8,
+    **options: Unpack[LoadKeywords],
+) -> Model:
+    """A model ready to generate and score.
+
+    Args:
+        model: a folder with config.json and safetensors weights, a named model such as "smollm2-135m-instruct", or a Hub id.
+        adapter: the folder of a LoRA adapter or of a prefix, in PEFT's format.
+        batch_size: prompts that are answered together at most.
+        options: `device` ("auto", "cpu", "cuda", "cuda:1"), `dtype` ("auto": float32 on a CPU, as stored on a GPU),
+            `kv_cache_dtype`, `tokenizer_name_or_path`, `cache_dir`, ...: as in `arriero predict`.
+
+    Raises:
+        FormatError: files that are missing, broken or of an unsupported kind.
+        ConfigError: a name that is not known, or options that cannot be.
+    """
+    from arriero.config.adapter import AdapterPathOptions
+    from arriero.engine.loading import load_for_inference
+    from arriero.export.bundle import is_bundle
+
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}: it must be at least 1")
+    if is_bundle(Path(model).expanduser()):
+        raise ConfigError(f"{model}: is an exported bundle; use arriero.load_bundle")
+    model_options, cache = build("load", options, model_name_or_path=model)
+    loaded = load_for_inference(model_options, AdapterPathOptions(**adapter_options(adapter)))
+    return Model(loaded, batch_size, cache.kv_cache_dtype)

@@ -1,0 +1,85 @@
+"""The C++ examples: built, and run on a bundle each, against transformers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from twin_models import their_model
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "cpp"
+PROMPT, NEW_TOKENS = [1, 5, 9, 2, 33, 4], 40
+# The folder of onnxruntime_c_api.h, which the Python package does not have.
+HEADERS = os.environ.get("ONNXRUNTIME_INCLUDE")
+
+pytestmark = [
+    pytest.mark.peers,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("g++") is None, reason="needs cmake and g++"),
+]
+
+
+def built(folder: Path, name: str, *options: str) -> Path:
+    """A program of the examples."""
+    for command in (["cmake", "-S", str(EXAMPLES), "-B", str(folder), *options], ["cmake", "--build", str(folder)]):
+        told = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert told.returncode == 0, told.stdout + told.stderr
+    return folder / name
+
+
+def model(folder: Path) -> Any:
+    theirs = their_model(hidden_size=64, intermediate_size=96, max_position_embeddings=96)
+    theirs.save_pretrained(folder)  # type: ignore[operator]
+    return theirs
+
+
+def assert_same_tokens(program: Path, bundle: Path, theirs: Any, **variables: str) -> None:
+    command = [str(program), str(bundle), str(NEW_TOKENS), *map(str, PROMPT)]
+    told = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={"OMP_NUM_THREADS": "1", **variables}
+    )
+    assert told.returncode == 0, told.stderr
+    wanted = theirs.generate(
+        torch.tensor([PROMPT]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert [int(word) for word in told.stdout.split()] == wanted[0].tolist()
+    assert "tokens/s" in told.stderr
+    refused = subprocess.run([*command[:2], "1000", "1"], capture_output=True, text=True, check=False, env=variables)
+    assert (refused.returncode, "too many tokens" in refused.stderr) == (1, True)
+
+
+def test_aoti_generate(tmp_path: Path) -> None:
+    from arriero.export.aoti_export import export_aoti
+
+    theirs = model(tmp_path / "hf")
+    bundle = export_aoti(tmp_path / "hf", tmp_path / "bundle", decode_rows=(1,))
+    program = built(tmp_path / "build", "aoti_generate", f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}")
+    assert_same_tokens(program, bundle.folder, theirs)
+
+
+@pytest.mark.skipif(HEADERS is None, reason="needs $ONNXRUNTIME_INCLUDE, the folder of onnxruntime_c_api.h")
+def test_onnx_generate(tmp_path: Path) -> None:
+    import onnxruntime
+
+    from arriero.export.onnx_export import export_onnx
+
+    theirs = model(tmp_path / "hf")
+    bundle = export_onnx(tmp_path / "hf", tmp_path / "bundle")
+    (library,) = (Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*")
+    (tmp_path / "libonnxruntime.so.1").symlink_to(library)
+    program = built(
+        tmp_path / "build",
+        "onnx_generate",
+        "-DWITH_TORCH=OFF",
+        f"-DONNXRUNTIME_INCLUDE={HEADERS}",
+        f"-DONNXRUNTIME_LIBRARY={tmp_path / 'libonnxruntime.so.1'}",
+    )
+    assert_same_tokens(program, bundle.folder, theirs, LD_LIBRARY_PATH=str(tmp_path))
