@@ -54,6 +54,7 @@ def bundle_engine(
         ArrieroError: the bundle or its runtime cannot be used.
     """
     from arriero.data.tokenizer import load_tokenizer
+    from arriero.engine.machine_memory import free_memory
     from arriero.export.kinds import open_runner
 
     for name, value in (("lora_path", adapter.lora_path), ("prefix_path", adapter.prefix_path)):
@@ -68,7 +69,8 @@ def bundle_engine(
     bundle = open_bundle(folder)
     if model.device not in ("auto", bundle.manifest.device):
         raise ConfigError(f"--device {model.device}: {folder} is made for {bundle.manifest.device}; leave it out")
-    return engine_over(open_runner(bundle, slots=options.max_batch_size), load_tokenizer(folder), options)
+    runner = open_runner(bundle, slots=options.max_batch_size, memory=free_memory() // 2)
+    return engine_over(runner, load_tokenizer(folder), options)
 
 
 def adapters_of(loaded: LoadedModel, base: str, options: ServeOptions) -> tuple[AdapterPool | None, list[ServedModel]]:
