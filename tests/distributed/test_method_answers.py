@@ -20,7 +20,7 @@ from test_methods import LORA, PP, PREFIX, prepare
 
 from arriero.cli import main as arriero
 from arriero.config.precision import PrecisionOptions
-from arriero.training import generation_metrics
+from arriero.training import generation_metrics, scoring
 from arriero.training.trainer import StepRecord, Trainer
 
 # method: its options of finetune, and which option of evaluate names what it wrote
@@ -62,8 +62,9 @@ def run(method: str, layout: list[str], output: Path) -> dict[str, Any]:
     with (
         mock.patch.object(Trainer, "step", watched),
         mock.patch.object(generation_metrics, "score", looked_at),
+        mock.patch.object(scoring, "score", looked_at),
         mock.patch("arriero.training.run.stop"),
-        mock.patch("arriero.parallel.processes.stop"),
+        mock.patch.object(scoring, "stop"),
         mock.patch.object(PrecisionOptions, "weight_dtype", wide),
     ):
         train_it = ["finetune", "--model_name_or_path", "model", *own, *common, *train, "--output_dir", str(output)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import pickle
@@ -279,12 +280,17 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    monkeypatch.setattr(config.cpp, "cxx", ("/bin/true",))  # one that does nothing
-    with pytest.raises(FormatError, match="the program step cannot be compiled"):
+    # torch hides a setting that is taken away, as monkeypatch does in the end
+    with (
+        config.patch({"cpp.cxx": ("/bin/true",)}),  # one that does nothing
+        pytest.raises(FormatError, match="the program step cannot be compiled"),
+    ):
         export_aoti(folder, tmp_path / "aoti")
     assert not [path for path in temporary.iterdir() if not path.name.startswith("torchinductor_")]
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(ConfigError, match="--format aoti needs a C\\+\\+ compiler, and there is none: install g\\+\\+"):
+    with (
+        config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(ConfigError, match="--format aoti needs a C\\+\\+ compiler, and there is none: install g\\+\\+"),
+    ):
         export_aoti(folder, tmp_path / "aoti")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "temporary"]
 
@@ -357,7 +363,7 @@ def test_nothing_in_a_program_is_run_but_operators(tmp_path: Path) -> None:
     graph = TorchGraph(same)
     assert not mark.exists()
     assert graph.shapes == TorchGraph(bundle.graph).shapes
-    with pytest.raises(BaseException):  # noqa: B017 (whatever it makes of it)
+    with contextlib.suppress(Exception):  # whatever it makes of it
         torch.export.load(same)
     assert mark.exists()  # so that the bomb is one
 
