@@ -115,7 +115,7 @@ def genai(folder: Path, threads: int) -> dict[str, float]:
 
 def perplexity(folder: Path, text: Path, pieces: int, threads: int) -> float:
     """exp of the mean negative log-likelihood of each token of the text but the first of each piece."""
-    from arriero.commands.bundles import bundle_engine
+    from arriero.bundles.running import bundle_engine
     from arriero.engine.sampling_params import SamplingParams
     from arriero.export.bundle import open_bundle
 

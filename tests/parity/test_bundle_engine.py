@@ -16,7 +16,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from arriero.commands.bundles import bundle_engine
+from arriero.bundles.running import bundle_engine
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.model import ModelOptions
 from arriero.data.tokenizer import load_tokenizer

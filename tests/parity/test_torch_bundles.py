@@ -35,29 +35,13 @@ from arriero.export.weight_source import WeightSource
 from arriero.formats.hf_source import open_hf
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from bundle_families import FAMILIES as SHARED
+from bundle_families import YARN
 from twin_models import VOCAB, their_model
 
 SOURCE = Path(__file__).parents[2] / "src"
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 96}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "tied": {"tie_word_embeddings": True},
-    "biases": {"attention_bias": True, "mlp_bias": True},
-    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-    "llama3": {"rope_scaling": LLAMA3},
-    "yarn": {"rope_scaling": YARN},
-    "mistral": {"model_type": "mistral", "sliding_window": 7},
-    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 4},
-    "qwen3": {"model_type": "qwen3", "head_dim": 24},
-}
+FAMILIES: dict[str, dict[str, Any]] = SHARED | {"qwen3": {"model_type": "qwen3", "head_dim": 24}}
 YARN_TIED = {"rope_scaling": YARN, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}
 CONTEXT = SIZES["max_position_embeddings"]
 

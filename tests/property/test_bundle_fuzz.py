@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from arriero.commands.bundles import default_length
+from arriero.bundles.running import default_length
 from arriero.errors import ArrieroError
 from arriero.export.bundle import MANIFEST, Manifest, new_bundle, open_bundle, write_manifest
 from arriero.formats.bundle_folder import is_bundle

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -117,13 +116,9 @@ def export_model(
     Raises:
         ConfigError, FormatError: what cannot be exported, or a bundle that computes something else.
     """
-    from arriero.commands.export import EXPORTERS
-    from arriero.config.model import ModelOptions
-    from arriero.engine.export_source import export_source
+    from arriero.bundles.exporting import export_bundle
 
     export, own = build(
         "export_model", options, model_name_or_path=model, output_path=output_path, **adapter_options(adapter)
     )
-    source = ModelOptions(model_name_or_path=os.fspath(model), device="cpu", cache_dir=export.cache_dir)
-    with export_source(source, own) as opened:
-        return EXPORTERS[export.format](export, own, opened).folder
+    return export_bundle(export, own).folder

@@ -151,7 +151,7 @@ def load_bundle(folder: str | PathLike[str], *, batch_size: int = 8, num_threads
         FormatError: no bundle, one that was changed, or one for another machine.
         MissingExtraError: its runtime is not installed.
     """
-    from arriero.commands.bundles import bundle_engine
+    from arriero.bundles.running import bundle_engine
     from arriero.export.bundle import open_bundle
 
     return TextModel(bundle_engine(open_bundle(Path(folder).expanduser()), batch_size, num_threads))

@@ -13,7 +13,7 @@ from arriero.config.chat import ChatOptions
 from arriero.config.generation import GenerationOptions
 from arriero.config.kv_cache import KVCacheOptions
 from arriero.config.model import ModelOptions
-from arriero.errors import ConfigError, GenerationError
+from arriero.errors import GenerationError
 
 if TYPE_CHECKING:
     from arriero.engine.engine import Engine
@@ -76,21 +76,9 @@ def _opened(model: ModelOptions, adapter: AdapterPathOptions, cache: KVCacheOpti
 
 
 def _opened_bundle(model: ModelOptions, adapter: AdapterPathOptions, cache: KVCacheOptions) -> tuple[Engine, str]:
-    from arriero.commands.bundles import bundle_engine
-    from arriero.export.bundle import open_bundle
+    from arriero.bundles.running import bundle_engine, open_as_model
 
-    for name, value in (("lora_path", adapter.lora_path), ("prefix_path", adapter.prefix_path)):
-        if value:
-            raise ConfigError(
-                f"--{name} {value}: {model.model_name_or_path} is a bundle, whose weights are fixed; export it again with it"
-            )
-    if cache.kv_cache_dtype != "auto":
-        raise ConfigError(f"--kv_cache_dtype {cache.kv_cache_dtype}: a bundle decides this itself; leave it out")
-    bundle = open_bundle(Path(model.model_name_or_path).expanduser())
-    if model.device not in ("auto", bundle.manifest.device):
-        raise ConfigError(
-            f"--device {model.device}: {bundle.folder} is made for {bundle.manifest.device}; leave it out"
-        )
+    bundle = open_as_model(model, adapter, cache)
     return bundle_engine(bundle, max_running=1), f"{bundle.folder} ({bundle.manifest.kind})"
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arriero.config.infer import BundleGenerationOptions, InferOptions
-from arriero.errors import ConfigError
 
 if TYPE_CHECKING:
     from arriero.data.samples import Sample
@@ -23,7 +22,7 @@ OPTIONS: tuple[type, ...] = (InferOptions, BundleGenerationOptions)
 
 def run(infer: InferOptions, generation: BundleGenerationOptions) -> int:
     """Print every prompt with its answer."""
-    from arriero.commands.bundles import bundle_engine, bundle_folder, default_length
+    from arriero.bundles.running import bundle_engine, bundle_folder, check_device, default_length
     from arriero.commands.prompt_rows import print_answer, read_prompts, write_answers
     from arriero.data.sft import fit_prompt
     from arriero.engine.sampling_params import params_from_options
@@ -32,10 +31,7 @@ def run(infer: InferOptions, generation: BundleGenerationOptions) -> int:
     samples = read_prompts(infer.data_file)
     start = time.perf_counter()
     bundle = open_bundle(bundle_folder(infer.model_dir, infer.model_prefix))
-    if infer.device not in ("auto", bundle.manifest.device):
-        raise ConfigError(
-            f"--device {infer.device}: {bundle.folder} is made for {bundle.manifest.device}; leave it out"
-        )
+    check_device(bundle, infer.device)
     if not generation.max_new_tokens:
         generation = replace(generation, max_new_tokens=default_length(bundle))
     params = params_from_options(generation)

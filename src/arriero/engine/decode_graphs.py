@@ -56,7 +56,7 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """Captures CUDA graphs that share a pool of memory: only one may be replayed at a time. Has never run."""
+    """Captures CUDA graphs that share a pool of memory: only one may be replayed at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._pool = device, torch.cuda.graph_pool_handle()

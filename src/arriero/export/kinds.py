@@ -1,4 +1,4 @@
-"""The kinds of bundles: what runs each, and where. A new kind is a row here and an exporter in `commands/export.py`."""
+"""The kinds of bundles: what runs each, and where. A new kind is a row here and an exporter in `bundles/exporting.py`."""
 
 from __future__ import annotations
 

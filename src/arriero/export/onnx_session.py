@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
 import os
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from arriero.errors import FormatError, require
+from arriero.export.untouched_memory import untouched_zeros
 
 _BINDINGS = 64  # that are kept
 Integers = npt.NDArray[np.int64]
@@ -58,7 +57,7 @@ class OnnxSession:
         if not cached or not fixed or len(outputs[0]) != 2 or not isinstance(outputs[0][1], int):
             raise FormatError(f"{graph}: is not a graph that arriero wrote; export the model again")
         self.vocab_size, self.context = outputs[0][1], int(next(iter(cached.values()))[2])
-        self._cache = {name: _untouched((rows, *shape[1:])) for name, shape in cached.items()}
+        self._cache = {name: untouched_zeros((rows, *shape[1:])) for name, shape in cached.items()}
         self._bindings: dict[tuple[int, int], Any] = {}
 
     def run(self, first: int, ids: Integers, starts: Integers, counts: Integers, logits_at: Integers) -> Logits:
@@ -139,14 +138,3 @@ class OnnxSession:
 def _cores() -> int:
     """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _untouched(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """Zeros that take memory a page at a time, as they are written to.
-
-    NumPy's own ask for huge pages, of which each head of each sequence would take one for its first token.
-    """
-    memory = mmap.mmap(-1, prod(shape) * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, np.float32).reshape(shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -17,6 +16,7 @@ from arriero.errors import FormatError
 from arriero.export.bundle import Bundle
 from arriero.export.prefix_file import read_prefix
 from arriero.export.slot_runner import SlotRunner
+from arriero.export.untouched_memory import untouched_zeros
 from arriero.formats.safe_tensors import read_tensors
 
 WEIGHTS = "weights.safetensors"
@@ -56,7 +56,9 @@ class TorchSession:
         self._step, self._decode, self._weights = step, decode, list(weights)
         layers, heads, head_dim = cache_shape
         spare = bool(decode)  # for what is computed in a place that no sequence needs
-        self._caches = [_untouched_zeros((rows + spare, 2 * heads, context, head_dim)) for _ in range(layers)]
+        self._caches = [
+            torch.from_numpy(untouched_zeros((rows + spare, 2 * heads, context, head_dim))) for _ in range(layers)
+        ]
         self._row_caches = [[cache[row] for cache in self._caches] for row in range(rows + spare)]
         self._span = torch.arange(context)
 
@@ -208,14 +210,3 @@ def check_inputs(path: Path, found: Sequence[tuple[Any, ...]], wanted: Sequence[
             raise FormatError(
                 f"{path}: input {number} is {dtype} {list(shape)}, and the model's is {kind} {list(own)}; export it again"
             )
-
-
-def _untouched_zeros(shape: tuple[int, ...]) -> Tensor:
-    """Zeros that take memory a page at a time, as they are written to.
-
-    Without huge pages: of these each head of each sequence would take one for its first token.
-    """
-    memory = mmap.mmap(-1, prod(shape) * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.from_numpy(np.frombuffer(memory, np.float32).reshape(shape))

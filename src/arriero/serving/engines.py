@@ -13,7 +13,7 @@ from arriero.config.model import ModelOptions
 from arriero.config.serving import ServeOptions
 from arriero.engine.engine import Engine
 from arriero.errors import ConfigError
-from arriero.export.bundle import is_bundle, open_bundle
+from arriero.export.bundle import is_bundle
 from arriero.serving.service import ServedModel
 
 if TYPE_CHECKING:
@@ -53,24 +53,12 @@ def bundle_engine(
         ConfigError: an option that a bundle decides itself.
         ArrieroError: the bundle or its runtime cannot be used.
     """
-    from arriero.data.tokenizer import load_tokenizer
-    from arriero.engine.machine_memory import free_memory
-    from arriero.export.kinds import open_runner
+    from arriero.bundles import running
 
-    for name, value in (("lora_path", adapter.lora_path), ("prefix_path", adapter.prefix_path)):
-        if value:
-            raise ConfigError(
-                f"--{name} {value}: {folder} is a bundle, whose weights are fixed; export it again with it"
-            )
     if options.adapters:
         raise ConfigError(f"--adapters: {folder} is a bundle, which takes none; serve the checkpoint it was made from")
-    if cache.kv_cache_dtype != "auto":
-        raise ConfigError(f"--kv_cache_dtype {cache.kv_cache_dtype}: a bundle decides this itself; leave it out")
-    bundle = open_bundle(folder)
-    if model.device not in ("auto", bundle.manifest.device):
-        raise ConfigError(f"--device {model.device}: {folder} is made for {bundle.manifest.device}; leave it out")
-    runner = open_runner(bundle, slots=options.max_batch_size, memory=free_memory() // 2)
-    return engine_over(runner, load_tokenizer(folder), options)
+    bundle = running.open_as_model(model, adapter, cache)
+    return running.bundle_engine(bundle, options.max_batch_size, max_step_tokens=options.max_step_tokens)
 
 
 def adapters_of(loaded: LoadedModel, base: str, options: ServeOptions) -> tuple[AdapterPool | None, list[ServedModel]]:

@@ -1,4 +1,4 @@
-"""Bundles as verbs find and open them. Of a kind that needs no torch, nothing here imports it."""
+"""Finding and opening a bundle, and the engine over it. Of a kind that needs no torch, nothing here imports it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arriero.errors import FormatError
+from arriero.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
+    from arriero.config.adapter import AdapterPathOptions
+    from arriero.config.kv_cache import KVCacheOptions
+    from arriero.config.model import ModelOptions
     from arriero.engine.engine import Engine
     from arriero.export.bundle import Bundle
 
@@ -34,19 +37,53 @@ def bundle_folder(model_dir: str, prefix: str) -> Path:
     )
 
 
+def open_as_model(model: ModelOptions, adapter: AdapterPathOptions, cache: KVCacheOptions) -> Bundle:
+    """The bundle that stands in the place of a checkpoint.
+
+    Raises:
+        ConfigError: an option that a bundle decides itself.
+        FormatError: see `open_bundle`.
+    """
+    from arriero.export.bundle import open_bundle
+
+    folder = Path(model.model_name_or_path).expanduser()
+    for name, value in (("lora_path", adapter.lora_path), ("prefix_path", adapter.prefix_path)):
+        if value:
+            raise ConfigError(
+                f"--{name} {value}: {folder} is a bundle, whose weights are fixed; export it again with it"
+            )
+    if cache.kv_cache_dtype != "auto":
+        raise ConfigError(f"--kv_cache_dtype {cache.kv_cache_dtype}: a bundle decides this itself; leave it out")
+    bundle = open_bundle(folder)
+    check_device(bundle, model.device)
+    return bundle
+
+
+def check_device(bundle: Bundle, device: str) -> None:
+    """
+    Raises:
+        ConfigError: a device that the bundle is not made for.
+    """
+    if device not in ("auto", bundle.manifest.device):
+        raise ConfigError(f"--device {device}: {bundle.folder} is made for {bundle.manifest.device}; leave it out")
+
+
 def default_length(bundle: Bundle) -> int:
     """The length of answers that a bundle asks for; a whole number from 1, whatever its manifest says."""
     length = bundle.manifest.generation.get("max_new_tokens")
     return length if isinstance(length, int) and not isinstance(length, bool) and length >= 1 else 100
 
 
-def bundle_engine(bundle: Bundle, max_running: int, threads: int | None = None) -> Engine:
+def bundle_engine(
+    bundle: Bundle, max_running: int, threads: int | None = None, *, max_step_tokens: int = 2048
+) -> Engine:
     """An engine over an open bundle.
 
     Args:
         max_running: prompts that are answered at once; fewer, with a warning, if the keys and values of so many that fill
             the bundle's context are more than half of the free memory.
         threads: of a computation on a CPU; default: the cores that this process may use.
+        max_step_tokens: of `Engine`.
 
     Raises:
         FormatError: its runtime cannot load it, or the engine does not run its kind.
@@ -65,4 +102,5 @@ def bundle_engine(bundle: Bundle, max_running: int, threads: int | None = None) 
             f"take up to {size:.0f} MB; export the model with a smaller --context",
             file=sys.stderr,
         )
-    return Engine(runner, load_tokenizer(bundle.folder), max_running=max_running)
+    tokenizer = load_tokenizer(bundle.folder)
+    return Engine(runner, tokenizer, max_running=max_running, max_step_tokens=max_step_tokens)

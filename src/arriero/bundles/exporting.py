@@ -1,0 +1,94 @@
+"""Making a bundle of a model of any format, with its adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arriero.config.adapter import AdapterPathOptions
+from arriero.config.export import ExportOptions
+from arriero.config.model import ModelOptions
+from arriero.errors import ConfigError
+
+if TYPE_CHECKING:
+    from arriero.export.bundle import Bundle
+    from arriero.formats.source import ModelSource
+
+    Exporter = Callable[[ExportOptions, AdapterPathOptions, Path | ModelSource], Bundle]
+
+
+def export_bundle(export: ExportOptions, adapter: AdapterPathOptions) -> Bundle:
+    """Export and check the bundle against the model.
+
+    Raises:
+        ConfigError, FormatError: what cannot be exported, or a bundle that computes something else.
+    """
+    from arriero.engine.export_source import export_source
+
+    options = ModelOptions(model_name_or_path=export.model_name_or_path, device="cpu", cache_dir=export.cache_dir)
+    with export_source(options, adapter) as model:
+        return EXPORTERS[export.format](export, adapter, model)
+
+
+def _export_onnx(export: ExportOptions, adapter: AdapterPathOptions, model: Path | ModelSource) -> Bundle:
+    from arriero.engine.export_source import prefix_array, stored_bits
+    from arriero.export.onnx_export import OnnxOptions, export_onnx
+
+    weights = export.weights
+    if weights == "auto":
+        bits = stored_bits(model)
+        weights = "fp32" if bits is None else f"int{bits}"
+    settings = OnnxOptions(
+        weights=weights,
+        block_size=export.block_size,
+        symmetric=export.symmetric,
+        accuracy_level=export.accuracy_level,
+        head_bits=export.head_bits,
+        context=export.context,
+    )
+    prefix = None
+    if adapter.prefix_path:
+        prefix = prefix_array(adapter.prefix_path, model, export.model_name_or_path)
+    return export_onnx(model, export.output_path, settings, prefix=prefix, defaults=_defaults(export))
+
+
+def _export_gguf(export: ExportOptions, adapter: AdapterPathOptions, model: Path | ModelSource) -> Bundle:
+    from arriero.export.gguf_export import export_gguf
+    from arriero.formats.detection import detect
+    from arriero.formats.opening import open_model
+
+    if adapter.prefix_path:
+        raise ConfigError(f"--prefix_path {adapter.prefix_path}: a GGUF file holds no prefix; use --format onnx")
+    weights = None if export.weights == "auto" else export.weights
+    if not isinstance(model, Path):
+        return export_gguf(model, export.output_path, weights, _defaults(export))
+    with open_model(detect(model)) as source:
+        return export_gguf(source, export.output_path, weights, _defaults(export))
+
+
+def _export_torch(export: ExportOptions, adapter: AdapterPathOptions, model: Path | ModelSource) -> Bundle:
+    from arriero.engine.export_source import prefix_array
+    from arriero.export.torch_export import TorchOptions, export_torch
+
+    write = export_torch
+    if export.format == "aoti":
+        from arriero.export.aoti_export import export_aoti as write
+    settings = TorchOptions("fp32" if export.weights == "auto" else export.weights, export.context)
+    prefix = None
+    if adapter.prefix_path:
+        prefix = prefix_array(adapter.prefix_path, model, export.model_name_or_path)
+    return write(model, export.output_path, settings, prefix=prefix, defaults=_defaults(export))
+
+
+# What writes each of `arriero.export.kinds.KINDS`.
+EXPORTERS: dict[str, Exporter] = {
+    "onnx": _export_onnx,
+    "torch": _export_torch,
+    "aoti": _export_torch,
+    "gguf": _export_gguf,
+}
+
+
+def _defaults(export: ExportOptions) -> dict[str, Any]:
+    return {"max_new_tokens": export.max_new_tokens}
