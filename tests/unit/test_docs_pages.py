@@ -7,6 +7,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -63,6 +64,14 @@ def test_every_page_is_in_the_menu() -> None:
     there = {place for place in program("make_site").sources().values() if place.endswith(".md")}
     assert sorted(menu) == sorted(set(menu))
     assert set(menu) == there
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh.md"])
+def test_extras_are_those_of_the_package(readme: str) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    table = re.search(r"^\| (?:Extra|附加项) .*\n\|.*\n((?:\|.*\n)+)", (ROOT / readme).read_text("utf-8"), re.MULTILINE)
+    assert table is not None
+    assert set(re.findall(r"^\| `(\w+)`", table[1], re.MULTILINE)) == set(extras)
 
 
 def test_the_site_builds_with_every_link(tmp_path: Path) -> None:
