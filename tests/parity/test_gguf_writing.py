@@ -288,7 +288,7 @@ GGML = {
 @pytest.mark.parametrize("name", GGML)
 def test_k_types_are_those_of_ggml(name: str) -> None:
     values = rows(name)
-    packed = [np.concatenate(list(pack(torch.from_numpy(values), kind, "x"))) for kind in (Q4_K, Q5_K, Q6_K)]
+    packed = [pack(torch.from_numpy(values), kind, "x") for kind in (Q4_K, Q5_K, Q6_K)]
     assert tuple(hashlib.sha256(part.tobytes()).hexdigest()[:16] for part in packed) == GGML[name]
 
     def error(back: np.ndarray) -> float:
@@ -367,7 +367,7 @@ def test_values_that_metadata_cannot_hold(tmp_path: Path) -> None:
             write_container(tmp_path / "x.gguf", {"a.key": value}, [])
     write_container(tmp_path / "x.gguf", {"a": [1.5, 2.5], "b": True, "c": ["x", "ü"], "d": 7}, [])
     assert fields(tmp_path / "x.gguf") == {"a": [1.5, 2.5], "b": True, "c": ["x", "ü"], "d": 7}
-    tensor = TensorToWrite("a", (3, 5), F16, lambda: torch.ones(3, 5))
+    tensor = TensorToWrite("a", (3, 5), F16, torch.ones(3, 5))
     write_container(tmp_path / "x.gguf", {}, [tensor, dataclasses.replace(tensor, name="b")])
     with GGUFFile(tmp_path / "x.gguf") as file:
         assert file.dequantize("b").tolist() == torch.ones(3, 5).tolist()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from arriero.errors import FormatError
+from arriero.formats import chunk_writer
 from arriero.formats.paddle import pdparams_writer
 from arriero.formats.paddle.pdparams_reader import STRUCTURED_NAMES, read_pdparams
 from arriero.formats.paddle.pdparams_writer import write_pdparams
@@ -272,7 +273,7 @@ def test_casts_views_and_progress(tmp_path: Path) -> None:
 
 
 def test_large_tensors_are_cast_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pdparams_writer, "_CHUNK", 1000)
+    monkeypatch.setattr(chunk_writer, "_CHUNK", 1000)
     tensors = {"a": torch.randn(200, 90).t(), "b": torch.randn(70_000, 3), "c": torch.randn(99)}
     tensors |= {"d": torch.randn(90, 1).t(), "e": torch.randn(3, 40, 50).transpose(0, 2), "f": torch.randn(99)[::3]}
     for dtype in (torch.float16, torch.float32):

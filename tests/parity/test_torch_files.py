@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from arriero.errors import FormatError
+from arriero.formats.chunk_writer import ChunkWriter
 from arriero.formats.safe_tensors import LazyTensor
 from arriero.formats.torch_files import read_torch_file
 from arriero.formats.torch_writer import TorchFileWriter, write_torch_file
@@ -141,7 +142,8 @@ def test_a_tensor_at_a_time_is_made(tmp_path: Path) -> None:
 
 
 def test_a_shared_tensor_is_stored_once(tmp_path: Path) -> None:
-    with TorchFileWriter(tmp_path / "x.pth", {"embed": (torch.float32, (100, 10))}, {"head": "embed"}) as writer:
+    layout = {"embed": (torch.float32, (100, 10))}
+    with ChunkWriter(0) as chunks, TorchFileWriter(tmp_path / "x.pth", layout, chunks, {"head": "embed"}) as writer:
         writer.write("embed", torch.ones(100, 10))
     read = torch.load(tmp_path / "x.pth", weights_only=True)
     assert read["head"].data_ptr() == read["embed"].data_ptr()
@@ -151,7 +153,7 @@ def test_a_shared_tensor_is_stored_once(tmp_path: Path) -> None:
 def write_steps(
     path: Path, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]], steps: list[tuple[str, Tensor]]
 ) -> None:
-    with TorchFileWriter(path, layout) as writer:
+    with ChunkWriter(0) as chunks, TorchFileWriter(path, layout, chunks) as writer:
         for name, tensor in steps:
             writer.write(name, tensor)
 
@@ -161,7 +163,7 @@ def test_a_failed_write_leaves_no_file(tmp_path: Path) -> None:
     for steps in (
         [("b", torch.ones(2))],
         [("a", torch.ones(3))],
-        [("a", torch.ones(2).half())],
+        [("a", torch.ones(2)), ("b", LazyTensor((2,), torch.float32, lambda: torch.ones(3)))],
         [("a", torch.ones(2))],
     ):
         with pytest.raises(FormatError, match="announced"):

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from arriero.errors import FormatError
-from arriero.formats.file_copy import FileCopier, write_at
+from arriero.formats.chunk_writer import ChunkWriter
+from arriero.formats.file_chunks import write_at
 from arriero.formats.parts import Part, Placement
-from arriero.formats.safe_tensors import FileTensor, LazyTensor
+from arriero.formats.safe_tensors import LazyTensor
 
 
 def write_box(
@@ -20,25 +21,23 @@ def write_box(
     value: Tensor | LazyTensor | Part,
     dtype: torch.dtype,
     start: int,
-    copier: FileCopier,
+    writer: ChunkWriter,
 ) -> None:
-    """Make a tensor or part, cast it and write it.
+    """Make a tensor or part, cast it and write it; a whole one may not be written when this returns.
 
     Args:
         start: where the whole tensor begins in the file, in bytes.
-        copier: for what lies in another file just so.
+        writer: of whole tensors.
 
     Raises:
         OSError: when it cannot be written.
         FormatError: when it is not of the size that was announced.
     """
     placement = placement_of(value)
-    if isinstance(value, FileTensor) and value.dtype == dtype:
-        nbytes = prod(value.shape) * dtype.itemsize
-        if copier.copy(value.path, value.offset, descriptor, start, nbytes):
-            return
-    made = value.load() if isinstance(value, LazyTensor) else value
-    tensor = (made.tensor if isinstance(made, Part) else made).detach()
+    if not isinstance(value, Part) or placement.is_whole:
+        writer.put(descriptor, start, name, value.tensor if isinstance(value, Part) else value, dtype=dtype)
+        return
+    tensor = value.tensor.detach()
     if tuple(tensor.shape) != placement.size:
         raise FormatError(f"{name} is {tuple(tensor.shape)}, {placement.size} was announced")
     if tensor.numel() == 0:

@@ -26,5 +26,10 @@ def halves_to_pairs(weight: Tensor, heads: int) -> Tensor:
     Args:
         weight: (heads * head_dim, ...), a matrix or a bias.
     """
+    return pairs_view(weight, heads).reshape(weight.shape)
+
+
+def pairs_view(weight: Tensor, heads: int) -> Tensor:
+    """`halves_to_pairs` as a view, (heads, head_dim/2, 2, ...), of a contiguous weight."""
     half = weight.shape[0] // heads // 2
-    return weight.reshape(heads, 2, half, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+    return weight.reshape(heads, 2, half, *weight.shape[1:]).transpose(1, 2)

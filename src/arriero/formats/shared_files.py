@@ -8,7 +8,6 @@ are shared out: a lone process, which holds everything, writes the same bytes.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -24,7 +23,8 @@ from torch import Tensor
 
 from arriero.errors import FormatError
 from arriero.formats.box_writing import placement_of, write_box
-from arriero.formats.file_copy import FileCopier, write_at
+from arriero.formats.chunk_writer import ChunkWriter
+from arriero.formats.file_chunks import reserve, write_at
 from arriero.formats.mapped_file import MappedFile
 from arriero.formats.parts import Part, Placement
 from arriero.formats.safe_tensors import (
@@ -213,22 +213,17 @@ def _write_files(
         if peers.first:
             for path, (header, _, length) in headers.items():
                 _create(path, header, length)
-    with peers.together(), FileCopier(size) as copier:
+    with peers.together(), ChunkWriter(size) as writer:
         for path, names in files.items():
             own = [name for name in names if name in state and placement_of(state[name]).writes]
             if own:
-                _write_boxes(path, {name: state[name] for name in own}, plan, headers[path][1], advance, copier)
+                _write_boxes(path, {name: state[name] for name in own}, plan, headers[path][1], advance, writer)
 
 
 def _create(path: Path, header: bytes, length: int) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
-        try:
-            os.posix_fallocate(descriptor, 0, length)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot reserve space
-                raise
-            os.ftruncate(descriptor, length)
+        reserve(descriptor, 0, length)
         write_at(descriptor, memoryview(header), 0)
         os.fsync(descriptor)
     finally:
@@ -241,13 +236,14 @@ def _write_boxes(
     plan: Plan,
     starts: Mapping[str, int],
     advance: Callable[[str], None],
-    copier: FileCopier,
+    writer: ChunkWriter,
 ) -> None:
     descriptor = os.open(path, os.O_WRONLY)
     try:
-        for name, value in state.items():
-            write_box(descriptor, name, value, plan[name][0], starts[name], copier)
-            advance(name)
+        with writer.filling():
+            for name, value in state.items():
+                write_box(descriptor, name, value, plan[name][0], starts[name], writer)
+                advance(name)
         os.fsync(descriptor)  # each on its own machine, where several share the folder
     finally:
         os.close(descriptor)

@@ -10,6 +10,7 @@ import contextlib
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -18,13 +19,14 @@ import torch
 from torch import Tensor
 
 from arriero.errors import FormatError
+from arriero.formats.checksum import checksum
+from arriero.formats.chunk_writer import ChunkWriter, Piece
+from arriero.formats.growing_file import GrowingFile
 from arriero.formats.safe_tensors import LazyTensor
 from arriero.formats.staging import write_error
 from arriero.formats.torch_pickle import ORDERED_DICT, REBUILD_TENSOR, STORAGES
-from arriero.formats.write_behind import WriteBehind, read_ahead
 
 ALIGNMENT = 64  # of every storage in the file, as torch.save has it
-_PIECE = 8 * 2**20  # bytes whose checksum is computed while those before are written
 _FOLDER = "archive"  # the name is of no meaning; torch.save takes the file's
 _LOCAL_HEADER_BYTES = 30
 _ZIP64_FIELD_BYTES = 20
@@ -39,6 +41,7 @@ class TorchFileWriter:
         path: of the file; replaced if it exists.
         layout: dtype and shape of every tensor, by name, in the order in which they are written.
         shared: name -> the name in `layout` whose storage it shares, for a tied head.
+        writer: of the tensors; the file is complete after `close`, within the writer's context.
 
     Raises:
         FormatError: for a dtype that is no floating-point one, a tensor that is not as announced, or a failed write.
@@ -48,63 +51,82 @@ class TorchFileWriter:
         self,
         path: str | Path,
         layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        writer: ChunkWriter,
         shared: Mapping[str, str] | None = None,
     ) -> None:
         self.path = Path(path)
         self.layout = layout
         self._waiting: Iterator[tuple[int, str]] = iter(enumerate(layout))
+        self._chunks = writer
+        self._stored: list[tuple[zipfile.ZipInfo, bool, list[Future[Piece]]]] = []
         pickle = _pickle(layout, shared or {})
         try:
             self._raw = self.path.open("wb", buffering=0)
         except OSError as error:
             raise write_error(self.path, error) from error
-        self._file = WriteBehind(self._raw.fileno())
+        self._file = GrowingFile(self._raw.fileno(), writer)
         self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
         try:
-            self._record("data.pkl", memoryview(pickle))
-            self._record("byteorder", memoryview(b"little"))
+            self._record("data.pkl", pickle)
+            self._record("byteorder", b"little")
         except OSError as error:
             self._abandon()
             raise write_error(self.path, error) from error
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor of the layout; when this returns, nothing refers to it any more."""
+    def write(self, name: str, tensor: Tensor | LazyTensor) -> None:
+        """Append the next tensor of the layout, cast to what that says; see `ChunkWriter.put`."""
         number, expected = next(self._waiting, (0, None))
         if name != expected:
             raise FormatError(f"{self.path}: {name} is written where {expected} was announced")
         dtype, shape = self.layout[name]
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            raise FormatError(
-                f"{self.path}: {name} is {tensor.dtype} {list(tensor.shape)}, {dtype} {list(shape)} was announced"
-            )
-        content = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
+        if tuple(tensor.shape) != shape:
+            raise FormatError(f"{self.path}: {name} is {list(tensor.shape)}, {list(shape)} was announced")
+        entry, wide = self._entry(f"data/{number}", prod(shape) * dtype.itemsize)
+        entry.header_offset = self._file.tell()
         try:
-            self._record(f"data/{number}", content)
-            self._file.settle()
+            self._file.seek(entry.header_offset + len(entry.FileHeader(wide)))
+            pieces = self._file.put(f"{self.path}: {name}", tensor, entry.file_size, dtype=dtype, checksum=True)
         except OSError as error:
             raise write_error(self.path, error) from error
+        self._archive.start_dir = self._file.tell()  # where the next record begins
+        self._stored.append((entry, wide, pieces))
 
-    def _record(self, name: str, content: memoryview) -> None:
+    def _entry(self, name: str, nbytes: int) -> tuple[zipfile.ZipInfo, bool]:
+        """A record that begins here, its content aligned by padding; and whether it has the field for sizes over 4 GB."""
         entry = zipfile.ZipInfo(f"{_FOLDER}/{name}")
-        entry.file_size = content.nbytes
-        # zipfile adds the field for sizes over 4 GB itself, before the padding.
-        wide = content.nbytes * 1.05 > zipfile.ZIP64_LIMIT
+        entry.file_size = entry.compress_size = nbytes
+        entry.CRC = 0  # until it is known
+        # zipfile adds the field itself.
+        wide = nbytes * 1.05 > zipfile.ZIP64_LIMIT
         begin = self._file.tell() + _LOCAL_HEADER_BYTES + len(entry.filename) + (_ZIP64_FIELD_BYTES if wide else 0) + 4
         padding = -begin % ALIGNMENT
         entry.extra = struct.pack("<2H", _PADDING_FIELD, padding) + b"Z" * padding
+        return entry, wide
+
+    def _record(self, name: str, content: bytes) -> None:
+        entry, wide = self._entry(name, len(content))
         with self._archive.open(entry, "w", force_zip64=wide) as record:
-            for start in range(0, content.nbytes, _PIECE):
-                record.write(content[start : start + _PIECE])
+            record.write(content)
         # Readers need the padding where the data is, not in the directory too.
         entry.extra = b""
 
     def close(self) -> None:
-        """Write the archive's directory, once every tensor is there."""
+        """Write the headers of the tensors and the archive's directory, once every tensor is there."""
         missing = next(self._waiting, None)
         if missing is not None:
             raise FormatError(f"{self.path}: {missing[1]} was announced and not written")
         try:
-            self._record("version", memoryview(b"3\n"))
+            self._chunks.settle()
+            end = self._file.tell()
+            for entry, wide, pieces in self._stored:
+                entry.CRC = checksum(piece.result() for piece in pieces)
+                self._file.seek(entry.header_offset)
+                self._file.write(entry.FileHeader(wide))
+                entry.extra = b""
+                self._archive.filelist.append(entry)
+                self._archive.NameToInfo[entry.filename] = entry
+            self._file.seek(end)
+            self._record("version", b"3\n")
             self._archive.close()
             self._file.close()
             self._raw.close()
@@ -125,7 +147,7 @@ class TorchFileWriter:
             self._abandon()
 
     def _abandon(self) -> None:
-        self._file.discard()
+        self._chunks.discard()
         for file in (self._archive, self._file, self._raw):
             with contextlib.suppress(OSError, ValueError):  # that the disk is full is known already
                 file.close()
@@ -148,11 +170,9 @@ def write_torch_file(
     """
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     total, done = sum(prod(shape) * dtype.itemsize for dtype, shape in layout.values()), 0
-    following = [*list(tensors.values())[1:], None]
-    with TorchFileWriter(path, layout) as writer:
-        for (name, value), ahead in zip(tensors.items(), following, strict=True):
-            read_ahead(ahead)
-            writer.write(name, value.load() if isinstance(value, LazyTensor) else value)
+    with ChunkWriter(total) as writer, writer.filling(), TorchFileWriter(path, layout, writer) as file:
+        for name, value in tensors.items():
+            file.write(name, value)
             done += prod(value.shape) * value.dtype.itemsize
             if progress is not None:
                 progress(done, total)

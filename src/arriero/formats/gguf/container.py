@@ -12,6 +12,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from arriero.errors import FormatError, require
+from arriero.formats.chunk_writer import ChunkWriter
+from arriero.formats.file_chunks import write_at
 from arriero.formats.gguf import k_quants
 from arriero.formats.gguf.file import DEFAULT_ALIGNMENT, MAGIC
 from arriero.formats.gguf.tensor_types import BF16, F16, F32, PLAIN, Q4_K, Q5_K, Q6_K, TensorType
+from arriero.formats.rearranged import in_order
+from arriero.formats.safe_tensors import LazyTensor
 from arriero.formats.staging import sync_file, write_error
-from arriero.formats.write_behind import WriteBehind
 
 # A metadata value. Its Python type decides how it is stored: bool, uint32, float32, string; in arrays int32, float32, string.
 Value = bool | int | float | str | Sequence[int] | Sequence[float] | Sequence[str]
@@ -37,8 +41,7 @@ _PACKERS: dict[TensorType, Callable[[NDArray[np.float32]], NDArray[np.uint8]]] =
     Q6_K: k_quants.pack_q6_k,
 }
 _LARGEST_HALF = 65504.0
-# Numbers that are stored at once; of those that are quantised, the intermediate results stay in a processor's cache.
-_CHUNK, _QUANTIZED_CHUNK = 2**22, 2**16
+_QUANTIZED_CHUNK = 2**16  # numbers that are quantised at once: the intermediate results stay in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,13 @@ class TensorToWrite:
         name: its GGUF name.
         shape: in PyTorch's order.
         type: what it is stored as.
-        load: makes it, floating-point, of any dtype.
+        value: floating-point, of any dtype.
     """
 
     name: str
     shape: tuple[int, ...]
     type: TensorType
-    load: Callable[[], Tensor]
+    value: Tensor | LazyTensor
 
     @property
     def nbytes(self) -> int:
@@ -80,40 +83,51 @@ def write_container(
         raise FormatError(f"{path}: is a folder; give the name of a .gguf file")
     header = _header(metadata, tensors, path)
     total, done = sum(tensor.nbytes for tensor in tensors), 0
-    with _staged_file(path) as file:
-        file.write(header)
+    with _staged_file(path) as descriptor, ChunkWriter(total) as writer, writer.filling():
+        write_at(descriptor, memoryview(header), 0)
+        at = len(header)
         for tensor in tensors:
-            for piece in pack(tensor.load(), tensor.type, f"{path}: {tensor.name}"):
-                file.write(piece.data)
-            file.settle()  # so that one tensor is let go before the next is made
-            file.write(_padding(tensor.nbytes))
+            name = f"{path}: {tensor.name}"
+            kind = _TORCH_TYPES.get(tensor.type)
+            plain = kind is not None and (kind != torch.float16 or tensor.value.dtype == torch.float16)
+            packing = None if plain else partial(pack, kind=tensor.type, name=name)
+            writer.put(descriptor, at, name, tensor.value, tensor.nbytes, dtype=kind, pack=packing)
+            padding = _padding(tensor.nbytes)
+            write_at(descriptor, memoryview(padding), at + tensor.nbytes)
+            at += tensor.nbytes + len(padding)
             done += tensor.nbytes
             if progress is not None:
                 progress(done, total)
 
 
-def pack(tensor: Tensor, kind: TensorType, name: str) -> Iterator[NDArray[np.uint8]]:
-    """The bytes of a tensor in a ggml type, some rows at a time.
+def pack(tensor: Tensor, kind: TensorType, name: str) -> NDArray[np.uint8]:
+    """The bytes of a tensor, or of some of its rows, in a ggml type.
 
     Args:
-        tensor: (..., columns), floating-point; the type's block divides the columns.
+        tensor: (..., columns), floating-point, of any strides; the type's block divides the columns.
         name: of the file and the tensor, for messages.
+
+    Returns:
+        (rows, bytes of a row).
 
     Raises:
         FormatError: for a value that the type cannot hold.
     """
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    step = max(1, (_CHUNK if kind in PLAIN else _QUANTIZED_CHUNK) // rows.shape[1])
-    for start in range(0, rows.shape[0], step):
-        yield _packed(rows[start : start + step], kind, name)
+    ordered = in_order(tensor)
+    rows = ordered.reshape(-1, ordered.shape[-1])
+    step = rows.shape[0] if kind in PLAIN else max(1, _QUANTIZED_CHUNK // rows.shape[1])
+    made = np.empty((rows.shape[0], rows.shape[1] // kind.block * kind.nbytes), np.uint8)
+    for start in range(0, rows.shape[0], max(1, step)):
+        made[start : start + step] = _packed(rows[start : start + step], kind, name)
+    return made
 
 
 def _packed(rows: Tensor, kind: TensorType, name: str) -> NDArray[np.uint8]:
     if kind in PLAIN:
         if kind == F16 and rows.dtype != torch.float16 and (rows.isfinite() & (rows.abs() > _LARGEST_HALF)).any():
             raise FormatError(f"{name} has values beyond {_LARGEST_HALF:g}, the largest of f16; write f32 or bf16")
-        plain = rows.to(_TORCH_TYPES[kind]).contiguous()
-        return plain.view(torch.uint8).numpy()
+        plain: NDArray[np.uint8] = rows.to(_TORCH_TYPES[kind]).contiguous().view(torch.uint8).numpy()
+        return plain
     values = rows.to(torch.float32).contiguous().numpy()
     if not np.isfinite(values).all():
         raise FormatError(f"{name} has values that are infinite or no numbers, which {kind.name} cannot hold")
@@ -172,19 +186,14 @@ def _typed(value: Value) -> Iterable[bytes]:
 
 
 @contextlib.contextmanager
-def _staged_file(path: Path) -> Iterator[WriteBehind]:
+def _staged_file(path: Path) -> Iterator[int]:
     """A temporary file beside `path` that takes its place, synced, when the block ends without an error."""
     staging: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent, delete=False) as file:
             staging = Path(file.name)
-            with contextlib.closing(WriteBehind(file.fileno())) as behind:
-                try:
-                    yield behind
-                except BaseException:
-                    behind.discard()
-                    raise
+            yield file.fileno()
             os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)

@@ -191,4 +191,4 @@ def _pairs_of(state: Mapping[str, Tensor], config: PeftLoraConfig, target: Path)
 
 
 def _to_write(name: str, tensor: Tensor) -> TensorToWrite:
-    return TensorToWrite(name, tuple(tensor.shape), F32, lambda: tensor)
+    return TensorToWrite(name, tuple(tensor.shape), F32, tensor)

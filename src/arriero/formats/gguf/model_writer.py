@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -13,10 +14,10 @@ from arriero.formats.gguf.names import ROPE_FREQUENCIES, gguf_name, heads_of
 from arriero.formats.gguf.tensor_types import F32, PLAIN, Kind, choose_type, parse_kind
 from arriero.formats.gguf.tokenizer_writer import tokenizer_metadata
 from arriero.formats.hf import check_state
-from arriero.formats.rope_layout import halves_to_pairs
+from arriero.formats.rearranged import rearranged
+from arriero.formats.rope_layout import pairs_view
 from arriero.formats.safe_tensors import LazyTensor
 from arriero.formats.source import ModelSource
-from arriero.formats.write_behind import read_ahead
 from arriero.models.config import LlamaConfig
 
 _SHOWN = 3
@@ -47,30 +48,19 @@ def write_gguf(
     tokenizer, lines = tokenizer_metadata(source.files, config, name)
     title = source.path.resolve().name.removesuffix(".gguf")
     metadata = model_metadata(config, title, source.files, chosen.file_type)
-    following = [*list(source.tensors.values())[1:], None]
-    tensors = [
-        _prepared(key, tensor, chosen, config, ahead)
-        for (key, tensor), ahead in zip(source.tensors.items(), following, strict=True)
-    ]
+    tensors = [_prepared(key, tensor, chosen, config) for key, tensor in source.tensors.items()]
     divisors = rope_divisors(config)
     if divisors is not None:
-        tensors.insert(0, TensorToWrite(ROPE_FREQUENCIES, tuple(divisors.shape), F32, lambda: divisors))
+        tensors.insert(0, TensorToWrite(ROPE_FREQUENCIES, tuple(divisors.shape), F32, divisors))
     write_container(Path(target), metadata | tokenizer, tensors, progress)
     return (*notes(config), *lines, *_replaced(tensors, chosen))
 
 
-def _prepared(
-    key: str, tensor: Tensor | LazyTensor, kind: Kind, config: LlamaConfig, ahead: Tensor | LazyTensor | None
-) -> TensorToWrite:
+def _prepared(key: str, tensor: Tensor | LazyTensor, kind: Kind, config: LlamaConfig) -> TensorToWrite:
     name, shape = gguf_name(key), tuple(tensor.shape)
     heads = heads_of(name, config)
-
-    def load() -> Tensor:
-        read_ahead(ahead)
-        loaded = tensor.load() if isinstance(tensor, LazyTensor) else tensor.detach().cpu()
-        return loaded if heads is None else halves_to_pairs(loaded, heads)
-
-    return TensorToWrite(name, shape, choose_type(name, shape, kind, config), load)
+    value = tensor if heads is None else rearranged(tensor, shape, partial(pairs_view, heads=heads))
+    return TensorToWrite(name, shape, choose_type(name, shape, kind, config), value)
 
 
 def _replaced(tensors: list[TensorToWrite], kind: Kind) -> list[str]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -13,16 +14,17 @@ import torch
 from torch import Tensor
 
 from arriero.errors import FormatError
+from arriero.formats.chunk_writer import ChunkWriter
 from arriero.formats.meta import tokenizer
 from arriero.formats.meta.names import EMBEDDING, HEAD, NameRow, to_meta
 from arriero.formats.meta.params import PARAMS_FILE, params_of
 from arriero.formats.quantized import plain
-from arriero.formats.rope_layout import halves_to_pairs
+from arriero.formats.rearranged import rearranged
+from arriero.formats.rope_layout import pairs_view
 from arriero.formats.safe_tensors import LazyTensor
 from arriero.formats.source import ModelSource
 from arriero.formats.staging import staged_folder
 from arriero.formats.torch_writer import TorchFileWriter
-from arriero.formats.write_behind import read_ahead
 from arriero.models.config import LlamaConfig
 from arriero.models.weight_shapes import weight_shapes
 
@@ -41,8 +43,8 @@ def write_meta(
     """Write a folder that Meta's own code loads, and that `open_meta` reads back without a loss.
 
     A tied head stands in the file as Meta's code wants it, sharing the embedding's bytes. What Meta's format cannot hold (the
-    context length, a tokenizer that is not Llama's) is in HF's config.json and tokenizer files beside. One tensor is in
-    memory at a time, with a copy while it is cast or reordered.
+    context length, a tokenizer that is not Llama's) is in HF's config.json and tokenizer files beside. In memory is
+    what `ChunkWriter` takes.
 
     Args:
         dtype: to cast to; None keeps each tensor's.
@@ -78,17 +80,13 @@ def write_meta(
     own, notes = _tokenizer(source.files)
     replaced = ("consolidated.*.pth", *((tokenizer.TOKENIZER_FILE,) if "tokenizer.json" in source.files else ()))
     with staged_folder(folder, replaces=replaced) as staging:
-        with ExitStack() as stack:
+        with ChunkWriter(total) as writer, writer.filling(), ExitStack() as stack:
             paths = [staging / f"consolidated.{rank:02d}.pth" for rank in range(ranks)]
-            files = [stack.enter_context(TorchFileWriter(path, layout, shared)) for path in paths]
-            for (name, (meta_name, row)), ahead in zip(rows.items(), [*list(origin.values())[1:], None], strict=True):
-                read_ahead(ahead)
-                value = _in_meta_layout(_load(origin[name], kinds[name]), name, row, config)
-                parts = value.chunk(ranks, row.cut) if row.cut is not None else (value,) * ranks
-                for file, part in zip(files, parts, strict=True):
-                    file.write(meta_name, part)
-                done += value.numel() * value.element_size()
-                del value, parts, part  # before the next one is made
+            files = [stack.enter_context(TorchFileWriter(path, layout, writer, shared)) for path in paths]
+            for name, (meta_name, row) in rows.items():
+                for rank, file in enumerate(files):
+                    file.write(meta_name, _part(origin[name], layout[meta_name][1], name, row, config, rank))
+                done += prod(origin[name].shape) * kinds[name].itemsize
                 if progress is not None:
                     progress(done, total)
         widest = str(max(kinds.values(), key=lambda kind: kind.itemsize)).removeprefix("torch.")
@@ -128,14 +126,20 @@ def _cut_shape(shape: tuple[int, ...], row: NameRow, ranks: int) -> tuple[int, .
     return tuple(size // ranks if dimension == row.cut else size for dimension, size in enumerate(shape))
 
 
-def _load(value: Tensor | LazyTensor, dtype: torch.dtype) -> Tensor:
-    return (value.load() if isinstance(value, LazyTensor) else value).detach().to(dtype=dtype)
-
-
-def _in_meta_layout(value: Tensor, name: str, row: NameRow, config: LlamaConfig) -> Tensor:
-    if not row.permuted:
+def _part(
+    value: Tensor | LazyTensor, shape: tuple[int, ...], name: str, row: NameRow, config: LlamaConfig, rank: int
+) -> Tensor | LazyTensor:
+    """A rank's part of a tensor, with its rows in Meta's order."""
+    if not row.permuted and shape == tuple(value.shape):
         return value
-    return halves_to_pairs(value, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
+    heads = (config.num_attention_heads if "q_proj" in name else config.num_key_value_heads) if row.permuted else 0
+    return rearranged(value, shape, partial(_view, shape=shape, cut=row.cut, heads=heads, rank=rank))
+
+
+def _view(whole: Tensor, shape: tuple[int, ...], cut: int | None, heads: int, rank: int) -> Tensor:
+    part = whole if cut is None else whole.narrow(cut, rank * shape[cut], shape[cut])
+    # a rank has whole heads
+    return pairs_view(part, heads * shape[0] // whole.shape[0]) if heads else part
 
 
 def _tokenizer(files: Mapping[str, bytes]) -> tuple[dict[str, bytes], tuple[str, ...]]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 from arriero.errors import FormatError
+from arriero.formats.chunk_writer import ChunkWriter
+from arriero.formats.growing_file import GrowingFile
 from arriero.formats.paddle.pdparams_reader import SLICED_ARRAYS, STRUCTURED_NAMES
 from arriero.formats.safe_tensors import LazyTensor
-from arriero.formats.write_behind import WriteBehind
 
 # NumPy 2 writes numpy._core here, which NumPy before 1.26 cannot read; all versions read this.
 MULTIARRAY_MODULE = "numpy.core.multiarray"
@@ -26,7 +28,6 @@ MULTIARRAY_MODULE = "numpy.core.multiarray"
 MAX_NAME_BYTES = 512
 
 _FRAME_TARGET, _FRAME_MINIMUM, _BATCH = 64 * 1024, 4, 1000
-_CHUNK = 8 * 2**20
 
 # NumPy's code and order of bytes; bfloat16 is written as the uint16 of the same bits, as Paddle does.
 _DTYPES = {
@@ -57,8 +58,9 @@ def write_pdparams(
     structured_names: bool | Mapping[str, str] = True,
     dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
+    writer: ChunkWriter | None = None,
 ) -> None:
-    """Write a state dict; in memory are one tensor and 48 MiB at most.
+    """Write a state dict; in memory are one tensor that has to be made, and some rows at most.
 
     Args:
         path: of the file, replaced if it is there; it is not written atomically: write into a staged folder.
@@ -67,6 +69,7 @@ def write_pdparams(
             themselves, or those given here. False: a plain dict of NumPy arrays.
         dtype: to cast floating-point tensors to; None keeps each tensor's.
         progress: called with the bytes of tensors written and in all, after each tensor.
+        writer: of the tensors of several files; None: one for this file.
 
     Raises:
         FormatError: for a name or a type that these files cannot hold, or a tensor that is not what it announced.
@@ -76,14 +79,17 @@ def write_pdparams(
     table = {name: name for name in tensors} if structured_names is True else structured_names or None
     if table is not None and table.keys() != tensors.keys():
         raise FormatError(f"{path}: the table of Paddle's names does not have the names of the tensors")
-    with Path(path).open("wb", buffering=0) as raw, contextlib.closing(WriteBehind(raw.fileno())) as file:
-        try:
-            pickle = _Pickle(file)
-            pickle.dictionary(len(tensors) + (table is not None), _entries(pickle, tensors, kinds, table, progress))
-            pickle.finish()
-        except BaseException:
-            file.discard()
-            raise
+    total = sum(prod(tensor.shape) * kinds[name].itemsize for name, tensor in tensors.items())
+    own = ChunkWriter(total) if writer is None else contextlib.nullcontext(writer)
+    with Path(path).open("wb", buffering=0) as raw, own as chunks, chunks.filling():
+        pickle = _Pickle(GrowingFile(raw.fileno(), chunks))
+        advance = None if progress is None else partial(_advance, progress, total)
+        pickle.dictionary(len(tensors) + (table is not None), _entries(pickle, tensors, kinds, table, advance))
+        pickle.finish()
+
+
+def _advance(progress: Callable[[int, int], None], total: int, done: int) -> None:
+    progress(done, total)
 
 
 def _entries(
@@ -91,16 +97,15 @@ def _entries(
     tensors: Mapping[str, Tensor | LazyTensor],
     kinds: Mapping[str, torch.dtype],
     table: Mapping[str, str] | None,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[int], None] | None,
 ) -> Iterator[None]:
     """Write a key and its value at each step."""
-    total = sum(prod(tensor.shape) * kinds[name].itemsize for name, tensor in tensors.items())
     done = 0
     for name, tensor in tensors.items():
         pickle.text(name, remembered=True)
         done += _write_array(pickle, name, tensor, kinds[name])
         if progress is not None:
-            progress(done, total)
+            progress(done)
         yield
     if table is not None:
         pickle.text(STRUCTURED_NAMES)
@@ -136,7 +141,7 @@ def _write_array(pickle: _Pickle, name: str, tensor: Tensor | LazyTensor, kind: 
     pickle.name("numpy", "ndarray")
     pickle.integers(0)
     pickle.close_tuple(1)
-    pickle.payload(1, [b"b"])
+    pickle.payload(b"b")
     pickle.close_tuple(3)
     pickle.put(_REDUCE)
     pickle.remember()
@@ -145,13 +150,8 @@ def _write_array(pickle: _Pickle, name: str, tensor: Tensor | LazyTensor, kind: 
     _write_shape(pickle, shape)
     _write_dtype(pickle, *_DTYPES[kind])
     pickle.start(_FALSE)  # rows, not columns, run through the bytes
-    whole = tensor.load() if isinstance(tensor, LazyTensor) else tensor
-    if tuple(whole.shape) != shape:
-        raise FormatError(f"the tensor {name!r} was announced with the shape {shape} and has {tuple(whole.shape)}")
     nbytes = prod(shape) * kind.itemsize
-    pickle.payload(nbytes, _chunks(whole, kind))
-    if whole.dtype == kind and whole.is_contiguous():
-        pickle.settle()  # what is written is the tensor itself, which is let go before the next is made
+    pickle.tensor(name, tensor, nbytes, kind)
     pickle.put(_TUPLE)
     pickle.remember()
     pickle.put(_BUILD)
@@ -186,28 +186,21 @@ def _write_dtype(pickle: _Pickle, code: str, order: str) -> None:
     pickle.put(_BUILD)
 
 
-def _chunks(tensor: Tensor, kind: torch.dtype) -> Iterator[bytes | memoryview]:
-    """The bytes of a tensor, those of one chunk in memory besides it where it has to be cast or moved."""
-    rows = tensor.detach().reshape(1) if tensor.dim() == 0 else tensor.detach()
-    if not rows.numel():
-        return
-    step = max(1, _CHUNK // (rows[0].numel() * kind.itemsize))
-    for start in range(0, len(rows), step):
-        part = _in_order(rows[start : start + step].to("cpu")).to(kind)
-        yield part.view(-1).view(torch.uint8).numpy().data
-
-
-def _in_order(part: Tensor) -> Tensor:
-    """Contiguous; a part of a transposed matrix by way of its own transpose, which is 3 to 5 times faster."""
-    if part.dim() == 2 and part.stride(0) == 1:
-        part = part.t().contiguous().t()
-    return part.contiguous()
+def _content(name: str, tensor: Tensor | LazyTensor, kind: torch.dtype) -> bytes:
+    whole = tensor.load() if isinstance(tensor, LazyTensor) else tensor
+    if tuple(whole.shape) != tuple(tensor.shape):
+        raise FormatError(
+            f"the tensor {name!r} was announced with the shape {tuple(tensor.shape)} and has {tuple(whole.shape)}"
+        )
+    if not whole.numel():
+        return b""
+    return whole.detach().to("cpu", kind).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 class _Pickle:
     """Opcodes into a file, with the memo and the frames of Python's C pickler."""
 
-    def __init__(self, file: WriteBehind) -> None:
+    def __init__(self, file: GrowingFile) -> None:
         self._file = file
         self._frame = bytearray()
         self._memo: dict[object, int] = {}
@@ -217,10 +210,6 @@ class _Pickle:
     def finish(self) -> None:
         self.put(_STOP)
         self._commit()
-
-    def settle(self) -> None:
-        """Wait until the payloads are written."""
-        self._file.settle()
 
     def put(self, opcode: bytes) -> None:
         self._frame += opcode
@@ -281,26 +270,23 @@ class _Pickle:
         else:
             self.start(_EMPTY_TUPLE)
 
-    def payload(self, nbytes: int, chunks: Iterable[bytes | memoryview]) -> None:
-        """Bytes: in the frame if they are few, else outside it. Python has one object for each of at most one byte."""
-        key = ("bytes", b"".join(chunks)) if nbytes < 2 else None
-        if key is not None:
-            if self.recall(key):
-                return
-            chunks = [key[1]]
-        if nbytes < 2**8:
-            header = b"C" + struct.pack("<B", nbytes)
-        elif nbytes < 2**32:
-            header = b"B" + struct.pack("<I", nbytes)
-        else:
-            header = b"\x8e" + struct.pack("<Q", nbytes)
+    def tensor(self, name: str, tensor: Tensor | LazyTensor, nbytes: int, kind: torch.dtype) -> None:
+        """The bytes of a tensor: in the frame if they are few, else outside it."""
         if nbytes < _FRAME_TARGET:
-            self.start(header)
-            self._frame += b"".join(chunks)
-        else:
-            self._commit()
-            self._file.write(header)
-            self._file.writelines(chunks)
+            self.payload(_content(name, tensor, kind))
+            return
+        self._commit()
+        self._file.write(_length(nbytes))
+        self._file.put(f"the tensor {name!r}", tensor, nbytes, dtype=kind)
+        self.remember()
+
+    def payload(self, content: bytes) -> None:
+        """Bytes within the frame. Python has one object for each of at most one byte."""
+        key = ("bytes", content) if len(content) < 2 else None
+        if key is not None and self.recall(key):
+            return
+        self.start(_length(len(content)))
+        self._frame += content
         self.remember(key)
 
     def dictionary(self, length: int, entries: Iterator[None]) -> None:
@@ -323,3 +309,10 @@ class _Pickle:
             self._file.write(_FRAME + struct.pack("<Q", len(self._frame)))
         self._file.write(bytes(self._frame))
         self._frame.clear()
+
+
+def _length(nbytes: int) -> bytes:
+    """What goes before so many bytes."""
+    if nbytes < 2**8:
+        return b"C" + struct.pack("<B", nbytes)
+    return b"B" + struct.pack("<I", nbytes) if nbytes < 2**32 else b"\x8e" + struct.pack("<Q", nbytes)

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from arriero.errors import FormatError
+from arriero.formats.chunk_writer import ChunkWriter
 from arriero.formats.paddle.checkpoint import MODEL_STEM
 from arriero.formats.paddle.config import paddle_config
 from arriero.formats.paddle.names import Place, places
 from arriero.formats.paddle.pdparams_writer import write_pdparams
 from arriero.formats.paddle.reader import SENTENCEPIECE, TOKENIZER_MODEL
+from arriero.formats.rearranged import rearranged
 from arriero.formats.safe_tensors import LazyTensor
 from arriero.formats.source import ModelSource
 from arriero.formats.staging import staged_folder
-from arriero.formats.write_behind import read_ahead
 
 Progress = Callable[[int, int], None]
 _REPLACED = (f"{MODEL_STEM}*.pdparams", f"{MODEL_STEM}*.pdparams.index.json")
@@ -40,7 +41,8 @@ def write_paddle(
 ) -> None:
     """Write a model as PaddleNLP saves it: weights, config.json and tokenizer, as a whole or not at all.
 
-    In memory is one tensor as its source makes it (of a mapped file nothing), and some rows while they are transposed.
+    In memory is one tensor as its source makes it (of a mapped file nothing), and some rows while they are transposed; of a
+    model larger than the kernel's cache, two tensors of at most 256 MiB together, or one.
 
     Args:
         dtype: to cast to; None keeps each tensor's.
@@ -65,17 +67,15 @@ def write_paddle(
     config = paddle_config(source.config, str(widest).removeprefix("torch."), tp)
     found = places(source.config, tp)
     pieces = {
-        file: {
-            found[name].stored.name: _piece(source.tensors[name], found[name], tp, rank, source.tensors.get(ahead))
-            for name, ahead in zip(names, [*names[1:], ""], strict=True)
-        }
+        file: {found[name].stored.name: _piece(source.tensors[name], found[name], tp, rank) for name in names}
         for file, names, rank in _files(found, kinds, max_shard_size, tp, pp)
     }
     total = sum(prod(t.shape) * (dtype or t.dtype).itemsize for file in pieces.values() for t in file.values())
-    with staged_folder(folder, replaces=_REPLACED) as staging:
+    with staged_folder(folder, replaces=_REPLACED) as staging, ChunkWriter(total) as writer:
         done = 0
         for file, tensors in pieces.items():
-            write_pdparams(staging / file, tensors, dtype=dtype, progress=_shifted(progress, done, total))
+            shifted = _shifted(progress, done, total)
+            write_pdparams(staging / file, tensors, dtype=dtype, progress=shifted, writer=writer)
             done += sum(prod(t.shape) * (dtype or t.dtype).itemsize for t in tensors.values())
         if tp == pp == 1 and len(pieces) > 1:
             listed = {name: file for file, tensors in pieces.items() for name in tensors}
@@ -142,21 +142,20 @@ def _stage_holds(name: str, first: int, last: int, stage: int, pp: int) -> bool:
     return stage == (0 if name.startswith("model.embed_tokens.") else pp - 1)
 
 
-def _piece(
-    tensor: Tensor | LazyTensor, place: Place, tp: int, rank: int, ahead: Tensor | LazyTensor | None
-) -> LazyTensor:
-    """A process's part of a tensor, in Paddle's layout; the disk is set to read the next one, `ahead`, before it is made."""
-    return LazyTensor(place.stored.piece_shape(tp), tensor.dtype, partial(_cut, tensor, place, tp, rank, ahead))
+def _piece(tensor: Tensor | LazyTensor, place: Place, tp: int, rank: int) -> Tensor | LazyTensor:
+    """A process's part of a tensor, in Paddle's layout."""
+    shape = place.stored.piece_shape(tp)
+    if not place.transposed and shape == tuple(tensor.shape):
+        return tensor
+    return rearranged(tensor, shape, partial(_cut, place=place, tp=tp, rank=rank))
 
 
-def _cut(tensor: Tensor | LazyTensor, place: Place, tp: int, rank: int, ahead: Tensor | LazyTensor | None) -> Tensor:
-    read_ahead(ahead)
-    whole = tensor.load() if isinstance(tensor, LazyTensor) else tensor
+def _cut(whole: Tensor, place: Place, tp: int, rank: int) -> Tensor:
     stored = whole.t() if place.transposed else whole
     if place.stored.axis is not None and tp > 1:
         (segment,) = (part for part in place.stored.segments(tp) if part.rank == rank)
         stored = stored.narrow(place.stored.axis, segment.whole_start, segment.size)
-    return stored  # which the file's writer transposes some rows at a time
+    return stored
 
 
 def _shifted(progress: Progress | None, done: int, total: int) -> Progress | None:
