@@ -13,6 +13,7 @@ from itertools import pairwise
 from math import prod
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,12 +70,11 @@ class _Whole:
 class _Job:
     """A tensor in the writing: its chunks, and what is held until they are written."""
 
-    pieces: list[Future[Piece]]
     nbytes: int
     whole: _Whole | None = None
+    pieces: list[Future[Piece]] = field(default_factory=list)
 
 
-@dataclass
 class ChunkWriter:
     """Writes tensors at places of files while the next are read; a context manager.
 
@@ -86,15 +86,13 @@ class ChunkWriter:
         nbytes: that will be written in all.
     """
 
-    nbytes: int
-    _direct: bool = field(init=False)
-    _sources: dict[Path, OpenFile] = field(init=False, default_factory=dict)
-    _targets: dict[int, OpenFile] = field(init=False, default_factory=dict)
-    _jobs: deque[_Job] = field(init=False, default_factory=deque)
-    _spare: list[mmap.mmap] = field(init=False, default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._direct = direct_is_better(2 * self.nbytes)
+    def __init__(self, nbytes: int) -> None:
+        self._direct = direct_is_better(2 * nbytes)
+        self._sources: dict[Path, OpenFile] = {}
+        self._targets: dict[int, OpenFile] = {}
+        self._jobs: deque[_Job] = deque()
+        self._reads: list[Future[int]] = []
+        self._spare: list[mmap.mmap] = []
         self._pool = ThreadPoolExecutor(_THREADS, "write")
         self._readers = ThreadPoolExecutor(_READERS, "read")
 
@@ -150,7 +148,8 @@ class ChunkWriter:
             opened = self._targets[target] = open_target(target, direct=self._direct)
         if isinstance(value, FileTensor) and pack is None and value.dtype == kind:
             self._wait(nbytes)
-            job = _Job(self._copy(value, opened, at, nbytes, checksum), nbytes)
+            job = _Job(nbytes)
+            self._copy(job, value, opened, at, checksum)
         else:
             base = value.base if isinstance(value, Rearranged) else value
             whole = self._load(base)
@@ -159,15 +158,9 @@ class ChunkWriter:
                 raise FormatError(f"{name} was announced with the shape {shape} and has {tuple(whole.tensor.shape)}")
             rows = value.view(whole.tensor) if isinstance(value, Rearranged) else whole.tensor
             rows = rows.detach().reshape(1) if rows.dim() == 0 else rows.detach()
-            make = _Rows(rows, nbytes // rows.shape[0], pack or _Cast(kind))
-            step = max(1, _CHUNK // make.row_bytes) * make.row_bytes
-            pieces = [
-                self._pool.submit(_made, make, begin, end, opened, at, checksum)
-                for begin, end in self._ranges(opened, at, nbytes, step)
-            ]
             whole.users += 1
-            job = _Job(pieces, nbytes, whole)
-        self._jobs.append(job)
+            job = _Job(nbytes, whole)
+            self._make(job, _Rows(rows, nbytes // rows.shape[0], pack or _Cast(kind)), opened, at, checksum)
         return list(job.pieces)
 
     @contextlib.contextmanager
@@ -193,21 +186,30 @@ class ChunkWriter:
 
     def discard(self) -> None:
         """Drop what is not written yet; when this returns, nothing is at work any more."""
-        pieces = [piece for job in self._jobs for piece in job.pieces]
-        for piece in pieces:
-            piece.cancel()
-        wait(pieces)
+        at_work: list[Future[Any]] = [*self._reads, *(piece for job in self._jobs for piece in job.pieces)]
+        for one in at_work:
+            one.cancel()
+        wait(at_work)
         self._jobs.clear()
         self._close()
 
-    def _copy(self, value: FileTensor, target: OpenFile, at: int, nbytes: int, checksum: bool) -> list[Future[Piece]]:
+    def _copy(self, job: _Job, value: FileTensor, target: OpenFile, at: int, checksum: bool) -> None:
         source = self._source(value.path)
+        ranges = self._ranges(target, at, job.nbytes, _CHUNK)
         if target.direct is None:
-            read_ahead(source, value.offset, nbytes)
-        return [
-            self._pool.submit(_copied, source, value.offset, begin, end, target, at, checksum)
-            for begin, end in self._ranges(target, at, nbytes, _CHUNK)
-        ]
+            read_ahead(source, value.offset, job.nbytes)
+        self._jobs.append(job)
+        for begin, end in ranges:
+            job.pieces.append(
+                self._pool.submit(_copied, source, value.offset, begin, end, target, at, checksum=checksum)
+            )
+
+    def _make(self, job: _Job, make: _Rows, target: OpenFile, at: int, checksum: bool) -> None:
+        step = max(1, _CHUNK // make.row_bytes) * make.row_bytes
+        ranges = self._ranges(target, at, job.nbytes, step)
+        self._jobs.append(job)
+        for begin, end in ranges:
+            job.pieces.append(self._pool.submit(_made, make, begin, end, target, at, checksum=checksum))
 
     def _ranges(self, target: OpenFile, at: int, nbytes: int, step: int) -> list[tuple[int, int]]:
         """The runs of a tensor's bytes that are written each at once: past the cache whole blocks of the file."""
@@ -236,14 +238,14 @@ class ChunkWriter:
         buffer = self._take(nbytes + 2 * BLOCK)
         shift, view = base.offset % BLOCK, memoryview(buffer)
         starts = range(0, shift + nbytes, _CHUNK)
-        reads = [
+        self._reads = [
             self._readers.submit(
                 read_into, source, base.offset - shift + start, view[start:], min(_CHUNK, shift + nbytes - start)
             )
             for start in starts
         ]
-        wait(reads)
-        for read in reads:
+        wait(self._reads)
+        for read in self._reads:
             read.result()
         content = np.frombuffer(buffer, np.uint8, nbytes, shift)
         return _Whole(torch.from_numpy(content).view(base.dtype).view(base.shape), place, buffer)
@@ -310,13 +312,13 @@ class _Rows:
         return made[begin - first * self.row_bytes : end - first * self.row_bytes]
 
 
-def _made(make: _Rows, begin: int, end: int, target: OpenFile, at: int, checksum: bool) -> Piece:
+def _made(make: _Rows, begin: int, end: int, target: OpenFile, at: int, *, checksum: bool) -> Piece:
     content = make.bytes(begin, end)
     write_piece(target, at + begin, content)
     return Piece(end - begin, zlib.crc32(content.data) if checksum else 0)
 
 
-def _copied(source: OpenFile, start: int, begin: int, end: int, target: OpenFile, at: int, checksum: bool) -> Piece:
+def _copied(source: OpenFile, start: int, begin: int, end: int, target: OpenFile, at: int, *, checksum: bool) -> Piece:
     if not checksum:
         copy_piece(source, start + begin, target, at + begin, end - begin)
         return Piece(end - begin, 0)
