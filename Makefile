@@ -29,7 +29,7 @@ PYTEST_TMP := .pytest_tmp
 RUNTIME := .venv/.installed-runtime
 DEV := .venv/.installed-dev
 PEERS := .venv-peers/.installed
-PEER_PACKAGES := paddlepaddle==3.3.1 llama-cpp-python==0.3.36
+PEER_PACKAGES := paddlepaddle==3.3.1 "llama-cpp-python[server]==0.3.36"
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
 .DEFAULT_GOAL := help

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
-from arriero.engine.background import BackgroundEngine, EngineClosedError, RefusedError
+from arriero.engine.background import BackgroundEngine
 from arriero.engine.engine import Engine
 from arriero.engine.runner import TorchRunner, Work
 from arriero.engine.sampling_params import SamplingParams
+from arriero.engine.ticket import EngineClosedError, RefusedError
 from arriero.errors import GenerationError
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM

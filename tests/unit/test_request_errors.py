@@ -16,11 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
-from arriero.engine.background import BackgroundEngine, Piece
+from arriero.engine.background import BackgroundEngine
 from arriero.engine.engine import Engine
 from arriero.engine.grammar import CompiledGrammar, Structure
 from arriero.engine.runner import TorchRunner, Work
 from arriero.engine.sampling_params import SamplingParams
+from arriero.engine.ticket import Piece
 from arriero.errors import GenerationError
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM

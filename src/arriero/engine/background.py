@@ -2,175 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import queue
 import threading
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from arriero.engine.answer import Answer, Generation
+from arriero.engine.answer import Answer
 from arriero.engine.answer_group import AnswerGroup
 from arriero.engine.engine import Engine
-from arriero.engine.logprobs import TokenLogprobs
 from arriero.engine.sampling_params import SamplingParams
+from arriero.engine.ticket import EngineClosedError, Piece, RefusedError, Ticket
 from arriero.errors import GenerationError, PeerError
 
 if TYPE_CHECKING:
     from arriero.engine.request_adapters import AdapterPool
 
 
-class RefusedError(GenerationError):
-    """A request that asks for what cannot be: nothing of it was computed."""
-
-
-class EngineClosedError(GenerationError):
-    """The engine takes no more requests."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What a step gave a request.
-
-    Attributes:
-        text: that it released, perhaps none.
-        token_ids: its new tokens.
-        result: the whole answer, with its last piece.
-        index: of the answer, where the request asks for several. Where the best are selected (`best_of`) each is one piece,
-            the best first.
-        logprobs: of the new tokens, where they are asked for.
-        prompt_logprobs: see `Generation`; with the first piece.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    result: Generation | None = None
-    index: int = 0
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
-
-
 Result = TypeVar("Result")
-_Message = Piece | GenerationError
-
-
-class Ticket:
-    """A request that was handed in. Iterate over its answers' pieces, in one thread (`for`) or one event loop (`async for`).
-
-    Leaving the loop early does not end the request: `cancel` does.
-    """
-
-    def __init__(self, cancel: Callable[[Ticket], None], answers: int = 1) -> None:
-        self._cancel = cancel
-        self._left = answers  # whose last pieces have not been read
-        self._lock = threading.Lock()
-        self._messages: deque[_Message] = deque()
-        self._arrived = threading.Condition(self._lock)
-        self._taken = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._event: asyncio.Event | None = None
-
-    def cancel(self) -> None:
-        """End the request as soon as the running step is over; its iteration ends with what it has come to."""
-        self._cancel(self)
-
-    async def taken(self) -> None:
-        """Wait until the engine has taken the request in, so that its answer will come.
-
-        Raises:
-            RefusedError: it has not, and says why.
-            GenerationError: something went wrong already.
-        """
-        with self._lock:
-            self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
-        while True:
-            with self._lock:
-                message = self._messages[0] if self._messages else None
-                if message is None and not self._taken:
-                    self._event.clear()
-                else:
-                    break
-            await self._event.wait()
-        if isinstance(message, GenerationError):
-            self._left = 0
-            raise message
-
-    def __iter__(self) -> Iterator[Piece]:
-        """The pieces; an answer's last one has the result.
-
-        Raises:
-            RefusedError: the request asks for what cannot be.
-            GenerationError: something went wrong with it.
-        """
-        while self._left:
-            with self._lock:
-                while not self._messages:
-                    self._arrived.wait()
-                message = self._messages.popleft()
-            yield self._piece(message)
-
-    async def __aiter__(self) -> AsyncIterator[Piece]:
-        """As `for`, without blocking the event loop."""
-        with self._lock:
-            self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
-        while self._left:
-            with self._lock:
-                message = self._messages.popleft() if self._messages else None
-                if message is None:
-                    self._event.clear()
-            if message is None:
-                await self._event.wait()
-                continue
-            yield self._piece(message)
-
-    def result(self) -> Generation:
-        """Wait for the whole answer; others are its `alternatives`.
-
-        Raises:
-            GenerationError: as iterating.
-        """
-        return _first([piece for piece in self if piece.result is not None])
-
-    async def wait(self) -> Generation:
-        """As `result`, without blocking the event loop."""
-        return _first([piece async for piece in self if piece.result is not None])
-
-    def _piece(self, message: _Message) -> Piece:
-        if isinstance(message, GenerationError):
-            self._left = 0
-            raise message
-        self._left -= message.result is not None
-        return message
-
-    def _deliver(self, message: _Message) -> None:
-        """Called on the engine's thread."""
-        with self._lock:
-            self._messages.append(message)
-            self._arrived.notify_all()
-        self._wake()
-
-    def _take(self) -> None:
-        """Called on the engine's thread."""
-        with self._lock:
-            self._taken = True
-        self._wake()
-
-    def _wake(self) -> None:
-        with self._lock:
-            loop, event = self._loop, self._event
-        if loop is not None and event is not None:
-            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
-                loop.call_soon_threadsafe(event.set)
-
-
-def _first(last_pieces: list[Piece]) -> Generation:
-    """The first of a request's answers, with the others."""
-    first, *others = [piece.result for piece in sorted(last_pieces, key=lambda piece: piece.index) if piece.result]
-    return replace(first, alternatives=tuple(others))
 
 
 class BackgroundEngine:
@@ -208,7 +59,7 @@ class BackgroundEngine:
             try:
                 self.engine.grammars.compile(params.structure)
             except Exception as error:
-                ticket._deliver(_refusal(error))
+                ticket.deliver(_refusal(error))
                 return ticket
         with self._lock:  # so that nothing follows the command that ends the thread
             if self._closed:
@@ -323,12 +174,12 @@ class BackgroundEngine:
                 raise EngineClosedError(str(self.failure))
             group = self.engine.submit_group(prompt, params, streaming=True, **options)
         except Exception as error:  # whatever a request can be: the engine goes on
-            ticket._deliver(_refusal(error))
+            ticket.deliver(_refusal(error))
             return
         self._answers[ticket] = group
         self._tickets |= dict.fromkeys(group.answers, ticket)
         self._sent |= dict.fromkeys(group.answers, 0)
-        ticket._take()
+        ticket.take()
 
     def _cancel(self, ticket: Ticket) -> None:
         group = self._answers.get(ticket)
@@ -355,7 +206,7 @@ class BackgroundEngine:
             self._closed, self.failure = True, error
         answers, self._tickets, self._answers, self._sent = self._answers, {}, {}, {}
         for ticket, group in answers.items():
-            ticket._deliver(GenerationError(str(error)))
+            ticket.deliver(GenerationError(str(error)))
             with contextlib.suppress(Exception):
                 self.engine.cancel(group)
 
@@ -370,13 +221,13 @@ class BackgroundEngine:
             self._forget(ticket)
             grammars = [one.sampling.grammar for one in group.answers]
             own_fault = any(grammar is not None and grammar.error for grammar in grammars)
-            ticket._deliver((RefusedError if own_fault else GenerationError)(group.error))
+            ticket.deliver((RefusedError if own_fault else GenerationError)(group.error))
         elif group.params.selects:
             if group.over:
                 self._forget(ticket)
                 for index, result in enumerate(group.results(tokenizer)):
                     ids, logprobs, of_prompt = tuple(result.token_ids), result.logprobs, result.prompt_logprobs
-                    ticket._deliver(Piece(result.text, ids, result, index, logprobs, of_prompt))
+                    ticket.deliver(Piece(result.text, ids, result, index, logprobs, of_prompt))
         else:
             sent, index = self._sent[answer], group.answers.index(answer)
             new, logprobs = tuple(answer.token_ids[sent:]), tuple(answer.logprobs[sent:])
@@ -386,9 +237,9 @@ class BackgroundEngine:
                 del self._tickets[answer], self._sent[answer]
                 if not any(other in self._tickets for other in group.answers):  # several may end in one step
                     self._forget(ticket)
-                ticket._deliver(Piece(answer.new_text, new, answer.result(tokenizer), index, logprobs, of_prompt))
+                ticket.deliver(Piece(answer.new_text, new, answer.result(tokenizer), index, logprobs, of_prompt))
             elif new or answer.new_text:
-                ticket._deliver(Piece(answer.new_text, new, None, index, logprobs, of_prompt))
+                ticket.deliver(Piece(answer.new_text, new, None, index, logprobs, of_prompt))
 
     def _forget(self, ticket: Ticket) -> None:
         for answer in self._answers.pop(ticket).answers:

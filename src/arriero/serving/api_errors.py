@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from arriero.engine.background import EngineClosedError, RefusedError
+from arriero.engine.ticket import EngineClosedError, RefusedError
 from arriero.errors import ArrieroError, GenerationError, TemplateError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from starlette.requests import Request
 
 from arriero.engine.answer import Generation
-from arriero.engine.background import Piece, Ticket
+from arriero.engine.ticket import Piece, Ticket
 from arriero.errors import ArrieroError
 from arriero.serving.admission import Place
 from arriero.serving.api_errors import ApiError, shutting_down, timed_out

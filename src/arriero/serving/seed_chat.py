@@ -11,8 +11,8 @@ from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from arriero.engine.background import Piece
 from arriero.engine.sampling_params import MAX_INTEGER, SamplingParams
+from arriero.engine.ticket import Piece
 from arriero.errors import ArrieroError
 from arriero.serving.api_errors import ApiError
 from arriero.serving.body import Closed, read_body

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from starlette.requests import Request
 
 from arriero.data.tokenizer import Tokenizer
-from arriero.engine.background import BackgroundEngine, RefusedError
+from arriero.engine.background import BackgroundEngine
 from arriero.engine.grammar import Structure
 from arriero.engine.sampling_params import SamplingParams
+from arriero.engine.ticket import RefusedError
 from arriero.errors import ArrieroError, GenerationError
 from arriero.serving.admission import Admission
 from arriero.serving.api_errors import ApiError, api_error, shutting_down

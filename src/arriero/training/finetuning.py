@@ -26,6 +26,7 @@ from arriero.errors import ConfigError
 from arriero.formats import hf, peft
 from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.processes import Processes
+from arriero.training.agreement import check_same_data
 from arriero.training.callbacks.activation_ranges import ActivationRanges
 from arriero.training.callbacks.stop_signals import StopSignals
 from arriero.training.checkpoint import WeightStore, load_checkpoint
@@ -45,7 +46,6 @@ from arriero.training.run import (
     build_precision,
     build_trainer,
     check_run,
-    check_same_data,
     final_metrics,
     joined,
     save_weights,

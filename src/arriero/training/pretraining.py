@@ -33,6 +33,7 @@ from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.parallelize import check_layout
 from arriero.parallel.processes import Processes
 from arriero.quantization.linear import refuse_quantized
+from arriero.training.agreement import check_same_data
 from arriero.training.callbacks.stop_signals import StopSignals
 from arriero.training.checkpoint import load_checkpoint
 from arriero.training.evaluation import evaluate_loss
@@ -44,7 +45,6 @@ from arriero.training.run import (
     build_precision,
     build_trainer,
     check_run,
-    check_same_data,
     final_metrics,
     joined,
     save_weights,

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, get_type_hints
@@ -24,13 +24,14 @@ from arriero.config.precision import PrecisionOptions
 from arriero.data.steps import StepSource
 from arriero.data.tokenizer import Tokenizer
 from arriero.engine.loading import LoadedModel, pick_device
-from arriero.errors import ConfigError, PeerError, RunStopped, TrainingError
+from arriero.errors import ConfigError, RunStopped, TrainingError
 from arriero.formats.shard_writer import write_own_shard
 from arriero.models.attention import document_kernel
 from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.materialize import Values, materialize
 from arriero.parallel.parallelize import parallelize
 from arriero.parallel.processes import Processes, launched_size, start, stop
+from arriero.training.agreement import check_same
 from arriero.training.callbacks.anomalies import Anomalies
 from arriero.training.callbacks.checkpointing import Checkpointing
 from arriero.training.callbacks.early_stopping import EarlyStopping
@@ -95,44 +96,6 @@ def check_run(verb: str, options: RunOptions, metrics: Sequence[str]) -> None:
         raise ConfigError(f"--metric_for_best_model {best} is not computed here: choose one of {', '.join(metrics)}")
     if options.logging.sample_prompts:
         read_prompts(options.logging.sample_prompts)
-
-
-def check_same(processes: Processes, values: Mapping[str, str], line: Callable[[int, str, str, str], str]) -> None:
-    """Refuse what processes do not have in common.
-
-    Args:
-        values: of this process, by name.
-        line: from rank, name, that rank's value and rank 0's to what the user is told.
-
-    Raises:
-        ConfigError: in the first process that differs from rank 0.
-        PeerError: in the others then.
-    """
-    said = processes.exchange(dict(values))
-    for rank, other in enumerate(said):
-        for name in said[0] | other:
-            if other.get(name) != said[0].get(name):
-                told = line(rank, name, other.get(name, "none"), said[0].get(name, "none"))
-                raise ConfigError(told) if rank == processes.rank else PeerError(f"rank {rank} failed ({told})")
-
-
-def check_same_data(processes: Processes, found: Mapping[str, str]) -> None:
-    """Refuse processes that read different data, as where machines hold different files.
-
-    Args:
-        found: what each split is known by.
-
-    Raises:
-        ConfigError: in the first process that differs from rank 0.
-        PeerError: in the others then.
-    """
-    check_same(
-        processes,
-        found,
-        lambda rank, split, own, first: (
-            f"rank {rank} has other {split} data ({own}) than rank 0 ({first}): let all of them read the same files"
-        ),
-    )
 
 
 @contextlib.contextmanager

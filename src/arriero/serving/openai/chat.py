@@ -11,9 +11,9 @@ from starlette.responses import Response
 
 from arriero.data.tokenizer import Tokenizer
 from arriero.engine.answer import Generation
-from arriero.engine.background import Piece
 from arriero.engine.grammar import Structure
 from arriero.engine.sampling_params import SamplingParams
+from arriero.engine.ticket import Piece
 from arriero.errors import ArrieroError
 from arriero.serving.api_errors import ApiError, api_error
 from arriero.serving.body import read_body
