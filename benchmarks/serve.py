@@ -136,6 +136,7 @@ def peers_server(arguments: argparse.Namespace) -> dict[str, Any]:
         port = probe.getsockname()[1]
     command = [str(PEER), "-m", "llama_cpp.server", "--model", arguments.gguf, "--port", str(port)]
     command += ["--n_threads", str(arguments.threads), "--n_threads_batch", str(arguments.threads), "--n_ctx", "4096"]
+    command += ["--interrupt_requests", "false"]  # else each new request ends the one before
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}/v1"
     try:
