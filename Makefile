@@ -5,7 +5,7 @@
 #   make test                    the tests;   make test-peers   those that take many minutes
 #   make lint                    style, types, layers
 #   make bench                   speed and memory of training beside the transformers Trainer; BENCH=generate, packing,
-#                                preprocess, convert and so on: the other programs of benchmarks/
+#                                preprocess, convert and so on: the other programs of benchmarks/; BENCH=all: all in a row
 #   make bench-gpu               tokens/s, MFU and memory of a 1.3B model on one GPU (docs/gpu.md)
 #   make layouts                 every layout of processes against one process; rewrites the table of docs/layouts.md
 #   make docs                    rewrite what the docs have from the code: tables of formats, pages of verbs, types of keywords
@@ -59,7 +59,7 @@ quickstart: $(RUNTIME)
 test: $(DEV)
 	@$(BIN)/arriero download smollm2-135m-instruct
 	@mkdir -p $(PYTEST_TMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --basetemp $(PYTEST_TMP)/$$$$ -m "not peers" -n $(WORKERS) --dist worksteal $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --basetemp $(PYTEST_TMP)/$$$$ -m "not peers" -n $(WORKERS) --dist worksteal $(ARGS)
 	@rm -rf $(PYTEST_TMP)
 
 # Programs on the other side of a file, in an environment of their own: llama.cpp is compiled, which takes 10 to 20 minutes.
@@ -71,7 +71,7 @@ $(PEERS):
 
 test-peers: $(DEV) $(PEERS)
 	@mkdir -p $(PYTEST_TMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --basetemp $(PYTEST_TMP)/$$$$ -m peers $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --basetemp $(PYTEST_TMP)/$$$$ -m peers $(ARGS)
 	@rm -rf $(PYTEST_TMP)
 
 lint: $(DEV)
@@ -99,5 +99,5 @@ docs-site: $(DEV)
 	$(BIN)/zensical build --strict --clean
 
 clean:
-	rm -rf .venv .venv-peers .pytest_cache $(PYTEST_TMP) .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist src/*.egg-info runs
+	rm -rf .venv .venv-peers .venv-litgpt .venv-genai .pytest_cache $(PYTEST_TMP) .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist src/*.egg-info runs
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -30,7 +30,9 @@ from math import prod
 from pathlib import Path
 from statistics import median
 
+import records
 import torch
+from records import Record
 
 from arriero.formats.safe_tensors import INDEX_FILE
 from arriero.formats.safetensors_header import build_header
@@ -175,6 +177,7 @@ def main() -> None:
     parser.add_argument(
         "--to", nargs="+", default=["hf"], choices=["hf", "paddle", "meta", "gguf", "q8_0", "q4_0", "q4_k"]
     )
+    records.add_json(parser)
     arguments = parser.parse_args()
     if arguments.folder.exists():
         raise SystemExit(f"{arguments.folder} is there already")
@@ -210,6 +213,7 @@ def measure(arguments: argparse.Namespace) -> None:
                 line = command(source, place, to, verify=verify)
                 runs[to].append(once(source, place, partial(measured, line)))
         print(f"{name:15} {median(plain):7.1f} s  {size / median(plain) / 1e6:6.0f} MB/s")
+        told = []
         for to in places:
             spent, begin = [seconds for seconds, _ in runs[to]], median(seconds for seconds, _ in start[to])
             peak, idle = max(memory for _, memory in runs[to]), max(memory for _, memory in start[to])
@@ -221,6 +225,9 @@ def measure(arguments: argparse.Namespace) -> None:
                 f"{(peak - idle) / largest:.2f} largest tensors above {idle / 1e6:.0f} MB at the start",
                 flush=True,
             )
+            what = f"convert to {to}{' verified' * verify}, {size / 1e9:.1f} GB"
+            told.append(Record.of_costs("convert", what, "s", spent, plain, peer_name=name, dtype="bf16"))
+        records.write(arguments.json, told)
 
 
 if __name__ == "__main__":

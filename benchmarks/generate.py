@@ -23,11 +23,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import records
+from records import Record
 from sides import run_side
 
 SIDES = ("arriero", "transformers")
 DATA = Path(__file__).parents[2] / "shared" / "data" / "instruct" / "seed_tasks.jsonl"
-CASES = ("batch_1", "batch_8", "uneven", "running_64", "prefill", "shared_prefix")
+CASES = ("batch_1", "batch_8", "uneven", "running_64", "prefill_512", "prefill", "shared_prefix")
 UNEVEN_REQUESTS, UNEVEN_RUNNING, UNEVEN_ANSWER = 64, 16, (8, 128)
 
 
@@ -63,6 +65,7 @@ def make_jobs(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
         "batch_1": decode(1, 128, 64),
         "batch_8": decode(8, 128, 64),
         "running_64": decode(64, 32, 32),
+        "prefill_512": workloads.prefill(BenchOptions(prompt_lengths=[512]), prompts)[0],
         "prefill": workloads.prefill(BenchOptions(prompt_lengths=[2048]), prompts)[0],
         "shared_prefix": workloads.shared_prefix(BenchOptions(max_running=32), prompts)[0],
     }
@@ -139,7 +142,7 @@ def facts(case: str, runs: list[dict[str, Any]]) -> str:
             f"{median(runs, 'answers', 'gigabytes'):.1f} GB/s read, "
             f"{median(runs, 'answers', 'peak_bandwidth_share'):.0%} of the peak"
         )
-    if case == "prefill":
+    if case in ("prefill", "prefill_512"):
         told.append(
             f"{median(runs, 'prompts', 'gflops'):.0f} GFLOP/s, {median(runs, 'prompts', 'peak_flops_share'):.0%} of the peak"
         )
@@ -160,6 +163,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    records.add_json(parser)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--data", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -192,17 +196,23 @@ def main() -> None:
     print(
         "| Case | arriero | transformers | Ratio (each round) | Same answers | |\n| --- | --- | --- | --- | --- | --- |"
     )
+    told = []
     for case, job in jobs.items():
         mine, other = [run["cases"][case] for run in ours], [run["cases"][case] for run in theirs]
         ratios = [b["seconds"] / a["seconds"] for a, b in zip(mine, other, strict=True)]
         equal = sum(a == b for a, b in zip(mine[-1]["answers"], other[-1]["answers"], strict=True))
-        work = job.prompt_tokens if case in ("prefill", "shared_prefix") else job.output_tokens
-        unit = "prompt tok/s" if case in ("prefill", "shared_prefix") else "tok/s"
+        work = job.prompt_tokens if case in ("prefill_512", "prefill", "shared_prefix") else job.output_tokens
+        unit = "prompt tok/s" if case in ("prefill_512", "prefill", "shared_prefix") else "tok/s"
         speeds = [work / statistics.median(run["seconds"] for run in runs) for runs in (mine, other)]
         print(
             f"| {job.case} | {speeds[0]:,.1f} {unit} | {speeds[1]:,.1f} {unit} | {statistics.median(ratios):.2f} "
             f"({', '.join(f'{ratio:.2f}' for ratio in ratios)}) | {equal} of {len(job.prompts)} | {facts(case, mine)} |"
         )
+        rates = ([work / run["seconds"] for run in runs] for runs in (mine, other))
+        note = f"{equal} of {len(job.prompts)} answers the same; {facts(case, mine)}".removesuffix("; ")
+        common = {"peer_name": "transformers generate", "threads": arguments.threads, "note": note}
+        told.append(Record.of_rounds("generate", f"{case}: {job.case}", unit, *rates, **common))
+    records.write(arguments.json, told)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import os
 import platform
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from records import processor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/distributed"))
 from layout_grid import run_all
@@ -31,15 +31,6 @@ COLUMNS = {
     "weight": "weights",
     "eval_loss": "eval loss",
 }
-
-
-def processor() -> str:
-    """E.g. "2 cores, Intel Xeon ..."."""
-    name = platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{os.cpu_count()} cores, {name}"
 
 
 def table(results: list[dict[str, Any]]) -> str:

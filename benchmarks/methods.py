@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from layouts import processor
+from records import processor
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "configs/finetune"

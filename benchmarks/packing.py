@@ -24,6 +24,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import records
+from records import Record
 from sides import run_side
 
 SIDES = ("arriero", "transformers")
@@ -56,7 +58,13 @@ def encode(arguments: argparse.Namespace, model: Path) -> list[dict[str, list[in
     return [{"input_ids": row.input_ids, "labels": row.labels, "hf_labels": [IGNORE, *row.labels[:-1]]} for row in rows]
 
 
-def run_arriero(model: Path, rows: list[dict[str, list[int]]], arguments: argparse.Namespace) -> dict[str, Any]:
+def run_arriero(
+    model: Path, rows: list[dict[str, list[int]]], arguments: argparse.Namespace, adapter: Any = None
+) -> dict[str, Any]:
+    """
+    Args:
+        adapter: a `LoRAConfig` in the place of that of rank 8 on all layers.
+    """
     import torch
 
     from arriero.adapters.lora import LoRAConfig, apply_lora
@@ -73,7 +81,7 @@ def run_arriero(model: Path, rows: list[dict[str, list[int]]], arguments: argpar
 
     torch.manual_seed(0)
     network = hf.load_model(model, dtype=torch.float32)
-    apply_lora(network, LoRAConfig(rank=RANK, alpha=ALPHA))
+    apply_lora(network, adapter or LoRAConfig(rank=RANK, alpha=ALPHA))
     lengths = [len(row["input_ids"]) for row in rows]
     order = StepOrder(
         len(rows),
@@ -161,6 +169,7 @@ def main() -> None:
     parser.add_argument(
         "--no_share_prefixes", action="store_true", help="compute the common system message in each row"
     )
+    records.add_json(parser)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--data", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -207,6 +216,17 @@ def main() -> None:
             f"loss {first['losses'][0]:.4f} -> {first['losses'][-1]:.4f}"
         )
     print(f"ratio {statistics.median(ratios):.2f} (of each round: {', '.join(f'{ratio:.2f}' for ratio in ratios)})")
+    what = f"LoRA on uneven rows, {sum(useful) / padded:.0%} of the padded tokens useful"
+    if arguments.group_by_length:
+        what += ", grouped by length"
+    common: dict[str, Any] = {"peer_name": "transformers Trainer + PEFT", "threads": arguments.threads}
+    speeds = ([run["speed"] for run in runs[side]] for side in SIDES)
+    memory = ([run["memory_gib"] for run in runs[side]] for side in SIDES)
+    told = [
+        Record.of_rounds("packing", what, "useful tok/s", *speeds, **common),
+        Record.of_costs("packing", f"{what}: peak memory", "GiB", *memory, **common),
+    ]
+    records.write(arguments.json, told)
 
 
 if __name__ == "__main__":

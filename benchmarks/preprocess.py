@@ -32,7 +32,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import records
+from records import Record
+
 WAYS = ("raw", "raw2", "map", "arriero", "arriero2")
+TEXT = Path(__file__).parents[2] / "shared" / "data" / "text" / "tinyshakespeare.txt"
 
 
 def write_documents(text: Path, path: Path, megabytes: float) -> None:
@@ -159,10 +163,11 @@ def measure_apart(way: str, path: Path, folder: Path) -> tuple[int, float, float
 def main() -> None:
     """Run what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, default=Path("../shared/data/text/tinyshakespeare.txt"))
+    parser.add_argument("--text", type=Path, default=TEXT)
     parser.add_argument("--tokenizer", type=Path, help="a folder with tokenizer.json; default: that of SmolLM2")
     parser.add_argument("--megabytes", type=float, default=32)
     parser.add_argument("--rounds", type=int, default=3)
+    records.add_json(parser)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--input", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -193,6 +198,15 @@ def main() -> None:
             if len(counts) != 1:
                 raise SystemExit(f"the ways do not agree on the number of tokens: {sorted(counts)}")
     report(speeds, arguments.megabytes)
+    peers = {"raw": "tokenizers.encode_batch", "map": "datasets.map"}
+    what = f"preprocess of {arguments.megabytes:g} MB, 1 worker"
+    told = [
+        Record.of_rounds(
+            "preprocess", f"{what}, beside {name}", "tok/s", speeds["arriero"], speeds[way], peer_name=name, threads=1
+        )
+        for way, name in peers.items()
+    ]
+    records.write(arguments.json, told)
 
 
 def report(speeds: dict[str, list[float]], megabytes: float) -> None:

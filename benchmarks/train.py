@@ -21,9 +21,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import records
+from records import Record
 from sides import run_side
 
 SIDES = ("arriero", "transformers")
+MODEL = "smollm2-135m-instruct"
 
 
 def encode(arguments: argparse.Namespace, model: Path) -> list[dict[str, list[int]]]:
@@ -91,6 +94,7 @@ def run_arriero(model: Path, rows: list[dict[str, list[int]]], arguments: argpar
         "losses": [r.loss for r in records],
         "tokens": [r.tokens for r in records],
         "seconds": [r.seconds for r in records],
+        "flops": [r.flops for r in records],
     }
 
 
@@ -122,7 +126,7 @@ def measure(side: str, data: Path, arguments: argparse.Namespace) -> dict[str, A
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--method", choices=("full", "lora"), default="full")
-    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--model", default=MODEL)
     parser.add_argument("--dataset_path", default=str(Path(__file__).parent.parent / "src/arriero/assets/quickstart"))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--batch", type=int, default=8)
@@ -130,6 +134,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--full_rows", type=int, default=0, help="rows of exactly this length, all positions learned")
     parser.add_argument("--share_prefixes", action="store_true", help="rows of one passage side by side; ours shares")
+    records.add_json(parser)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--data", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -168,6 +173,25 @@ def main() -> None:
         losses = runs[side][0]["losses"]
         print(f"{side:14}{speed:8.1f} useful tok/s   {memory:5.2f} GiB   loss {losses[0]:.4f} -> {losses[-1]:.4f}")
     print(f"ratio {statistics.median(ratios):.2f} (of each round: {', '.join(f'{r:.2f}' for r in ratios)})")
+    records.write(arguments.json, found(runs, arguments, torch.get_num_threads()))
+
+
+def found(runs: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace, threads: int) -> list[Record]:
+    """Speed and memory, for `--json`."""
+    what = f"{arguments.method} fine-tune of 135M, real rows"
+    if arguments.full_rows:
+        what = f"{arguments.method} training step of 135M, full rows of {arguments.full_rows}"
+    if arguments.model != MODEL:
+        what = f"{what} ({arguments.model})"
+    peer = "transformers Trainer" + (" + PEFT" if arguments.method == "lora" else "")
+    ours, theirs = runs["arriero"], runs["transformers"]
+    speeds = ([run["speed"] for run in side] for side in (ours, theirs))
+    memory = ([run["memory_gib"] for run in side] for side in (ours, theirs))
+    common: dict[str, Any] = {"peer_name": peer, "threads": threads}
+    return [
+        Record.of_rounds("train", what, "useful tok/s", *speeds, **common),
+        Record.of_costs("train", f"{what}: peak memory", "GiB", *memory, **common),
+    ]
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,6 +48,9 @@ from arriero.training.evaluation import evaluate_loss
 from arriero.training.run import RunOptions, build_trainer, share_out
 from arriero.training.trainer import Callback, StepRecord, Trainer
 from arriero.training.weights import AdapterWeights, FullWeights
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from forked import run_processes
 
 CPU = torch.device("cpu")
 STEPS, MICRO_BATCH, VOCABULARY = 5, 2, 99  # no degree above 1 and below 9 divides the vocabulary but 3
@@ -105,7 +106,7 @@ class Run:
         copies: data-parallel processes; a lone process that stands for so many accumulates as many times more.
         packed: rows of any lengths end to end; else matrices of rows of one length.
         model, precision, optimization: changes to the small model and its options.
-        rows: of the training set; by default four and a half steps' worth, so that the last step is a smaller one.
+        rows: of the training set; by default half a step's worth too few, so that the last step is a smaller one.
         prefixes: rows that begin alike hold their beginning once.
         compiled: every layer compiled, without a C++ compiler.
     """
@@ -191,7 +192,7 @@ class Corpus:
 
 def steps_of(run: Run, share: DataShare, *, alone: bool) -> StepSource:
     accumulation = run.accumulation * (run.copies if alone else 1)
-    rows = run.rows or int(4.5 * MICRO_BATCH * run.accumulation * run.copies)
+    rows = run.rows or int((run.steps - 0.5) * MICRO_BATCH * run.accumulation * run.copies)
     if not run.packed:
         return PretrainingSteps(Corpus(rows, 5), MICRO_BATCH, accumulation, share=share)  # type: ignore[arg-type]
     order = StepOrder(rows, MICRO_BATCH, accumulation, 3, processes=share.size, shuffle=not run.prefixes)
@@ -312,41 +313,12 @@ def run_ranks(world: int, program: Path, *arguments: str, timeout: float = 300) 
     Raises:
         RuntimeError: with the output of each process, if one failed or the time is up.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[2] / "src"),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world),
-        "OMP_NUM_THREADS": "1",
-        "ARRIERO_TIMEOUT": "60",
-    }
     began = time.monotonic()
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(program), *arguments],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+    ended = run_processes(world, program, *arguments, timeout=timeout)
+    if any(code != 0 for code, _ in ended):
+        raise RuntimeError(
+            "\n".join(f"rank {i}: exit code {code}: {told[-3000:]}" for i, (code, told) in enumerate(ended))
         )
-        for rank in range(world)
-    ]
-    outputs = []
-    try:
-        for process in running:
-            left = timeout - (time.monotonic() - began)
-            outputs.append(process.communicate(timeout=max(left, 1.0))[0])
-    except subprocess.TimeoutExpired:
-        outputs.append(f"more than {timeout:.0f} s")
-    finally:
-        for process in running:
-            process.kill()
-    if len(outputs) < world or any(process.returncode for process in running):
-        raise RuntimeError("\n".join(f"rank {rank}: {output[-3000:]}" for rank, output in enumerate(outputs)))
     return time.monotonic() - began
 
 

@@ -9,7 +9,6 @@ import errno
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -21,6 +20,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from forked import run_processes
 
 from arriero.adapters.lora import LoRAConfig, apply_lora
 from arriero.config.checkpoint import CheckpointOptions
@@ -400,42 +402,11 @@ def main(what: str, folder: Path) -> None:
 # What the files then hold
 
 
-def run_ranks(size: int, what: str, folder: Path) -> list[tuple[int, str]]:
-    """Exit code and output of each process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[2] / "src"),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(size),
-        "OMP_NUM_THREADS": "1",
-        "ARRIERO_TIMEOUT": "30",
-    }
-    running = [
-        subprocess.Popen(
-            [sys.executable, __file__, what, str(folder)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    return [(process.returncode, output) for process, output in zip(running, outputs, strict=True)]
-
-
 @pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.peers), 4])
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
-    for rank, (code, output) in enumerate(run_ranks(request.param, "write", folder)):
+    ended = run_processes(request.param, Path(__file__), "write", str(folder), timeout=120)
+    for rank, (code, output) in enumerate(ended):
         assert code == 0, f"rank {rank}: {output}"
     return folder
 
@@ -492,9 +463,9 @@ def test_an_adapter_is_that_of_one_process(written: Path, how: str, tmp_path: Pa
 
 def test_a_rank_killed_while_saving(tmp_path: Path) -> None:
     """The others end in time, the checkpoint before is whole, and the next start clears up."""
-    (first, output), (second, _) = run_ranks(2, "die", tmp_path)
+    (first, output), (second, _) = run_processes(2, Path(__file__), "die", str(tmp_path), timeout=120)
     assert second == -signal.SIGKILL
-    assert first > 0, output
+    assert first == 1, output
     run = tmp_path / "run"
     assert sorted(path.name for path in run.iterdir() if path.name.startswith("checkpoint")) == ["checkpoint-1"]
     with RunFolder(CheckpointOptions(output_dir=str(run), resume_from_checkpoint="auto")) as again:

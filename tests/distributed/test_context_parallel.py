@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 import time
+import warnings
 from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
@@ -22,6 +22,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from forked import run_processes
 
 from arriero.data.batch import Batch
 from arriero.data.sft import IGNORE
@@ -66,7 +69,7 @@ def make_model(changes: dict[str, Any]) -> LlamaForCausalLM:
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
         "intermediate_size": 48,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 128,
@@ -139,8 +142,8 @@ def difference(ours: list[Tensor], theirs: list[Tensor]) -> tuple[float, float]:
     return max(distance / norm for distance, norm in each), float(whole[0] / whole[1])
 
 
-def process() -> None:
-    """Every case, in one of the processes; the first prints what was found."""
+def process(path: Path) -> None:
+    """Every case, in one of the processes; the first writes what was found."""
     found: dict[str, Any] = {}
     first = dist.get_rank() == 0
     for name, (lengths, changes, multiple) in CASES.items():
@@ -166,14 +169,14 @@ def process() -> None:
     if dist.get_world_size() == 2:
         found |= faults()
     if first:
-        print(json.dumps(found))
+        path.write_text(json.dumps(found))
 
 
 def faults() -> dict[str, Any]:
     """The second process says nothing for a while and then dies; what the first makes of either."""
     silent = dist.new_group(timeout=timedelta(seconds=1))
     if dist.get_rank() == 1:
-        time.sleep(4)
+        time.sleep(2.5)
         os._exit(0)
     found = {}
     for name, group in (("silent", silent), ("dead", dist.group.WORLD)):
@@ -189,26 +192,10 @@ def faults() -> dict[str, Any]:
 @pytest.fixture(scope="module", params=[2, 4])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What so many processes found."""
-    meeting = tmp_path_factory.mktemp("meeting") / "file"
-    root = Path(__file__).parent.parent.parent
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(root / "src")}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error::FutureWarning", __file__, str(rank), str(request.param), str(meeting)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(request.param)
-    ]
-    try:
-        ends = [process.communicate(timeout=150) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * request.param, "\n".join(err for _, err in ends)
-    return {"size": request.param, **json.loads(ends[0][0])}
+    path = tmp_path_factory.mktemp("found") / "found.json"
+    ended = run_processes(request.param, Path(__file__), str(path), timeout=150)
+    assert [code for code, _ in ended] == [0] * request.param, "\n".join(told for _, told in ended)
+    return {"size": request.param, **json.loads(path.read_text())}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -251,15 +238,9 @@ def test_shared_beginnings_are_refused() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    own_rank, size, meeting_point = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{meeting_point}",
-        rank=own_rank,
-        world_size=size,
-        timeout=timedelta(seconds=30),
-    )
+    warnings.simplefilter("error", FutureWarning)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     try:
-        process()
+        process(Path(sys.argv[1]))
     finally:
         dist.destroy_process_group()

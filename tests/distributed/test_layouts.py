@@ -92,14 +92,14 @@ def named(cells: Callable[[int], list[Cell]]) -> list[Any]:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("cell", named(grid))
 def test_a_layout_is_one_process(cell: Cell, some: Results) -> None:
-    """Five steps with clipping, a warm-up and a smaller last step; a quarter of what `test_every_run_on_every_layout` has."""
+    """Three steps with clipping, a warm-up and a smaller last step; `test_every_run_on_every_layout` has all cells and five."""
     check(cell, some)
 
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("cell", named(variations))
 def test_variations(cell: Cell, some: Results) -> None:
-    """A sixth of what `test_every_variation` has."""
+    """On the layouts where they take a path of their own; `test_every_variation` has all."""
     check(cell, some)
 
 

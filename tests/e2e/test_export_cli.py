@@ -10,9 +10,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
+import onnx
 import peft
 import pytest
 import torch
@@ -22,6 +25,7 @@ from arriero.data.sft import fit_prompt
 from arriero.data.tokenizer import load_tokenizer
 from arriero.export.bundle import MANIFEST
 from arriero.formats.detection import detect
+from arriero.formats.gguf.tensor_types import KINDS
 from arriero.formats.opening import open_model
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -227,6 +231,52 @@ def test_a_gguf_file_becomes_an_onnx_bundle(in_process: Call, tmp_path: Path, mo
     told = in_process("infer", "--model_dir", "inference")
     own = tmp_path / "inference" / "llama"  # GGUF makes the token of bos, here a byte, one without text
     assert answers_in(told.stdout) == wanted_answers(own, lambda ids: likeliest(model[1], ids, 100))
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [
+        ("q4_1", "int4, with zero points and offsets, blocks of 32; "),
+        ("q8_0", "int8, symmetric, blocks of 32; "),
+        ("f16", "fp32"),
+    ],
+)
+def test_a_gguf_file_of_few_bits_stays_one(
+    in_process: Call, tmp_path: Path, model: tuple[Path, Any], kind: str, weights: str
+) -> None:
+    in_process("convert", str(model[0]), "model.gguf", "--gguf_type", kind)
+    made = in_process(
+        "export", "--model_path", "model.gguf", "--output_path", "inference/llama", "--accuracy_level", "0"
+    )
+    if weights == "fp32":
+        made = in_process("export", "--model_path", "model.gguf", "--output_path", "inference/llama")
+    assert made.returncode == 0, made.stderr
+    manifest = json.loads((tmp_path / "inference" / "llama" / MANIFEST).read_text())
+    assert manifest["weights"].startswith(weights)
+    assert manifest["check"]["original_difference"] < {"q4_1": 0.05, "q8_0": 2e-3, "f16": 1e-4}[kind]
+
+
+def test_a_gguf_file_of_mixed_types_keeps_the_wider_ones(
+    in_process: Call, tmp_path: Path, model: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(KINDS, "q4_1", replace(KINDS["q4_1"], mix="M"))
+    in_process("convert", str(model[0]), "model.gguf", "--gguf_type", "q4_1")
+    stored = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    wide = {name for name, kind in stored.items() if name.startswith("blk.") and kind == "Q8_0"}
+    assert "blk.1.ffn_down.weight" in wide
+    made = in_process(
+        "export", "--model_path", "model.gguf", "--output_path", "inference/llama", "--accuracy_level", "0"
+    )
+    assert made.returncode == 0, made.stderr
+    folder = tmp_path / "inference" / "llama"
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert f" ({len(wide)} of its matrices int8, symmetric, blocks of 32); " in manifest["weights"]
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    bits = {node.name: part.i for node in graph.node for part in node.attribute if part.name == "bits"}
+    for layer in range(2):
+        assert bits[f"model.layers.{layer}.mlp.down_proj"] == (8 if f"blk.{layer}.ffn_down.weight" in wide else 4)
+        assert bits[f"model.layers.{layer}.self_attn.qkv_proj"] == (8 if f"blk.{layer}.attn_v.weight" in wide else 4)
+        assert bits[f"model.layers.{layer}.mlp.gate_up_proj"] == 4
 
 
 def edited(folder: Path, **changes: Any) -> None:

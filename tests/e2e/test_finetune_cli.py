@@ -16,6 +16,9 @@ import yaml
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from forked import run_command
+
 from arriero.cli import main
 
 transformers = pytest.importorskip("transformers")
@@ -25,7 +28,6 @@ Command = Callable[..., Result]
 
 OPTIMIZER = "optimizer/model.safetensors"
 TINY = "__internal_testing__/tiny-random-llama"
-SOURCE = Path(__file__).parents[2] / "src"
 ROWS = [{"src": f"what follows {i} ?", "tgt": str(i + 1)} for i in range(12)]
 TRAINING = (
     *("--model_name_or_path", TINY, "--dataset_path", "data", "--do_eval", "--load_best_model_at_end", "True"),
@@ -57,18 +59,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cli(work: Path) -> Command:
-    """The real command line in `work`; the fixture `arriero` of conftest.py has a folder for one test only."""
+    """The command line in `work`; the fixture `arriero` of conftest.py has a folder for one test only."""
 
     def call(*arguments: str) -> Result:
-        result = subprocess.run(
-            [sys.executable, "-m", "arriero", *arguments],
-            cwd=work,
-            env={**os.environ, "PYTHONPATH": str(SOURCE), "ARRIERO_HOME": str(work / "home"), "COLUMNS": "100"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        environment = {**os.environ, "ARRIERO_HOME": str(work / "home"), "COLUMNS": "100"}
+        result = run_command(*arguments, cwd=work, env=environment)
         assert result.returncode == 0, result.stdout + result.stderr
         return result
 

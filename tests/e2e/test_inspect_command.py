@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -103,6 +104,35 @@ def test_a_model_of_each_format(folder: Path, look: Look, name: str, what: str, 
     root = folder / name if (folder / name).is_dir() else folder
     assert facts["bytes"] == sum((root / file).stat().st_size for file in files)
     assert sum(kind["tensors"] for kind in facts["dtypes"].values()) == len(facts["tensors"])
+
+
+def test_a_bundle(folder: Path, tmp_path: Path, look: Look, refused: Look) -> None:
+    bundle = tmp_path / "bundle"
+    export = ["export", "--model_path", str(folder / "hf"), "--output_path", str(bundle), "--context", "300"]
+    assert main([*export, "--weights", "int8"]) == 0
+    found = json.loads(look(bundle, "--json"))
+    facts = found["bundle"]
+    assert found["what"] == "bundle of arriero export"
+    assert found["parameters"] == PARAMETERS
+    assert found["tokenizer"]["special"]["eos"] == {"id": 2, "text": "</s>"}
+    assert (facts["kind"], facts["context"], facts["unusable"]) == ("onnx", 300, None)
+    assert facts["weights"].startswith("int8, symmetric, blocks of 32; ")
+    assert facts["made_with"]["onnxruntime"] == importlib.metadata.version("onnxruntime")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    lines = look(bundle)
+    assert f"logits differ by at most {manifest['check']['largest_difference']:.1e} " in lines
+    assert "runs here      yes" in lines
+    size = sum(path.stat().st_size for path in bundle.iterdir()) - (bundle / "manifest.json").stat().st_size
+    assert facts["bytes"] == size
+    (bundle / "weights.bin").unlink()
+    assert "runs here      no: " in look(bundle)
+    assert "weights.bin: is missing" in look(bundle)
+    (bundle / "manifest.json").write_text(json.dumps(manifest | {"weights": "\x1b[2Jevil", "isa": "sparc"}))
+    lines = look(bundle)
+    assert "\x1b" not in lines
+    assert "made for another processor" in lines
+    (bundle / "manifest.json").write_text(json.dumps(manifest | {"context": 10**400}))
+    assert "sizes that cannot be" in refused(bundle)
 
 
 def test_the_lines(folder: Path, look: Look) -> None:

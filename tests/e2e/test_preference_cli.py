@@ -14,13 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from forked import run_command
+
 from arriero.cli import main
 
 Result = subprocess.CompletedProcess[str]
 Command = Callable[..., Result]
 
 TINY = "__internal_testing__/tiny-random-llama"
-SOURCE = Path(__file__).parents[2] / "src"
 # what is preferred is a number in figures: something to learn that every pair shows
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 ROWS = [
@@ -53,15 +55,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cli(work: Path) -> Command:
     def call(*arguments: str) -> Result:
-        return subprocess.run(
-            [sys.executable, "-m", "arriero", "finetune", *arguments],
-            cwd=work,
-            env={**os.environ, "PYTHONPATH": str(SOURCE), "ARRIERO_HOME": str(work / "home"), "COLUMNS": "100"},
-            capture_output=True,
-            text=True,
-            timeout=180,
-            check=False,
-        )
+        environment = {**os.environ, "ARRIERO_HOME": str(work / "home"), "COLUMNS": "100"}
+        return run_command("finetune", *arguments, cwd=work, env=environment)
 
     return call
 

@@ -16,6 +16,9 @@ import pytest
 import torch
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from forked import Launcher, run_command
+
 from arriero.cli import main
 
 transformers = pytest.importorskip("transformers")
@@ -46,15 +49,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cli(work: Path) -> Command:
     def call(*arguments: str, code: int = 0) -> Result:
-        result = subprocess.run(
-            [sys.executable, "-m", "arriero", *arguments],
-            cwd=work,
-            env=environment(work),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        result = run_command(*arguments, cwd=work, env=environment(work))
         assert result.returncode == code, result.stdout + result.stderr
         return result
 
@@ -153,18 +148,15 @@ def test_a_signal_saves_and_ends_in_order(
     number: signal.Signals, whole: Path, work: Path, cli: Command, corpus: Path
 ) -> None:
     folder = f"stopped-{number.name}"
-    command = [sys.executable, "-m", "arriero", "pretrain", *TRAINING, "--output_dir", folder, "--save_strategy", "no"]
-    process = subprocess.Popen(
-        command, cwd=work, env=environment(work), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert process.stdout is not None
-    printed = []
+    command = ("pretrain", *TRAINING, "--output_dir", folder, "--save_strategy", "no")
+    process = Launcher("arriero", *command, cwd=work, env=environment(work))
     for line in process.stdout:
-        printed.append(line)
         if line.startswith("step 2/8"):
             process.send_signal(number)
-    assert process.wait(60) == (130 if number == signal.SIGINT else 0)
-    assert f"{number.name}: stopped after step" in "".join(printed)
+            break
+    printed = "".join(process.communicate(60))
+    assert process.returncode == (130 if number == signal.SIGINT else 0)
+    assert f"{number.name}: stopped after step" in printed
     assert not (work / folder / "model.safetensors").exists()
     [checkpoint] = (work / folder).glob("checkpoint-*")
     assert 2 <= int(checkpoint.name[11:]) < 8
@@ -236,10 +228,9 @@ def test_two_runs_in_one_folder_are_refused(
 ) -> None:
     monkeypatch.setenv("ARRIERO_HOME", str(work / "home"))
     monkeypatch.chdir(work)
-    command = [sys.executable, "-m", "arriero", "pretrain", *TRAINING, "--max_steps", "100000", "--output_dir", "busy"]
-    process = subprocess.Popen(command, cwd=work, env=environment(work), stdout=subprocess.PIPE, text=True)
+    command = ("pretrain", *TRAINING, "--max_steps", "100000", "--output_dir", "busy")
+    process = Launcher("arriero", *command, cwd=work, env=environment(work))
     try:
-        assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("step "):
                 break
@@ -247,7 +238,5 @@ def test_two_runs_in_one_folder_are_refused(
         assert f"in use by another run (process {process.pid})" in refused(capsys, *options)
     finally:
         process.kill()
-        process.wait(30)
-        if process.stdout:
-            process.stdout.close()
+        process.communicate(30)
     cli("pretrain", *TRAINING, "--output_dir", "busy", "--overwrite_output_dir")  # a killed run leaves no lock behind

@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from forked import run_processes
+
 from arriero.cli import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -22,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 Arriero = Callable[..., subprocess.CompletedProcess[str]]
 
 TINY = "__internal_testing__/tiny-random-llama"
-ROWS = 340  # 22 steps of 16: the seed's warm-up is 20
+ROWS = 84  # 5 steps of 16, and one of 4
 
 
 def seed_command(script: str, number: int) -> list[str]:
@@ -77,8 +81,8 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def test_the_pipeline_command_word_for_word(arriero: Arriero, in_process: Arriero, tmp_path: Path, home: str) -> None:
-    """Two tensor-parallel times two pipeline processes and 16 micro-batches, against one process."""
-    command = seed_command("finetune_generation.py", 1)
+    """Two tensor-parallel times two pipeline processes and 16 micro-batches, against one process; a shorter warm-up follows."""
+    command = [*seed_command("finetune_generation.py", 1), "--warmup_steps", "2"]
     assert command[1:3] == ["--gpus", "4,5,6,7"]
     done = arriero(*command, timeout=400, ARRIERO_HOME=home)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -162,7 +166,7 @@ def test_the_sharding_command_word_for_word(arriero: Arriero, tmp_path: Path) ->
     ],
 )
 def test_the_final_model_as_shards_too(
-    layout: tuple[str, ...], files: int, arriero: Arriero, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    layout: tuple[str, ...], files: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One key-value head for two processes, a tied head, and stages that are no run of layers; merged, it is the model."""
     shape = {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 4}
@@ -172,8 +176,8 @@ def test_the_final_model_as_shards_too(
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"Verse {i} of many."}) + "\n" for i in range(99)))
     paths = ("--input_path", str(tmp_path / "text.jsonl"), "--output_prefix", str(tmp_path / "corpus" / "text"))
     assert main(["preprocess", "--model_name_or_path", TINY, "--append_eos", *paths]) == 0
-    done = arriero(
-        *("launch", "--nproc_per_node", "4", "pretrain", "--config_name", "config.json"),
+    ended = run_processes(
+        *(4, "arriero", "pretrain", "--config_name", "config.json"),
         *("--tokenizer_name_or_path", TINY, "--input_dir", "corpus", "--output_dir", "out", "--max_seq_length", "16"),
         *(
             "--max_steps",
@@ -186,8 +190,9 @@ def test_the_final_model_as_shards_too(
             "no",
         ),
         timeout=400,
+        cwd=tmp_path,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert [code for code, _ in ended] == [0] * 4, ended
     out = tmp_path / "out"
     assert len(list((out / "sharded").glob("model-tp0?-of-02*.safetensors"))) == files
     assert main(["merge", "--model_name_or_path", str(out / "sharded"), "--output_path", str(tmp_path / "m")]) == 0

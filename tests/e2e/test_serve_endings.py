@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
@@ -216,41 +217,88 @@ def test_a_public_address_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [re.search("unencrypted", warning) is not None for warning in entrance.warnings] == [True]
 
 
-def test_two_ranks_serve_the_tokens_of_one(tmp_path: Path) -> None:
-    """And the end of one of them is the end of the service, in a clear line."""
+class Launched:
+    """Two processes that serve one model together, and their launcher."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "arriero", "launch", "--nproc_per_node", "2", "serve", TINY, "--device", "cpu"]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [*command, "--flask_port", "0"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def __enter__(self) -> Launched:
+        assert self.process.stdout is not None
+        lines: list[str] = []
+        for line in self.process.stdout:
+            lines.append(line)
+            if "is served on" in line:
+                self.api = next(word for word in line.split() if word.startswith("http://"))
+                return self
+        raise AssertionError(lines)
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(20)
+
+    def rank(self, number: int) -> psutil.Process:
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            if "serve" in child.cmdline() and child.environ().get("RANK") == str(number):
+                return child
+        raise AssertionError(f"there is no rank {number}")
+
+    def rest(self) -> str:
+        """What is printed up to the end."""
+        assert self.process.stdout is not None
+        return self.process.stdout.read()
+
+    def stream(self, begun: threading.Event, tokens: int) -> list[str]:
+        """The lines of a long answer."""
+        lines = []
+        body = {**LONG, "max_tokens": tokens}
+        with httpx.stream("POST", f"{self.api}/completions", json=body, timeout=60) as answer:
+            for line in answer.iter_lines():
+                lines.append(line)
+                begun.set()
+        return [line for line in lines if line]
+
+
+@pytest.mark.slow
+def test_two_ranks_serve_the_tokens_of_one() -> None:
+    """And the end of one of them is the end of the service, in a clear line and within ten seconds; clients hear of it."""
     ask = {"prompt": "To be or not to be", "max_tokens": 16, "temperature": 0}
     with Served() as served:
         wanted = httpx.post(f"{served.api}/completions", json=ask).json()["choices"][0]["text"]
-    command = [sys.executable, "-m", "arriero", "launch", "--nproc_per_node", "2", "serve", TINY, "--device", "cpu"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, "--flask_port", "0"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        assert process.stdout is not None
-        lines: list[str] = []
-        url = ""
-        for line in process.stdout:
-            lines.append(line)
-            if "is served on" in line:
-                url = next(word for word in line.split() if word.startswith("http://"))
-                break
-        assert url, lines
-        assert httpx.post(f"{url}/completions", json=ask, timeout=60).json()["choices"][0]["text"] == wanted
-        import psutil
-
-        ranks = {
-            child.environ().get("RANK"): child
-            for child in psutil.Process(process.pid).children(recursive=True)
-            if "serve" in child.cmdline() and child.environ().get("RANK") is not None
-        }
+    with Launched() as launched, concurrent.futures.ThreadPoolExecutor(3) as pool:
+        told = httpx.post(f"{launched.api}/completions", json=ask, timeout=60)
+        assert told.json()["choices"][0]["text"] == wanted
+        events = [threading.Event() for _ in range(3)]
+        streams = [pool.submit(launched.stream, event, 2000) for event in events]
+        assert all(event.wait(30) for event in events)
         began = time.monotonic()
-        ranks["1"].kill()
-        assert process.wait(20) != 0
-        assert time.monotonic() - began < 15
-        rest = process.stdout.read()
-        assert re.search(r"arriero.*rank 1|rank 1.*(SIGKILL|killed|signal)", rest), rest
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(20)
+        launched.rank(1).kill()
+        for stream in streams:
+            assert json.loads(stream.result(10)[-1].removeprefix("data: "))["error"]["code"] == "engine_error"
+        assert launched.process.wait(20) != 0
+        assert time.monotonic() - began < 10
+        rest = launched.rest()
+        assert re.search(r"arriero \[rank 1\]: killed by SIGKILL", rest), rest
+
+
+@pytest.mark.slow
+def test_two_ranks_finish_what_runs() -> None:
+    """The launcher sends its signal to both, and the second is needed to the end."""
+    with Launched() as launched, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        begun = threading.Event()
+        stream = pool.submit(launched.stream, begun, 300)
+        assert begun.wait(30)
+        launched.process.send_signal(signal.SIGTERM)
+        lines = stream.result(60)
+        assert lines[-1] == "data: [DONE]"
+        assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        assert launched.process.wait(20) == 0, launched.rest()

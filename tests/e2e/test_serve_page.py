@@ -190,6 +190,11 @@ def test_a_phone_in_chinese(browser: Any, address: tuple[str, Served]) -> None:
     until(page, lambda: "10 tokens" in status(page))
     picture(page, "phone")
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    for name in ("conversation", "message"):  # the narrow screen is for the text
+        box = page.locator(f"#{name}").bounding_box()
+        assert box is not None
+        assert box["x"] <= 12
+        assert box["width"] >= 336
     for name in ("send", "stop", "regenerate", "roll_back", "clear"):
         box = page.locator(f"#{name}").bounding_box()
         assert box is not None

@@ -168,14 +168,18 @@ def test_what_was_computed_is_not_computed_again(
     params = replace(GREEDY, max_new_tokens=4)
     [first] = engine.generate([shared], params)
     assert sum(computed) == len(shared) + 3
+    assert first.cached_tokens == 0
     computed.clear()
     second = [*shared, *first.token_ids, *range(20)]  # a conversation goes on
     [answer] = engine.generate([second], params)
     assert sum(computed) == 1 + 20 + 3  # the answer's last token was never computed
+    assert answer.cached_tokens == len(second) - 1 - 20
     assert answer.token_ids == likeliest(model[1], second, 4)
     computed.clear()
     others = [[*shared, *range(at, at + 20)] for at in range(100, 106)]
-    assert [a.token_ids for a in engine.generate(others, params)] == [likeliest(model[1], ids, 4) for ids in others]
+    answers = engine.generate(others, params)
+    assert [a.token_ids for a in answers] == [likeliest(model[1], ids, 4) for ids in others]
+    assert [a.cached_tokens for a in answers] == [len(shared)] * 6
     assert sum(computed) == 6 * (20 + 3)
     computed.clear()
     several = SamplingParams(max_new_tokens=3, do_sample=True, seed=1, n=5, ignore_eos=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from dataclasses import replace
@@ -45,6 +46,25 @@ def logprobs_of(theirs: Any, sequence: list[int]) -> torch.Tensor:
     return found
 
 
+@functools.cache
+def twins(family: str) -> tuple[LlamaForCausalLM, Any]:
+    return pair(**FAMILIES[family])
+
+
+@functools.cache
+def drawn_alone(tokenizer: Tokenizer, prompt: tuple[int, ...], seed: int) -> tuple[list[int], str]:  # noqa: F811
+    """Tokens and text of a request that has one answer and no company."""
+    [alone] = engine_of(twins("llama")[0], tokenizer).generate([list(prompt)], replace(DRAWN, seed=seed))
+    return alone.token_ids, alone.text
+
+
+@functools.cache
+def their_answer(family: str, prompt: tuple[int, ...]) -> tuple[list[int], torch.Tensor]:
+    """The greedy answer of transformers, and the log-probabilities after each token of the prompt."""
+    theirs = twins(family)[1]
+    return expected(theirs, list(prompt)), logprobs_of(theirs, list(prompt))
+
+
 CIRCUMSTANCES = [
     {},
     {"prefix_cache": False},
@@ -59,19 +79,17 @@ def test_each_of_several_answers_is_that_of_a_request_of_its_own(
     settings: dict[str, Any],
     tokenizer: Tokenizer,  # noqa: F811
 ) -> None:
-    model, theirs = pair()
-    engine = engine_of(model, tokenizer, **settings)
+    engine = engine_of(twins("llama")[0], tokenizer, **settings)
     answers = engine.generate(PROMPTS, replace(DRAWN, n=3))
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         each = [answer, *answer.alternatives]
         assert len({tuple(one.token_ids) for one in each}) == 3
         for one, seed in zip(each, (2**64 - 2, 2**64 - 1, 0), strict=True):  # seeds go on from 0
-            [alone] = engine_of(model, tokenizer).generate([prompt], replace(DRAWN, seed=seed))
-            assert (one.token_ids, one.text) == (alone.token_ids, alone.text)
+            assert (one.token_ids, one.text) == drawn_alone(tokenizer, tuple(prompt), seed)
     assert engine.scheduler.preemptions > 0 or "tokens" not in settings
     greedy = engine.generate(PROMPTS[:3], SamplingParams(max_new_tokens=NEW, n=2))
     for prompt, answer in zip(PROMPTS, greedy, strict=False):
-        assert answer.token_ids == answer.alternatives[0].token_ids == expected(theirs, prompt)
+        assert answer.token_ids == answer.alternatives[0].token_ids == their_answer("llama", tuple(prompt))[0]
     engine.blocks.check([])
 
 
@@ -110,8 +128,16 @@ def check_prompt(found: tuple[TokenLogprobs | None, ...], prompt: list[int], wan
         assert [value for _, value in one.top] == pytest.approx(row.topk(top).values.tolist(), rel=1e-5)
 
 
-@pytest.mark.parametrize("scores", [10**6, 5])
-@pytest.mark.parametrize("family", ["llama", "mistral, window", "dynamic"])
+@pytest.mark.parametrize(
+    ("family", "scores"),
+    [
+        *(("llama", 5), ("mistral, window", 10**6), ("dynamic", 10**6)),
+        *(
+            pytest.param(*other, marks=pytest.mark.peers)
+            for other in (("llama", 10**6), ("mistral, window", 5), ("dynamic", 5))
+        ),
+    ],
+)
 @pytest.mark.parametrize("settings", CIRCUMSTANCES, ids=str)
 def test_the_likelihood_of_prompts_is_that_of_one_forward_pass(
     settings: dict[str, Any],
@@ -119,8 +145,7 @@ def test_the_likelihood_of_prompts_is_that_of_one_forward_pass(
     scores: int,
     tokenizer: Tokenizer,  # noqa: F811
 ) -> None:
-    model, theirs = pair(**FAMILIES[family])
-    engine = engine_of(model, tokenizer, **settings)
+    engine = engine_of(twins(family)[0], tokenizer, **settings)
     engine.scheduler.max_step_scores = scores
     # twice, so that the cache knows all of it; among others that take it from there
     for _ in range(2):
@@ -130,9 +155,10 @@ def test_the_likelihood_of_prompts_is_that_of_one_forward_pass(
             [*PROMPTS, *PROMPTS], [*[params[i % 2] for i in range(len(PROMPTS))], *[plain] * len(PROMPTS)]
         )
         for i, (prompt, answer) in enumerate(zip([*PROMPTS, *PROMPTS], answers, strict=True)):
-            assert answer.token_ids == expected(theirs, prompt)
+            wanted, after = their_answer(family, tuple(prompt))
+            assert answer.token_ids == wanted
             if i < len(PROMPTS):
-                check_prompt(answer.prompt_logprobs, prompt, logprobs_of(theirs, prompt), 3 * (i % 2))
+                check_prompt(answer.prompt_logprobs, prompt, after, 3 * (i % 2))
                 assert answer.cached_tokens == 0
                 assert answer.alternatives[0].prompt_logprobs == ()
             else:
@@ -170,7 +196,7 @@ def test_the_drawn_distribution_is_that_of_transformers(guess: str, tokenizer: T
     engine = engine_of(model, tokenizer, max_running=64, speculation=speculation)
     # the model's own likeliest tokens: what is drawn is often found in it, and sometimes goes on as it does there
     own = theirs.generate(torch.tensor([[9]]), max_new_tokens=99, do_sample=False, eos_token_id=None, pad_token_id=0)
-    prompt, draws = [*own[0].tolist(), 9], 2048
+    prompt, draws = [*own[0].tolist(), 9], 1024
     cases: list[tuple[dict[str, Any], list[Any]]] = [
         ({"temperature": 1.7, "top_k": 5}, [hf.TemperatureLogitsWarper(1.7), hf.TopKLogitsWarper(5)]),
         ({"top_p": 0.7}, [hf.TopPLogitsWarper(0.7)]),

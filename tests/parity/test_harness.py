@@ -129,12 +129,12 @@ def compare(model: Path, folder: Path, tasks: list[str], **settings: Any) -> tup
     return seconds[0], seconds[1]
 
 
-@pytest.mark.parametrize("num_fewshot", [0, 2])
+@pytest.mark.parametrize("num_fewshot", [pytest.param(0, marks=pytest.mark.peers), 2])
 def test_tiny_model_scores_as_the_hf_class(tiny: Path, folder: Path, num_fewshot: int) -> None:
     compare(tiny, folder, ["small_choices", "small_answers"], num_fewshot=num_fewshot)
 
 
-@pytest.mark.parametrize("num_fewshot", [0, 2])
+@pytest.mark.parametrize("num_fewshot", [pytest.param(0, marks=pytest.mark.peers), 2])
 @pytest.mark.parametrize(
     "template", [CHAT_TEMPLATE, CHAT_TEMPLATE.replace(" | trim", "")], ids=["trims", "keeps blanks"]
 )

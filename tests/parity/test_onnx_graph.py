@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import onnxruntime
 import pytest
@@ -18,12 +19,14 @@ from onnxruntime.capi import _pybind_state as native
 
 from arriero.errors import ConfigError, FormatError, GenerationError
 from arriero.export import onnx_graph
+from arriero.export.block_levels import fit_levels
 from arriero.export.block_weights import BlockFormat, BlockWeight, quantize
 from arriero.export.bundle import open_bundle
 from arriero.export.onnx_export import OnnxOptions, export_onnx
 from arriero.export.onnx_session import OnnxSession
 from arriero.export.self_check import Step
 from arriero.export.slot_runner import MAX_TOKENS, SlotRunner
+from arriero.formats.gguf.k_quants import pack_q4_k
 from arriero.formats.hf import load_model, save_model
 from arriero.formats.quantized import file_state, with_scheme
 from arriero.models.config import LlamaConfig
@@ -186,7 +189,15 @@ def rounded_by_onnxruntime(
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("options", [{"weights": "int8"}, {"weights": "int4", "block_size": 16, "symmetric": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weights": "int8"},
+        {"weights": "int4", "symmetric": True},
+        {"weights": "int4", "block_size": 16, "symmetric": False},
+        {"weights": "int4", "block_size": 32},  # of which rows of 80 leave a part
+    ],
+)
 def test_rounded_weights_make_the_logits_that_they_should(tmp_path: Path, options: dict[str, Any], tied: bool) -> None:
     folder, theirs = saved(tmp_path / "hf", tie_word_embeddings=tied, intermediate_size=80, attention_bias=True)
     chosen = OnnxOptions(**options, accuracy_level=0)
@@ -201,6 +212,60 @@ def test_rounded_weights_make_the_logits_that_they_should(tmp_path: Path, option
                 parameter.copy_(torch.from_numpy(quantize(parameter, blocks).dequantize()))
     ids = sequence(0, 50)
     torch.testing.assert_close(live(given, [ids], seed=0)[0], expected(theirs, ids), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K"])
+def test_blocks_that_ggml_rounded_keep_their_numbers(kind: str) -> None:
+    """What it rounded is not rounded once more, but for the offsets."""
+    rows, columns = 24, 512
+    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).numpy() * 0.02
+    known = gguf.GGMLQuantizationType[kind]
+    raw = pack_q4_k(matrix) if kind == "Q4_K" else gguf.quants.quantize(matrix, known)  # gguf only reads Q4_K
+    stored = gguf.quants.dequantize(raw, known).reshape(rows, columns)
+    blocks = torch.from_numpy(stored).view(rows, -1, 32)
+    integers, step, low = fit_levels(blocks, 4)
+    again = integers.float() * step[..., None] + low[..., None]
+    torch.testing.assert_close(again, blocks, rtol=0, atol=1e-6 * float(blocks.abs().max()))
+    assert integers.max() <= 15
+    weight = quantize(torch.from_numpy(stored), BlockFormat(4, 32, symmetric=False, offsets=True))
+    own = float(np.square(weight.dequantize() - stored).mean()) ** 0.5
+    theirs = float(np.square(stored - matrix).mean()) ** 0.5
+    assert own < theirs / 8  # what ggml lost, and an offset of half a step in 4 bits
+
+
+@pytest.mark.parametrize(
+    ("options", "kept", "offsets"),
+    [
+        ({}, False, True),
+        ({"block_size": 64}, False, True),
+        ({"block_size": 128}, False, False),
+        ({"block_size": 128, "symmetric": False}, False, True),
+        ({"symmetric": True}, False, False),
+        ({}, True, False),
+        ({"weights": "int8", "symmetric": False}, False, False),
+    ],
+)
+def test_which_blocks_have_offsets(options: dict[str, Any], kept: bool, offsets: bool) -> None:
+    form = OnnxOptions(**{"weights": "int4"} | options).form(kept)
+    assert form.layers is not None
+    assert form.layers.offsets is offsets
+    assert form.layers.symmetric is (not offsets and options.get("symmetric") is not False)
+
+
+@pytest.mark.parametrize("shift", [0.0, 5.0])
+def test_offsets_lose_less_than_whole_zero_points(shift: float) -> None:
+    """Also where a block lies far from zero, alone in its row."""
+    matrix = torch.randn(40, 256, generator=torch.Generator().manual_seed(2))
+    matrix[::3, 64:96] = matrix[::3, 64:96] * 0.01 + shift
+    matrix[5, 32:64] = 0.25  # a block of one value
+    matrix[7] = 0
+    errors = {}
+    for offsets in (False, True):
+        weight = quantize(matrix, BlockFormat(4, 32, symmetric=False, offsets=offsets))
+        errors[offsets] = (torch.from_numpy(weight.dequantize()) - matrix).square().sum(1)
+    assert (errors[True] <= errors[False] * 1.05).all()
+    assert errors[True].sum() < 0.9 * errors[False].sum()
+    assert not errors[True][7]
 
 
 def test_eight_bit_inputs_stay_near(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The real model against transformers: fp32 logits, at a short and at a longer text."""
+"""The real model against transformers: its logits and the ids of its tokens."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from arriero.formats.hf import load_model
 
 transformers = pytest.importorskip("transformers")
 
-LONG = "\n".join(line for line in (Path(__file__).parent.parent.parent / "LICENSE").read_text().splitlines()[:40])
+TEXT = "\n".join(line for line in (Path(__file__).parent.parent.parent / "LICENSE").read_text().splitlines()[:15])
 
 
-@pytest.mark.parametrize("text", ["What is the capital of France?", LONG], ids=["short", "long"])
-def test_logits_equal_transformers(smollm2: Path, text: str) -> None:
+def test_logits_equal_transformers(smollm2: Path) -> None:
     """In fp64 by number; in fp32, where kernels and so roundings differ from processor to processor, by size."""
-    ids = torch.tensor([load_tokenizer(smollm2).encode(text)])
+    ids = torch.tensor([load_tokenizer(smollm2).encode(TEXT)])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     with torch.no_grad():
         ours, expected = load_model(smollm2, dtype=torch.float32)(ids), theirs(ids).logits

@@ -13,7 +13,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from arriero.bundles.inspecting import inspect_bundle
 from arriero.bundles.running import default_length
+from arriero.commands.inspect import InspectOptions
+from arriero.commands.inspect import run as run_inspect
 from arriero.errors import ArrieroError
 from arriero.export.bundle import MANIFEST, Manifest, new_bundle, open_bundle, write_manifest
 from arriero.formats.bundle_folder import is_bundle
@@ -110,8 +113,15 @@ def read(bundle: Path, content: bytes, original: str) -> None:
         assert set(opened.manifest.files) == {"model.onnx", "weights.bin"}
         assert 0 <= opened.manifest.prefix_length < opened.manifest.context
         assert default_length(opened) >= 1
+        assert inspect_bundle(bundle).facts["bundle"]["unusable"] is None
     except ArrieroError as error:
         said = str(error)
+    try:
+        if is_bundle(bundle):  # whatever is wrong with it, it can be looked at, or is refused
+            run_inspect(InspectOptions(path=str(bundle)))
+            run_inspect(InspectOptions(path=str(bundle), json=True))
+    except ArrieroError as error:
+        said = max(said, str(error), key=len)
     finally:
         (bundle / MANIFEST).write_text(original)
     assert len(said) < 1000

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
-from arriero.config.bench import WORKLOADS, BenchOptions
+from arriero.config.bench import ENGINE_WORKLOADS, BenchOptions
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.engine.benchmark import measured, report
 from arriero.engine.benchmark.measured import Job, Run, Step, run_job
@@ -294,7 +294,7 @@ def test_jobs_fit_every_context(tokenizer: Tokenizer, context: int) -> None:
     stops = set(tokenizer.stop_token_ids)
     assert stops
     jobs = make_jobs(BenchOptions(), Prompts.of(tokenizer, 2048, context, 3))
-    assert [j.workload for j in jobs if j.workload != "prefill"] == ["decode", "decode", *WORKLOADS[2:]]
+    assert [j.workload for j in jobs if j.workload != "prefill"] == ["decode", "decode", *ENGINE_WORKLOADS[2:]]
     for made in jobs:
         assert len(made.prompts) == len(made.new_tokens)
         for prompt, new in zip(made.prompts, made.new_tokens, strict=True):
@@ -330,9 +330,9 @@ def test_nothing_is_preempted_in_the_room_of_a_job(model: LlamaForCausalLM, toke
     [
         (
             ("--workloads", "decod"),
-            "--workloads takes one of decode, prefill, mixed, shared_prefix, long_context, not 'decod'",
+            "WORKLOADS takes one of decode, prefill, mixed, shared_prefix, long_context, serve, not 'decod'",
         ),
-        (("--workloads", ""), "--workloads"),
+        (("--workloads", ""), "--workloads is empty"),
         (("--batch_sizes", "0"), "--batch_sizes is 0: it must be at least 1"),
         (("--repeats", "0"), "--repeats is 0"),
         (("--against", "vllm"), "--against takes one of transformers, not 'vllm'"),

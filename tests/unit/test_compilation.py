@@ -24,7 +24,7 @@ def make_model() -> LlamaForCausalLM:
                 "vocab_size": 61,
                 "hidden_size": 32,
                 "intermediate_size": 48,
-                "num_hidden_layers": 3,
+                "num_hidden_layers": 2,
                 "num_attention_heads": 4,
                 "num_key_value_heads": 2,
                 "max_position_embeddings": 64,

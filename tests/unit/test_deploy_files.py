@@ -30,7 +30,9 @@ def text(name: str) -> str:
 def test_the_dashboard_asks_for_numbers_that_there_are() -> None:
     counters = SimpleNamespace(asked=1, found=1, evicted=0)
     blocks = SimpleNamespace(used=0, num_blocks=1, counters=counters)
-    engine: Any = SimpleNamespace(scheduler=SimpleNamespace(running=[], waiting=[], preemptions=0), blocks=blocks)
+    scheduler = SimpleNamespace(running=[], waiting=[], preemptions=0)
+    speculation = SimpleNamespace(counters=SimpleNamespace(proposed=0, accepted=0))
+    engine: Any = SimpleNamespace(scheduler=scheduler, blocks=blocks, speculation=speculation)
     metrics = Metrics(engine)
     there = set(re.findall(r"^# TYPE (\S+)", metrics.text().decode(), re.MULTILINE))
     panels = json.loads(text("grafana/arriero.json"))["panels"]

@@ -105,8 +105,9 @@ RUNS: dict[str, tuple[dict[str, Any], TrainingSetup]] = {
     "fp32, 16M": (SMALL, TrainingSetup(batch=2, sequence=512)),
     "accumulation": (SMALL, TrainingSetup(batch=2, sequence=256, accumulation=2)),
     "large vocabulary, tied, 36M": (shape(512, 6, 32000, 8, 8, tied=True), TrainingSetup(batch=1, sequence=256)),
+    "three chunks of logits": (shape(128, 2, 32000, 2, 2), TrainingSetup(batch=1, sequence=2400)),
     "weights outweigh activations": (shape(512, 6, 16000, 8, 8), TrainingSetup(batch=1, sequence=64)),
-    "recompute layers": (SMALL, TrainingSetup(batch=1, sequence=1024, recompute="full")),
+    "recompute layers": (SMALL, TrainingSetup(batch=1, sequence=512, recompute="full")),
     "recompute attention": (SMALL, TrainingSetup(batch=4, sequence=128, recompute="core_attn")),
     "bf16 O1": (SMALL, TrainingSetup(batch=2, sequence=256, compute_dtype="bfloat16")),
     "bf16 O2": (SMALL, TrainingSetup(batch=2, sequence=256, compute_dtype="bfloat16", weight_dtype="bfloat16")),
@@ -123,6 +124,8 @@ TRAINED = {
 }
 RUNS |= {name: (SMALL, TrainingSetup(batch=2, sequence=256)) for name in TRAINED}
 MANY = (
+    "fp32, 16M",
+    "bf16 O1",
     "DoRA",
     "prefix",
     "accumulation",

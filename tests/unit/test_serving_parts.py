@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import json
+import socket
 from typing import Any
 
 import httpx
@@ -23,6 +24,7 @@ from arriero.serving.admission import Admission
 from arriero.serving.api_errors import ApiError
 from arriero.serving.exchange import Exchange
 from arriero.serving.request_log import JsonLog
+from arriero.serving.server import bind
 from arriero.serving.strict_json import MAX_DEPTH, parse_object
 
 JSON = st.recursive(
@@ -167,3 +169,25 @@ def test_no_traceback_leaves_the_server() -> None:
     assert failures[0]["request_id"] == "r1"
     assert "secret" in failures[0]["trace"]
     assert [line["status"] for line in lines if line["event"] == "request"] == [500, 500, 200]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_small_parts_of_an_answer_are_sent_at_once(host: str) -> None:
+    """Without TCP_NODELAY the second part waits for the acknowledgement of the first, which may take 40 ms."""
+
+    async def found() -> int:
+        told: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def taken(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            told.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listener = bind(host, 0)
+        async with await asyncio.start_server(taken, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname()[:2])
+            try:
+                return await asyncio.wait_for(told, 10)
+            finally:
+                writer.close()
+
+    assert asyncio.run(found()) == 1

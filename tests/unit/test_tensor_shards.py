@@ -347,7 +347,7 @@ merge_shards(sys.argv[1], sys.argv[2])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.peers)], ids=str)
 def test_memory_stays_within_two_tensors(tmp_path: Path, whole: Path, dtype: torch.dtype) -> None:
     """Peak of the process's own memory (RssAnon: mapped files do not count), the comparison of logits included."""
     config = replace(
@@ -371,7 +371,7 @@ def test_memory_stays_within_two_tensors(tmp_path: Path, whole: Path, dtype: tor
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "m" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.peers
 def test_a_real_model_comes_back_bit_by_bit(smollm2: Path, tmp_path: Path) -> None:
     write_shards(smollm2, tmp_path / "s", 3)
     comparison = merge_shards(tmp_path / "s", tmp_path / "back")

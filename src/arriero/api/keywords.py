@@ -414,7 +414,7 @@ class ExportGroup(TypedDict, total=False):
     weights: Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"]
     dtype: Literal["auto", "float32", "float16", "bfloat16", "fp32", "fp16", "bf16"]
     block_size: int
-    symmetric: bool
+    symmetric: bool | None
     accuracy_level: int
     head_bits: int | None
     context: int | None

@@ -33,11 +33,12 @@ def export_bundle(export: ExportOptions, adapter: AdapterPathOptions) -> Bundle:
 
 def _export_onnx(export: ExportOptions, adapter: AdapterPathOptions, model: Path | ModelSource) -> Bundle:
     from arriero.engine.export_source import prefix_array, stored_bits
+    from arriero.export.gguf_bits import layer_bits, usual_bits
     from arriero.export.onnx_export import OnnxOptions, export_onnx
 
     weights = export.weights
     if weights == "auto":
-        bits = stored_bits(model)
+        bits = stored_bits(model) if isinstance(model, Path) else usual_bits(layer_bits(model))
         weights = "fp32" if bits is None else f"int{bits}"
     settings = OnnxOptions(
         weights=weights,

@@ -1,4 +1,4 @@
-"""`arriero bench`: the speed of a model on this machine."""
+"""`arriero bench`: the speed of a model on this machine, or of a server under load."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from arriero.commands.output_file import check_place, write_output_file
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.bench import BenchOptions
 from arriero.config.kv_cache import KVCacheOptions
+from arriero.config.load import LoadOptions
 from arriero.config.model import ModelOptions
 from arriero.errors import ConfigError, require
 
@@ -23,14 +24,23 @@ if TYPE_CHECKING:
 
 HELP = (
     "Measure the speed of a model on this machine: rates, latencies, shares of what the machine can reach; with --against "
-    "beside other programs. Prompts are random tokens, and answers are as long as asked for."
+    "beside other programs. Prompts are random tokens, and answers are as long as asked for. `bench serve` loads no model: it "
+    "asks a server with an OpenAI API, at several rates, with real prompts."
 )
 
-OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, BenchOptions, KVCacheOptions)
+OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, BenchOptions, KVCacheOptions, LoadOptions)
 
 
-def run(model: ModelOptions, adapter: AdapterPathOptions, bench: BenchOptions, cache: KVCacheOptions) -> int:
+def run(
+    model: ModelOptions, adapter: AdapterPathOptions, bench: BenchOptions, cache: KVCacheOptions, load: LoadOptions
+) -> int:
     """Print a table, a line as soon as it is measured; write --output_file and --plot at the end."""
+    _check_files(bench)
+    if "serve" in bench.workloads:
+        require("h11", "serve")
+        from arriero.commands.bench_serve import run as run_load
+
+        return run_load(bench, load)
     import torch
 
     from arriero.engine.benchmark import report
@@ -77,23 +87,25 @@ def run(model: ModelOptions, adapter: AdapterPathOptions, bench: BenchOptions, c
             records.append(record)
     print(f"\n{report.EXPLANATION}")
     if bench.output_file is not None:
-        write_output_file(
-            Path(bench.output_file).expanduser(), json.dumps(report.as_dictionary(setting, records), indent=1) + "\n"
-        )
+        found = report.as_dictionary(setting, records)
+        write_output_file(Path(bench.output_file).expanduser(), json.dumps(found, indent=1) + "\n")
     if bench.plot is not None:
         report.draw(Path(bench.plot).expanduser(), setting, records)
     return 0
 
 
-def _check(adapter: AdapterPathOptions, bench: BenchOptions) -> None:
-    """What would be in vain is refused before anything is loaded."""
-    from arriero.engine.benchmark.peer import check_installed
-
+def _check_files(bench: BenchOptions) -> None:
+    """What would be in vain is refused before anything is loaded or asked."""
     for name, value in (("--output_file", bench.output_file), ("--plot", bench.plot)):
         if value is not None:
             check_place(Path(value).expanduser(), name)
     if bench.plot is not None:
         require("matplotlib.figure", "plot")
+
+
+def _check(adapter: AdapterPathOptions, bench: BenchOptions) -> None:
+    from arriero.engine.benchmark.peer import check_installed
+
     for name in bench.against:
         check_installed(name)
         if adapter.lora_path or adapter.prefix_path:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from arriero.engine.inspection import Inspection
     from arriero.formats.stored_tensors import StoredTensor
 
-HELP = "Tell what a model, adapter, tokenizer, corpus or file of tensors is, from headers alone."
+HELP = "Tell what a model, bundle, adapter, tokenizer, corpus or file of tensors is, from headers alone."
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 _COUNTS = ("", "K", "M", "B", "T")
@@ -28,7 +28,8 @@ class InspectOptions(OptionGroup):
 
     path: str = option(
         REQUIRED,
-        "a model or adapter of any format, a run or checkpoint, a tokenizer, a corpus, a file of tensors; or a named model",
+        "a model or adapter of any format, a bundle, a run or checkpoint, a tokenizer, a corpus, a file of tensors; or a named "
+        "model",
         aliases=("model_name_or_path", "input"),
         positional=True,
     )
@@ -44,9 +45,12 @@ OPTIONS: tuple[type, ...] = (InspectOptions,)
 
 def run(options: InspectOptions) -> int:
     """Print what is known."""
+    from arriero.bundles.inspecting import inspect_bundle
     from arriero.engine.inspection import as_json, inspect
+    from arriero.formats.bundle_folder import is_bundle
 
-    found = inspect(_path(options))
+    path = _path(options)
+    found = inspect_bundle(path) if is_bundle(path) else inspect(path)
     if options.json:
         print(json_text(as_json(found, tensors=options.tensors)))
         return 0
@@ -97,6 +101,8 @@ def json_text(values: Mapping[str, Any]) -> str:
 
 def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
     facts = found.facts
+    if "bundle" in facts:
+        yield from _bundle_rows(facts["bundle"])
     for label, key in (("name", "name"), ("architecture", "architecture"), ("not supported", "not_supported")):
         if key in facts:
             yield label, str(facts[key])
@@ -114,6 +120,19 @@ def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
     for corpus in facts.get("corpora", []):
         sizes = f"{count_text(corpus['tokens'])} tokens, {corpus['documents']:,} documents"
         yield Path(corpus["prefix"]).name, f"{sizes}, the longest {corpus['longest_document']:,}, {corpus['dtype']}"
+
+
+def _bundle_rows(bundle: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "kind", f"{bundle['kind']}, for {bundle['runs_in']}"
+    yield "weights", bundle["weights"]
+    yield "size", size_text(bundle["bytes"])
+    prefix = f", of which a prefix takes {bundle['prefix']:,}" if bundle["prefix"] else ""
+    yield "sequences", f"of {bundle['context']:,} tokens{prefix}"
+    processor = "any processor" if bundle["isa"] == "any" else bundle["isa"]
+    yield "made for", f"{bundle['device']}, {processor}"
+    yield "made with", ", ".join(f"{name} {version}" for name, version in bundle["made_with"].items())
+    yield "checked", bundle["check"]
+    yield "runs here", "yes, if its hashes are right" if bundle["unusable"] is None else f"no: {bundle['unusable']}"
 
 
 def _adapter_rows(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -11,19 +11,25 @@ from arriero.config.adapter import AdapterPathOptions
 from arriero.config.generation import GenerationOptions, PredictOptions
 from arriero.config.kv_cache import KVCacheOptions
 from arriero.config.model import ModelOptions
+from arriero.config.speculation import SpeculationOptions
 from arriero.errors import ConfigError
 
 if TYPE_CHECKING:
     from arriero.data.samples import Sample
-    from arriero.engine.drafts import Speculation
     from arriero.engine.grammar import Structure
-    from arriero.engine.loading import LoadedModel
 
 HELP = (
     "Answer every row of a jsonl file (src, instruction, context or messages) with a model, or a model and its adapter."
 )
 
-OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, PredictOptions, GenerationOptions, KVCacheOptions)
+OPTIONS: tuple[type, ...] = (
+    ModelOptions,
+    AdapterPathOptions,
+    PredictOptions,
+    SpeculationOptions,
+    GenerationOptions,
+    KVCacheOptions,
+)
 
 MAX_SCHEMA_BYTES = 1_000_000
 
@@ -32,6 +38,7 @@ def run(
     model: ModelOptions,
     adapter: AdapterPathOptions,
     predict: PredictOptions,
+    guesses: SpeculationOptions,
     generation: GenerationOptions,
     cache: KVCacheOptions,
 ) -> int:
@@ -44,6 +51,7 @@ def run(
     from arriero.engine.loading import load_for_inference, pick_device
     from arriero.engine.sampling_params import params_from_options
     from arriero.engine.shared_generation import generate_shared
+    from arriero.engine.speculating import speculation_over
     from arriero.formats.staging import check_target
     from arriero.parallel.processes import launched_size, start, stop
 
@@ -77,7 +85,7 @@ def run(
         params if generation.seed is None else replace(params, seed=generation.seed + i) for i in range(len(prompts))
     ]
     with processes.together():  # only rank 0 guesses
-        speculation = _speculation(predict, model, loaded, generation.batch_size) if processes.first else None
+        speculation = speculation_over(guesses, model, loaded, generation.batch_size) if processes.first else None
     quiet = len(prompts) < 3 or not processes.first
     with tqdm(total=len(prompts), unit="row", leave=False, disable=quiet) as bar:
         answers = generate_shared(
@@ -120,23 +128,6 @@ def _structure(schema_file: str | None) -> Structure | None:
     if len(raw) > MAX_SCHEMA_BYTES:
         raise ConfigError(f"--json_schema {schema_file}: larger than {MAX_SCHEMA_BYTES:,} bytes; use a smaller schema")
     return Structure("json_schema", text)
-
-
-def _speculation(predict: PredictOptions, model: ModelOptions, loaded: LoadedModel, running: int) -> Speculation | None:
-    """What guesses tokens ahead, for so many prompts at once."""
-    from arriero.engine.draft_model import DraftModel
-    from arriero.engine.drafts import PromptLookup, Speculation
-    from arriero.engine.loading import load_for_inference
-    from arriero.engine.runner import TorchRunner
-
-    if not predict.num_speculative_tokens:
-        return None
-    if predict.draft_model is None:
-        return Speculation(PromptLookup(), predict.num_speculative_tokens)
-    options = replace(model, model_name_or_path=predict.draft_model, tokenizer_name_or_path=None)
-    draft = load_for_inference(options, AdapterPathOptions()).model
-    runner = TorchRunner(draft, useful_tokens=running * draft.context)
-    return Speculation(DraftModel(runner, loaded.model.config.vocab_size), predict.num_speculative_tokens)
 
 
 def _publish(samples: Sequence[Sample], answers: Sequence[str], target: Path) -> None:

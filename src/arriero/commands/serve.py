@@ -7,14 +7,21 @@ from arriero.config.kv_cache import KVCacheOptions
 from arriero.config.model import ModelOptions
 from arriero.config.option import specs_of
 from arriero.config.serving import ServeOptions
+from arriero.config.speculation import SpeculationOptions
 from arriero.errors import ConfigError, require
 
 HELP = "Answer requests over HTTP (OpenAI's API, and the seed's /api/chat) with a checkpoint or a bundle that stays in memory."
 
-OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, ServeOptions, KVCacheOptions)
+OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, ServeOptions, KVCacheOptions, SpeculationOptions)
 
 
-def run(model: ModelOptions, adapter: AdapterPathOptions, serve: ServeOptions, cache: KVCacheOptions) -> int:
+def run(
+    model: ModelOptions,
+    adapter: AdapterPathOptions,
+    serve: ServeOptions,
+    cache: KVCacheOptions,
+    guesses: SpeculationOptions,
+) -> int:
     """Serve until SIGTERM or Ctrl-C; running requests are finished first."""
     default = next(spec.default for spec in specs_of(ModelOptions) if spec.name == "model_name_or_path")
     if serve.model is not None:
@@ -35,5 +42,5 @@ def run(model: ModelOptions, adapter: AdapterPathOptions, serve: ServeOptions, c
         return 0
     from arriero.serving.hosting import host
 
-    host(model, adapter, cache, serve)
+    host(model, adapter, cache, serve, guesses)
     return 0

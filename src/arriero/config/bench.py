@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from arriero.config.option import OptionGroup, option
 from arriero.errors import ConfigError
 
-WORKLOADS = ("decode", "prefill", "mixed", "shared_prefix", "long_context")
+ENGINE_WORKLOADS = ("decode", "prefill", "mixed", "shared_prefix", "long_context")
+WORKLOADS = (*ENGINE_WORKLOADS, "serve")
 
 
 @dataclass(kw_only=True)
@@ -15,19 +16,24 @@ class BenchOptions(OptionGroup):
     """Benchmark."""
 
     workloads: list[str] = option(
-        list(WORKLOADS),
-        "what is measured: answers of a batch; long prompts; uneven requests; one beginning for many; a long context",
+        list(ENGINE_WORKLOADS),
+        "what is measured: answers of a batch; long prompts; uneven requests; one beginning for many; a long context; serve, "
+        "alone: a server under load",
         WORKLOADS,
+        positional=True,
     )
     batch_sizes: list[int] = option(
         [1, 8], "decode: requests at a time", aliases=("batch_size",), minimum=1, maximum=4096
     )
     src_length: int = option(128, "decode: tokens of a prompt; mixed: of the longest", minimum=1)
     max_new_tokens: int = option(
-        64, "tokens of an answer (mixed: of the longest; shared_prefix: at most 8)", aliases=("tgt_length",), minimum=1
+        64,
+        "tokens of an answer (mixed: of the longest; shared_prefix: at most 8; serve: at most)",
+        aliases=("tgt_length",),
+        minimum=1,
     )
     prompt_lengths: list[int] = option([512, 2048], "prefill: tokens of a prompt", minimum=1)
-    num_requests: int = option(32, "mixed and shared_prefix: requests", minimum=1, maximum=100_000)
+    num_requests: int = option(32, "mixed and shared_prefix: requests; serve: at each rate", minimum=1, maximum=100_000)
     max_running: int = option(16, "mixed and shared_prefix: requests that run at once", minimum=1, maximum=4096)
     shared_length: int = option(512, "shared_prefix: tokens that all prompts begin with", minimum=1)
     context_length: int = option(4096, "long_context: tokens of prompt and answer", minimum=2)
@@ -38,7 +44,7 @@ class BenchOptions(OptionGroup):
         "compile the layers of small steps (torch.compile), for GPUs: on a CPU it loses; the first steps take long",
     )
     threads: int | None = option(None, "threads to compute with (default: torch's choice)", minimum=1, maximum=4096)
-    seed: int = option(0, "seed of the random prompts", minimum=0)
+    seed: int = option(0, "seed of the random prompts; serve: of their order and of the arrivals", minimum=0)
     against: list[str] = option(
         [], "installed programs that take turns with arriero on the same work", ("transformers",), aliases=("peers",)
     )

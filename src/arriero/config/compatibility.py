@@ -21,6 +21,7 @@ from arriero.config.planning import PlanOptions
 from arriero.config.precision import PrecisionOptions
 from arriero.config.preference import PreferenceOptions
 from arriero.config.pretraining import CorpusOptions
+from arriero.config.rules.benchmarks import bench_rule
 from arriero.config.rules.groups import changed, find
 from arriero.config.rules.layouts import parallel_rule
 from arriero.config.rules.methods import (
@@ -270,4 +271,5 @@ _RULES: tuple[Callable[[Sequence[Any], frozenset[str], list[str]], None], ...] =
     _corpus,
     _scoring,
     parallel_rule,
+    bench_rule,
 )

@@ -40,7 +40,11 @@ class ExportOptions(OptionGroup):
     )
     dtype: str = option("auto", "the same in the words of training: float32, float16, bfloat16", tuple(DTYPES))
     block_size: int = option(32, "int8, int4: consecutive inputs that share a scale (16 to 256)", minimum=1)
-    symmetric: bool = option(True, "int8, int4: integers around 0; no: with a zero point for each block")
+    symmetric: bool | None = option(
+        None,
+        "int8, int4: integers around 0; no: a zero point for each block, and of int4 an offset, which is a little slower and "
+        "nearer the model (default: of int8, of blocks above 64, and of integers that a model has around 0)",
+    )
     accuracy_level: int = option(
         4,
         "int8, int4: 4 rounds the inputs of products to 8 bits, which is faster; 0 and 1 do not",

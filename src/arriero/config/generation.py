@@ -63,16 +63,6 @@ class PredictOptions(OptionGroup):
     )
     predict_file: str = option("prediction.json", "where the answers go, one JSON line each", aliases=("output_file",))
     src_length: int = option(1024, "longest prompt in tokens; a longer one is cut, counted and reported", minimum=1)
-    num_speculative_tokens: int = option(
-        0,
-        "guess so many tokens ahead, by looking up what followed the same words before; faster where answers repeat their "
-        "prompts, and the answers stay the same; 0: off",
-        minimum=0,
-        maximum=64,
-    )
-    draft_model: str | None = option(
-        None, "a small model with the same tokenizer that makes the guesses instead", only_with="num_speculative_tokens"
-    )
     json_schema: str | None = option(None, "a file with a JSON schema that every answer has to fit (extra: serve)")
     pipeline_parallel_degree: int = option(
         1, "of several processes: stages the layers are cut into; the others share each weight matrix", minimum=1

@@ -74,6 +74,11 @@ class ServeOptions(OptionGroup):
     ssl_certfile: str | None = option(None, "certificate chain (PEM): serve https")
     ssl_keyfile: str | None = option(None, "its private key (PEM)", only_with="ssl_certfile")
     metrics: bool = option(True, "serve /metrics for Prometheus")
+    otlp_traces_endpoint: str | None = option(
+        None,
+        "send a span of each request, without its texts, to this OpenTelemetry collector, http://HOST:4318 (extra: otel); "
+        "OTEL_EXPORTER_OTLP_ENDPOINT and OTEL's other variables count too",
+    )
     log_prompts: bool = option(False, "write prompts and answers into the log too")
 
     def __post_init__(self) -> None:

@@ -200,8 +200,12 @@ class Engine:
     def step(self) -> list[Answer]:
         """Compute a step; returns the answers that got tokens, with their `new_text` and perhaps a `finish_reason`."""
         shares, failed = self._with_adapters(self.scheduler.schedule())
-        work = [item for share in shares if (item := self._work(share)) is not None]
-        logits = self.runner.run(work) if work else None
+        work = [(share.request, item) for share in shares if (item := self._work(share)) is not None]
+        logits = self.runner.run([item for _, item in work]) if work else None
+        if work and not self.runner.reuses:
+            for (request, _), recalled in zip(work, self.runner.recalled, strict=False):
+                if request.preemptions == 0:
+                    request.cached += recalled
         for share in shares:
             self.scheduler.advance(share)
         if logits is None:

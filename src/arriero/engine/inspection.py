@@ -60,7 +60,7 @@ def inspect(path: str | Path) -> Inspection:
     if found.kind == "corpus":
         return Inspection(path, found.name, {"corpora": [_corpus(prefix) for _, prefix in find_corpora([str(path)])]})
     if found.kind == "tokenizer":
-        return Inspection(path, found.name, _tokenizer(path))
+        return Inspection(path, found.name, tokenizer_facts(path))
     tensors = sorted(stored_tensors(found), key=lambda tensor: natural_order(tensor.name))
     facts = _model(found, tensors) if found.kind in MODELS else _adapter(found, tensors)
     return Inspection(path, found.name, facts | _training(found), tensors)
@@ -106,7 +106,7 @@ def _weights(tensors: list[StoredTensor]) -> dict[str, Any]:
 
 
 @contextmanager
-def _refused(path: Path) -> Iterator[None]:
+def refused_values(path: Path) -> Iterator[None]:
     """A value that a reader did not expect, such as a number that no float holds, as a broken file."""
     try:
         yield
@@ -117,7 +117,7 @@ def _refused(path: Path) -> Iterator[None]:
 def _model(found: Found, tensors: list[StoredTensor]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     try:
-        with _refused(found.path):
+        with refused_values(found.path):
             config = _config(found)
     except FormatError as error:
         facts |= _foreign(found.path, str(error))
@@ -126,9 +126,9 @@ def _model(found: Found, tensors: list[StoredTensor]) -> dict[str, Any]:
         facts |= {
             "architecture": config.model_type,
             "parameters": config.num_parameters(),
-            **_shape(config),
+            **shape_facts(config),
         }
-        with _refused(found.path):
+        with refused_values(found.path):
             reason = misfit(found, config, tensors)
         if reason is not None:
             source = "the metadata" if found.kind == "gguf" else "config.json"
@@ -138,7 +138,7 @@ def _model(found: Found, tensors: list[StoredTensor]) -> dict[str, Any]:
     if found.kind == "gguf":
         facts |= _gguf_facts(found.path)
     else:
-        facts |= _tokenizer(found.path)
+        facts |= tokenizer_facts(found.path)
         if config is not None and config.extra.get("quantization_config"):
             facts["quantization"] = _quantization(config.extra["quantization_config"])
     return facts | _weights(tensors)
@@ -173,7 +173,8 @@ def _foreign(path: Path, reason: str) -> dict[str, Any]:
     return {"architecture": words[:200] or "unknown", "not_supported": reason[:_REASON]}
 
 
-def _shape(config: LlamaConfig) -> dict[str, Any]:
+def shape_facts(config: LlamaConfig) -> dict[str, Any]:
+    """Sizes of a model, its attention and its positions."""
     scaling = {
         key: value for key, value in (config.rope_scaling or {}).items() if isinstance(value, str | bool | int | float)
     }
@@ -265,13 +266,13 @@ def _gguf_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _tokenizer(folder: Path) -> dict[str, Any]:
+def tokenizer_facts(folder: Path) -> dict[str, Any]:
     """Kind, size and special tokens of the tokenizer in a folder; {} without one."""
     for name, read in _TOKENIZERS:
         path = folder / name
         if path.is_file():
             kind, tokens, ids = read(path)
-            with _refused(folder):
+            with refused_values(folder):
                 files = read_tokenizer_files(folder)
             named = {role: files.named.get(f"{role}_token") for role in _NAMED}
             special = {

@@ -109,6 +109,11 @@ class LeaderRunner:
             with suppress(PeerError):  # which would hide the error
                 self.close()
 
+    @property
+    def recalled(self) -> Sequence[int]:
+        """See `Runner`."""
+        return self._runner.recalled
+
     def run(self, work: Sequence[Work]) -> Logits:
         """See `Runner`.
 

@@ -35,6 +35,7 @@ class TorchRunner:
     """A `Runner` of a torch model, on a CPU or a GPU, or of one that several processes hold (all of them call it alike)."""
 
     library: Library = "torch"
+    recalled: Sequence[int] = ()
 
     def __init__(
         self,

@@ -50,6 +50,8 @@ class Runner(Protocol):
         context: positions that the model has, less those of a prefix.
         prefix_length: learned keys and values that come before every sequence; they take the first positions of its blocks.
         reuses: whether what one sequence computed can serve another that begins alike.
+        recalled: of each work of the last run, how many of its tokens needed no computing, where a runner reuses beginnings by
+            itself; empty where it does not.
         adapters: that requests can name; None where there are none.
         library: whose arrays the logits are; it decides which sampler draws from them.
         device: of the logits.
@@ -62,6 +64,8 @@ class Runner(Protocol):
     prefix_length: int
     reuses: bool
 
+    @property
+    def recalled(self) -> Sequence[int]: ...
     @property
     def adapters(self) -> AdapterPool | None: ...
     @property

@@ -23,7 +23,7 @@ from arriero.formats.source import ModelSource
 from arriero.models.config import LlamaConfig
 
 # Sequences of the programs of one token each: a step of several takes the smallest that holds them.
-DECODE_ROWS = (1, 4)
+DECODE_ROWS = (1, 4, 8)
 # Loops are cut for so many threads; how many run is decided when the code runs.
 _THREADS = 8
 

@@ -2,6 +2,11 @@
 
 ``w = (q - zero_point) * scale`` with unsigned integers q, a scale for each block of consecutive inputs, and the zero point
 2^(bits - 1) where none is stored (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md).
+
+A zero point is a whole number, and so a block cannot hold ``w = scale * q + low`` with any low, as ggml's Q4_1 and Q4_K
+do. (The operator takes fractions, and is then 40 times slower: it dequantizes the matrix each time.) What is missing is the
+same for all inputs of a block: an offset times their sum. With `BlockFormat.offsets` the sums of the input's blocks are more
+inputs of the product, behind the others, and the offsets more columns of the matrix, rounded like them.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arriero.errors import ConfigError
+from arriero.export.block_levels import fit_levels
 from arriero.quantization import integers
 from arriero.quantization.integers import IntegerScheme
 from arriero.quantization.rounding import searched_scales
@@ -34,6 +40,7 @@ class BlockFormat:
         bits: 4 or 8.
         block_size: consecutive inputs that share a scale; the last block of a row is filled up with zeros.
         symmetric: no zero points are stored.
+        offsets: a column for each block of inputs stands behind the others; not if symmetric.
 
     Raises:
         ConfigError: for another number of bits, or a block size that the operators do not have.
@@ -42,6 +49,7 @@ class BlockFormat:
     bits: int
     block_size: int = 32
     symmetric: bool = True
+    offsets: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
@@ -52,11 +60,22 @@ class BlockFormat:
             )
 
     def blocks(self, in_features: int) -> int:
-        """Of a row."""
+        """Of a row, without those of the offsets."""
         return -(-in_features // self.block_size)
 
+    def columns(self, in_features: int) -> int:
+        """Inputs of the product: with what fills up the last block, and the sums of the blocks, if there are offsets."""
+        blocks = self.blocks(in_features)
+        return blocks * self.block_size + blocks if self.offsets else in_features
+
+    @property
+    def wide(self) -> BlockFormat:
+        """The same with 8 bits, which need no offsets."""
+        return BlockFormat(8, self.block_size)
+
     def __str__(self) -> str:
-        return f"int{self.bits}, {'symmetric' if self.symmetric else 'with zero points'}, blocks of {self.block_size}"
+        kind = "symmetric" if self.symmetric else "with zero points and offsets" if self.offsets else "with zero points"
+        return f"int{self.bits}, {kind}, blocks of {self.block_size}"
 
 
 @dataclass(frozen=True)
@@ -65,8 +84,9 @@ class BlockWeight:
 
     Attributes:
         format: of the blocks.
-        in_features: without what fills up the last block.
-        packed: (out, blocks, block_size * bits / 8) uint8; of 4 bits the first of a byte's two in its low half.
+        in_features: without what fills up the last block, and without the sums of blocks.
+        packed: (out, blocks, block_size * bits / 8) uint8; of 4 bits the first of a byte's two in its low half. The blocks of
+            offsets come last, here and in what follows.
         scales: (out, blocks) fp32.
         zero_points: (out, ceil(blocks * bits / 8)) uint8, packed alike; None if symmetric.
     """
@@ -78,7 +98,7 @@ class BlockWeight:
     zero_points: npt.NDArray[np.uint8] | None
 
     def dequantize(self) -> npt.NDArray[np.float32]:
-        """(out, in), each the product of an integer and a scale in fp32."""
+        """(out, in), each the product of an integer and a scale in fp32, with the offset of its block."""
         rows, blocks = self.scales.shape
         values = _unpack(self.packed, self.format.bits)
         zero: npt.NDArray[np.uint8] | int = 1 << (self.format.bits - 1)
@@ -86,6 +106,10 @@ class BlockWeight:
             zero = _unpack(self.zero_points, self.format.bits)[:, :blocks, None]
         signed = values.astype(np.float32) - np.asarray(zero, np.float32)
         whole: npt.NDArray[np.float32] = (signed * self.scales[..., None]).reshape(rows, -1)
+        if self.format.offsets:
+            count = self.format.blocks(self.in_features)
+            weights, offsets = np.split(whole, [count * self.format.block_size], 1)
+            whole = weights + offsets[:, :count].repeat(self.format.block_size, 1)
         return whole[:, : self.in_features]
 
 
@@ -121,9 +145,57 @@ def _quantize(weight: Tensor, form: BlockFormat) -> BlockWeight:
         scales = _signed_scales(filled, scheme)
         return from_integers(integers.quantize(filled, scales, scheme), scales, form, in_features)
     blocks = filled.view(len(weight), -1, form.block_size)
-    unsigned, scales, zeros = _with_zero_points(blocks, form.bits)
+    unsigned, scales, zeros = (_with_offsets if form.offsets else _with_zero_points)(blocks, form.bits)
     packed_zeros = _pack(np.pad(zeros.numpy(), ((0, 0), (0, zeros.shape[1] % 2 if form.bits == 4 else 0))), form.bits)
     return BlockWeight(form, in_features, _pack(unsigned.numpy(), form.bits), scales.numpy(), packed_zeros)
+
+
+def _with_offsets(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, blocks, size) -> unsigned integers, scales and zero points, those of the offsets last."""
+    found, offsets = _offset_blocks(blocks, *fit_levels(blocks, bits)[1:], bits)
+    # A block far from zero has an offset of many steps, which leaves few levels for the others of its row.
+    far = (offsets.abs() > 0.51 * found[1][:, : blocks.shape[1]]).any(1).nonzero().flatten()
+    if len(far):
+        own = blocks[far]
+        _, scales, low = fit_levels(F.pad(own, (0, 1)), bits)  # zero is in its range
+        near, _ = _offset_blocks(own, scales, low, bits)
+        errors = [_error(own, *parts) for parts in (near, tuple(part[far] for part in found))]
+        better = errors[0] < errors[1]
+        for kept, new in zip(found, near, strict=True):
+            kept[far[better]] = new[better]
+    return found
+
+
+def _offset_blocks(
+    blocks: Tensor, scales: Tensor, low: Tensor, bits: int
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """What `_with_offsets` returns, for levels of these steps and lows; and the offsets (out, blocks)."""
+    rows, count, size = blocks.shape
+    top = (1 << bits) - 1
+    zeros = torch.round(-low / scales).clamp_(0, top)
+    offsets = low + zeros * scales
+    scheme, middle = IntegerScheme(bits, size), 1 << (bits - 1)
+    filled = F.pad(offsets, (0, -count % size))
+    own = _signed_scales(filled, scheme)
+    signed = integers.quantize(filled, own, scheme)
+    rounded = signed.to(torch.int16) + middle
+    # to the levels as they are stored: else what an offset lost would be the same error in all weights of a block
+    low = integers.dequantize(signed, own)[:, :count] - zeros * scales
+    unsigned = torch.round((blocks - low[..., None]) / scales[..., None]).clamp_(0, top)
+    parts = (
+        torch.cat((unsigned.to(torch.uint8), rounded.to(torch.uint8).view(rows, -1, size)), 1),
+        torch.cat((scales, own), 1),
+        torch.cat((zeros.to(torch.uint8), torch.full_like(own, middle, dtype=torch.uint8)), 1),
+    )
+    return parts, offsets
+
+
+def _error(blocks: Tensor, unsigned: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """The squared error of each row."""
+    rows, count, _ = blocks.shape
+    values = (unsigned.float() - zeros[..., None].float()) * scales[..., None]
+    offsets = values[:, count:].reshape(rows, -1)[:, :count, None]
+    return (values[:, :count] + offsets - blocks).square_().sum((1, 2))
 
 
 def _signed_scales(weight: Tensor, scheme: IntegerScheme) -> Tensor:

@@ -138,14 +138,24 @@ def open_bundle(folder: str | Path) -> Bundle:
     Raises:
         FormatError: the first thing that is not as it should be, and what to do.
     """
+    bundle = read_bundle(folder)
+    check_machine(bundle)
+    check_files(bundle)
+    _check_hashes(bundle.manifest, bundle.folder)
+    return bundle
+
+
+def read_bundle(folder: str | Path) -> Bundle:
+    """What a bundle says of itself; nothing but its manifest is looked at, and nothing that it says is checked.
+
+    Raises:
+        FormatError: when that is none.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise FormatError(f"{folder}: is not a folder; a bundle is one (see `arriero export --help`)")
     values = read_json_object(folder / MANIFEST, "a bundle has one; was the export interrupted?")
-    manifest = _read_manifest(values, folder / MANIFEST)
-    _check_machine(manifest, folder)
-    _check_files(manifest, folder)
-    return Bundle(folder, manifest)
+    return Bundle(folder, _read_manifest(values, folder / MANIFEST))
 
 
 def _read_manifest(values: dict[str, Any], path: Path) -> Manifest:
@@ -196,8 +206,12 @@ def _is_plain(name: str) -> bool:
     )
 
 
-def _check_machine(manifest: Manifest, folder: Path) -> None:
-    """Whether the runtime and the processor are those that the bundle needs."""
+def check_machine(bundle: Bundle) -> None:
+    """
+    Raises:
+        FormatError: the runtime or the processor is not what it needs.
+    """
+    manifest, folder = bundle.manifest, bundle.folder
     kind = KINDS[manifest.kind]
     if kind.runtime is not None:
         _check_runtime(manifest, folder, kind.runtime, kind)
@@ -246,9 +260,15 @@ def _numbers(version: str) -> tuple[int, int] | None:
     return int(parts[0]), int(parts[1])
 
 
-def _check_files(manifest: Manifest, folder: Path) -> None:
-    """Whether the folder holds the manifest's files, all of them as they were written, and nothing else."""
-    again = "fetch or export the bundle again"
+_AGAIN = "fetch or export the bundle again"
+
+
+def check_files(bundle: Bundle) -> None:
+    """
+    Raises:
+        FormatError: the folder does not hold the manifest's files, each of its size, and nothing else.
+    """
+    manifest, folder, again = bundle.manifest, bundle.folder, _AGAIN
     present = set()
     for path in folder.iterdir():
         present.add(path.name)
@@ -267,10 +287,14 @@ def _check_files(manifest: Manifest, folder: Path) -> None:
             raise FormatError(f"{path}: is no regular file (a link, say), and may lead anywhere; {again}")
         if found.st_size != noted["size"]:
             raise FormatError(f"{path}: has {found.st_size} bytes, and {noted['size']} were written; {again}")
+
+
+def _check_hashes(manifest: Manifest, folder: Path) -> None:
+    """Whether the files are those that were written."""
     for name, noted in manifest.files.items():
         try:
             hashed = sha256_of(folder / name)
         except OSError as error:
             raise FormatError(f"{folder / name}: cannot be read ({error.strerror})") from error
         if hashed != noted["sha256"]:
-            raise FormatError(f"{folder / name}: is not what was written (its SHA-256 differs); {again}")
+            raise FormatError(f"{folder / name}: is not what was written (its SHA-256 differs); {_AGAIN}")

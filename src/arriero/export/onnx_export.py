@@ -12,6 +12,7 @@ from arriero.errors import ConfigError
 from arriero.export.block_weights import BlockFormat
 from arriero.export.bundle import Bundle, Manifest, new_bundle, open_bundle, write_manifest
 from arriero.export.data_file import DataFile
+from arriero.export.gguf_bits import layer_bits, usual_bits
 from arriero.export.model_files import generation_defaults, write_model_files
 from arriero.export.onnx_graph import OnnxGraph, WeightForm, check_config
 from arriero.export.prefix_file import PrefixArray, write_prefix
@@ -24,6 +25,8 @@ from arriero.models.config import LlamaConfig
 
 GRAPH, DATA = "model.onnx", "weights.bin"
 WEIGHTS = ("fp32", "fp16", "int8", "int4")
+# The largest block that offsets are worth it for, measured with SmolLM2 (docs/export.md).
+OFFSET_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class OnnxOptions:
     Attributes:
         weights: fp32; fp16, which is stored in half the space and computed with in fp32; int8 or int4.
         block_size: consecutive inputs that share a scale (int8, int4).
-        symmetric: without zero points (int8, int4).
+        symmetric: without zero points, and of int4 without offsets (int8, int4); None: of int8, of large blocks, and of
+            integers that a model has already.
         accuracy_level: 4 rounds the inputs of products to 8 bits, 0 and 1 compute in fp32 (int8, int4).
         head_bits: 8 or 4, of the output head and the embedding (int8, int4); None: 8.
         context: tokens of a sequence; None: all that the model has.
@@ -44,7 +48,7 @@ class OnnxOptions:
 
     weights: str = "fp32"
     block_size: int = 32
-    symmetric: bool = True
+    symmetric: bool | None = None
     accuracy_level: int = 4
     head_bits: int | None = None
     context: int | None = None
@@ -58,8 +62,12 @@ class OnnxOptions:
         """Tokens of a sequence of this model."""
         return config.max_position_embeddings if self.context is None else self.context
 
-    def form(self) -> WeightForm:
-        """The form of the graph's weights."""
+    def form(self, kept: bool = False) -> WeightForm:
+        """The form of the graph's weights.
+
+        Args:
+            kept: whether they are integers already, around 0.
+        """
         if self.weights in ("fp32", "fp16"):
             defaults = OnnxOptions.__dataclass_fields__
             for name in ("block_size", "symmetric", "accuracy_level", "head_bits"):
@@ -68,8 +76,11 @@ class OnnxOptions:
                         f"{name} is for int8 and int4 weights, and these are {self.weights}: leave it out"
                     )
             return WeightForm(half=self.weights == "fp16")
-        layers = BlockFormat(int(self.weights.removeprefix("int")), self.block_size, self.symmetric)
-        head = BlockFormat(8 if self.head_bits is None else self.head_bits, self.block_size, self.symmetric)
+        bits, zeros = int(self.weights.removeprefix("int")), self.symmetric is False
+        wanted = self.symmetric is None and not kept and self.block_size <= OFFSET_BLOCK
+        offsets = bits == 4 and (zeros or wanted)
+        layers = BlockFormat(bits, self.block_size, not (zeros or offsets), offsets)
+        head = BlockFormat(8 if self.head_bits is None else self.head_bits, self.block_size, not zeros)
         return WeightForm(layers=layers, head=head, accuracy_level=self.accuracy_level)
 
 
@@ -109,13 +120,16 @@ def _export(
     prefix: PrefixArray | None,
     defaults: Mapping[str, Any],
 ) -> Bundle:
-    form, context, length = options.form(), options.context_of(opened.config), 0
+    context, length = options.context_of(opened.config), 0
     if prefix is not None:
         length = prefix.shape[3]
         if length >= context:
             raise ConfigError(f"a prefix of {length} fills a context of {context}: make that larger")
     with new_bundle(target) as staging:
-        source = WeightSource(opened, quantized)
+        bits = layer_bits(opened)
+        mixed = usual_bits(bits) == 4  # a matrix of more bits has them for a reason
+        source = WeightSource(opened, quantized, bits if mixed else {})
+        form = options.form(kept=bool(source.layers))
         with DataFile(staging / DATA) as data:
             graph = OnnxGraph(source, form, context, data).build()
         (staging / GRAPH).write_bytes(graph.SerializeToString())
@@ -126,7 +140,7 @@ def _export(
         manifest = Manifest(
             kind="onnx",
             graph=GRAPH,
-            weights=_words(form),
+            weights=_words(form, sum(count > 4 for count in bits.values()) if mixed else 0),
             context=context,
             config=config,
             generation=generation_defaults(opened) | dict(defaults),
@@ -138,7 +152,12 @@ def _export(
     return open_bundle(target)
 
 
-def _words(form: WeightForm) -> str:
+def _words(form: WeightForm, wider: int) -> str:
+    """
+    Args:
+        wider: matrices that are stored in more than 4 bits.
+    """
     if form.layers is None or form.head is None:
         return "fp16, computed with in fp32" if form.half else "fp32"
-    return f"{form.layers}; head and embedding {form.head}; accuracy level {form.accuracy_level}"
+    more = f" ({wider} of its matrices {form.layers.wide})" if wider and form.layers.bits == 4 else ""
+    return f"{form.layers}{more}; head and embedding {form.head}; accuracy level {form.accuracy_level}"

@@ -88,6 +88,7 @@ class OnnxGraph:
         self._nodes: list[Any] = []
         self._tables: tuple[str, str] = ("", "")
         self._embedding: list[str] = []  # the tensors of one in blocks
+        self._rank = 3  # dimensions of what flows
 
     def build(self) -> onnx.ModelProto:
         """The model, with its weights in the data file.
@@ -105,6 +106,7 @@ class OnnxGraph:
             heads = self._attend(f"{name}.self_attn", layer, normed)
             if layer == last:  # nothing that follows looks at other tokens
                 heads, residual = self._wanted(heads, "heads"), self._wanted(residual, "residual")
+                self._rank = 2
             update = self._linear(f"{name}.self_attn.o_proj", heads)
             residual, normed = self._norm(f"{name}.post_attention_layernorm", residual, update)
             update = self._feed_forward(f"{name}.mlp", normed)
@@ -162,7 +164,7 @@ class OnnxGraph:
         )
         if weight.in_features % form.block_size:  # what fills up the last block
             ends = [self._constant(key, [value]) for key, value in (("at.0", 0), ("at.hidden", weight.in_features))]
-            found = self._node("Slice", [found, *ends, self._constant("axis.last", [2])], "embedding")
+            found = self._node("Slice", [found, *ends, self._constant("axis.last", [-1])], "embedding")
         return found
 
     def _norm(self, name: str, residual: str, update: str) -> tuple[str, str]:
@@ -189,13 +191,28 @@ class OnnxGraph:
         if form is not None:
             added = "" if bias is None else self._data.add(f"{label}.bias", bias)
             weight = self._source.blocks(weights, form)
-            shape = (len(weight.scales), weight.in_features)
-            return self._block_product(label, x, self._add_blocks(label, weight), shape, added)
+            form, shape = weight.format, (len(weight.scales), weight.format.columns(weight.in_features))
+            if form.offsets:
+                x = self._with_sums(x, weight.in_features, form, label)
+            return self._block_product(label, x, self._add_blocks(label, weight), form, shape, added)
         matrix = self._plain(f"{label}.weight", self._source.rows(weights).numpy().T)
         product: str = self._node("MatMul", [x, matrix], label if bias is None else f"{label}.product")
         if bias is not None:
             product = self._node("Add", [product, self._data.add(f"{label}.bias", bias)], label)
         return product
+
+    def _with_sums(self, x: str, in_features: int, form: BlockFormat, label: str) -> str:
+        """The inputs of a product with the sums of their blocks behind them; see `block_weights`."""
+        blocks, size = form.blocks(in_features), form.block_size
+        if in_features % size:
+            ends = self._constant(f"fill.{-in_features % size}", [0, -in_features % size])
+            x = self._node("Pad", [x, ends, "", self._constant("axis.last", [-1])], f"{label}.filled")
+        outer = [0] * (self._rank - 1)  # as they are
+        shape = self._constant(f"shape.{self._rank}.{blocks}.{size}", [*outer, blocks, size])
+        apart = self._node("Reshape", [x, shape], f"{label}.blocks")
+        sums = self._node("ReduceSum", [apart, self._constant("axis.last", [-1])], f"{label}.sums", keepdims=0)
+        joined: str = self._node("Concat", [x, sums], f"{label}.inputs", axis=-1)
+        return joined
 
     def _add_blocks(self, name: str, weight: BlockWeight) -> list[str]:
         names = [self._data.add(f"{name}.packed", weight.packed), self._data.add(f"{name}.scales", weight.scales)]
@@ -203,10 +220,10 @@ class OnnxGraph:
             names.append(self._data.add(f"{name}.zero_points", weight.zero_points))
         return names
 
-    def _block_product(self, name: str, x: str, stored: list[str], shape: tuple[int, int], bias: str = "") -> str:
+    def _block_product(
+        self, name: str, x: str, stored: list[str], form: BlockFormat, shape: tuple[int, int], bias: str = ""
+    ) -> str:
         """x times a stored matrix (out, in) in blocks."""
-        form = self._form.head if name == "logits" else self._form.layers
-        assert form is not None
         if bias:
             stored = stored + [""] * (4 - len(stored)) + [bias]  # no zero points, no g_idx
         product: str = self._node(
@@ -289,7 +306,7 @@ class OnnxGraph:
         form, tied = self._form.head, self.config.tie_word_embeddings
         if form is not None:
             stored = self._embedding if tied else self._add_blocks(HEAD, self._source.blocks([HEAD], form))
-            self._block_product("logits", x, stored, (self.config.vocab_size, self.config.hidden_size))
+            self._block_product("logits", x, stored, form, (self.config.vocab_size, self.config.hidden_size))
             return
         matrix = EMBEDDING if tied else self._plain(HEAD, self._source.load(HEAD).float().numpy())
         self._node("Gemm", [x, matrix], "logits", transB=1)

@@ -182,6 +182,7 @@ class StoredModel(EagerModel):
 
     def _blocks(self, label: str, form: BlockFormat, in_features: int) -> Tensor:
         parts = [self._array(f"{label}.{part}") for part in ("packed", "scales")]
+        form = form if parts[0].shape[2] * 8 == form.bits * form.block_size else form.wide
         zeros = None if form.symmetric else self._array(f"{label}.zero_points")
         return torch.from_numpy(BlockWeight(form, in_features, parts[0], parts[1], zeros).dequantize()).double()
 

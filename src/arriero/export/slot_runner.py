@@ -119,7 +119,8 @@ class SlotRunner:
         vocab_size: of the model.
         context: tokens of a sequence, without a prefix.
         prefix_length: learned keys and values that a slot begins with.
-        reuses: False: no slot serves two sequences. What prompts begin with is copied here, which the engine need not know.
+        reuses: False: no slot serves two sequences. What prompts begin with is copied here, without the engine's cache.
+        recalled: of each work of the last run, how many of its tokens were so.
         library, device: of the logits.
     """
 
@@ -139,6 +140,7 @@ class SlotRunner:
         self.vocab_size, self.context = session.vocab_size, session.context - self.prefix_length
         self._row = list(range(session.rows))  # of each slot
         self._held = [_Held() for _ in range(session.rows)]  # of each row
+        self.recalled: list[int] = []
 
     def begin(self, blocks: Sequence[int], start: int, end: int, adapter: int = 0) -> None:
         """See the engine's `Runner`."""
@@ -157,21 +159,23 @@ class SlotRunner:
             GenerationError: for tokens that do not fit a slot.
         """
         together: list[_Part] = []
-        long: list[tuple[Work, int]] = []
+        long: list[tuple[int, int]] = []
         place = 0
-        for item in work:
+        self.recalled = [0] * len(work)
+        for index, item in enumerate(work):
             self._check(item)
             if len(item.tokens) <= SHORT:
                 together.append(_Part(item.blocks[0], item.start, item.tokens, item.logits, place, item.salt))
             else:
-                long.append((item, place))
+                long.append((index, place))
             place += item.logits
         groups = self._groups(together)
         if not long and len(groups) == 1:  # its logits are in the order of the work
             return self._run(together)
         answer = np.empty((place, self.vocab_size), np.float32)
-        for item, first in long:
-            for part in self._parts(item, self._recall(item), first):
+        for index, first in long:
+            done = self.recalled[index] = self._recall(work[index])
+            for part in self._parts(work[index], done, first):
                 answer[part.place : part.place + part.logits] = self._run([part])
         for group in groups:
             logits, at = self._run(group), 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,15 +26,18 @@ class WeightSource:
         layers: names of the layers whose integers are kept where a format allows it.
     """
 
-    def __init__(self, source: ModelSource, quantized: QuantizedFolder | None = None) -> None:
+    def __init__(
+        self, source: ModelSource, quantized: QuantizedFolder | None = None, bits: Mapping[str, int] | None = None
+    ) -> None:
         """
         Args:
             quantized: the same folder, if its layers are quantized.
+            bits: of the stored numbers of matrices, where they matter.
         """
         self.config = source.config
         self._source = source
         self._scheme: IntegerWeights | None = None
-        self._quantized = quantized
+        self._quantized, self._bits = quantized, bits or {}
         if quantized is not None and isinstance(quantized.scheme, IntegerWeights):
             self._scheme = quantized.scheme
         self.layers = frozenset(quantized.layers) if quantized is not None and self._scheme is not None else frozenset()
@@ -57,11 +60,14 @@ class WeightSource:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def blocks(self, names: Sequence[str], form: BlockFormat) -> BlockWeight:
-        """Weights one after the other, rounded, or with the integers that they have already.
+        """Weights one after the other, rounded, or with the integers that they have already; in 8 bits instead of 4 if one of
+        them is stored in more than 4.
 
         Raises:
             ConfigError: if the integers do not fit the format.
         """
+        if form.bits == 4 and any(self._bits.get(name, 0) > 4 for name in names):
+            form = form.wide
         parts = [self._blocks(name, form) for name in names]
         return stack(parts) if len(parts) > 1 else parts[0]
 

@@ -16,6 +16,18 @@ from torch import Tensor, nn
 MANY_ROWS = 32
 
 
+def kernel_rows(rows: int) -> int:
+    """How many rows oneDNN is given for so many: as they are up to `MANY_ROWS`, then one of 16 sizes to each doubling.
+
+    It compiles a kernel for each number of rows, about 0.6 MiB that it keeps. A server, whose steps have any number of tokens,
+    grew by hundreds of MiB. What is computed in vain is at most a 16th.
+    """
+    if rows <= MANY_ROWS:
+        return rows
+    step = 1 << ((rows - 1).bit_length() - 5)
+    return -(-rows // step) * step
+
+
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN's kernels can be called for a device and a number format."""
     return (
@@ -33,6 +45,12 @@ def is_plain(*layers: nn.Module) -> bool:
         all(type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks for layer in layers)
         and len({(layer.weight.dtype, layer.weight.device) for layer in layers}) == 1
     )
+
+
+def _filled(x: Tensor) -> Tensor:
+    """(T, n) with rows of zeros up to `kernel_rows`."""
+    more = kernel_rows(len(x)) - len(x)
+    return F.pad(x, (0, 0, 0, more)) if more else x
 
 
 class PackedLinear:
@@ -87,12 +105,14 @@ class PackedLinear:
         return other if self._bias is None else other.add_(self._bias)
 
     def _pointwise(self, x: Tensor, function: str) -> Tensor:
+        x, rows = _filled(x), len(x)
         y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._weight, self._bias, function, [], "")
-        return y
+        return y if len(y) == rows else y[:rows]
 
     def _binary(self, x: Tensor, other: Tensor, function: str) -> Tensor:
+        x, other, rows = _filled(x), _filled(other), len(x)
         y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self._weight, self._bias, function)
-        return y
+        return y if len(y) == rows else y[:rows]
 
 
 class PackedGate:

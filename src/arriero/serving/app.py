@@ -38,6 +38,7 @@ from arriero.serving.openai.responses import responses
 from arriero.serving.route import Route
 from arriero.serving.seed_chat import SeedChatRequest, seed_chat
 from arriero.serving.service import Service
+from arriero.serving.tracing import Tracing
 
 EVENTS, LINES = "text/event-stream", "application/x-ndjson"
 SEED_ERRORS = (400, 404, 408, 413, 415, 429, 500, 503, 504)  # which have the seed's form
@@ -86,6 +87,7 @@ def make_app(
     hosts: Collection[str] | None = None,
     cors_origins: Sequence[str] = (),
     with_metrics: bool = True,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The server's application.
 
@@ -127,7 +129,7 @@ def make_app(
             allow_headers=["authorization", "content-type", "x-request-id"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    app.add_middleware(Exchange, log=service.log, metrics=service.metrics, routes=counted)
+    app.add_middleware(Exchange, log=service.log, metrics=service.metrics, routes=counted, tracing=tracing)
     return app
 
 

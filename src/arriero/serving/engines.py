@@ -17,11 +17,10 @@ from arriero.export.bundle import is_bundle
 from arriero.serving.service import ServedModel
 
 if TYPE_CHECKING:
-    from arriero.data.tokenizer import Tokenizer
+    from arriero.engine.drafts import Speculation
     from arriero.engine.loading import LoadedModel
     from arriero.engine.request_adapters import AdapterPool
     from arriero.engine.runner import TorchRunner
-    from arriero.engine.work import Runner
     from arriero.parallel.processes import Processes
 
 
@@ -37,11 +36,6 @@ def model_name(model: ModelOptions, options: ServeOptions) -> str:
         return options.served_model_name
     name = model.model_name_or_path
     return Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name
-
-
-def engine_over(runner: Runner, tokenizer: Tokenizer, options: ServeOptions) -> Engine:
-    """With the options' limits."""
-    return Engine(runner, tokenizer, max_running=options.max_batch_size, max_step_tokens=options.max_step_tokens)
 
 
 def bundle_engine(
@@ -100,11 +94,21 @@ def runner_over(
 
 @contextlib.contextmanager
 def checkpoint_engine(
-    runner: TorchRunner, loaded: LoadedModel, options: ServeOptions, processes: Processes
+    runner: TorchRunner,
+    loaded: LoadedModel,
+    options: ServeOptions,
+    processes: Processes,
+    speculation: Speculation | None = None,
 ) -> Iterator[Engine]:
     """The engine over a checkpoint; of several processes in the first one, which leads the others."""
     from arriero.engine.ranks import LeaderRunner
 
     with contextlib.ExitStack() as stack:
         leader = runner if processes.alone else stack.enter_context(LeaderRunner(runner, processes))
-        yield engine_over(leader, loaded.tokenizer, options)
+        yield Engine(
+            leader,
+            loaded.tokenizer,
+            max_running=options.max_batch_size,
+            max_step_tokens=options.max_step_tokens,
+            speculation=speculation,
+        )

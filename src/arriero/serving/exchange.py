@@ -15,6 +15,7 @@ from arriero.serving.api_errors import ApiError
 from arriero.serving.json_response import error_response
 from arriero.serving.metrics import Metrics
 from arriero.serving.request_log import JsonLog
+from arriero.serving.tracing import NoTracing, Tracing
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _QUIET = ("/health/live", "/health/ready", "/metrics")  # asked every few seconds: no line in the log if all is well
@@ -23,12 +24,21 @@ _QUIET = ("/health/live", "/health/ready", "/metrics")  # asked every few second
 class Exchange:
     """ASGI middleware. Routes put what they know of a request into `request.state.facts`, which is logged."""
 
-    def __init__(self, app: ASGIApp, *, log: JsonLog, metrics: Metrics, routes: Callable[[str], str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        log: JsonLog,
+        metrics: Metrics,
+        routes: Callable[[str], str],
+        tracing: Tracing | None = None,
+    ) -> None:
         """
         Args:
             routes: the name under which a path is counted; there must be few of them.
         """
         self._app, self._log, self._metrics, self._routes = app, log, metrics, routes
+        self._tracing = tracing or NoTracing()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -80,6 +90,8 @@ class Exchange:
             self._metrics.errors.labels(told).inc()
         if path in _QUIET and told < "400":
             return
+        known = {"request_id": state["request_id"], **facts}
+        self._tracing.record(scope["method"], route, int(told), state["began"], known, Request(scope).headers)
         client = state.get("client")
         self._log(
             "request",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from arriero.config.adapter import AdapterPathOptions
 from arriero.config.kv_cache import KVCacheOptions
 from arriero.config.model import ModelOptions
 from arriero.config.serving import ServeOptions
+from arriero.config.speculation import SpeculationOptions
 from arriero.engine.background import BackgroundEngine
 from arriero.engine.engine import Engine
 from arriero.errors import ConfigError
@@ -32,6 +34,7 @@ from arriero.serving.page_process import PageProcess
 from arriero.serving.request_log import JsonLog
 from arriero.serving.server import bind, serve, tls_files
 from arriero.serving.service import Limits, ServedModel, Service
+from arriero.serving.tracing import Tracing, tracing_of
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Entrance:
 
     keys: Keys
     tls: dict[str, Any]
+    tracing: Tracing
     listener: socket.socket
     warnings: list[str]
 
@@ -56,6 +60,7 @@ class Entrance:
         """
         keys, warning = read_keys(options.api_key_file)
         tls = tls_files(options.ssl_certfile, options.ssl_keyfile)
+        tracing = tracing_of(options.otlp_traces_endpoint)
         warnings = [] if warning is None else [warning]
         if not is_loopback(options.host):
             if not keys:
@@ -68,7 +73,7 @@ class Entrance:
         listener = bind(options.host, options.flask_port)
         if options.port is not None:
             bind(options.host, options.port, "--port").close()  # the page's process takes it later
-        return cls(keys, tls, listener, warnings)
+        return cls(keys, tls, tracing, listener, warnings)
 
     @property
     def url(self) -> str:
@@ -84,7 +89,13 @@ def _entrance(options: ServeOptions) -> Iterator[Entrance]:
         yield entrance
 
 
-def host(model: ModelOptions, adapter: AdapterPathOptions, cache: KVCacheOptions, options: ServeOptions) -> None:
+def host(
+    model: ModelOptions,
+    adapter: AdapterPathOptions,
+    cache: KVCacheOptions,
+    options: ServeOptions,
+    guesses: SpeculationOptions,
+) -> None:
     """Load a model and answer requests until a signal comes. Of several processes the first has the server.
 
     Raises:
@@ -92,19 +103,29 @@ def host(model: ModelOptions, adapter: AdapterPathOptions, cache: KVCacheOptions
     """
     folder = bundle_folder(model)
     if folder is None:
-        _host_checkpoint(model, adapter, cache, options)
+        _host_checkpoint(model, adapter, cache, options, guesses)
         return
+    if guesses.num_speculative_tokens:
+        raise ConfigError(
+            f"--num_speculative_tokens {guesses.num_speculative_tokens}: {folder} is a bundle, which checks no guesses; serve "
+            "the checkpoint it was made from"
+        )
     with _entrance(options) as entrance:
         engine = bundle_engine(folder, model, adapter, cache, options)
         _run(engine, [ServedModel(model_name(model, options))], entrance, options)
 
 
 def _host_checkpoint(
-    model: ModelOptions, adapter: AdapterPathOptions, cache: KVCacheOptions, options: ServeOptions
+    model: ModelOptions,
+    adapter: AdapterPathOptions,
+    cache: KVCacheOptions,
+    options: ServeOptions,
+    guesses: SpeculationOptions,
 ) -> None:
     from arriero.config.layout import Layout
     from arriero.engine.loading import load_for_inference, pick_device
     from arriero.engine.ranks import follow
+    from arriero.engine.speculating import speculation_over
     from arriero.parallel.processes import launched_size, start, stop
 
     processes = start(Layout(tp=launched_size()), pick_device(model.device))
@@ -114,14 +135,30 @@ def _host_checkpoint(
                 raise ConfigError("--adapters needs one process: give one adapter for all requests, by --lora_path")
             entrance = stack.enter_context(_entrance(options)) if processes.first else None
             loaded = load_for_inference(model, adapter, processes)
+            running = options.max_batch_size
+            speculation = speculation_over(guesses, model, loaded, running) if processes.first else None
         pool, models = adapters_of(loaded, model_name(model, options), options)
         runner = runner_over(loaded, pool, cache, options)
         if entrance is None:
-            follow(runner, processes)
+            # the first process finishes what runs, for which it needs this one, and then lets it go
+            with _signals_ignored():
+                follow(runner, processes)
         else:
-            with checkpoint_engine(runner, loaded, options, processes) as engine:
+            with checkpoint_engine(runner, loaded, options, processes, speculation) as engine:
                 _run(engine, models, entrance, options)
     stop(processes)
+
+
+@contextlib.contextmanager
+def _signals_ignored() -> Iterator[None]:
+    """Within it the end is another process's to say: the launcher and the terminal signal to all alike."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _run(engine: Engine, models: list[ServedModel], entrance: Entrance, options: ServeOptions) -> None:
@@ -154,6 +191,7 @@ async def _answer(
         hosts=hosts_for(options.host, options.allowed_hosts),
         cors_origins=options.cors_origins,
         with_metrics=options.metrics,
+        tracing=entrance.tracing,
     )
     for warning in entrance.warnings:
         log("warning", level="warning", message=warning)
@@ -179,4 +217,5 @@ async def _answer(
         if page is not None:
             await page.close()
         service.close()
+        entrance.tracing.close()
     log("stopped")

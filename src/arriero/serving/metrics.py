@@ -38,6 +38,10 @@ class _EngineCollector(Collector):
             ("preemptions", "Times that an answer lost its blocks for a while", scheduler.preemptions),
         ):
             yield CounterMetricFamily(f"arriero_{name}", text, value=value)
+        if self._engine.speculation is not None:
+            counters = self._engine.speculation.counters
+            yield CounterMetricFamily("arriero_draft_tokens", "Tokens that were guessed", value=counters.proposed)
+            yield CounterMetricFamily("arriero_accepted_draft_tokens", "Those that were right", value=counters.accepted)
 
 
 class Metrics:

@@ -69,8 +69,11 @@ def bind(host: str, port: int, option: str = "--flask_port") -> socket.socket:
         ConfigError: the address cannot be had.
     """
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        # With the protocol: asyncio sets TCP_NODELAY on connections that say TCP. Without it what follows a first small part
+        # of an answer waits for the client's acknowledgement, 40 ms.
+        listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
@@ -200,7 +203,7 @@ async def serve(
 def _pass_on(log: JsonLog) -> None:
     """Let the messages of libraries be lines of the log too."""
     handler = LogHandler(log)
-    for name in ("uvicorn", "asyncio"):
+    for name in ("uvicorn", "asyncio", "opentelemetry"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.WARNING)

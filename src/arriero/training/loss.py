@@ -141,14 +141,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 low = grad.to(compute)
                 if grad_rows is not None:
                     grad_rows[start : start + chunk] = low @ head
-                if grad_weight is None:
-                    continue
-                if compute == wide:
-                    grad_weight.addmm_(low.t(), part, beta=0.0 if start == 0 else 1.0)  # beta 0: not even read
-                elif start == 0:
-                    grad_weight.copy_(low.t() @ part)
-                else:
-                    grad_weight += low.t() @ part
+                if grad_weight is not None:
+                    if compute == wide:
+                        grad_weight.addmm_(low.t(), part, beta=0.0 if start == 0 else 1.0)  # beta 0: not even read
+                    elif start == 0:
+                        grad_weight.copy_(low.t() @ part)
+                    else:
+                        grad_weight += low.t() @ part
+                del grad, low
+            del probabilities  # or it would stay beside the next chunk's logits and softmax
         if shared and not train:
             dist.all_reduce(correct, group=vocabulary_part.group)
         ctx.save_for_backward(*(g for g in (grad_rows, grad_weight) if g is not None))

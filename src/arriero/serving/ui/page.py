@@ -14,16 +14,16 @@ MAX_MESSAGE = 100_000  # characters
 FONTS = ["system-ui", "Segoe UI", "Roboto", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]
 CSS = """
 .gradio-container { width: 100% !important; max-width: 56rem !important; margin: 0 auto !important; }
-.gradio-container { padding: 0.5rem !important; }
-.gradio-container main { width: 100% !important; max-width: none !important; padding: 0.5rem !important; }
+.gradio-container main { width: 100% !important; max-width: none !important; }
 footer { display: none !important; }
 #status { min-height: 1.5rem; opacity: 0.8; font-size: 0.9rem; }
 #conversation { height: 58vh !important; }
 #buttons { gap: 0.5rem !important; }
 #buttons button { white-space: nowrap; min-width: 0 !important; }
 @media (max-width: 640px) {
-  .gradio-container, .gradio-container main { padding: 0.2rem !important; }
-  #conversation { height: 52vh !important; }
+  #conversation { height: 58vh !important; }
+  #conversation .message-wrap { padding: 0.25rem !important; }
+  #conversation .message-wrap .message-row { margin: 0.25rem !important; max-width: none !important; }
   #buttons { gap: 0.25rem !important; }
   #buttons button { padding: 0.4rem 0 !important; font-size: 0.8rem !important; }
 }
@@ -34,7 +34,13 @@ POLICY = (
     "style-src 'self' 'unsafe-inline'; font-src 'self' data:; frame-src 'none'; object-src 'none'; base-uri 'self'; "
     "form-action 'self'"
 )
-HEAD = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+# Gradio keeps its `css` to what is inside the page's frame, of which this is the edge.
+EDGE = """.gradio-container, .gradio-container main { padding: 0.5rem !important; }
+@media (max-width: 640px) {
+  .gradio-container, .gradio-container main { padding: 0 !important; }
+  .gradio-container > .main { padding: 0.5rem !important; }
+}"""
+HEAD = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><style>{EDGE}</style>'
 
 Turns = list[dict[str, Any]]
 

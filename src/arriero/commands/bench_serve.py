@@ -1,0 +1,69 @@
+"""`arriero bench serve`: a server under load. Needs h11 (extra: serve), and no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+
+from arriero.commands.output_file import write_output_file
+from arriero.config.bench import BenchOptions
+from arriero.config.load import LoadOptions
+from arriero.serving.load import report
+from arriero.serving.load.asking import Question, first_model
+from arriero.serving.load.exchange import Endpoint
+from arriero.serving.load.prompts import arrivals, read_conversations, shuffled
+from arriero.serving.load.record import RateRecord
+from arriero.serving.load.run import run_rate, warm_up
+
+KEY_VARIABLES = ("ARRIERO_API_KEY", "OPENAI_API_KEY")
+
+
+def run(bench: BenchOptions, load: LoadOptions) -> int:
+    """Print a line as soon as a rate is measured; write --output_file and --plot at the end.
+
+    Raises:
+        LoadError: no server, or one that answers nothing.
+        DataError: prompts that cannot be read.
+    """
+    setting, records = asyncio.run(_measure(bench, load))
+    print(f"\n{report.EXPLANATION}")
+    if bench.output_file is not None:
+        found = report.as_dictionary(setting, records)
+        write_output_file(Path(bench.output_file).expanduser(), json.dumps(found, indent=1) + "\n")
+    if bench.plot is not None:
+        report.draw(Path(bench.plot).expanduser(), setting, records)
+    return 0
+
+
+async def _measure(bench: BenchOptions, load: LoadOptions) -> tuple[report.Setting, list[RateRecord]]:
+    conversations = read_conversations(load.data_file)
+    key = load.api_key or next(filter(None, map(os.environ.get, KEY_VARIABLES)), None)
+    endpoint = Endpoint(load.base_url, key)
+    model = load.model or await first_model(endpoint)
+    question = Question(load.api, model, bench.max_new_tokens, load.temperature, load.ignore_eos, load.request_timeout)
+    setting = report.Setting(
+        base_url=load.base_url,
+        model=model,
+        api=load.api,
+        prompts=load.data_file or "passages and questions of arriero's own",
+        different_prompts=len(conversations),
+        num_requests=bench.num_requests,
+        max_tokens=bench.max_new_tokens,
+        temperature=load.temperature,
+        ignore_eos=load.ignore_eos,
+        seed=bench.seed,
+    )
+    # one more, for the request before all others; each rate has prompts of its own as long as there are any
+    asked = shuffled(conversations, bench.num_requests * len(load.rates) + 1, bench.seed)
+    await warm_up(endpoint, question, asked.pop())
+    print(f"{setting.text()}\n\n{report.heading()}", flush=True)
+    records = []
+    for number, rate in enumerate(load.rates):
+        own = asked[number * bench.num_requests : (number + 1) * bench.num_requests]
+        times = arrivals(bench.num_requests, rate, bench.seed)
+        record = await run_rate(endpoint, question, own, times, rate, load.objectives())
+        print(report.lines(record), flush=True)
+        records.append(record)
+    return setting, records
