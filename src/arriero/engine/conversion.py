@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arriero.config.converting import MAX_SHARD_SIZE, ConvertOptions
-from arriero.engine.adapter_conversion import convert_adapter
-from arriero.engine.qat import convert_trained
 from arriero.errors import ConfigError
 from arriero.formats.conversion import Progress, convert_model, staged_output
 from arriero.formats.detection import ADAPTERS, Found, detect
@@ -155,6 +153,8 @@ def _convert(options: ConvertOptions, found: Found, output: Path, how: Writing, 
 
 
 def _convert_adapter(options: ConvertOptions, found: Found, output: Path, to: str, cache_dir: Path | None) -> Converted:
+    from arriero.engine.adapter_conversion import convert_adapter  # the models, which a conversion of one does without
+
     done = convert_adapter(
         found,
         output,
@@ -171,6 +171,8 @@ def _convert_trained(
     options: ConvertOptions, source: Path, output: Path, size: int, cache_dir: Path | None
 ) -> Converted:
     """Round and pack the weights of a run with quantization-aware training."""
+    from arriero.engine.qat import convert_trained
+
     if not source.is_dir():
         raise ConfigError(f"{source} is a file: --to quantized takes the folder of a run of finetune --qat")
     dtype = None if options.dtype == "auto" else options.dtype

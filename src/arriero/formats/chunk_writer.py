@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -32,6 +33,7 @@ from arriero.formats.file_chunks import (
     read_into,
     read_piece,
     reserve,
+    thread_memory,
     write_piece,
 )
 from arriero.formats.rearranged import Rearranged, in_order
@@ -39,7 +41,7 @@ from arriero.formats.safe_tensors import FileTensor, LazyTensor
 
 Pack = Callable[[Tensor], NDArray[np.uint8]]
 
-_CHUNK, _THREADS, _READERS = 4 * 2**20, 4, 2
+_CHUNK, _THREADS, _READERS = 4 * 2**20, 6, 3
 _IN_WORK = 2**28  # bytes of tensors that are read past the cache, or wait to be written; one tensor may be more
 
 
@@ -294,7 +296,9 @@ class _Cast:
     dtype: torch.dtype
 
     def __call__(self, rows: Tensor) -> NDArray[np.uint8]:
-        made: NDArray[np.uint8] = in_order(rows).to(self.dtype).view(-1).view(torch.uint8).numpy()
+        made: NDArray[np.uint8] = (
+            in_order(rows, partial(thread_memory, "in order")).to(self.dtype).view(-1).view(torch.uint8).numpy()
+        )
         return made
 
 

@@ -122,7 +122,7 @@ def read_piece(source: OpenFile, start: int, length: int) -> NDArray[np.uint8]:
     Raises:
         OSError: when they cannot be read.
     """
-    buffer = _buffer("read", length + 2 * BLOCK)
+    buffer = thread_memory("read", length + 2 * BLOCK)
     shift = read_into(source, start, buffer, length)
     return np.frombuffer(buffer, np.uint8, length, shift)
 
@@ -139,7 +139,7 @@ def write_piece(target: OpenFile, at: int, content: NDArray[np.uint8]) -> None:
             write_back(target.plain, at, content.nbytes)
         return
     if content.ctypes.data % BLOCK:
-        aligned = np.frombuffer(_buffer("written", content.nbytes), np.uint8, content.nbytes)
+        aligned = np.frombuffer(thread_memory("written", content.nbytes), np.uint8, content.nbytes)
         aligned[:] = content
         content = aligned
     write_at(target.direct, content.data, at)
@@ -187,8 +187,11 @@ def read_ahead(source: OpenFile, start: int, length: int) -> None:
 _AHEAD, _MOST_AHEAD = 2**20, 2**28  # bytes to read at once (Linux leaves out what goes far beyond), and in all
 
 
-def _buffer(name: str, length: int) -> memoryview:
-    """Memory of this thread, from the beginning of a page on."""
+def thread_memory(name: str, length: int) -> memoryview:
+    """Memory of this thread, from the beginning of a page on, which it gets again when it asks by the same name.
+
+    Of what each chunk would allocate and free anew, the allocator keeps many times as much.
+    """
     found: mmap.mmap | None = getattr(_buffers, name, None)
     if found is None or len(found) < length:
         found = mmap.mmap(-1, -(-length // BLOCK) * BLOCK)

@@ -23,7 +23,7 @@ _UNIFIED, _UNIFIED_INDEX = "peft_model.safetensors", "peft_model.safetensors.ind
 # 1,024 processes are more than any run that writes a file a process.
 _RANKS = r"(?:\.tp(?P<tp>\d{2,4}))?(?:[._]pp(?P<pp>\d{2,4}))?\.pdparams"
 _MAX_RANK = 1023
-_SLAB_BYTES = 32 * 2**20
+_SLAB_BYTES = 8 * 2**20
 
 
 class Piece(Protocol):
