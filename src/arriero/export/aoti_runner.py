@@ -55,8 +55,8 @@ class AotiProgram:
         return self._loader.run(list(inputs))[0]
 
 
-def open_runner(bundle: Bundle, slots: int, threads: int | None = None) -> SlotRunner:
-    """See `kinds.open_runner`; the number of threads is that of torch in this process.
+def open_runner(bundle: Bundle, slots: int, threads: int | None = None, *, spinning: bool = True) -> SlotRunner:
+    """See `kinds.open_runner`; the number of threads, and how they wait, is that of torch in this process.
 
     Raises:
         FormatError: when torch cannot load the programs.

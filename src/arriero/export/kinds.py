@@ -73,7 +73,9 @@ def slot_bytes(bundle: Bundle) -> int:
     return 2 * 4 * bundle.manifest.context * prod(numbers)
 
 
-def open_runner(bundle: Bundle, *, slots: int, threads: int | None = None, memory: int | None = None) -> BundleRunner:
+def open_runner(
+    bundle: Bundle, *, slots: int, threads: int | None = None, memory: int | None = None, spinning: bool = True
+) -> BundleRunner:
     """What computes with a bundle.
 
     Args:
@@ -81,6 +83,7 @@ def open_runner(bundle: Bundle, *, slots: int, threads: int | None = None, memor
         threads: of a computation on a CPU; default: the cores that this process may use.
         memory: bytes that the keys and values of all slots may come to. They are taken as sequences grow, but where not as
             many whole ones fit there are fewer slots, and one at least. None: no limit.
+        spinning: see `OnnxSession`.
 
     Raises:
         FormatError: its kind's runtime cannot load it, or the engine does not run the kind.
@@ -97,5 +100,5 @@ def open_runner(bundle: Bundle, *, slots: int, threads: int | None = None, memor
     if memory is not None:
         slots = max(1, min(slots, memory // slot_bytes(bundle)))
     module: Any = importlib.import_module(kind.opener)
-    runner: BundleRunner = module.open_runner(bundle, slots, threads)
+    runner: BundleRunner = module.open_runner(bundle, slots, threads, spinning=spinning)
     return runner

@@ -8,9 +8,10 @@ from arriero.export.prefix_file import read_prefix
 from arriero.export.slot_runner import SlotRunner
 
 
-def open_runner(bundle: Bundle, slots: int, threads: int | None = None) -> SlotRunner:
+def open_runner(bundle: Bundle, slots: int, threads: int | None = None, *, spinning: bool = True) -> SlotRunner:
     """See `kinds.open_runner`."""
-    session, length = OnnxSession(bundle.graph, slots, threads), bundle.manifest.prefix_length
+    session = OnnxSession(bundle.graph, slots, threads, spinning=spinning)
+    length = bundle.manifest.prefix_length
     if not length:
         return SlotRunner(session)
     layers, heads, head_dim = session.cache_shape

@@ -10,8 +10,8 @@ from arriero.export.torch_graph import TorchGraph
 from arriero.export.torch_session import check_inputs, model_shape, open_weights, program_runner
 
 
-def open_runner(bundle: Bundle, slots: int, threads: int | None = None) -> SlotRunner:
-    """See `kinds.open_runner`; the number of threads is that of torch in this process.
+def open_runner(bundle: Bundle, slots: int, threads: int | None = None, *, spinning: bool = True) -> SlotRunner:
+    """See `kinds.open_runner`; the number of threads, and how they wait, is that of torch in this process.
 
     Raises:
         FormatError: when the program is none of arriero's, or not of this model.

@@ -52,7 +52,10 @@ def bundle_engine(
     if options.adapters:
         raise ConfigError(f"--adapters: {folder} is a bundle, which takes none; serve the checkpoint it was made from")
     bundle = running.open_as_model(model, adapter, cache)
-    return running.bundle_engine(bundle, options.max_batch_size, max_step_tokens=options.max_step_tokens)
+    # The event loop and others on the machine want the cores too.
+    return running.bundle_engine(
+        bundle, options.max_batch_size, max_step_tokens=options.max_step_tokens, spinning=False
+    )
 
 
 def adapters_of(loaded: LoadedModel, base: str, options: ServeOptions) -> tuple[AdapterPool | None, list[ServedModel]]:
