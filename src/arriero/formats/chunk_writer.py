@@ -74,6 +74,7 @@ class _Job:
 
     nbytes: int
     whole: _Whole | None = None
+    rows: _Rows | None = None
     pieces: list[Future[Piece]] = field(default_factory=list)
 
 
@@ -161,8 +162,9 @@ class ChunkWriter:
             rows = value.view(whole.tensor) if isinstance(value, Rearranged) else whole.tensor
             rows = rows.detach().reshape(1) if rows.dim() == 0 else rows.detach()
             whole.users += 1
-            job = _Job(nbytes, whole)
-            self._make(job, _Rows(rows, nbytes // rows.shape[0], pack or _Cast(kind)), opened, at, checksum)
+            made = _Rows(rows, nbytes // rows.shape[0], pack or _Cast(kind))
+            job = _Job(nbytes, whole, made)
+            self._make(job, made, opened, at, checksum)
         return list(job.pieces)
 
     @contextlib.contextmanager
@@ -273,6 +275,8 @@ class ChunkWriter:
         for piece in job.pieces:
             piece.result()
         self._jobs.popleft()
+        if job.rows is not None:
+            job.rows.release()  # a thread may keep its last call a moment longer than it works at it
         if job.whole is not None:
             job.whole.users -= 1
             if job.whole.buffer is not None and not job.whole.users:
@@ -302,18 +306,23 @@ class _Cast:
         return made
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Rows:
     """A tensor whose bytes are made some rows at a time."""
 
-    rows: Tensor
+    rows: Tensor | None
     row_bytes: int
     pack: Pack
 
     def bytes(self, begin: int, end: int) -> NDArray[np.uint8]:
+        assert self.rows is not None
         first, last = begin // self.row_bytes, -(-end // self.row_bytes)
         made = self.pack(self.rows[first:last]).reshape(-1)
         return made[begin - first * self.row_bytes : end - first * self.row_bytes]
+
+    def release(self) -> None:
+        """The tensor is not needed any more."""
+        self.rows = None
 
 
 def _made(make: _Rows, begin: int, end: int, target: OpenFile, at: int, *, checksum: bool) -> Piece:

@@ -20,6 +20,8 @@ footer { display: none !important; }
 #conversation { height: 58vh !important; }
 #buttons { gap: 0.5rem !important; }
 #buttons button { white-space: nowrap; min-width: 0 !important; }
+#folded { display: none; }
+#folded.open { display: flex; }
 @media (max-width: 640px) {
   #conversation { height: 58vh !important; }
   #conversation .message-wrap { padding: 0.25rem !important; }
@@ -41,6 +43,8 @@ EDGE = """.gradio-container, .gradio-container main { padding: 0.5rem !important
   .gradio-container > .main { padding: 0.5rem !important; }
 }"""
 HEAD = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><style>{EDGE}</style>'
+
+FOLD = "() => { document.querySelector('#folded').classList.toggle('open'); }"
 
 Turns = list[dict[str, Any]]
 
@@ -83,6 +87,10 @@ class Page:
             return gr.update(), status(error.word, error.detail)
         return gr.update(choices=names, value=chosen if chosen in names else names[0]), ""
 
+    async def model_list(self, key: str, chosen: str | None) -> Any:
+        """The list of models, or the one that was there."""
+        return (await self.models(key, chosen))[0]
+
     async def answer(
         self,
         history: Turns | None,
@@ -123,6 +131,7 @@ class Page:
     def build(self) -> tuple[gr.Blocks, gr.I18n]:
         """The page itself, and the words that the browser chooses from."""
         words = gr.I18n(en=ENGLISH, zh=CHINESE, **{"zh-CN": CHINESE, "zh-TW": CHINESE})
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         with gr.Blocks(title="arriero", analytics_enabled=False, fill_width=True) as page:
             conversation = gr.Chatbot(
                 show_label=False,
@@ -151,7 +160,12 @@ class Page:
                 regenerate = gr.Button(words("regenerate"), elem_id="regenerate", min_width=60, size="md")
                 roll_back = gr.Button(words("roll_back"), elem_id="roll_back", min_width=60, size="md")
                 clear = gr.Button(words("clear"), elem_id="clear", min_width=60, size="md")
-            with gr.Accordion(words("settings"), open=False, elem_id="settings"):
+            with gr.Column(elem_id="settings"):
+                # Not an accordion: what is in a closed one is only made when it opens, and an event's result that comes while
+                # it is made empties what was just typed there.
+                fold = gr.Button(words("settings"), size="sm")
+                fold.click(None, None, None, js=FOLD, **quiet)
+            with gr.Column(elem_id="folded"):
                 with gr.Row():
                     model = gr.Dropdown([], label=words("model"), elem_id="model", interactive=True)
                     reload = gr.Button(words("reload"), elem_id="reload", min_width=130, scale=0, size="md")
@@ -166,7 +180,6 @@ class Page:
                     ),
                     gr.Slider(1, 2048, 256, step=1, label=words("max_tokens"), elem_id="max_tokens"),
                 ]
-            quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
             inputs = [conversation, key, model, system, *sampling]
             answering = {"fn": self.answer, "inputs": inputs, "outputs": [conversation, line], **quiet}
 
@@ -190,8 +203,9 @@ class Page:
             ):  # first the end of an answer under way, or its next piece would bring everything back
                 ended = button.click(None, None, None, cancels=running, **quiet)
                 ended.then(change, [conversation], changed, queue=False, **quiet)
-            listing = {"fn": self.models, "inputs": [key, model], "outputs": [model, line], **quiet}
-            page.load(**listing)
-            reload.click(**listing)
-            key.change(**listing)
+            # The line under the conversation, which may by then tell of an answer, is left alone: only the button writes it.
+            listing = {"fn": self.models, "inputs": [key, model], **quiet}
+            page.load(**{**listing, "fn": self.model_list}, outputs=model)
+            key.change(**{**listing, "fn": self.model_list}, outputs=model)
+            reload.click(**listing, outputs=[model, line])
         return page, words
