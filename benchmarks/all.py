@@ -66,6 +66,7 @@ DEV = "pip install --constraint constraints.txt '.[dev]'"
 PEERS = {
     "transformers": Peer(OWN, "transformers", DEV),
     "peft": Peer(OWN, "peft", DEV),
+    "bitsandbytes": Peer(OWN, "bitsandbytes", DEV),
     "datasets": Peer(OWN, "datasets", DEV),
     "litgpt": Peer(
         litgpt_side.ENVIRONMENT / "bin/python",
@@ -117,6 +118,22 @@ CASES = {
     "train": Case("train", ("--full_rows", "128", "--batch", "8", "--steps", "4", "--rounds", "3"), 4, ("transformers",)),
     "finetune": Case("train", ("--batch", "8", "--steps", "4", "--rounds", "2"), 4, ("transformers",)),
     "lora": Case("train", ("--method", "lora", "--batch", "8", "--steps", "4", "--rounds", "2"), 3, ("transformers", "peft")),
+    "qlora": Case(
+        "train", ("--method", "qlora", "--batch", "8", "--steps", "3", "--rounds", "2"), 4,
+        ("transformers", "peft", "bitsandbytes"),
+    ),
+    "recompute": Case(
+        "train", ("--recompute", "--full_rows", "256", "--batch", "8", "--steps", "3", "--rounds", "2"), 4, ("transformers",)
+    ),
+    "compile": Case(
+        "train",
+        ("--compile", "--full_rows", "128", "--batch", "8", "--steps", "5", "--skip", "2", "--rounds", "1"), 5,
+        ("transformers",),
+    ),
+    "train15m": Case(
+        "train", ("--full_rows", "256", "--batch", "16", "--steps", "6", "--rounds", "3"), 2, ("transformers",)
+    ),
+    "load": Case("load", (), 1, ("transformers",)),
     "packing": Case("packing", ("--steps", "3", "--rounds", "2"), 6, ("transformers", "peft")),
     "litgpt": Case("litgpt_side", ("--steps", "3", "--rounds", "2"), 4, ("litgpt",)),
     "preprocess": Case("preprocess", ("--megabytes", "32", "--rounds", "3"), 3, ("datasets",)),
@@ -162,6 +179,10 @@ def genai_model(model: Path, folder: Path) -> Path:
 
 def more_options(name: str, case: Case, scratch: Path, there: dict[str, bool]) -> list[str]:
     """What can only be said here: folders, and the peers that are there."""
+    if name == "train15m":
+        from small_model import save_small
+
+        return ["--model", str(save_small(scratch / "15M"))]
     if name == "convert":
         return ["--folder", str(scratch / "convert")]
     if name != "export":

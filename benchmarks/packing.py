@@ -65,23 +65,11 @@ def run_arriero(
     Args:
         adapter: a `LoRAConfig` in the place of that of rank 8 on all layers.
     """
-    import torch
+    from arriero_side import train
 
-    from arriero.adapters.lora import LoRAConfig, apply_lora
+    from arriero.adapters.lora import LoRAConfig
     from arriero.data.order import StepOrder
-    from arriero.data.sft import Example
-    from arriero.data.steps import FinetuningSteps
-    from arriero.formats import hf
-    from arriero.training.memory import freed_memory_kept
-    from arriero.training.optimizer import Optimizer
-    from arriero.training.precision import Precision
-    from arriero.training.schedule import Schedule
-    from arriero.training.trainer import Trainer
-    from arriero.training.weights import FullWeights
 
-    torch.manual_seed(0)
-    network = hf.load_model(model, dtype=torch.float32)
-    apply_lora(network, adapter or LoRAConfig(rank=RANK, alpha=ALPHA))
     lengths = [len(row["input_ids"]) for row in rows]
     order = StepOrder(
         len(rows),
@@ -92,24 +80,15 @@ def run_arriero(
         lengths=lengths,
         max_tokens=arguments.batch * max(lengths),
     )
-    trainer = Trainer(
-        model=network,
-        data=FinetuningSteps(
-            [Example(row["input_ids"], row["labels"]) for row in rows],
-            order,
-            share_prefixes=not arguments.no_share_prefixes,
-        ),
-        optimizer=Optimizer(network),
-        schedule=Schedule("constant", arguments.learning_rate, 0.0, 0, arguments.steps),
-        precision=Precision(torch.float32, "O1", torch.device("cpu")),
-        weights=FullWeights(network, model),
-        total_steps=arguments.steps,
-        run_folder=Path(tempfile.gettempdir()),
-        device=torch.device("cpu"),
+    records = train(
+        model,
+        rows,
+        order,
+        steps=arguments.steps,
+        learning_rate=arguments.learning_rate,
+        adapter=adapter or LoRAConfig(rank=RANK, alpha=ALPHA),
+        share_prefixes=not arguments.no_share_prefixes,
     )
-    network.train()
-    with freed_memory_kept():  # as every training run on a CPU does
-        records = [trainer.step() for _ in range(arguments.steps)]
     micro_batches = [len(order(step)) for step in range(arguments.steps)]
     return {
         "losses": [record.loss for record in records],

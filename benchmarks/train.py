@@ -2,7 +2,7 @@
 
 Both sides train the same model on the same token ids, rows in the same order, same batch, learning rate and precision
 (fp32), each in a process of its own; they take turns, so that a drift of the machine's speed hits both. Useful tokens are
-those of the rows, padding not counted. The first step of each process is left out.
+those of the rows, padding not counted. The first `--skip` steps of each process are left out.
 
     make bench ARGS="--method lora --steps 6"
 """
@@ -54,42 +54,23 @@ def encode(arguments: argparse.Namespace, model: Path) -> list[dict[str, list[in
 
 
 def run_arriero(model: Path, rows: list[dict[str, list[int]]], arguments: argparse.Namespace) -> dict[str, Any]:
-    import torch
+    from arriero_side import train
 
-    from arriero.adapters.lora import LoRAConfig, apply_lora
+    from arriero.adapters.lora import LoRAConfig
     from arriero.data.order import StepOrder
-    from arriero.data.sft import Example
-    from arriero.data.steps import FinetuningSteps
-    from arriero.formats import hf
-    from arriero.training.memory import freed_memory_kept
-    from arriero.training.optimizer import Optimizer
-    from arriero.training.precision import Precision
-    from arriero.training.schedule import Schedule
-    from arriero.training.trainer import Trainer
-    from arriero.training.weights import FullWeights
 
-    torch.manual_seed(0)
-    network = hf.load_model(model, dtype=torch.float32)
-    if arguments.method == "lora":
-        apply_lora(network, LoRAConfig(rank=8, alpha=16))
-    trainer = Trainer(
-        model=network,
-        data=FinetuningSteps(
-            [Example(row["input_ids"], row["labels"]) for row in rows],
-            StepOrder(len(rows), arguments.batch, 1, 0, shuffle=False),
-            share_prefixes=arguments.share_prefixes,
-        ),
-        optimizer=Optimizer(network),
-        schedule=Schedule("constant", arguments.learning_rate, 0.0, 0, arguments.steps),
-        precision=Precision(torch.float32, "O1", torch.device("cpu")),
-        weights=FullWeights(network, model),
-        total_steps=arguments.steps,
-        run_folder=Path(tempfile.gettempdir()),
-        device=torch.device("cpu"),
+    records = train(
+        model,
+        rows,
+        StepOrder(len(rows), arguments.batch, 1, 0, shuffle=False),
+        steps=arguments.steps,
+        learning_rate=arguments.learning_rate,
+        adapter=None if arguments.method == "full" else LoRAConfig(rank=8, alpha=16),
+        quantize_base="nf4" if arguments.method == "qlora" else None,
+        recompute=arguments.recompute,
+        compile_layers=arguments.compile,
+        share_prefixes=arguments.share_prefixes,
     )
-    network.train()
-    with freed_memory_kept():  # as every training run on a CPU does
-        records = [trainer.step() for _ in range(arguments.steps)]
     return {
         "losses": [r.loss for r in records],
         "tokens": [r.tokens for r in records],
@@ -104,13 +85,30 @@ def run_transformers(model: Path, rows: list[dict[str, list[int]]], arguments: a
     from transformers_side import train
 
     torch.manual_seed(0)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    if arguments.method == "lora":
-        from peft import LoraConfig, get_peft_model
+    more: dict[str, Any] = {}
+    if arguments.method == "qlora":
+        from transformers import BitsAndBytesConfig
 
+        more["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **more)
+    if arguments.method != "full":
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+        if arguments.method == "qlora":
+            network = prepare_model_for_kbit_training(network, use_gradient_checkpointing=arguments.recompute)
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         network = get_peft_model(network, LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
-    clock = train(network, rows, steps=arguments.steps, batch=arguments.batch, learning_rate=arguments.learning_rate)
+    clock = train(
+        network,
+        rows,
+        steps=arguments.steps,
+        batch=arguments.batch,
+        learning_rate=arguments.learning_rate,
+        recompute=arguments.recompute,
+        compile_model=arguments.compile,
+    )
     sizes = [len(row["input_ids"]) for row in rows]
     tokens = [sum(sizes[i : i + arguments.batch]) for i in range(0, len(rows), arguments.batch)]
     return {"losses": clock.losses, "tokens": tokens, "seconds": clock.seconds}
@@ -119,13 +117,13 @@ def run_transformers(model: Path, rows: list[dict[str, list[int]]], arguments: a
 def measure(side: str, data: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """One side in a process of its own."""
     values = run_side(__file__, arguments.raw, side, data)
-    values["speed"] = sum(values["tokens"][1:]) / sum(values["seconds"][1:])
+    values["speed"] = sum(values["tokens"][arguments.skip :]) / sum(values["seconds"][arguments.skip :])
     return values
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--method", choices=("full", "lora"), default="full")
+    parser.add_argument("--method", choices=("full", "lora", "qlora"), default="full")
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--dataset_path", default=str(Path(__file__).parent.parent / "src/arriero/assets/quickstart"))
     parser.add_argument("--steps", type=int, default=5)
@@ -134,6 +132,9 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--full_rows", type=int, default=0, help="rows of exactly this length, all positions learned")
     parser.add_argument("--share_prefixes", action="store_true", help="rows of one passage side by side; ours shares")
+    parser.add_argument("--recompute", action="store_true", help="activations are computed again, layer by layer")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, on both sides")
+    parser.add_argument("--skip", type=int, default=1, help="first steps that are not counted")
     records.add_json(parser)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--data", help=argparse.SUPPRESS)
@@ -182,8 +183,9 @@ def found(runs: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace, 
     if arguments.full_rows:
         what = f"{arguments.method} training step of 135M, full rows of {arguments.full_rows}"
     if arguments.model != MODEL:
-        what = f"{what} ({arguments.model})"
-    peer = "transformers Trainer" + (" + PEFT" if arguments.method == "lora" else "")
+        what = what.replace("135M", Path(arguments.model).name)
+    what += "".join(f", {word}" for word in ("recompute", "compile") if getattr(arguments, word))
+    peer = "transformers Trainer" + {"full": "", "lora": " + PEFT", "qlora": " + PEFT + bitsandbytes"}[arguments.method]
     ours, theirs = runs["arriero"], runs["transformers"]
     speeds = ([run["speed"] for run in side] for side in (ours, theirs))
     memory = ([run["memory_gib"] for run in side] for side in (ours, theirs))

@@ -44,7 +44,15 @@ def collate(batch: list[Row]) -> dict[str, torch.Tensor]:
 
 
 def train(
-    network: Any, rows: list[Row], *, steps: int, batch: int, learning_rate: float, accumulation: int = 1
+    network: Any,
+    rows: list[Row],
+    *,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    accumulation: int = 1,
+    recompute: bool = False,
+    compile_model: bool = False,
 ) -> Clock:
     """So many steps of a model, in fp32 on the CPU, at a constant learning rate."""
 
@@ -59,6 +67,7 @@ def train(
             gradient_accumulation_steps=accumulation, learning_rate=learning_rate, lr_scheduler_type="constant",
             logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, remove_unused_columns=False,
             dataloader_pin_memory=False, optim="adamw_torch_fused",
+            gradient_checkpointing=recompute, torch_compile=compile_model,
         )  # fmt: skip
         InOrder(model=network, args=settings, train_dataset=rows, data_collator=collate, callbacks=[clock]).train()
     return clock
