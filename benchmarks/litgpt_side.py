@@ -2,8 +2,8 @@
 
 The task is litgpt's own (`litgpt finetune_lora` with its defaults): adapters of rank 8 on queries and values, dropout 0.05,
 Alpaca's prompt, every token of a row learned, 16 rows a step, one row a micro-batch; here in fp32 on a CPU with SmolLM2-135M.
-What it draws is recorded, and arriero trains on the same token ids with the same rows in each step, in micro-batches of as many
-tokens as four of the longest rows have. litgpt has an environment of its own, `.venv-litgpt`.
+What it draws is recorded, and arriero trains on the same token ids with the same rows in each step, in micro-batches of at most as
+many tokens as the longest row has: litgpt's own. litgpt has an environment of its own, `.venv-litgpt`.
 
     make bench BENCH=litgpt_side ARGS="--install"      make the environment first (once; torch and 50 packages)
     make bench BENCH=litgpt_side ARGS="--steps 3 --rounds 2"
@@ -34,7 +34,7 @@ MISSING = "litgpt is not installed: make bench BENCH=litgpt_side ARGS=--install"
 DATA = ROOT.parent / "shared" / "data" / "instruct" / "seed_tasks.jsonl"
 NAME = "SmolLM2-135M-Instruct"
 RANK, ALPHA, DROPOUT = 8, 16, 0.05  # litgpt's defaults
-STEP_ROWS, MICRO_ROWS = 16, 4
+STEP_ROWS, MICRO_ROWS = 16, 1
 LEARNING_RATE = 1e-4
 
 
