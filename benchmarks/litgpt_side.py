@@ -2,8 +2,8 @@
 
 The task is litgpt's own (`litgpt finetune_lora` with its defaults): adapters of rank 8 on queries and values, dropout 0.05,
 Alpaca's prompt, every token of a row learned, 16 rows a step, one row a micro-batch; here in fp32 on a CPU with SmolLM2-135M.
-What it draws is recorded, and arriero trains on the same token ids with the same rows in each step, in micro-batches of at most as
-many tokens as the longest row has: litgpt's own. litgpt has an environment of its own, `.venv-litgpt`.
+What it draws is recorded, and arriero trains on the same token ids with the same rows in each step, in micro-batches of as many
+tokens as the longest row has, which is litgpt's largest. litgpt has an environment of its own, `.venv-litgpt`.
 
     make bench BENCH=litgpt_side ARGS="--install"      make the environment first (once; torch and 50 packages)
     make bench BENCH=litgpt_side ARGS="--steps 3 --rounds 2"
