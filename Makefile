@@ -6,7 +6,7 @@
 #   make lint                    style, types, layers
 #   make bench                   speed and memory of training beside the transformers Trainer; BENCH=generate, packing,
 #                                preprocess, convert and so on: the other programs of benchmarks/; BENCH=all: all in a row
-#   make bench-gpu               tokens/s, MFU and memory of a 1.3B model on one GPU (docs/gpu.md)
+#   make bench-gpu               training and generation on one GPU, 10 minutes (docs/gpu.md)
 #   make layouts                 every layout of processes against one process; rewrites the table of docs/layouts.md
 #   make docs                    rewrite what the docs have from the code: tables of formats, pages of verbs, types of keywords
 #   make docs-site               build the documentation site in build/site, with every link checked
@@ -84,7 +84,7 @@ bench: $(DEV)
 	$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
 
 bench-gpu: $(RUNTIME)
-	$(BIN)/python benchmarks/gpu_pretrain.py $(ARGS)
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 layouts: $(DEV)
 	$(BIN)/python benchmarks/layouts.py $(ARGS)

@@ -7,8 +7,8 @@
     make bench BENCH=all ARGS="--table"                 measure nothing: the table of what was measured last
 
 Records are added to benchmarks/results/all.jsonl; the table of the newest of each is benchmarks/results/all.md, and with
-`--write` in docs/performance.md. What each program prints is in runs/benchmarks/. A peer that is not there is named in the
-table.
+`--write` in docs/performance.md, beside a picture of the ratios. What each program prints is in runs/benchmarks/. A peer that
+is not there is named in the table.
 """
 
 from __future__ import annotations
@@ -24,14 +24,18 @@ from pathlib import Path
 
 import goals
 import litgpt_side
+import ratio_picture
 import records
+import torchtune_side
 from records import Record
+from sides import make_environment
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results/all.jsonl"
 TABLE = HERE / "results/all.md"
 DOCUMENT = ROOT / "docs/performance.md"
+PICTURE = ROOT / "docs/performance.png"
 LOGS = ROOT / "runs/benchmarks"
 GENAI = ROOT / ".venv-genai"
 GENAI_PACKAGES = ("onnxruntime-genai==0.18.0", "onnx-ir", "torch==2.13.0", "transformers==5.23.0")
@@ -74,6 +78,12 @@ PEERS = {
         'make bench BENCH=litgpt_side ARGS="--install"',
         (sys.executable, str(HERE / "litgpt_side.py"), "--install"),
     ),
+    "torchtune": Peer(
+        torchtune_side.ENVIRONMENT / "bin/python",
+        "torchtune",
+        'make bench BENCH=torchtune_side ARGS="--install"',
+        (sys.executable, str(HERE / "torchtune_side.py"), "--install"),
+    ),
     "llama-cpp-python": Peer(
         PEERS_PYTHON,
         "llama_cpp",
@@ -91,7 +101,6 @@ PEERS = {
 
 # Asked for, and without a program here: said in the table, so that nobody takes silence for a comparison.
 NOT_COMPARED = {
-    "torchtune": "no program here yet; 0.6.1 imports with torch 2.13.0 and torchao 0.13.0, and not with torchao 0.18.0",
     "paddlenlp": "no program here yet; pip install paddlepaddle==3.3.1 paddlenlp==2.8.1",
 }
 
@@ -141,6 +150,7 @@ CASES = {
     "load": Case("load", (), 1, ("transformers",)),
     "packing": Case("packing", ("--steps", "3", "--rounds", "2"), 6, ("transformers", "peft")),
     "litgpt": Case("litgpt_side", ("--steps", "3", "--rounds", "2"), 4, ("litgpt",)),
+    "torchtune": Case("torchtune_side", ("--steps", "3", "--rounds", "2"), 6, ("torchtune",)),
     "preprocess": Case("preprocess", ("--megabytes", "32", "--rounds", "3"), 3, ("datasets",)),
     "generate": Case("generate", ("--rounds", "2"), 7, ("transformers",)),
     "export": Case(
@@ -156,12 +166,6 @@ CASES = {
     "roofline": Case("roofline", (), 5),
     "growth": Case("growth", (), 6),
 }  # fmt: skip
-
-
-def install_genai() -> None:
-    """The environment of onnxruntime-genai, which builds its model with transformers."""
-    subprocess.run([sys.executable, "-m", "venv", str(GENAI)], check=True)
-    subprocess.run([str(GENAI / "bin/python"), "-m", "pip", "install", "--quiet", *GENAI_PACKAGES], check=True)
 
 
 def genai_model(model: Path, folder: Path) -> Path:
@@ -276,7 +280,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="the table goes into docs/performance.md too")
     given = parser.parse_args()
     if given.install_genai:
-        install_genai()
+        make_environment(GENAI, GENAI_PACKAGES)
         return
     chosen = {name: CASES[name] for name in given.only}
     wanted = dict.fromkeys(peer for case in chosen.values() for peer in (*case.peers, *case.extra))
@@ -301,11 +305,13 @@ def main() -> None:
                 records.write(given.results, found)
                 print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
                 print("\n".join(map(goals.row, found)), flush=True)
-    text = table(newest(given.results))
+    latest = newest(given.results)
+    text = table(latest)
     given.results.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}")
     if given.write:
         records.between(DOCUMENT, "all.py", text)
+        ratio_picture.draw(PICTURE, latest)
 
 
 if __name__ == "__main__":

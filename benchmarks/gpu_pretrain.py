@@ -1,13 +1,14 @@
-"""Pre-training speed and memory of a 1.3B Llama on one GPU, or on the GPUs of one launch: tokens/s, MFU, peak memory.
+"""Training speed and memory of a 1.3B Llama on one GPU, or on the GPUs of one launch: tokens/s, MFU, peak memory.
 
-    make bench-gpu                                          every case on one GPU, each in a process of its own
-    make bench-gpu ARGS="--cases O2 O2+compile --batch 16"  some of them
-    make bench-gpu ARGS="--device cpu --tiny"               the same code on a laptop, for a check
+    make bench BENCH=gpu_pretrain                                          every case on one GPU, each in its own process
+    make bench BENCH=gpu_pretrain ARGS="--cases O2 O2+compile --batch 16"  some of them
+    make bench BENCH=gpu_pretrain ARGS="--cases O2+lora+recompute --model configs/models/llama-3-8b --sequence 4096 --batch 1"
+    make bench BENCH=gpu_pretrain ARGS="--device cpu --tiny"               the same code on a laptop, for a check
     .venv/bin/torchrun --standalone --nproc_per_node 8 benchmarks/gpu_pretrain.py --cases O1+compile --sharding stage2
 
 Random weights, synthetic tokens, the product's own trainer, AdamW. A case is a precision (fp32, O1, O2; half precision is
-bf16), with "+compile" or "+recompute" or both. The first steps are left out. A row of a Markdown table is printed for each
-case, and all figures are added to a file of JSON lines.
+bf16), with any of "+compile", "+recompute" and "+lora" (rank 16 on all matrices, the rest frozen). The first steps are left
+out. A row of a Markdown table is printed for each case, and all figures are added to a file of JSON lines.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from arriero.adapters.lora import LoRAConfig, apply_lora
+from arriero.adapters.lora import initial_values as adapter_values
 from arriero.config.checkpoint import CheckpointOptions
 from arriero.config.logging import LoggingOptions
 from arriero.config.model import ModelOptions
@@ -57,7 +60,8 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "O1": {"bf16": True, "fp16_opt_level": "O1"},
     "O2": {"bf16": True, "fp16_opt_level": "O2"},
 }
-SWITCHES = ("compile", "recompute")
+SWITCHES = ("compile", "recompute", "lora")
+ADAPTER = LoRAConfig(rank=16, alpha=32)
 CASES = [level + extra for level in ("O1", "O2") for extra in ("", "+compile", "+recompute", "+compile+recompute")]
 MODEL = Path(__file__).parents[1] / "configs/models/llama-1.3b"
 TINY = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -90,7 +94,7 @@ class Noise:
 def options(case: str, arguments: argparse.Namespace) -> RunOptions:
     level, *switches = case.split("+")
     if level not in PRECISIONS or not set(switches) <= set(SWITCHES):
-        raise SystemExit(f"{case}: a case is one of {', '.join(PRECISIONS)}, and +compile or +recompute or both")
+        raise SystemExit(f"{case}: a case is one of {', '.join(PRECISIONS)}, and any of +compile, +recompute, +lora")
     return RunOptions(
         model=ModelOptions(model_name_or_path=str(arguments.model), device=arguments.device),
         optimization=OptimizationOptions(
@@ -126,10 +130,14 @@ def measure(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model.to(getattr(torch, chosen.precision.weight_dtype))
+    if "lora" in case.split("+"):
+        apply_lora(model, ADAPTER, fresh=False)
     loaded = LoadedModel(model, None, arguments.model, device)  # type: ignore[arg-type]  # no text here
     parallelize.apply_compile = partial(apply_compile, backend=arguments.backend)  # type: ignore[attr-defined]
 
     def values(name: str, where: Placement) -> torch.Tensor:
+        if ".lora_" in name:
+            return adapter_values(name, where.box, where.shape, 0)
         return initial_values(name, where.box, where.shape, config, 0)
 
     with contextlib.redirect_stdout(None):

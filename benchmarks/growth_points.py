@@ -57,7 +57,8 @@ class Taken:
 def train(curve: str, x: int, steps: int) -> dict[str, Any]:
     """Steps of the product's trainer, in this process or as one rank of those of a launch."""
     import gpu_pretrain
-    import torch.distributed.fsdp  # noqa: F401  (so that it is no part of what is counted)
+    import torch._dynamo
+    import torch.distributed.fsdp  # noqa: F401  (so that they are no part of what is counted)
     from small_model import small_config
 
     from arriero.training.memory import freed_memory_kept

@@ -13,11 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
-import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from itertools import pairwise
@@ -26,6 +23,7 @@ from typing import Any
 
 import records
 from records import Record
+from sides import make_environment, run_side
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = ROOT / ".venv-litgpt"
@@ -36,12 +34,6 @@ NAME = "SmolLM2-135M-Instruct"
 RANK, ALPHA, DROPOUT = 8, 16, 0.05  # litgpt's defaults
 STEP_ROWS, MICRO_ROWS = 16, 1
 LEARNING_RATE = 1e-4
-
-
-def install() -> None:
-    """Make litgpt's environment."""
-    subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
-    subprocess.run([str(ENVIRONMENT / "bin/python"), "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
 
 
 def write_rows(source: Path, folder: Path) -> None:
@@ -57,7 +49,7 @@ def write_rows(source: Path, folder: Path) -> None:
     (folder / "train.json").write_text(json.dumps(rows[2:]))
 
 
-def convert(model: Path, folder: Path, environment: dict[str, str]) -> None:
+def convert(model: Path, folder: Path) -> None:
     """A model folder as litgpt wants it: links to ours, and what it makes of them."""
     folder.mkdir()
     for path in model.iterdir():
@@ -65,7 +57,7 @@ def convert(model: Path, folder: Path, environment: dict[str, str]) -> None:
     code = "from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint as c; from pathlib import Path; import sys; "
     code += f"c(Path(sys.argv[1]), model_name={NAME!r})"
     command = [str(ENVIRONMENT / "bin/python"), "-c", code, str(folder)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def run_litgpt(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -149,14 +141,6 @@ def run_arriero(arguments: argparse.Namespace) -> dict[str, Any]:
     return packing.run_arriero(resolve_model(arguments.model), rows, given, adapter)
 
 
-def run(python: Path | str, side: str, options: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    """A side in a process of its own."""
-    command = [str(python), __file__, "--side", side, *options]
-    told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
-    values: dict[str, Any] = json.loads(told.splitlines()[-1])
-    return values
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct")
@@ -171,7 +155,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.install:
-        install()
+        make_environment(ENVIRONMENT, PACKAGES)
         return
     if arguments.side:
         found = run_litgpt(arguments) if arguments.side == "litgpt" else run_arriero(arguments)
@@ -187,19 +171,19 @@ def compare(arguments: argparse.Namespace) -> None:
     """Rounds of both sides, litgpt first: it draws the rows."""
     from arriero.formats.download import resolve_model
 
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(arguments.threads)}
+    threads = {"OMP_NUM_THREADS": str(arguments.threads)}
     common = ["--steps", str(arguments.steps), "--threads", str(arguments.threads), "--model", arguments.model]
     ours, theirs = [], []
     with tempfile.TemporaryDirectory() as scratch:
         data, checkpoint, drawn = (Path(scratch) / name for name in ("data", NAME, "rows.json"))
         write_rows(arguments.dataset_path, data)
-        convert(resolve_model(arguments.model), checkpoint, environment)
+        convert(resolve_model(arguments.model), checkpoint)
         for _ in range(arguments.rounds):
-            options = [*common, "--data", str(data), "--checkpoint", str(checkpoint)]
-            theirs.append(run(ENVIRONMENT / "bin/python", "litgpt", options, environment))
+            options = [*common, "--checkpoint", str(checkpoint)]
+            theirs.append(run_side(__file__, options, "litgpt", data, python=ENVIRONMENT / "bin/python", **threads))
             rows = theirs[-1].pop("rows")[: arguments.steps * STEP_ROWS]
             drawn.write_text(json.dumps(rows))
-            ours.append(run(sys.executable, "arriero", [*common, "--data", str(drawn)], environment))
+            ours.append(run_side(__file__, common, "arriero", drawn, **threads))
             tokens = sum(map(len, rows[STEP_ROWS:]))
             for found in (ours[-1], theirs[-1]):
                 found["speed"] = tokens / sum(found["seconds"][1 : arguments.steps])
@@ -210,12 +194,7 @@ def compare(arguments: argparse.Namespace) -> None:
         name = what if key == "speed" else f"{what}: peak memory"
         values = ([run[key] for run in side] for side in (ours, theirs))
         told.append(make("litgpt_side", name, unit, *values, **more))
-    for record in told:
-        ratios = ", ".join(f"{ratio:.2f}" for ratio in record.ratios)
-        middle = statistics.median(record.ratios)
-        print(
-            f"{record.what}: {record.ours:.2f} against {record.peer:.2f} {record.unit}, ratio {middle:.2f} ({ratios})"
-        )
+    records.show(told)
     records.write(arguments.json, told)
 
 

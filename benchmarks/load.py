@@ -94,8 +94,7 @@ def main() -> None:
         )
         for key, (what, unit) in FIGURES.items()
     ]
-    for record in told:
-        print(f"{record.what}: {record.ours:.2f} against {record.peer:.2f} {record.unit}, ratio {record.ratio:.2f}")
+    records.show(told)
     records.write(given.json, told)
 
 

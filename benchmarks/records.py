@@ -101,6 +101,15 @@ def write(path: Path | None, records: Iterable[Record]) -> None:
             file.write(json.dumps(asdict(record)) + "\n")
 
 
+def show(records: Iterable[Record]) -> None:
+    """A line each, beside the peer."""
+    for record in records:
+        rounds = ", ".join(f"{ratio:.2f}" for ratio in record.ratios)
+        print(
+            f"{record.what}: {record.ours:.2f} against {record.peer:.2f} {record.unit}, ratio {record.ratio:.2f} ({rounds})"
+        )
+
+
 def read(path: Path) -> list[Record]:
     """All records of a file."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []

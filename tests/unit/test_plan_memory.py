@@ -36,6 +36,7 @@ MIB = 2**20
 STEPS = """
 import json, sys
 import torch
+import torch._dynamo  # the first step of torch's optimizers imports it
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.activation_checkpointing import apply_activation_checkpointing

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from arriero.adapters.lora import LoRALinear
 from arriero.errors import ConfigError
+from arriero.models.uncompiled import uncompiled
 from arriero.quantization.fake_quant import greatest_input, input_scale, rounded_product, sum_of_weights, weight_scales
 from arriero.quantization.linear import QuantizedLinear
 from arriero.quantization.qat import QatSettings
@@ -84,7 +85,7 @@ class RoundingLinear(nn.Module):
             group=self.group,
         )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def observe(self, x: Tensor) -> None:
         """Note the greatest magnitude of inputs (B, S, in)."""
         if torch.is_autocast_enabled(x.device.type):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
-from arriero.commands.output_file import check_place, write_output_file
+from arriero.commands.bench_files import check_files, write_files
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.bench import BenchOptions
 from arriero.config.kv_cache import KVCacheOptions
@@ -35,7 +34,7 @@ def run(
     model: ModelOptions, adapter: AdapterPathOptions, bench: BenchOptions, cache: KVCacheOptions, load: LoadOptions
 ) -> int:
     """Print a table, a line as soon as it is measured; write --output_file and --plot at the end."""
-    _check_files(bench)
+    check_files(bench)
     if "serve" in bench.workloads:
         require("h11", "serve")
         from arriero.commands.bench_serve import run as run_load
@@ -86,21 +85,8 @@ def run(
             print(report.lines(record), flush=True)
             records.append(record)
     print(f"\n{report.EXPLANATION}")
-    if bench.output_file is not None:
-        found = report.as_dictionary(setting, records)
-        write_output_file(Path(bench.output_file).expanduser(), json.dumps(found, indent=1) + "\n")
-    if bench.plot is not None:
-        report.draw(Path(bench.plot).expanduser(), setting, records)
+    write_files(bench, report.as_dictionary(setting, records), partial(report.draw, setting=setting, records=records))
     return 0
-
-
-def _check_files(bench: BenchOptions) -> None:
-    """What would be in vain is refused before anything is loaded or asked."""
-    for name, value in (("--output_file", bench.output_file), ("--plot", bench.plot)):
-        if value is not None:
-            check_place(Path(value).expanduser(), name)
-    if bench.plot is not None:
-        require("matplotlib.figure", "plot")
 
 
 def _check(adapter: AdapterPathOptions, bench: BenchOptions) -> None:

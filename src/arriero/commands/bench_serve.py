@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-from pathlib import Path
+from functools import partial
 
-from arriero.commands.output_file import write_output_file
+from arriero.commands.bench_files import write_files
 from arriero.config.bench import BenchOptions
 from arriero.config.load import LoadOptions
 from arriero.serving.load import report
@@ -29,11 +28,7 @@ def run(bench: BenchOptions, load: LoadOptions) -> int:
     """
     setting, records = asyncio.run(_measure(bench, load))
     print(f"\n{report.EXPLANATION}")
-    if bench.output_file is not None:
-        found = report.as_dictionary(setting, records)
-        write_output_file(Path(bench.output_file).expanduser(), json.dumps(found, indent=1) + "\n")
-    if bench.plot is not None:
-        report.draw(Path(bench.plot).expanduser(), setting, records)
+    write_files(bench, report.as_dictionary(setting, records), partial(report.draw, setting=setting, records=records))
     return 0
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, Literal, cast
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from arriero.models.attention_info import AttentionInfo
+from arriero.models.uncompiled import uncompiled
 
 __all__ = [
     "AttentionInfo",
@@ -140,10 +141,10 @@ def _dispatch(
 
 
 # The lengths of documents differ in every batch: in a compiled layer each new set of them would be compiled anew.
-_uncompiled: Callable[..., Tensor] = torch.compiler.disable(_dispatch)  # type: ignore[no-untyped-call]
+_uncompiled = uncompiled(_dispatch)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def put_before(prefix: Tensor, own: Tensor, info: AttentionInfo) -> Tensor:
     """The keys or values to attend over, with a prefix before those of each document, or of each row.
 

@@ -135,6 +135,13 @@ class DecoderLayer(nn.Module):
         return output
 
 
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """A token embedding. On the meta device no values are drawn, for which torch would import its compiler."""
+    if torch.get_default_device().type == "meta":
+        return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+    return nn.Embedding(rows, width)
+
+
 class LlamaModel(nn.Module):
     """Token embedding, decoder layers, final norm.
 
@@ -144,7 +151,7 @@ class LlamaModel(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = _embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config)

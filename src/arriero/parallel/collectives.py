@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from arriero.models.uncompiled import uncompiled
+
 # named *_tensor up to torch 2.12
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -87,7 +89,7 @@ class _Sum(torch.autograd.Function):
         return grad, None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def enter(x: Tensor, group: dist.ProcessGroup, *, split: bool) -> Tensor:
     """Before matrices that are shared out: every process gets all tokens, and their gradients add up.
 
@@ -98,7 +100,7 @@ def enter(x: Tensor, group: dist.ProcessGroup, *, split: bool) -> Tensor:
     return result
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def leave(x: Tensor, group: dist.ProcessGroup, *, split: bool) -> Tensor:
     """After them: the partial sums of all processes add up; each goes on with its run of the tokens, or with all."""
     result: Tensor = (_Scatter if split else _Sum).apply(x, group)  # type: ignore[no-untyped-call]

@@ -18,6 +18,7 @@ from torch import Tensor
 from arriero.data.batch import Batch
 from arriero.models.attention import AttentionInfo
 from arriero.models.llama import LayerInputs
+from arriero.models.uncompiled import uncompiled
 from arriero.parallel import collectives
 from arriero.parallel.ring import RingAttention
 
@@ -113,7 +114,7 @@ class ContextShard:
         """What the decoder layers take besides the hidden states."""
         return LayerInputs(self.positions, self.attention, self.ring or self, self.lengths)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values of all processes that the local queries attend to, with gradients.
 

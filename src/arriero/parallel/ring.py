@@ -22,6 +22,7 @@ from torch import Tensor
 
 from arriero.models.block_attention import Block, Kernel, attend, attend_backward
 from arriero.models.cache import AttendingView
+from arriero.models.uncompiled import uncompiled
 
 Blocks = tuple[tuple[Block, ...], ...]  # by the process that the keys come from
 
@@ -90,7 +91,7 @@ class RingAttention(AttendingView):
     kernel: Kernel | None = None
     _blocks: dict[int | None, Blocks] = field(default_factory=dict, repr=False)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def attend(
         self,
         query: Tensor,

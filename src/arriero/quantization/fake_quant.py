@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from arriero.models.uncompiled import uncompiled
 from arriero.quantization.integers import IntegerScheme, absmax_scales, at_least_fp32, dequantize, quantize
 from arriero.quantization.linear import rounded
 
@@ -43,7 +44,7 @@ def weight_scales(weight: Tensor, scheme: IntegerScheme, group: dist.ProcessGrou
     return absmax_scales(weight, scheme)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def _greatest(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     dist.all_reduce(values, dist.ReduceOp.MAX, group=group)
     return values

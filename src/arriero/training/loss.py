@@ -18,7 +18,8 @@ from arriero.data.sft import IGNORE
 
 # fp16 sums over rows reach its greatest number, 65,504; a chunk's sum is added up in fp32
 FP16_CHUNK = 4096
-CHUNK_ELEMENTS = 1 << 25  # logits held at once: 128 MiB in fp32, and as much again for their softmax
+CHUNK_ELEMENTS = 1 << 25  # logits held at once: 128 MiB in fp32; but on a CPU as much again for their softmax
+BLOCK_ELEMENTS = 1 << 19  # of them, worked on together on a CPU: 2 MiB, which stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 local = target - vocabulary_part.start
                 inside = (local >= 0) & (local < held)
                 target = local.clamp(0, held - 1)
-            likeliest = logits.amax(1, keepdim=True)
             target_logits = logits.gather(1, target)
             logits_sum = logits.sum() if smoothing else None
             best = None if train else logits.argmax(1, keepdim=True)
-            # log sum exp from the softmax: its greatest entry is exp(likeliest) / sum, and never below 1 / vocabulary
-            probabilities = logits.softmax(1)
-            log_sum = likeliest - probabilities.amax(1, keepdim=True).log_()
+            probabilities, log_sum, likeliest = softmax(logits)
             del logits
             won = None
             if inside is not None:
@@ -166,6 +164,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for needed, dtype in zip(ctx.needs, ctx.dtypes, strict=True)
         ]
         return grads[0], grads[1], None, None, None, None
+
+
+def softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The softmax of rows (N, V), on a CPU in their place; log of the sums of exponentials and greatest logits, (N, 1) each.
+
+    There a few rows at a time take all passes while the cache has them: over the whole, each pass would read and write memory.
+    """
+    if logits.device.type != "cpu":
+        likeliest = logits.amax(1, keepdim=True)
+        probabilities = logits.softmax(1)
+        # its greatest entry is exp(likeliest) / sum, and never below 1 / V
+        return probabilities, likeliest - probabilities.amax(1, keepdim=True).log_(), likeliest
+    likeliest, sums = (logits.new_empty(len(logits), 1) for _ in range(2))
+    block = max(1, BLOCK_ELEMENTS // logits.shape[1])
+    for rows, top, total in zip(*(tensor.split(block) for tensor in (logits, likeliest, sums)), strict=True):
+        torch.amax(rows, 1, keepdim=True, out=top)
+        torch.sum(rows.sub_(top).exp_(), 1, keepdim=True, out=total)
+        rows.div_(total)
+    return logits, likeliest + sums.log_(), likeliest
 
 
 def _over_vocabulary(

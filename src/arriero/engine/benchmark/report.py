@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from arriero import __version__
-from arriero.engine.benchmark.record import Latency, Peak, Record
+from arriero.engine.benchmark import figures
+from arriero.engine.benchmark.record import Peak, Record
 from arriero.engine.kv_memory import KVMemory
-from arriero.errors import ConfigError, require
 
 COLUMNS = (
     ("output tok/s", 20),
@@ -70,7 +70,7 @@ class Setting:
 
 def heading() -> str:
     """The line above the table."""
-    return "  ".join(f"{name:>{width}}" for name, width in COLUMNS)
+    return figures.heading(COLUMNS)
 
 
 def lines(record: Record) -> str:
@@ -79,15 +79,15 @@ def lines(record: Record) -> str:
     cells = (
         f"{record.output_tokens_per_second:,.1f}" if answers else "",
         f"{prompts.tokens_per_second:,.1f}" if prompts else "",
-        _latency(record.first_token),
-        _latency(record.next_token),
+        figures.p50_p99(record.first_token),
+        figures.p50_p99(record.next_token),
         f"{prompts.gflops:,.0f} ({prompts.peak_flops_share:.0%})" if prompts else "",
         f"{answers.gigabytes:,.1f} ({answers.peak_bandwidth_share:.0%})" if answers else "",
         f"{record.scheduler_share:.1%}",
     )
     found = [
         f"{record.workload}: {record.case}",
-        "  ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True)),
+        figures.table_line(cells, COLUMNS),
     ]
     if record.shared is not None:
         shared = record.shared
@@ -104,13 +104,6 @@ def lines(record: Record) -> str:
             f"round: {rounds}); {other.equal_answers:.0%} of the answers are the same"
         )
     return "\n".join(found)
-
-
-def _latency(found: Latency | None) -> str:
-    if found is None:
-        return ""
-    digits = 0 if found.p50 >= 10 else 1
-    return f"{found.p50:,.{digits}f}/{found.p99:,.{digits}f}"
 
 
 def as_dictionary(setting: Setting, records: Sequence[Record]) -> dict[str, Any]:
@@ -133,7 +126,7 @@ def draw(path: Path, setting: Setting, records: Sequence[Record]) -> None:
         MissingExtraError: matplotlib is not installed.
         ConfigError: the file cannot be written.
     """
-    figure = require("matplotlib.figure", "plot").Figure(figsize=(12, 1.6 + 0.6 * len(records)), layout="constrained")
+    figure = figures.new_picture(12, 1.6 + 0.6 * len(records))
     speed, shares, latency = figure.subplots(1, 3, sharey=True)
     places = np.arange(len(records))
     tokens = [record.prompt_tokens + record.output_tokens for record in records]
@@ -167,11 +160,7 @@ def draw(path: Path, setting: Setting, records: Sequence[Record]) -> None:
     for axes in (speed, shares, latency):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    figure.suptitle(setting.text(), fontsize=7)
-    try:
-        figure.savefig(path, dpi=120, format="png")
-    except OSError as error:
-        raise ConfigError(f"--plot {path}: cannot be written ({error.strerror})") from error
+    figures.save_picture(figure, path, setting.text())
 
 
 def _decades(axes: Any, values: Sequence[float]) -> None:

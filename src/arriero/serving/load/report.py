@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero import __version__
-from arriero.errors import ConfigError, require
+from arriero.engine.benchmark import figures
 from arriero.serving.load.record import RateRecord, Times
 
 COLUMNS = (
@@ -59,7 +59,7 @@ class Setting:
 
 def heading() -> str:
     """The line above the table."""
-    return "  ".join(f"{name:>{width}}" for name, width in COLUMNS)
+    return figures.heading(COLUMNS)
 
 
 def lines(record: RateRecord) -> str:
@@ -71,9 +71,9 @@ def lines(record: RateRecord) -> str:
         "" if record.request_goodput is None else f"{record.request_goodput:,.2f}",
         f"{record.max_concurrent_requests}",
         "" if record.output_throughput is None else f"{record.output_throughput:,.1f}",
-        *(_cell(times) for times in (record.ttft, record.tpot, record.itl, record.e2el)),
+        *(figures.p50_p99(times) for times in (record.ttft, record.tpot, record.itl, record.e2el)),
     )
-    found = ["  ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True))]
+    found = [figures.table_line(cells, COLUMNS)]
     found += [f"  {count} failed: {reason}" for reason, count in record.errors.items()]
     if record.completed and record.output_throughput is None:
         found.append("  the server does not say how many tokens there were (stream_options.include_usage)")
@@ -82,13 +82,6 @@ def lines(record: RateRecord) -> str:
             f"  requests were sent up to {record.send_lag.max:,.0f} ms late: this machine is too busy to ask at such a rate"
         )
     return "\n".join(found)
-
-
-def _cell(times: Times | None) -> str:
-    if times is None:
-        return ""
-    digits = 0 if times.p50 >= 10 else 1
-    return f"{times.p50:,.{digits}f}/{times.p99:,.{digits}f}"
 
 
 def as_dictionary(setting: Setting, records: Sequence[RateRecord]) -> dict[str, Any]:
@@ -113,7 +106,7 @@ def draw(path: Path, setting: Setting, records: Sequence[RateRecord]) -> None:
         MissingExtraError: matplotlib is not installed.
         ConfigError: the file cannot be written.
     """
-    figure = require("matplotlib.figure", "plot").Figure(figsize=(12, 4), layout="constrained")
+    figure = figures.new_picture(12, 4)
     ordered = sorted(records, key=lambda record: record.request_rate or float("inf"))
     names = [f"{record.request_rate:g}" if record.request_rate else "at once" for record in ordered]
     first, between, rates = figure.subplots(1, 3)
@@ -142,8 +135,4 @@ def draw(path: Path, setting: Setting, records: Sequence[RateRecord]) -> None:
         axes.legend(fontsize=7)
     handles = [*rates.get_legend_handles_labels()[0], *tokens.get_legend_handles_labels()[0]]
     rates.legend(handles=handles, fontsize=7, loc="upper left")
-    figure.suptitle(setting.text(), fontsize=7)
-    try:
-        figure.savefig(path, dpi=120, format="png")
-    except OSError as error:
-        raise ConfigError(f"--plot {path}: cannot be written ({error.strerror})") from error
+    figures.save_picture(figure, path, setting.text())

@@ -216,16 +216,20 @@ def _cached_casts(facts: ModelFacts, setup: TrainingSetup, layers: int) -> int:
 
 
 def _loss_working(facts: ModelFacts, setup: TrainingSetup) -> int:
-    """The greatest that the loss holds beside what it keeps: hidden states twice, a chunk of logits and its softmax."""
+    """The greatest that the loss holds beside what it keeps: hidden states twice, a chunk of logits and its softmax.
+
+    On a CPU the softmax takes the logits' place.
+    """
     config, rows = facts.config, Widths.of(facts, setup.layout.tp).vocabulary
     head = 0 if facts.method.frozen else rows * config.hidden_size
     chunk = min(setup.tokens, max(1, CHUNK_ELEMENTS // rows)) * rows
     hidden = 2 * setup.tokens * config.hidden_size * setup.weight_bytes
+    wide = (1 if setup.device == "cpu" else 2) * chunk * FLOAT
     if setup.compute_bytes == FLOAT:
-        return hidden + 2 * chunk * FLOAT
+        return hidden + wide
     cast = rows * config.hidden_size * setup.compute_bytes if setup.autocast else 0
     # logits and softmax in fp32, or softmax, its cast, and the product that is added to the head's gradient
-    return hidden + cast + max(2 * chunk * FLOAT, chunk * (FLOAT + 2) + head * 2)
+    return hidden + cast + max(wide, chunk * (FLOAT + 2) + head * 2)
 
 
 def _block_backward(facts: ModelFacts, setup: TrainingSetup) -> int:
