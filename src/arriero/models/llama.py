@@ -138,7 +138,10 @@ class DecoderLayer(nn.Module):
 def _embedding(rows: int, width: int) -> nn.Embedding:
     """A token embedding. On the meta device no values are drawn, for which torch would import its compiler."""
     if torch.get_default_device().type == "meta":
-        return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+        empty: nn.Embedding = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
+            torch.empty(rows, width), freeze=False
+        )
+        return empty
     return nn.Embedding(rows, width)
 
 

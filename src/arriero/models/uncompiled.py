@@ -15,7 +15,8 @@ R = TypeVar("R")
 
 def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
     """The function, never compiled by torch.compile, nor what it calls."""
-    kept_out: Callable[P, R] = torch._disable_dynamo(function)  # torch's own: it imports the compiler at the first call
+    # torch's own way to do this: it imports the compiler at the first call
+    kept_out: Callable[P, R] = torch._disable_dynamo(function)  # type: ignore[attr-defined]
 
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -128,7 +128,7 @@ class ContextShard:
         # autocast leaves rotated keys wider than values; attention would round them alike
         both = torch.stack([key.to(value.dtype), value], dim=2).permute(0, 3, 2, 1, 4)  # (1, T/n, 2, KV, D)
         gathered = collectives.enter(both, self._group, split=True)
-        halves = gathered.unflatten(1, (2 * self._size, -1)).unbind(1)
+        halves = gathered.unflatten(1, (2 * self._size, -1)).unbind(1)  # type: ignore[no-untyped-call]
         chunks = [*halves[::2], *reversed(halves[1::2])]  # in the order of the sequence
         size = chunks[0].shape[1]
         pieces = []

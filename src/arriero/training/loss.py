@@ -178,7 +178,7 @@ def softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return probabilities, likeliest - probabilities.amax(1, keepdim=True).log_(), likeliest
     likeliest, sums = (logits.new_empty(len(logits), 1) for _ in range(2))
     block = max(1, BLOCK_ELEMENTS // logits.shape[1])
-    for rows, top, total in zip(*(tensor.split(block) for tensor in (logits, likeliest, sums)), strict=True):
+    for rows, top, total in zip(*(torch.split(tensor, block) for tensor in (logits, likeliest, sums)), strict=True):
         torch.amax(rows, 1, keepdim=True, out=top)
         torch.sum(rows.sub_(top).exp_(), 1, keepdim=True, out=total)
         rows.div_(total)
