@@ -44,7 +44,7 @@ class Goal:
 GOALS = (
     Goal("", ends=MEMORY, ratio=1.0),
     Goal("train", "full fine-tune of 135M", 1.3),
-    Goal("train", "full training step of 135M", 1.3),
+    Goal("train", "full training step of 135M", 1.3, ends="full rows of 128"),
     Goal("packing", "LoRA on uneven rows", 2.5),
     Goal("litgpt_side", "LoRA", 1.1),
     Goal("preprocess", "preprocess", 1.0),
