@@ -364,6 +364,7 @@ def share_a_run_folder(folder: Path, processes: Processes) -> None:
         assert "which this run needs" in refused(ConfigError, processes, 0, lambda: run.check_inputs(inside))
         run.drop_later(1)
         assert sorted(path.name for path in (folder / "failing").glob("checkpoint-*")) == ["checkpoint-1"]
+        processes.barrier()  # all have looked
         run.clear()
         assert not list((folder / "failing").glob("checkpoint-*"))
 

@@ -366,13 +366,13 @@ def test_the_search_finds_valid_layouts_fast() -> None:
         assert 64 % layout.tp == 0
         assert layout.stages <= 80
     # no layout that is possible and fits is faster than the first
-    best = math.inf
+    best, start = math.inf, time.process_time()
     for candidate in list(candidates(facts, setup))[::7]:
         if training_memory(facts, candidate).peak <= memory:
             best = min(best, training_speed(facts, candidate, 989e12, 0.5, links).step_seconds or math.inf)
     assert seconds[0] is not None
     assert seconds[0] <= best
-    assert took < 2.0
+    assert took < 7 * (time.process_time() - start)  # of which most is not computed to its end
 
 
 def test_the_search_of_an_odd_number_of_devices() -> None:
