@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from pathlib import Path
 
@@ -61,7 +62,5 @@ def train(
         device=cpu,
     )
     network.train()
-    if recompute:  # as every training run on a CPU does
-        return [trainer.step() for _ in range(steps)]
-    with freed_memory_kept():
+    with contextlib.nullcontext() if recompute else freed_memory_kept():  # as every training run on a CPU does
         return [trainer.step() for _ in range(steps)]

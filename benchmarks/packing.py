@@ -31,7 +31,6 @@ from sides import run_side
 SIDES = ("arriero", "transformers")
 DATA = Path(__file__).parents[2] / "shared" / "data" / "instruct" / "seed_tasks.jsonl"
 RANK, ALPHA = 8, 16
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def encode(arguments: argparse.Namespace, model: Path) -> list[dict[str, list[int]]]:
@@ -99,13 +98,11 @@ def run_arriero(
 
 def run_transformers(model: Path, rows: list[dict[str, list[int]]], arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
-    from transformers_side import train
+    from transformers_side import train, with_lora
 
     torch.manual_seed(0)
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
-    network = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), config)
+    network = with_lora(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), RANK, ALPHA)
     clock = train(
         network,
         rows,

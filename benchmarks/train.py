@@ -82,7 +82,7 @@ def run_arriero(model: Path, rows: list[dict[str, list[int]]], arguments: argpar
 def run_transformers(model: Path, rows: list[dict[str, list[int]]], arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers_side import train
+    from transformers_side import train, with_lora
 
     torch.manual_seed(0)
     more: dict[str, Any] = {}
@@ -93,13 +93,12 @@ def run_transformers(model: Path, rows: list[dict[str, list[int]]], arguments: a
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
         )
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **more)
-    if arguments.method != "full":
-        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    if arguments.method == "qlora":
+        from peft import prepare_model_for_kbit_training
 
-        if arguments.method == "qlora":
-            network = prepare_model_for_kbit_training(network, use_gradient_checkpointing=arguments.recompute)
-        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        network = get_peft_model(network, LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
+        network = prepare_model_for_kbit_training(network, use_gradient_checkpointing=arguments.recompute)
+    if arguments.method != "full":
+        network = with_lora(network)
     clock = train(
         network,
         rows,

@@ -43,6 +43,14 @@ def collate(batch: list[Row]) -> dict[str, torch.Tensor]:
     return {"input_ids": pad("input_ids", PAD_ID), "labels": pad("hf_labels", -100), "attention_mask": mask}
 
 
+def with_lora(network: Any, rank: int = 8, alpha: int = 16) -> Any:
+    """The model with PEFT's adapter on all matrices of its layers."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return get_peft_model(network, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM"))
+
+
 def train(
     network: Any,
     rows: list[Row],

@@ -128,6 +128,10 @@ def set_longest(page: Page, tokens: int) -> None:
 
 def test_a_conversation(browser: Any, address: tuple[str, Served]) -> None:
     page, others = opened(browser, address[0])
+    assert page.locator("#key input").count() == 1, (
+        "made when the settings open, a key typed there can be emptied again"
+    )
+    assert not page.locator("#key input").is_visible()
     send(page, "Hello")
     until(page, lambda: "send an API key" in status(page))
     assert turns(page, "bot") == []

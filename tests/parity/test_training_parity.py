@@ -42,9 +42,12 @@ def problem(dtype: torch.dtype = torch.float32, rows: int = 23) -> tuple[Tensor,
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
-@pytest.mark.parametrize("chunk_rows", [1, 4, 5, 1000])
-def test_chunked_loss_equals_torch(smoothing: float, chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("chunk_rows", "block_rows"), [(1, 1), (4, 3), (5, 2), (1000, 4), (1000, 1000)])
+def test_chunked_loss_equals_torch(
+    smoothing: float, chunk_rows: int, block_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk_rows * V)
+    monkeypatch.setattr(loss_module, "BLOCK_ELEMENTS", block_rows * V)
     hidden, weight, labels = problem()
     sums = linear_cross_entropy(hidden, weight, labels, label_smoothing=smoothing)
     (sums.loss * 0.37).backward()

@@ -18,7 +18,7 @@ from arriero.data.sft import IGNORE
 
 # fp16 sums over rows reach its greatest number, 65,504; a chunk's sum is added up in fp32
 FP16_CHUNK = 4096
-CHUNK_ELEMENTS = 1 << 25  # logits held at once: 128 MiB in fp32; but on a CPU as much again for their softmax
+CHUNK_ELEMENTS = 1 << 25  # logits held at once: 128 MiB in fp32; on a GPU as much again for their softmax
 BLOCK_ELEMENTS = 1 << 19  # of them, worked on together on a CPU: 2 MiB, which stay in a core's cache
 
 
