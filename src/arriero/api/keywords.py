@@ -413,7 +413,7 @@ class ExportGroup(TypedDict, total=False):
     format: Literal["onnx", "torch", "aoti", "gguf"]
     weights: Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"]
     dtype: Literal["auto", "float32", "float16", "bfloat16", "fp32", "fp16", "bf16"]
-    block_size: int
+    block_size: int | None
     symmetric: bool | None
     accuracy_level: int
     head_bits: int | None

@@ -39,7 +39,12 @@ class ExportOptions(OptionGroup):
         ("auto", "fp32", "fp16", "bf16", "int8", "int4"),
     )
     dtype: str = option("auto", "the same in the words of training: float32, float16, bfloat16", tuple(DTYPES))
-    block_size: int = option(32, "int8, int4: consecutive inputs that share a scale (16 to 256)", minimum=1)
+    block_size: int | None = option(
+        None,
+        "int8, int4: consecutive inputs that share a scale, 16 to 256 (default: 64 of 8 bits, 32 of 4 bits and of integers "
+        "that a model has already)",
+        minimum=1,
+    )
     symmetric: bool | None = option(
         None,
         "int8, int4: integers around 0; no: a zero point for each block, and of int4 an offset, which is a little slower and "

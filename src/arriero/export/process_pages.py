@@ -1,0 +1,87 @@
+"""The pages of memory that a runtime took for a model's weights: fewer and larger ones, and none that nobody reads (Linux).
+
+ONNX Runtime copies the matrices into an order of its own when a session is made. Those copies lie in pages of 4 KiB, which a
+processor looks up one by one where it reads all of them for each token; and of the file that they were copied from some stays
+in memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+
+_MAPPINGS = Path("/proc/self/smaps")
+_HUGE = 2 << 20
+# Of madvise(2): drop the pages of a range, of which a file's are read again at need; make huge pages of it now (Linux 6.1).
+_DONTNEED, _COLLAPSE = 4, 25
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """A range of this process's addresses.
+
+    Attributes:
+        start, end: addresses.
+        access: as "rw-p": read, write, execute, private or shared.
+        file: that it shows, or a word in brackets; "" for memory without a name.
+        own: bytes of it that are this process's own, as written-to pages of a private file mapping are.
+    """
+
+    start: int
+    end: int
+    access: str
+    file: str
+    own: int
+
+
+def mappings() -> list[Mapping]:
+    """Those of this process; none where the system does not tell."""
+    try:
+        lines = _MAPPINGS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return []
+    found: list[Mapping] = []
+    for line in lines:
+        first, *words = line.split(maxsplit=5)
+        if first == "Anonymous:":
+            latest = found.pop()
+            found.append(Mapping(latest.start, latest.end, latest.access, latest.file, int(words[0]) << 10))
+        elif not first.endswith(":"):
+            start, end = (int(word, 16) for word in first.split("-"))
+            found.append(Mapping(start, end, words[0], words[4] if len(words) > 4 else "", 0))
+    return found
+
+
+def drop_pages(folder: Path) -> None:
+    """Give back what was read of a folder's mapped files; it is read again where it is used again."""
+    start = f"{folder.resolve()}/"
+    for mapping in mappings():
+        if mapping.file.startswith(start) and not mapping.own:
+            _advise(mapping.start, mapping.end, _DONTNEED)
+
+
+def enlarge_pages(known: frozenset[int]) -> None:
+    """Move what lies in memory that was taken since to huge pages; no effect where the system refuses it.
+
+    Args:
+        known: `large_pages` from before.
+    """
+    for start in sorted(large_pages() - known):
+        _advise(start, start + _HUGE, _COLLAPSE)
+
+
+def large_pages() -> frozenset[int]:
+    """Addresses of the huge pages that there is room for in this process's private memory."""
+    found: set[int] = set()
+    for mapping in mappings():
+        if mapping.access == "rw-p" and mapping.file in ("", "[heap]"):
+            found.update(range(-(-mapping.start // _HUGE) * _HUGE, mapping.end - _HUGE + 1, _HUGE))
+    return frozenset(found)
+
+
+def _advise(start: int, end: int, advice: int) -> None:
+    """madvise(2), which may say no: it is advice."""
+    call = ctypes.CDLL(None).madvise
+    call.argtypes, call.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
+    call(start, end - start, advice)
