@@ -99,5 +99,5 @@ docs-site: $(DEV)
 	$(BIN)/zensical build --strict --clean
 
 clean:
-	rm -rf .venv .venv-peers .venv-litgpt .venv-genai .pytest_cache $(PYTEST_TMP) .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist src/*.egg-info runs
+	rm -rf .venv .venv-peers .venv-litgpt .venv-torchtune .venv-genai .venv-paddlenlp .pytest_cache $(PYTEST_TMP) .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist src/*.egg-info runs
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

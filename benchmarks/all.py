@@ -24,6 +24,7 @@ from pathlib import Path
 
 import goals
 import litgpt_side
+import paddlenlp_side
 import ratio_picture
 import records
 import torchtune_side
@@ -84,6 +85,12 @@ PEERS = {
         'make bench BENCH=torchtune_side ARGS="--install"',
         (sys.executable, str(HERE / "torchtune_side.py"), "--install"),
     ),
+    "paddlenlp": Peer(
+        paddlenlp_side.ENVIRONMENT / "bin/python",
+        "paddlenlp",
+        'make bench BENCH=paddlenlp_side ARGS="--install"',
+        (sys.executable, str(HERE / "paddlenlp_side.py"), "--install"),
+    ),
     "llama-cpp-python": Peer(
         PEERS_PYTHON,
         "llama_cpp",
@@ -96,12 +103,6 @@ PEERS = {
         'make bench BENCH=all ARGS="--install --only export"',
         (sys.executable, str(HERE / "all.py"), "--install-genai"),
     ),
-}
-
-
-# Asked for, and without a program here: said in the table, so that nobody takes silence for a comparison.
-NOT_COMPARED = {
-    "paddlenlp": "no program here yet; pip install paddlepaddle==3.3.1 paddlenlp==2.8.1",
 }
 
 
@@ -151,6 +152,8 @@ CASES = {
     "packing": Case("packing", ("--steps", "3", "--rounds", "2"), 6, ("transformers", "peft")),
     "litgpt": Case("litgpt_side", ("--steps", "3", "--rounds", "2"), 4, ("litgpt",)),
     "torchtune": Case("torchtune_side", ("--steps", "3", "--rounds", "2"), 6, ("torchtune",)),
+    "paddlenlp": Case("paddlenlp_side", ("--steps", "4", "--rounds", "2"), 4, ("paddlenlp",)),
+    "paddlenlp_lora": Case("paddlenlp_side", ("--lora", "--steps", "4", "--rounds", "2"), 4, ("paddlenlp",)),
     "preprocess": Case("preprocess", ("--megabytes", "32", "--rounds", "3"), 3, ("datasets",)),
     "generate": Case("generate", ("--rounds", "2"), 7, ("transformers",)),
     "export": Case(
@@ -253,22 +256,22 @@ def newest(path: Path) -> list[Record]:
         key for key, record in kept.items()
         if record.note.startswith("not installed") and there.get(record.peer_name, False)
     ]  # fmt: skip
-    silent = [
-        Record("all", "training", None, "", peer_name=name, note=f"not compared: {why}")
-        for name, why in NOT_COMPARED.items()
-    ]
-    return [*(record for key, record in kept.items() if key not in gone), *silent]
+    return [record for key, record in kept.items() if key not in gone]
 
 
 def table(found: list[Record]) -> str:
     """Markdown: a row a record, and what they were measured with."""
-    machines = sorted({f"{record.date}, {record.machine}" for record in found if record.ours is not None})
+    places = [f"{record.date}, {record.machine}" if record.ours is not None else "" for record in found]
+    machines = [place for place in dict.fromkeys(places) if place]
+    letters = {"": ""} | {place: chr(ord("a") + at) for at, place in enumerate(machines)}
+    rows = [goals.row(record, letters[place]) for record, place in zip(found, places, strict=True)]
     packages: dict[str, set[str]] = {}
     for record in found:
         for name, number in record.versions.items():
             packages.setdefault(name, set()).add(number)
     told = ", ".join(f"{name} {' and '.join(sorted(numbers))}" for name, numbers in packages.items())
-    return "\n".join([goals.HEADING, *map(goals.row, found), "", f"{'; '.join(machines)}. {told}."])
+    where = "; ".join(f"{letters[place]}: {place}" for place in machines)
+    return "\n".join([goals.HEADING, *rows, "", f"{where}. {told}."])
 
 
 def main() -> None:

@@ -53,9 +53,9 @@ GOALS = (
     Goal("generate", "uneven", 4.0),
     Goal("export", "int4 bundle, decode 1, beside llama.cpp", 1.4),
     Goal("export", "int4 bundle, prefill, beside llama.cpp", 1.5),
-    Goal("export", "int4 bundle, decode", 1.0),
-    Goal("export", "int4, symmetric bundle, decode", 1.0),
-    Goal("export", "aoti fp32 bundle, decode 1", 1.2),
+    Goal("export", "int4 bundle, decode", 1.0, ends="onnxruntime-genai int4"),
+    Goal("export", "int4, symmetric bundle, decode", 1.0, ends="onnxruntime-genai int4"),
+    Goal("export", "aoti fp32 bundle, decode 1", 1.2, ends="eager fp32"),
     Goal("serve", "the server's processor time", 1 / 1.1),
     Goal("serve", "served, 16 clients, int4: all tokens", 2.0),
     Goal("serve", "served, 16 clients, int4: first token", 1.0),
@@ -75,8 +75,12 @@ def goal_of(record: Record) -> Goal | None:
     return next((goal for goal in GOALS if goal.fits(record)), None)
 
 
-def row(record: Record) -> str:
-    """Of the table: goal beside the measured."""
+def row(record: Record, place: str = "") -> str:
+    """Of the table: goal beside the measured.
+
+    Args:
+        place: where it was measured.
+    """
     goal = goal_of(record)
     met = goal.met(record) if goal is not None else None
     each = ", ".join(f"{ratio:.2f}" for ratio in record.ratios)
@@ -86,8 +90,8 @@ def row(record: Record) -> str:
     word = "" if goal is None else {True: "yes", False: "**no**", None: "not measured"}[met]
     note = record.note if record.ours is None else ""
     cells = (record.what, record.dtype, str(record.threads), ours, peer, ratio)
-    return f"| {' | '.join(cells)} | {goal.text(record) if goal is not None else ''} | {word or note} |"
+    return f"| {' | '.join(cells)} | {goal.text(record) if goal is not None else ''} | {word or note} | {place} |"
 
 
-HEADING = """| What | type | threads | arriero | beside | ratio (each round) | goal | met |
-| --- | --- | ---: | --- | --- | --- | --- | --- |"""
+HEADING = """| What | type | threads | arriero | beside | ratio (each round) | goal | met | on |
+| --- | --- | ---: | --- | --- | --- | --- | --- | --- |"""

@@ -27,6 +27,7 @@ from sides import run_side
 
 SIDES = ("arriero", "transformers")
 MODEL = "smollm2-135m-instruct"
+QUESTIONS = str(Path(__file__).parents[1] / "src/arriero/assets/quickstart")
 
 
 def encode(arguments: argparse.Namespace, model: Path) -> list[dict[str, list[int]]]:
@@ -124,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--method", choices=("full", "lora", "qlora"), default="full")
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--dataset_path", default=str(Path(__file__).parent.parent / "src/arriero/assets/quickstart"))
+    parser.add_argument("--dataset_path", default=QUESTIONS)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arriero.export.process_pages import drop_pages, enlarge_pages, large_pages, mappings
+from arriero.process_pages import drop_pages, enlarge_pages, large_pages, mappings
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel of Linux")
 SIZE = 8 << 20
@@ -70,7 +70,7 @@ def test_memory_since_keeps_its_numbers_and_takes_no_more() -> None:
     values = np.frombuffer(memory, np.uint8)
     memory[: SIZE // 2] = b"\3" * (SIZE // 2)
     before = _smaps(values.ctypes.data, "Rss")
-    enlarge_pages(known)
+    enlarge_pages(large_pages() - known)
     assert int(values.sum()) == 3 * (SIZE // 2)
     assert _smaps(values.ctypes.data, "Rss") <= before + 2048  # the one page that is half full
 
@@ -83,5 +83,5 @@ def test_memory_since_lies_in_huge_pages_where_the_kernel_makes_them() -> None:
         other.madvise(25)  # MADV_COLLAPSE
     except OSError:
         pytest.skip("this kernel does not make huge pages of pages that are there")
-    enlarge_pages(large_pages() - set(range(addresses[0] - SIZE, addresses[0] + SIZE, mmap.PAGESIZE)))
+    enlarge_pages({page for page in large_pages() if addresses[0] <= page < addresses[0] + SIZE})
     assert _smaps(addresses[0], "AnonHugePages") >= SIZE // 1024 - 4096

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Thread
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from arriero.models.packed_model import PackedModel
 from arriero.models.paged_attention import SPARE_BLOCKS, KernelName, block_size_of, choose_kernel, make_kernel
 from arriero.models.paged_cache import PagedCache, Run
 from arriero.parallel.generation import SharedModel
+from arriero.process_pages import enlarge_pages, large_pages
 
 # The share of the free memory that weights may take once more, in the layout of faster kernels (see `PackedModel`).
 COPY_MEMORY_SHARE = 0.25
@@ -202,4 +204,7 @@ def _packed(model: LlamaForCausalLM, copies: bool | None, compile: bool) -> Pack
         return PackedModel(model, join=copies is not False, compile=compile)
     if copies is None:
         copies = PackedModel.copy_bytes(model) <= COPY_MEMORY_SHARE * free_memory()
-    return PackedModel(model, copy=copies, join=False, compile=compile)
+    known = large_pages()
+    packed = PackedModel(model, copy=copies, join=False, compile=compile)
+    Thread(target=enlarge_pages, args=(large_pages() - known,), daemon=True).start()  # nobody waits for it
+    return packed

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from arriero.errors import FormatError, require
-from arriero.export.process_pages import drop_pages, enlarge_pages, large_pages
 from arriero.export.untouched_memory import untouched_zeros
+from arriero.process_pages import drop_pages, enlarge_pages, large_pages
 
 _BINDINGS = 64  # that are kept
 Integers = npt.NDArray[np.int64]
@@ -53,7 +53,7 @@ class OnnxSession:
             reason = " ".join(str(error).split())[:300]
             raise FormatError(f"{graph}: ONNX Runtime cannot load it ({reason})") from error
         drop_pages(graph.parent)
-        enlarge_pages(known)
+        enlarge_pages(large_pages() - known)
         shapes = {value.name: value.shape for value in self._session.get_inputs()}
         cached = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values.")}
         outputs = [value.shape for value in self._session.get_outputs()]

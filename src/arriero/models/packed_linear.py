@@ -14,16 +14,18 @@ from torch import Tensor, nn
 
 # oneDNN also takes weights in the ordinary layout: it then copies each part of them while it computes, which many rows pay for.
 MANY_ROWS = 32
+# Its kernels for fewer rows read the weights at three quarters of the speed (docs/performance.md).
+FEW_ROWS = 4
 
 
 def kernel_rows(rows: int) -> int:
-    """How many rows oneDNN is given for so many: as they are up to `MANY_ROWS`, then one of 16 sizes to each doubling.
+    """How many rows oneDNN is given for so many: `FEW_ROWS` at least, and beyond `MANY_ROWS` one of 16 sizes to each doubling.
 
     It compiles a kernel for each number of rows, about 0.6 MiB that it keeps. A server, whose steps have any number of tokens,
     grew by hundreds of MiB. What is computed in vain is at most a 16th.
     """
     if rows <= MANY_ROWS:
-        return rows
+        return max(rows, FEW_ROWS)
     step = 1 << ((rows - 1).bit_length() - 5)
     return -(-rows // step) * step
 
@@ -47,10 +49,10 @@ def is_plain(*layers: nn.Module) -> bool:
     )
 
 
-def _filled(x: Tensor) -> Tensor:
-    """(T, n) with rows of zeros up to `kernel_rows`."""
+def filled(x: Tensor) -> Tensor:
+    """(T, ...) with zeros behind, so that it has `kernel_rows`."""
     more = kernel_rows(len(x)) - len(x)
-    return F.pad(x, (0, 0, 0, more)) if more else x
+    return torch.cat((x, x.new_zeros(more, *x.shape[1:]))) if more else x
 
 
 class PackedLinear:
@@ -105,12 +107,12 @@ class PackedLinear:
         return other if self._bias is None else other.add_(self._bias)
 
     def _pointwise(self, x: Tensor, function: str) -> Tensor:
-        x, rows = _filled(x), len(x)
+        x, rows = filled(x), len(x)
         y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._weight, self._bias, function, [], "")
         return y if len(y) == rows else y[:rows]
 
     def _binary(self, x: Tensor, other: Tensor, function: str) -> Tensor:
-        x, other, rows = _filled(x), _filled(other), len(x)
+        x, other, rows = filled(x), filled(other), len(x)
         y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self._weight, self._bias, function)
         return y if len(y) == rows else y[:rows]
 

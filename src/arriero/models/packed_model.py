@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arriero.models.llama import DecoderLayer, LlamaForCausalLM
-from arriero.models.packed_linear import MANY_ROWS, PackedGate, PackedLinear, has_kernels, is_plain
+from arriero.models.packed_linear import MANY_ROWS, PackedGate, PackedLinear, filled, has_kernels, is_plain
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 # Of more tokens a layer's time is that of its products, and there is nothing to gain by compiling it.
@@ -72,7 +72,8 @@ class PackedModel:
         self.config = model.config
         self._model = model
         kernels = self.copy_bytes(model) > 0
-        self._copy = copy and kernels and not compile
+        self._kernels = kernels and not compile
+        self._copy = copy and self._kernels
         self._join = join or self._copy
         # with more rows oneDNN's kernels are called, which the compiler does not know
         self._compiled_tokens = (MANY_ROWS - 1 if kernels else COMPILED_TOKENS) if compile else 0
@@ -126,10 +127,13 @@ class PackedModel:
         model = self._model.model
         hidden: Tensor = model.embed_tokens(input_ids)[0]
         lengths = attention.sequence_lengths(positions.device) if model.rotary.is_dynamic else None
-        cos, sin = model.rotary(positions, hidden.dtype, lengths)
+        (cos,), (sin,) = model.rotary(positions, hidden.dtype, lengths)
+        tokens = len(hidden)
+        if deltas is None and (self._copy or tokens >= MANY_ROWS) and self._kernels:
+            hidden, cos, sin = filled(hidden), filled(cos), filled(sin)  # once, and not for each product
         for layer in self._layers:
-            hidden = layer(hidden, cos[0], sin[0], cache, deltas)
-        output: Tensor = model.norm(hidden[None])
+            hidden = layer(hidden, tokens, cos, sin, cache, deltas)
+        output: Tensor = model.norm(hidden[None, :tokens])
         return output
 
     @torch.no_grad()
@@ -139,7 +143,7 @@ class PackedModel:
 
 
 class _PackedLayer:
-    """A decoder layer over packed tokens: (T, hidden_size) -> the same, perhaps in place."""
+    """A decoder layer over packed tokens: (rows, hidden_size) -> the same, perhaps in place; rows after the tokens fill up."""
 
     def __init__(self, layer: DecoderLayer, key_value_heads: int, copy: bool, join: bool, compiled_tokens: int) -> None:
         self._layer, self._key_value_heads, self._compiled_tokens = layer, key_value_heads, compiled_tokens
@@ -152,16 +156,23 @@ class _PackedLayer:
         self._down = PackedLinear([mlp.down_proj], copy=copy) if is_plain(mlp.down_proj) else None
 
     def __call__(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: PackedView, deltas: LinearDeltas | None
+        self,
+        hidden: Tensor,
+        tokens: int,
+        cos: Tensor,
+        sin: Tensor,
+        cache: PackedView,
+        deltas: LinearDeltas | None,
     ) -> Tensor:
         """
         Args:
-            cos, sin: (T, 1, head_dim), of `RotaryEmbedding`.
+            tokens: of the rows.
+            cos, sin: (rows, 1, head_dim), of `RotaryEmbedding`.
         """
         attention, kv = self._layer.self_attn, self._key_value_heads
         compiled = deltas is None and len(hidden) <= self._compiled_tokens
         before, after = _compiled() if compiled else (_PackedLayer._heads, _PackedLayer._after)
-        heads = before(self, hidden, cos, sin, deltas)
+        heads = before(self, hidden, cos, sin, deltas)[:tokens]
         attended = cache.attend_packed(
             heads[:, : -2 * kv],
             heads[:, -2 * kv :],
@@ -169,7 +180,8 @@ class _PackedLayer:
             scale=attention.scale,
             sliding_window=attention.sliding_window,
         )
-        return after(self, attended.view(len(hidden), -1), hidden, deltas)
+        found = attended.view(tokens, -1)
+        return after(self, filled(found) if len(hidden) > tokens else found, hidden, deltas)
 
     def _heads(self, hidden: Tensor, cos: Tensor, sin: Tensor, deltas: LinearDeltas | None) -> Tensor:
         """Queries, keys and values, (T, H + 2 KV, head_dim)."""
@@ -194,7 +206,7 @@ class _PackedLayer:
         return heads
 
     def _after(self, attended: Tensor, hidden: Tensor, deltas: LinearDeltas | None) -> Tensor:
-        """The layer's output, of what its heads found, (T, H * head_dim)."""
+        """The layer's output, of what its heads found, (rows, H * head_dim)."""
         attention, mlp = self._layer.self_attn, self._layer.mlp
         hidden = self._plus("self_attn.o_proj", self._output, attention.o_proj, attended, hidden, deltas)
         inner = self._feed(self._layer.post_attention_layernorm(hidden), deltas)
