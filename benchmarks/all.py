@@ -152,8 +152,8 @@ CASES = {
     "packing": Case("packing", ("--steps", "3", "--rounds", "2"), 6, ("transformers", "peft")),
     "litgpt": Case("litgpt_side", ("--steps", "3", "--rounds", "2"), 4, ("litgpt",)),
     "torchtune": Case("torchtune_side", ("--steps", "3", "--rounds", "2"), 6, ("torchtune",)),
-    "paddlenlp": Case("paddlenlp_side", ("--steps", "4", "--rounds", "2"), 4, ("paddlenlp",)),
-    "paddlenlp_lora": Case("paddlenlp_side", ("--lora", "--steps", "4", "--rounds", "2"), 4, ("paddlenlp",)),
+    "paddlenlp": Case("paddlenlp_side", ("--steps", "2", "--rounds", "1"), 3, ("paddlenlp",)),
+    "paddlenlp_lora": Case("paddlenlp_side", ("--lora", "--steps", "2", "--rounds", "1"), 3, ("paddlenlp",)),
     "preprocess": Case("preprocess", ("--megabytes", "32", "--rounds", "3"), 3, ("datasets",)),
     "generate": Case("generate", ("--rounds", "2"), 7, ("transformers",)),
     "export": Case(

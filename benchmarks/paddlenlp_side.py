@@ -1,7 +1,8 @@
 """A fine-tuning of the same rows by PaddleNLP's own model and Trainer, beside arriero: useful tokens a second and memory.
 
 PaddleNLP is where this project's commands come from. Its side loads the checkpoint that `arriero convert --to paddle` writes,
-so the losses of the first step must agree: the same weights, the same token ids. Padded batches of 8 rows, AdamW, fp32, on a
+so the losses of the first step must agree: the same weights, the same token ids. This PaddleNLP knows no tied head, so on both
+sides the head is a matrix of its own. Padded batches of 8 rows, AdamW, fp32, on a
 CPU; `--lora` with PaddleNLP's own LoRA (rank 8) on all matrices of the layers. It has an environment of its own,
 `.venv-paddlenlp`, of the last versions that run together there.
 
@@ -124,6 +125,21 @@ def main() -> None:
     compare(arguments)
 
 
+def untie(model: Path, folder: Path) -> Path:
+    """The model with its embedding once more as the head."""
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((model / name).read_bytes())
+    config = json.loads((model / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def compare(arguments: argparse.Namespace) -> None:
     """Rounds of both sides."""
     import records
@@ -150,8 +166,11 @@ def compare(arguments: argparse.Namespace) -> None:
         data, checkpoint = Path(scratch) / "rows.json", Path(scratch) / "paddle"
         rows = train.encode(given, model)
         data.write_text(json.dumps(rows))
-        convert = [sys.executable, "-m", "arriero", "convert", str(model), str(checkpoint), "--to", "paddle"]
+        untied = untie(model, Path(scratch) / "untied")
+        convert = [sys.executable, "-m", "arriero", "convert", str(untied), str(checkpoint), "--to", "paddle"]
         subprocess.run(convert, check=True, stdout=subprocess.DEVNULL)
+        numbers = {"steps": arguments.steps, "batch": BATCH, "method": method, "learning_rate": LEARNING_RATE}
+        options = [f"--{name}={value}" for name, value in (numbers | {"model": untied}).items()]
         own = [f"--steps={arguments.steps}", f"--checkpoint={checkpoint}", *(["--lora"] if arguments.lora else [])]
         for _ in range(arguments.rounds):
             ours.append(run_side(str(HERE / "train.py"), options, "arriero", data, **threads))
@@ -161,7 +180,7 @@ def compare(arguments: argparse.Namespace) -> None:
         raise SystemExit(f"the losses of the first step differ: {first} here, {other} in PaddleNLP")
     for run in (*ours, *theirs):
         run["speed"] = sum(ours[0]["tokens"][1 : arguments.steps]) / sum(run["seconds"][1 : arguments.steps])
-    what = f"{method} fine-tune of 135M, real rows, PaddleNLP's Trainer"
+    what = f"{method} fine-tune of 135M and a head of its own, real rows, PaddleNLP's Trainer"
     more: dict[str, Any] = {"peer_name": PACKAGES[1].replace("==", " "), "threads": arguments.threads}
     values = {key: [[run[key] for run in side] for side in (ours, theirs)] for key in ("speed", "memory_gib")}
     told = [
