@@ -12,8 +12,8 @@ from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
-_MAPPINGS = Path("/proc/self/smaps")
-_HUGE = 2 << 20
+_MAPPINGS, _COUNTED = Path("/proc/self/maps"), Path("/proc/self/smaps")
+HUGE_PAGE = 2 << 20
 # Of madvise(2): drop the pages of a range, of which a file's are read again at need; make huge pages of it now (Linux 6.1).
 _DONTNEED, _COLLAPSE = 4, 25
 
@@ -26,7 +26,7 @@ class Mapping:
         start, end: addresses.
         access: as "rw-p": read, write, execute, private or shared.
         file: that it shows, or a word in brackets; "" for memory without a name.
-        own: bytes of it that are this process's own, as written-to pages of a private file mapping are.
+        own: bytes of it that are this process's own, as written-to pages of a private file mapping are; 0 if not counted.
     """
 
     start: int
@@ -36,10 +36,14 @@ class Mapping:
     own: int
 
 
-def mappings() -> list[Mapping]:
-    """Those of this process; none where the system does not tell."""
+def mappings(counted: bool = False) -> list[Mapping]:
+    """Those of this process; none where the system does not tell.
+
+    Args:
+        counted: find out `own`, which takes the kernel a look at every page.
+    """
     try:
-        lines = _MAPPINGS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = (_COUNTED if counted else _MAPPINGS).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return []
     found: list[Mapping] = []
@@ -57,7 +61,7 @@ def mappings() -> list[Mapping]:
 def drop_pages(folder: Path) -> None:
     """Give back what was read of a folder's mapped files; it is read again where it is used again."""
     start = f"{folder.resolve()}/"
-    for mapping in mappings():
+    for mapping in mappings(counted=True):
         if mapping.file.startswith(start) and not mapping.own:
             _advise(mapping.start, mapping.end, _DONTNEED)
 
@@ -72,7 +76,7 @@ def enlarge_pages(pages: Set[int]) -> None:
         if page != end:
             _advise(start, end, _COLLAPSE)
             start = page
-        end = page + _HUGE
+        end = page + HUGE_PAGE
     _advise(start, end, _COLLAPSE)
 
 
@@ -81,12 +85,14 @@ def large_pages() -> frozenset[int]:
     found: set[int] = set()
     for mapping in mappings():
         if mapping.access == "rw-p" and mapping.file in ("", "[heap]"):
-            found.update(range(-(-mapping.start // _HUGE) * _HUGE, mapping.end - _HUGE + 1, _HUGE))
+            found.update(range(-(-mapping.start // HUGE_PAGE) * HUGE_PAGE, mapping.end - HUGE_PAGE + 1, HUGE_PAGE))
     return frozenset(found)
 
 
 def _advise(start: int, end: int, advice: int) -> None:
     """madvise(2), which may say no: it is advice. A call for many pages costs little more than for one."""
+    if start == end:
+        return
     call = ctypes.CDLL(None).madvise
     call.argtypes, call.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
     call(start, end - start, advice)

@@ -53,7 +53,7 @@ def test_what_was_written_to_a_mapping_stays(mapped: tuple[mmap.mmap, np.ndarray
     memory[5] = 7
     drop_pages(file.parent)
     assert values[5] == 7
-    (own,) = [one.own for one in mappings() if one.file == str(file)]
+    (own,) = [one.own for one in mappings(counted=True) if one.file == str(file)]
     assert own == _smaps(values.ctypes.data, "Anonymous") << 10 > 0
 
 

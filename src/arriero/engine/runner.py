@@ -24,7 +24,7 @@ from arriero.models.packed_model import PackedModel
 from arriero.models.paged_attention import SPARE_BLOCKS, KernelName, block_size_of, choose_kernel, make_kernel
 from arriero.models.paged_cache import PagedCache, Run
 from arriero.parallel.generation import SharedModel
-from arriero.process_pages import enlarge_pages, large_pages
+from arriero.process_pages import HUGE_PAGE, enlarge_pages, large_pages
 
 # The share of the free memory that weights may take once more, in the layout of faster kernels (see `PackedModel`).
 COPY_MEMORY_SHARE = 0.25
@@ -202,9 +202,11 @@ def _kernel(model: LlamaForCausalLM | SharedModel, wanted: KernelName | None) ->
 def _packed(model: LlamaForCausalLM, copies: bool | None, compile: bool) -> PackedModel:
     if model.model.embed_tokens.weight.device.type != "cpu":
         return PackedModel(model, join=copies is not False, compile=compile)
+    size = PackedModel.copy_bytes(model)
     if copies is None:
-        copies = PackedModel.copy_bytes(model) <= COPY_MEMORY_SHARE * free_memory()
+        copies = size <= COPY_MEMORY_SHARE * free_memory()
     known = large_pages()
     packed = PackedModel(model, copy=copies, join=False, compile=compile)
-    Thread(target=enlarge_pages, args=(large_pages() - known,), daemon=True).start()  # nobody waits for it
+    if copies and size >= HUGE_PAGE:  # nobody waits for it
+        Thread(target=enlarge_pages, args=(large_pages() - known,), daemon=True).start()
     return packed
