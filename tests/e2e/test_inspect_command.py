@@ -116,7 +116,7 @@ def test_a_bundle(folder: Path, tmp_path: Path, look: Look, refused: Look) -> No
     assert found["parameters"] == PARAMETERS
     assert found["tokenizer"]["special"]["eos"] == {"id": 2, "text": "</s>"}
     assert (facts["kind"], facts["context"], facts["unusable"]) == ("onnx", 300, None)
-    assert facts["weights"].startswith("int8, symmetric, blocks of 32; ")
+    assert facts["weights"].startswith("int8, symmetric, blocks of 64; ")
     assert facts["made_with"]["onnxruntime"] == importlib.metadata.version("onnxruntime")
     manifest = json.loads((bundle / "manifest.json").read_text())
     lines = look(bundle)

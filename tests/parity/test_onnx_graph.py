@@ -252,6 +252,26 @@ def test_which_blocks_have_offsets(options: dict[str, Any], kept: bool, offsets:
     assert form.layers.symmetric is (not offsets and options.get("symmetric") is not False)
 
 
+@pytest.mark.parametrize(
+    ("options", "facts", "blocks"),
+    [
+        ({"weights": "int8"}, {}, (64, 64)),
+        ({"weights": "int8"}, {"kept": True}, (32, 32)),
+        ({"weights": "int8"}, {"blocks_of_32": True}, (32, 32)),  # a GGUF file's own
+        ({"weights": "int4"}, {}, (32, 64)),
+        ({"weights": "int4"}, {"kept": True}, (32, 32)),
+        ({"weights": "int4", "head_bits": 4}, {}, (32, 32)),
+        ({"weights": "int8", "block_size": 32}, {}, (32, 32)),
+        ({"weights": "int4", "block_size": 128}, {}, (128, 128)),
+    ],
+)
+def test_sizes_of_blocks(options: dict[str, Any], facts: dict[str, bool], blocks: tuple[int, int]) -> None:
+    form = OnnxOptions(**options).form(**facts)
+    assert form.layers is not None
+    assert form.head is not None
+    assert (form.layers.block_size, form.head.block_size) == blocks
+
+
 @pytest.mark.parametrize("shift", [0.0, 5.0])
 def test_offsets_lose_less_than_whole_zero_points(shift: float) -> None:
     """Also where a block lies far from zero, alone in its row."""

@@ -7,20 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from arriero.models.packed_linear import MANY_ROWS, PackedGate, PackedLinear, has_kernels, kernel_rows
+from arriero.models.packed_linear import FEW_ROWS, MANY_ROWS, PackedGate, PackedLinear, has_kernels, kernel_rows
 
 
 def test_few_numbers_of_rows_and_little_in_vain() -> None:
-    given = {rows: kernel_rows(rows) for rows in range(1, 4097)}
+    assert [kernel_rows(rows) for rows in range(1, FEW_ROWS)] == [FEW_ROWS] * (FEW_ROWS - 1)
+    given = {rows: kernel_rows(rows) for rows in range(FEW_ROWS, 4097)}
     assert all(rows <= given[rows] <= rows * (1 + 1 / 16) for rows in given)
-    assert all(given[rows] == rows for rows in range(1, MANY_ROWS + 1))
-    assert len(set(given.values())) == MANY_ROWS + 16 * 7  # 16 for each doubling from 32 to 4096
+    assert all(given[rows] == rows for rows in range(FEW_ROWS, MANY_ROWS + 1))
+    assert len(set(given.values())) == MANY_ROWS - FEW_ROWS + 1 + 16 * 7  # 16 for each doubling from 32 to 4096
     assert all(kernel_rows(rows) == rows for rows in set(given.values()))
 
 
 @pytest.mark.skipif(not has_kernels(torch.device("cpu"), torch.float32), reason="this torch has no such kernels")
 @pytest.mark.parametrize("copy", [False, True])
-@pytest.mark.parametrize("rows", [1, 31, 33, 65, 127, 130])
+@pytest.mark.parametrize("rows", [1, 3, 31, 33, 65, 127, 130])
 def test_products_are_those_of_the_layers(rows: int, copy: bool) -> None:
     torch.manual_seed(rows)
     first, second = nn.Linear(24, 40), nn.Linear(24, 40)
