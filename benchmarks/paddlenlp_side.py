@@ -18,7 +18,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -47,23 +46,12 @@ def run_paddlenlp(arguments: argparse.Namespace) -> dict[str, Any]:
     from paddlenlp.peft import LoRAConfig, LoRAModel  # type: ignore[import-not-found]
     from paddlenlp.trainer import Trainer, TrainerCallback, TrainingArguments  # type: ignore[import-not-found]
     from paddlenlp.transformers import LlamaForCausalLM  # type: ignore[import-not-found]
+    from sides import Clock
 
     rows = json.loads(Path(arguments.data).read_text())
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-            self.losses: list[float] = []
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.start)
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-            if "loss" in logs:
-                self.losses.append(float(logs["loss"]))
+    class StepClock(Clock, TrainerCallback):  # type: ignore[misc]
+        """For PaddleNLP's Trainer."""
 
     class InOrder(Trainer):  # type: ignore[misc]
         def _get_train_sampler(self) -> Any:
@@ -85,7 +73,7 @@ def run_paddlenlp(arguments: argparse.Namespace) -> dict[str, Any]:
         config = LoRAConfig(target_modules=names, r=RANK, lora_alpha=ALPHA, dtype="float32")
         model = LoRAModel(model, config)
         model.mark_only_lora_as_trainable()
-    clock = Clock()
+    clock = StepClock()
     with tempfile.TemporaryDirectory() as scratch:
         settings = TrainingArguments(
             output_dir=scratch, per_device_train_batch_size=BATCH, max_steps=arguments.steps, device="cpu",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from typing import Any
 
 import torch
+from sides import Clock
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -14,22 +14,8 @@ PAD_ID = 2
 Row = dict[str, list[int]]
 
 
-class Clock(TrainerCallback):
-    """Seconds and loss of each optimizer step."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.losses: list[float] = []
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.start = time.perf_counter()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.start)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        if "loss" in logs:
-            self.losses.append(float(logs["loss"]))
+class StepClock(Clock, TrainerCallback):
+    """For transformers' Trainer."""
 
 
 def collate(batch: list[Row]) -> dict[str, torch.Tensor]:
@@ -61,14 +47,14 @@ def train(
     accumulation: int = 1,
     recompute: bool = False,
     compile_model: bool = False,
-) -> Clock:
+) -> StepClock:
     """So many steps of a model, in fp32 on the CPU, at a constant learning rate."""
 
     class InOrder(Trainer):
         def _get_train_sampler(self, *_: Any) -> SequentialSampler:
             return SequentialSampler(rows)
 
-    clock = Clock()
+    clock = StepClock()
     with tempfile.TemporaryDirectory() as scratch:
         settings = TrainingArguments(
             output_dir=scratch, per_device_train_batch_size=batch, max_steps=steps, use_cpu=True,

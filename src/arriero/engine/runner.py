@@ -205,8 +205,9 @@ def _packed(model: LlamaForCausalLM, copies: bool | None, compile: bool) -> Pack
     size = PackedModel.copy_bytes(model)
     if copies is None:
         copies = size <= COPY_MEMORY_SHARE * free_memory()
-    known = large_pages()
+    large = copies and size >= HUGE_PAGE
+    known = large_pages() if large else frozenset()
     packed = PackedModel(model, copy=copies, join=False, compile=compile)
-    if copies and size >= HUGE_PAGE:  # nobody waits for it
+    if large:  # nobody waits for it
         Thread(target=enlarge_pages, args=(large_pages() - known,), daemon=True).start()
     return packed
