@@ -4,9 +4,10 @@
     make bench-gpu ARGS="--only pretrain"                  a part
     make bench-gpu ARGS="--device cpu --tiny"              the same code on a laptop, for a check
 
-pretrain: a 1.3B model, rows of 2,048, in bf16, compiled and not. lora: an 8B model, random weights, rows of 4,096. generate: an
-8B model, one stream, 128 x (32 in, 2,048 out), 256 uneven requests. Figures are added to runs/gpu_*.jsonl; what was measured
-is in docs/gpu.md. arriero does not train in fp8, so nothing of that is here.
+pretrain: a 1.3B model, rows of 2,048, in bf16, compiled and not, and with fp8 products, compiled. lora: an 8B model, random
+weights, rows of 4,096. generate: an 8B model, one stream, 128 x (32 in, 2,048 out), 256 uneven requests. bundles: exported, of
+the shape of SmolLM2. Figures are added to
+runs/gpu_*.jsonl; what was measured is in docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from pathlib import Path
 HERE = Path(__file__).parent
 LARGE = str(HERE.parent / "configs/models/llama-3-8b")
 PARTS = {
-    "pretrain": ("gpu_pretrain.py", "--cases", "O2+compile", "O1+compile", "O2", "--steps", "12"),
+    "pretrain": ("gpu_pretrain.py", "--cases", "O2+compile", "O2+fp8+compile", "O1+compile", "O2", "--steps", "12"),
     "lora": (
         "gpu_pretrain.py", "--cases", "O2+lora+recompute", "O2+lora+recompute+compile", "--model", LARGE,
         "--sequence", "4096", "--batch", "1", "--steps", "6", "--warmup", "3", "--output", "runs/gpu_lora.jsonl",
     ),
     "generate": ("gpu_generate.py",),
+    "bundles": ("gpu_bundles.py", "--models", str(HERE.parent / "configs/models/llama-135m")),
 }  # fmt: skip
 TINY = {"lora": ("--sequence", "64")}
 

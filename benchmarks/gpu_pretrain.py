@@ -7,8 +7,9 @@
     .venv/bin/torchrun --standalone --nproc_per_node 8 benchmarks/gpu_pretrain.py --cases O1+compile --sharding stage2
 
 Random weights, synthetic tokens, the product's own trainer, AdamW. A case is a precision (fp32, O1, O2; half precision is
-bf16), with any of "+compile", "+recompute" and "+lora" (rank 16 on all matrices, the rest frozen). The first steps are left
-out. A row of a Markdown table is printed for each case, and all figures are added to a file of JSON lines.
+bf16), with any of "+fp8" (products of the layers' matrices in 8-bit floats), "+compile", "+recompute" and "+lora" (rank 16 on
+all matrices, the rest frozen). MFU is against the peak of bf16, of fp8 too. The first steps are left out. A row of a Markdown
+table is printed for each case, and all figures are added to a file of JSON lines.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -46,6 +48,7 @@ from arriero.data.steps import DataShare, PretrainingSteps
 from arriero.engine.loading import LoadedModel
 from arriero.formats.parts import Placement
 from arriero.models.config import LlamaConfig
+from arriero.models.fp8_linear import check_device
 from arriero.models.initialization import initial_values
 from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel import parallelize
@@ -60,7 +63,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "O1": {"bf16": True, "fp16_opt_level": "O1"},
     "O2": {"bf16": True, "fp16_opt_level": "O2"},
 }
-SWITCHES = ("compile", "recompute", "lora")
+SWITCHES = ("fp8", "compile", "recompute", "lora")
 ADAPTER = LoRAConfig(rank=16, alpha=32)
 CASES = [level + extra for level in ("O1", "O2") for extra in ("", "+compile", "+recompute", "+compile+recompute")]
 MODEL = Path(__file__).parents[1] / "configs/models/llama-1.3b"
@@ -94,7 +97,7 @@ class Noise:
 def options(case: str, arguments: argparse.Namespace) -> RunOptions:
     level, *switches = case.split("+")
     if level not in PRECISIONS or not set(switches) <= set(SWITCHES):
-        raise SystemExit(f"{case}: a case is one of {', '.join(PRECISIONS)}, and any of +compile, +recompute, +lora")
+        raise SystemExit(f"{case}: a case is one of {', '.join(PRECISIONS)}, and any of +{', +'.join(SWITCHES)}")
     return RunOptions(
         model=ModelOptions(model_name_or_path=str(arguments.model), device=arguments.device),
         optimization=OptimizationOptions(
@@ -105,7 +108,10 @@ def options(case: str, arguments: argparse.Namespace) -> RunOptions:
             gradient_accumulation_steps=arguments.accumulation,
         ),
         precision=PrecisionOptions(
-            **PRECISIONS[level], torch_compile="compile" in switches, recompute="recompute" in switches
+            **PRECISIONS[level],
+            fp8="fp8" in switches,
+            torch_compile="compile" in switches,
+            recompute="recompute" in switches,
         ),
         parallel=ParallelOptions(
             tensor_parallel_degree=arguments.tensor_parallel_degree,
@@ -126,10 +132,13 @@ def measure(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
     config = LlamaConfig.from_file(arguments.model)
     if arguments.tiny:
         config = LlamaConfig.from_dict({**config.to_dict(), **TINY})
+    if chosen.precision.fp8_products:
+        check_device(device)
     processes = start(chosen.parallel.layout(launched_size()), device)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    model.to(getattr(torch, chosen.precision.weight_dtype))
+    weight_dtype = getattr(torch, chosen.precision.weight_dtype)
+    model.to(weight_dtype)
     if "lora" in case.split("+"):
         apply_lora(model, ADAPTER, fresh=False)
     loaded = LoadedModel(model, None, arguments.model, device)  # type: ignore[arg-type]  # no text here
@@ -138,7 +147,12 @@ def measure(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
     def values(name: str, where: Placement) -> torch.Tensor:
         if ".lora_" in name:
             return adapter_values(name, where.box, where.shape, 0)
-        return initial_values(name, where.box, where.shape, config, 0)
+        if len(where.shape) < 2:
+            return initial_values(name, where.box, where.shape, config, 0)
+        # on the device: a processor draws the numbers of an 8B model for minutes
+        drawn = torch.empty(where.size, dtype=weight_dtype, device=device)
+        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+        return drawn.normal_(0.0, config.initializer_range, generator=generator)
 
     with contextlib.redirect_stdout(None):
         share_out(loaded, chosen, processes, values, arguments.sequence)

@@ -19,8 +19,10 @@ import layout_runs
 from layout_runs import Run, compiler, make_trainer
 
 from arriero.config.optimization import OPTIMIZERS
+from arriero.errors import TrainingError
 from arriero.models import attention as attention_module
 from arriero.models.attention import AttentionInfo, attention, choose_backend
+from arriero.models.fp8_linear import check_device, fp8_product
 from arriero.parallel.processes import Processes
 from arriero.training.checkpoint import take_snapshot, write_checkpoint
 from arriero.training.optimizer import Optimizer
@@ -35,6 +37,12 @@ HALF: dict[str, dict[str, Any]] = {
     "fp16 O1": {"fp16": True},
     "fp16 O2": {"fp16": True, "fp16_opt_level": "O2"},
 }
+
+
+# Every size a multiple of 16, in steps that leave the initial weights near where they are.
+FP8_MODEL = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "initializer_range": 0.05}
+FP8_O2 = HALF["bf16 O2"] | {"fp8": True}
+FP8_RUN = Run(model=FP8_MODEL, precision=FP8_O2, optimization={"learning_rate": 2e-3}, steps=3)
 
 
 @pytest.fixture
@@ -243,3 +251,103 @@ def test_a_checkpoint_of_the_cpu_goes_on_here(
     resumed.resume(tmp_path / "checkpoint-2")
     resumed.train()
     assert differ(again.records, expected[2:]) <= 1e-4
+
+
+def _in_8_bits(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What 8 bits hold of a tensor, fp64."""
+    wide = x.detach().cpu().float()
+    scale = torch.finfo(dtype).max / wide.abs().max().double()
+    return (wide * scale.float()).to(dtype).double() / scale.float().double()
+
+
+@devices
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("tokens", [1, 17, 2048])
+def test_products_in_fp8_are_those_of_rounded_numbers(tokens: int, compiled: bool, device: torch.device) -> None:
+    """O1's types: inputs bf16, weights fp32, outputs and their gradients bf16."""
+    check_device(device)
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, 192, generator=generator).to(device, torch.bfloat16).requires_grad_()
+    weight = torch.randn(128, 192, generator=generator).to(device).requires_grad_()
+    grad = torch.randn(tokens, 128, generator=generator).to(device, torch.bfloat16) * 1e-6
+    backend = "inductor" if device.type == "cuda" else "aot_eager"
+    product = torch.compile(fp8_product, backend=backend, fullgraph=True) if compiled else fp8_product
+    y = product(x, weight, None)
+    y.backward(grad)
+    assert x.grad is not None
+    assert weight.grad is not None
+    assert (y.dtype, x.grad.dtype, weight.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    inputs, matrix = _in_8_bits(x, torch.float8_e4m3fn), _in_8_bits(weight, torch.float8_e4m3fn)
+    gradient = _in_8_bits(grad, torch.float8_e5m2)
+    pairs = [(y, inputs @ matrix.T), (x.grad, gradient @ matrix), (weight.grad, gradient.T @ inputs)]
+    for found, expected in pairs:
+        assert float((found.detach().cpu().double() - expected).norm() / expected.norm()) <= 2**-8
+
+
+@devices
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("level", ["O1", "O2"])
+def test_fp8_trains_as_bf16_does(level: str, lora: bool, device: torch.device, tmp_path: Path) -> None:
+    """Four rows again and again: within the rounding of gradients to 2 bits, but not to the bit, as it is done in 8."""
+    run = replace(FP8_RUN, precision=FP8_O2 | {"fp16_opt_level": level}, lora=lora, rows=4, steps=10)
+    _, records = run_on(run, tmp_path, device)
+    _, expected = run_on(replace(run, precision=HALF[f"bf16 {level}"]), tmp_path, device)
+    assert 1e-4 < differ(records[:1], expected[:1]) <= 2**-4
+    for record, other in zip(records, expected, strict=True):
+        assert abs(record.loss - other.loss) <= 5e-2 * other.loss
+    assert records[-1].loss < 0.9 * records[0].loss
+
+
+@devices
+@pytest.mark.parametrize("granularity", ["full", "core_attn"])
+def test_fp8_computed_again_is_the_same(granularity: str, device: torch.device, tmp_path: Path) -> None:
+    again = {"recompute": True, "recompute_granularity": granularity}
+    records = run_on(replace(FP8_RUN, precision=FP8_O2 | again), tmp_path, device)[1]
+    # a GPU adds the embedding's gradients up in any order, and what that changes may be rounded otherwise
+    assert differ(records, run_on(FP8_RUN, tmp_path, device)[1]) <= (0.0 if device.type == "cpu" else 1e-2)
+
+
+@devices
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_fp8_compiled_is_the_same(recompute: bool, packed: bool, device: torch.device, tmp_path: Path) -> None:
+    """On the CPU to the bit; inductor rounds less in between, which moves some numbers to another one of 8 bits."""
+    run = replace(FP8_RUN, precision=FP8_O2 | {"recompute": recompute}, packed=packed, compiled=True, steps=2)
+    if device.type == "cuda":
+        records = run_on(run, tmp_path, device)[1]
+    else:
+        with compiler(run):
+            records = run_on(run, tmp_path, device)[1]
+    expected = run_on(replace(run, compiled=False), tmp_path, device)[1]
+    assert differ(records, expected) <= (1e-6 if device.type == "cpu" else 2**-4)
+
+
+@devices
+def test_fp8_goes_on_from_its_checkpoint(device: torch.device, tmp_path: Path) -> None:
+    """Which holds bf16 weights and no scales: a run in bf16 could go on from it too."""
+    run = replace(FP8_RUN, steps=4)
+    straight, recorder = make_trainer(run, None, Processes(), tmp_path)
+    recorder.stop_after = 2
+    straight.train()
+    write_checkpoint(tmp_path, take_snapshot(straight.weights, straight.optimizer.parts(), straight.state, copy=True))
+    plain, _ = make_trainer(replace(run, precision=HALF["bf16 O2"]), None, Processes(), tmp_path)
+    resumed, again = make_trainer(run, None, Processes(), tmp_path)
+    for trainer in (plain, resumed):
+        trainer.resume(tmp_path / "checkpoint-2")
+        assert _state(trainer).keys() == _state(straight).keys()
+        for name, tensor in _state(trainer).items():
+            assert torch.equal(tensor, _state(straight)[name]), name
+    recorder.stop_after, straight.should_stop = None, False
+    straight.train()
+    resumed.train()
+    assert differ(again.records, recorder.records[2:]) <= (0.0 if device.type == "cpu" else 2e-2)
+
+
+@devices
+def test_fp8_tells_a_weight_that_is_not_finite(device: torch.device, tmp_path: Path) -> None:
+    trainer, _ = make_trainer(FP8_RUN, None, Processes(), tmp_path)
+    with torch.no_grad():
+        dict(trainer.model.named_parameters())["model.layers.1.mlp.up_proj.weight"][3, 5] = float("inf")
+    with pytest.raises(TrainingError, match=r"parameter model\.layers\.1\.mlp\.up_proj\.weight"):
+        trainer.step()

@@ -30,7 +30,7 @@ def test_it_can_be_imported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load(name, monkeypatch).__doc__
 
 
-@pytest.mark.parametrize("case", ["O1+compile", "O2+recompute", "O2+recompute+lora"])
+@pytest.mark.parametrize("case", ["O1+compile", "O2+recompute", "O2+recompute+lora", "O2+fp8+compile"])
 def test_pretraining_on_a_gpu_goes_through_on_a_cpu(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from arriero.config.adapter import AdapterOptions
 from arriero.config.checkpoint import CheckpointOptions
+from arriero.config.compatibility import check
 from arriero.config.data import DataOptions
 from arriero.config.files import effective, write_config
 from arriero.config.generation import GenerationOptions, PredictOptions
@@ -18,6 +19,7 @@ from arriero.config.optimization import OptimizationOptions
 from arriero.config.option import specs_of
 from arriero.config.parallel import ParallelOptions
 from arriero.config.parser import parse
+from arriero.config.planning import PlanOptions
 from arriero.config.precision import PrecisionOptions
 from arriero.config.pretraining import CorpusOptions, PretrainOptimizationOptions
 from arriero.config.quantization import QuantizationOptions
@@ -73,6 +75,8 @@ IMPOSSIBLE = [
     ("--lora --lora_target_modules=", ("--lora_target_modules",)),
     ("--qat --prefix_tuning", ("--qat", "--prefix_tuning")),
     ("--qat --lora --lora_dropout 0.1", ("--qat", "--lora_dropout")),
+    ("--qat --bf16 --fp8", ("--qat", "--fp8")),
+    ("--lora --quantize_base nf4 --bf16 --fp8", ("--quantize_base", "--fp8")),
     ("--load_best_model_at_end --evaluation_strategy epoch", ("--load_best_model_at_end", "--save_strategy")),
     ("--load_best_model_at_end --save_strategy no", ("--load_best_model_at_end", "--save_strategy")),
     ("--load_best_model_at_end --eval_steps 3 --save_steps 10", ("--save_steps", "--eval_steps")),
@@ -100,6 +104,8 @@ def test_an_impossible_combination_is_one_line_that_names_it(argv: str, named: t
 IDLE = [
     ("--lora_rank 4", "--lora_rank has no effect without --lora"),
     ("--fp16_opt_level O2", "--fp16_opt_level has no effect without --fp16 or --bf16"),
+    ("--fp8", "--fp8 has no effect without --bf16"),
+    ("--fp16 --fp8", "--fp8 has no effect without --bf16"),
     ("--bf16 --scale_loss 8", "--scale_loss has no effect without --fp16"),
     ("--recompute_granularity core_attn", "--recompute_granularity has no effect without --recompute"),
     ("--qat_type W4", "--qat_type has no effect without --qat"),
@@ -191,6 +197,18 @@ def test_precision_names_the_types() -> None:
     assert types(fp16=True, fp16_opt_level="O2") == ("float16", "float16")
     assert types(bf16=True) == ("bfloat16", "float32")
     assert types(bf16=True, fp16_opt_level="O2") == ("bfloat16", "bfloat16")
+
+
+def test_a_plan_tells_that_it_does_not_count_fp8() -> None:
+    assert check([PlanOptions(), PrecisionOptions(bf16=True, fp8=True)]) == [
+        "--fp8 has no effect on a plan, which counts memory and time of bf16"
+    ]
+    assert check([PlanOptions(), PrecisionOptions(bf16=True)]) == []
+    assert [PrecisionOptions(fp8=True, **half).fp8_products for half in ({}, {"fp16": True}, {"bf16": True})] == [
+        False,
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arriero.adapters.lora_config import LoRAConfig
+from arriero.models.fp8_linear import forward_product, fp8_product, input_gradient, scaled_gradient
 from arriero.quantization.linear import QuantizedLinear, quantized_product, stored_tensors
 from arriero.quantization.schemes import WeightScheme
 
@@ -26,6 +27,7 @@ class LoRALinear(nn.Module):
         weight: the base's, (out, in); one of the stored tensors of a quantized base may have this name too.
         scheme: how a quantized base is stored; None for a plain one.
         plus_scale: learning rate of B divided by that of A.
+        fp8: whether, in training, the base's weight is multiplied in 8-bit floats; the update's matrices never are.
     """
 
     weight: Tensor
@@ -45,6 +47,7 @@ class LoRALinear(nn.Module):
             self.scheme, self.base_dtype = None, base.weight.dtype
             self.weight, device = base.weight, base.weight.device
         self.bias = base.bias
+        self.fp8 = False
         self.scaling, self.dropout, self.plus_scale = config.scaling, config.dropout, config.plus_scale
         # fp32 whatever the base's dtype: the update is small and its rounding would be lost in half precision
         dtype = torch.float32 if self.base_dtype in (torch.float16, torch.bfloat16) else self.base_dtype
@@ -69,7 +72,7 @@ class LoRALinear(nn.Module):
             return y + self.update(x).to(y.dtype)
         a, b = self.factors()
         flat: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
-            x.reshape(-1, self.in_features), self.weight, bias, a, b, self.scaling
+            x.reshape(-1, self.in_features), self.weight, bias, a, b, self.scaling, self.fp8 and self.training
         )
         return flat.view(*x.shape[:-1], self.out_features)
 
@@ -84,6 +87,8 @@ class LoRALinear(nn.Module):
 
     def base_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The layer without its update."""
+        if self.fp8 and self.training:
+            return fp8_product(x, self.weight, bias)
         if self.scheme is None:
             return F.linear(x, self.weight, bias)
         return quantized_product(x, self.scheme, stored_tensors(self, self.scheme), bias)
@@ -127,11 +132,17 @@ class _AdaptedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_a, lora_b, scaling):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, bias, lora_a, lora_b, scaling, fp8):  # type: ignore[no-untyped-def]
         low = x.to(lora_a.dtype) @ lora_a.t()
-        y = F.linear(x, weight, bias)
+        kept = [x, weight, lora_a, lora_b, low]
+        if fp8:
+            y, _, scale = forward_product(x, weight)
+            kept.append(scale)  # of the weight
+            y = y if bias is None else y + bias.to(y.dtype)
+        else:
+            y = F.linear(x, weight, bias)
         y.addmm_(low.to(y.dtype), lora_b.t().to(y.dtype), alpha=scaling)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, low)
+        ctx.save_for_backward(*kept)
         ctx.scaling, ctx.has_bias = scaling, bias is not None
         return y
 
@@ -139,11 +150,11 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         # every product names its dtype; a pipeline's schedule may run the backward pass inside autocast
         with torch.autocast(grad.device.type, enabled=False):
-            return (*_adapted_gradients(ctx, grad), None)  # type: ignore[no-untyped-call]
+            return (*_adapted_gradients(ctx, grad), None, None)  # type: ignore[no-untyped-call]
 
 
 def _adapted_gradients(ctx, grad):  # type: ignore[no-untyped-def]
-    x, weight, lora_a, lora_b, low = ctx.saved_tensors
+    x, weight, lora_a, lora_b, low, *scale = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     wide = grad.to(lora_b.dtype)
     grad_low = (wide @ lora_b).mul_(ctx.scaling)
@@ -151,7 +162,10 @@ def _adapted_gradients(ctx, grad):  # type: ignore[no-untyped-def]
     grad_a = grad_low.t() @ x.to(lora_a.dtype)
     grad_x = None
     if needs_x:
-        grad_x = grad @ weight.to(grad.dtype)
+        if scale:
+            grad_x = input_gradient(scaled_gradient(grad), weight, scale[0], len(grad), grad.dtype)
+        else:
+            grad_x = grad @ weight.to(grad.dtype)
         grad_x.addmm_(grad_low.to(grad.dtype), lora_a.to(grad.dtype))
         grad_x = grad_x.to(x.dtype)
     grad_weight = (grad.t() @ x.to(grad.dtype)).to(weight.dtype) if needs_weight else None

@@ -155,6 +155,7 @@ class PrecisionGroup(TypedDict, total=False):
     fp16: bool
     bf16: bool
     fp16_opt_level: Literal["O1", "O2"]
+    fp8: bool
     scale_loss: float
     recompute: bool
     recompute_granularity: Literal["full", "core_attn"]

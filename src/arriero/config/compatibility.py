@@ -166,6 +166,8 @@ def _watching(groups: Sequence[Any], given: frozenset[str], warnings: list[str])
 
 def _precision(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
     model, precision = find(groups, ModelOptions), find(groups, PrecisionOptions)
+    if precision is not None and precision.fp8_products and find(groups, PlanOptions) is not None:
+        warnings.append("--fp8 has no effect on a plan, which counts memory and time of bf16")
     if model is None or precision is None or model.dtype == "auto":
         return
     wanted = precision.weight_dtype

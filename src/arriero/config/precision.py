@@ -20,6 +20,12 @@ class PrecisionOptions(OptionGroup):
         ("O1", "O2"),
         only_with=("fp16", "bf16"),
     )
+    fp8: bool = option(
+        False,
+        "train the matrices of decoder layers with products of 8-bit floats: weights and activations e4m3, gradients e5m2, one "
+        "scale for each tensor; wants an H100, an RTX 40 or newer",
+        only_with="bf16",
+    )
     scale_loss: float = option(32768.0, "first loss scale of float16", above=0.0, only_with="fp16")
     recompute: bool = option(
         False,
@@ -44,6 +50,11 @@ class PrecisionOptions(OptionGroup):
     def compute_dtype(self) -> str:
         """float32, float16 or bfloat16: what matrix products run in."""
         return "float16" if self.fp16 else "bfloat16" if self.bf16 else "float32"
+
+    @property
+    def fp8_products(self) -> bool:
+        """Whether decoder layers are trained with products of 8-bit floats: `fp8` has no effect without `bf16`."""
+        return self.fp8 and self.bf16
 
     @property
     def weight_dtype(self) -> str:

@@ -15,6 +15,7 @@ from arriero.models.llama import LlamaForCausalLM
 from arriero.models.tensor_split import EVERYWHERE
 from arriero.parallel.activation_checkpointing import apply_activation_checkpointing
 from arriero.parallel.compilation import apply_compile
+from arriero.parallel.eight_bits import apply_fp8
 from arriero.parallel.pipeline import Stage, keep_stages, split_layers
 from arriero.parallel.processes import Processes, mesh_of, set_timeout
 from arriero.parallel.sharding import apply_sharding
@@ -86,6 +87,7 @@ def parallelize(
     device: torch.device,
     *,
     tokens: int = 2048,
+    fp8: bool = False,
     recompute: str | None = None,
     compile_layers: bool = False,
     reduce_dtype: torch.dtype = torch.float32,
@@ -95,6 +97,7 @@ def parallelize(
     Args:
         model: on the meta device; in a lone process it may hold its weights already, and stays whole.
         tokens: of a row; decides how much an attention layer weighs beside the head.
+        fp8: whether the matrices of the layers are trained in 8-bit floats.
         recompute: "full" or "core_attn", or None.
         reduce_dtype: in which data-parallel processes add up gradients.
     """
@@ -102,6 +105,8 @@ def parallelize(
     trained = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if processes.alone:
+        if fp8:
+            apply_fp8(model)
         _per_layer(model, recompute, compile_layers)
         return None
     tied = model.config.tie_word_embeddings and layout.pp > 1
@@ -113,6 +118,8 @@ def parallelize(
         at, group = processes.at, processes.group("tp")
         tensor = TensorParallel(group, at.tp, layout.tp, layout.sequence_parallel)
         apply_tensor_parallel(model, tensor)
+    if fp8:
+        apply_fp8(model)
     _per_layer(model, recompute, compile_layers, whole=layout.tp == 1)
     mesh = _sharding_mesh(processes, device)
     for stage in stages:

@@ -22,6 +22,7 @@ from arriero.adapters.lora import LoRALinear
 from arriero.adapters.qat import RoundingLinear
 from arriero.errors import ConfigError
 from arriero.models.config import LlamaConfig
+from arriero.models.fp8_linear import Fp8Linear
 from arriero.models.llama import DecoderLayer, LlamaForCausalLM
 from arriero.models.tensor_split import (
     BY_COLUMNS,
@@ -219,7 +220,7 @@ def _shared_out(forward: Callable[..., Tensor], last: nn.Module, parallel: Tenso
 
 def _without_bias(linear: nn.Module) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        if isinstance(linear, LoRALinear | RoundingLinear | QuantizedLinear):
+        if isinstance(linear, LoRALinear | RoundingLinear | QuantizedLinear | Fp8Linear):
             return linear.product(x, None)
         assert isinstance(linear, nn.Linear)
         return F.linear(x, linear.weight)

@@ -27,7 +27,9 @@ from arriero.engine.loading import LoadedModel, pick_device
 from arriero.errors import ConfigError, RunStopped, TrainingError
 from arriero.formats.shard_writer import write_own_shard
 from arriero.models.attention import document_kernel
+from arriero.models.fp8_linear import check_device
 from arriero.models.llama import LlamaForCausalLM
+from arriero.parallel.eight_bits import describe_fp8
 from arriero.parallel.materialize import Values, materialize
 from arriero.parallel.parallelize import parallelize
 from arriero.parallel.processes import Processes, launched_size, start, stop
@@ -96,6 +98,8 @@ def check_run(verb: str, options: RunOptions, metrics: Sequence[str]) -> None:
         raise ConfigError(f"--metric_for_best_model {best} is not computed here: choose one of {', '.join(metrics)}")
     if options.logging.sample_prompts:
         read_prompts(options.logging.sample_prompts)
+    if options.precision.fp8_products:
+        check_device(pick_device(options.model.device))
 
 
 @contextlib.contextmanager
@@ -147,6 +151,7 @@ def share_out(
         processes,
         loaded.device,
         tokens=tokens,
+        fp8=precision.fp8_products,
         recompute=precision.recompute_granularity if precision.recompute else None,
         compile_layers=precision.torch_compile,
         reduce_dtype=getattr(torch, options.parallel.gradient_reduce_dtype),
@@ -155,6 +160,8 @@ def share_out(
         with processes.together():
             materialize(loaded.model, loaded.device, values)
         print(f"{processes.layout}: {processes.size} processes")
+    if precision.fp8_products:
+        print(describe_fp8(loaded.model))
 
 
 def set_seed(seed: int) -> None:

@@ -10,6 +10,7 @@ from arriero.config.checkpoint import CheckpointOptions
 from arriero.config.data import DataOptions, dataset_parts
 from arriero.config.optimization import OptimizationOptions
 from arriero.config.parallel import ParallelOptions
+from arriero.config.precision import PrecisionOptions
 from arriero.config.preference import PreferenceOptions
 from arriero.config.quantization import QuantizationOptions
 from arriero.config.rules.groups import changed, find
@@ -36,6 +37,11 @@ def quantization_rule(groups: Sequence[Any], given: frozenset[str], warnings: li
             f"--quantize_base {quantization.quantize_base} (--qlora) is for a base model that is not trained: add --lora or "
             "--prefix_tuning"
         )
+    precision = find(groups, PrecisionOptions)
+    if precision is not None and precision.fp8_products:
+        asked = "--qat" if quantization.qat else f"--quantize_base {quantization.quantize_base}"
+        if quantization.qat or quantization.quantize_base is not None:
+            raise ConfigError(f"{asked} and --fp8 do not go together: each rounds the weights in its own way; drop one")
     if not quantization.qat:
         return
     if quantization.qat_type == "W4" and changed(quantization, "qat_activation", given):
