@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,8 @@ class TokensInRows:
     """A session whose keys and values are the tokens themselves, and whose logits are a digest of all that is before them."""
 
     rows, context, vocab_size = ROWS, CONTEXT, 1
+    library: Literal["numpy"] = "numpy"
+    device = "cpu"
 
     def __init__(self) -> None:
         self.cache = np.full((ROWS, CONTEXT), -9, np.int64)
@@ -50,6 +53,9 @@ class TokensInRows:
                 logits[row, at] = digest(self.cache[first + row, : start + at + 1])
         self.computed += int(counts.sum())
         return logits.reshape(-1, 1)[logits_at]
+
+    def joined(self, parts: list[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
+        return np.concatenate(parts) if parts else np.empty((0, 1), np.float32)
 
     def swap(self, one: int, other: int, length: int) -> None:
         self.cache[[one, other], :length] = self.cache[[other, one], :length]

@@ -75,7 +75,9 @@ def _export_torch(export: ExportOptions, adapter: AdapterPathOptions, model: Pat
     write = export_torch
     if export.format == "aoti":
         from arriero.export.aoti_export import export_aoti as write
-    settings = TorchOptions("fp32" if export.weights == "auto" else export.weights, export.context)
+    device = "cpu" if export.device == "auto" else export.device
+    usual = "fp32" if device == "cpu" else "bf16"
+    settings = TorchOptions(usual if export.weights == "auto" else export.weights, export.context, device)
     prefix = None
     if adapter.prefix_path:
         prefix = prefix_array(adapter.prefix_path, model, export.model_name_or_path)

@@ -64,7 +64,7 @@ def check_device(bundle: Bundle, device: str) -> None:
     Raises:
         ConfigError: a device that the bundle is not made for.
     """
-    if device not in ("auto", bundle.manifest.device):
+    if device != "auto" and device.partition(":")[0] != bundle.manifest.device:
         raise ConfigError(f"--device {device}: {bundle.folder} is made for {bundle.manifest.device}; leave it out")
 
 
@@ -81,16 +81,18 @@ def bundle_engine(
     *,
     max_step_tokens: int = 2048,
     spinning: bool = True,
+    device: str = "auto",
 ) -> Engine:
     """An engine over an open bundle.
 
     Args:
         max_running: prompts that are answered at once; fewer, with a warning, if the keys and values of so many that fill
-            the bundle's context are more than half of the free memory.
+            the bundle's context are more than half of the free memory (80 % of a GPU's).
         threads: of a computation on a CPU; default: the cores that this process may use.
         max_step_tokens: of `Engine`.
         spinning: threads of ONNX Runtime wait for each other without giving up their cores: a third faster for one sequence,
             where nothing else needs them.
+        device: cuda:N, of a bundle for a GPU where there are several.
 
     Raises:
         FormatError: its runtime cannot load it, or the engine does not run its kind.
@@ -101,7 +103,8 @@ def bundle_engine(
     from arriero.engine.machine_memory import free_memory
     from arriero.export.kinds import open_runner, slot_bytes
 
-    runner = open_runner(bundle, slots=max_running, threads=threads, memory=free_memory() // 2, spinning=spinning)
+    half = free_memory() // 2
+    runner = open_runner(bundle, slots=max_running, threads=threads, memory=half, spinning=spinning, device=device)
     if runner.num_blocks < max_running:
         size = slot_bytes(bundle) / 1e6
         print(

@@ -79,7 +79,7 @@ def _opened_bundle(model: ModelOptions, adapter: AdapterPathOptions, cache: KVCa
     from arriero.bundles.running import bundle_engine, open_as_model
 
     bundle = open_as_model(model, adapter, cache)
-    return bundle_engine(bundle, max_running=1), f"{bundle.folder} ({bundle.manifest.kind})"
+    return bundle_engine(bundle, max_running=1, device=model.device), f"{bundle.folder} ({bundle.manifest.kind})"
 
 
 def _talk(start: list[dict[str, str]], answer: Callable[[list[dict[str, str]]], str]) -> None:

@@ -35,7 +35,7 @@ def run(infer: InferOptions, generation: BundleGenerationOptions) -> int:
     if not generation.max_new_tokens:
         generation = replace(generation, max_new_tokens=default_length(bundle))
     params = params_from_options(generation)
-    engine = bundle_engine(bundle, generation.batch_size, infer.num_threads)
+    engine = bundle_engine(bundle, generation.batch_size, infer.num_threads, device=infer.device)
     seconds = time.perf_counter() - start
     prompts, cut = [], 0
     for sample in samples:

@@ -35,7 +35,7 @@ class ExportOptions(OptionGroup):
     weights: str = option(
         "auto",
         "how weights are stored; auto: what --dtype says, else the integers that a quantized model has already, else fp32 "
-        "(gguf: as they are)",
+        "(gguf: as they are; for a GPU: bf16)",
         ("auto", "fp32", "fp16", "bf16", "int8", "int4"),
     )
     dtype: str = option("auto", "the same in the words of training: float32, float16, bfloat16", tuple(DTYPES))
@@ -60,7 +60,9 @@ class ExportOptions(OptionGroup):
     context: int | None = option(
         None, "longest sequence, prompt and answer, in tokens (default: all that the model has)", minimum=2
     )
-    device: str = option("auto", "the device it is made for: auto or cpu")
+    device: str = option(
+        "auto", "the device it is made for: auto (= cpu) or cpu; of torch and aoti also gpu or cuda:N, one that is here"
+    )
     max_new_tokens: int = option(
         100, "length of answers, where infer is not told", aliases=("tgt_length", "max_length"), minimum=1
     )
@@ -73,9 +75,10 @@ class ExportOptions(OptionGroup):
         super().__post_init__()
         self.dtype = DTYPES[self.dtype]
         self.device = device_name(self.device)
-        if self.device.startswith("cuda"):
+        if self.device.startswith("cuda") and self.format not in ("torch", "aoti"):
             raise ConfigError(
-                f"--device {self.device}: bundles of --format {self.format} are made for CPUs; leave it out"
+                f"--device {self.device}: bundles of --format {self.format} are made for CPUs; leave it out, or use --format "
+                "torch or aoti"
             )
         if not self.merge_weights:
             raise ConfigError(

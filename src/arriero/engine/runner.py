@@ -10,7 +10,8 @@ from torch import Tensor
 
 from arriero.adapters.packed_deltas import PackedDeltas
 from arriero.adapters.prefix import PrefixKV, prefix_kv
-from arriero.engine.decode_graphs import CudaCapture, DecodeSteps
+from arriero.cuda_capture import CudaCapture
+from arriero.engine.decode_graphs import DecodeSteps
 from arriero.engine.kv_memory import KVMemory
 from arriero.engine.machine_memory import free_memory
 from arriero.engine.request_adapters import AdapterPool

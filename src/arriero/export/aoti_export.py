@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,20 +13,28 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.nn.attention import sdpa_kernel
 
 from arriero.errors import ConfigError, FormatError
 from arriero.export.aoti_runner import STEP, decode_name, open_runner
 from arriero.export.bundle import Bundle
 from arriero.export.prefix_file import PrefixArray
-from arriero.export.processor import needed_isa
+from arriero.export.processor import features, needed_isa
 from arriero.export.torch_export import PLAIN, ProgramKind, TorchOptions, export_programs
-from arriero.export.torch_trace import trace_decode, trace_step
+from arriero.export.torch_target import Target, capability
+from arriero.export.torch_trace import KERNELS, trace_decode, trace_step
 from arriero.formats.safe_tensors import LazyTensor
 from arriero.formats.source import ModelSource
 from arriero.models.config import LlamaConfig
 
 # Sequences of the programs of one token each: a step of several takes the smallest that holds them.
 DECODE_ROWS = (1, 4, 8)
+# In a process of its own: loads a program of a package.
+_LOAD = """
+import sys, torch
+torch.zeros(1, device="cuda")
+torch._C._aoti.AOTIModelPackageLoader(sys.argv[1], sys.argv[2], True, 1, -1)
+"""
 # Loops are cut for so many threads; how many run is decided when the code runs.
 _THREADS = 8
 
@@ -47,18 +58,22 @@ def export_aoti(
     Raises:
         ConfigError: also, without a C++ compiler.
     """
-    isa = _isa()
+    isa = _isa(options.target)
 
-    def write(path: Path, config: LlamaConfig, context: int, weights: Mapping[str, LazyTensor]) -> None:
-        programs = {STEP: trace_step(config, context, weights)}
-        programs |= {decode_name(rows): trace_decode(config, context, weights, rows) for rows in decode_rows}
-        _compile(programs, path)
+    def write(path: Path, config: LlamaConfig, context: int, weights: Mapping[str, LazyTensor], made: Target) -> None:
+        programs = {STEP: trace_step(config, context, weights, made)}
+        if made.device.type == "cpu":  # on a GPU one token of each is best computed as any number of them
+            programs |= {decode_name(rows): trace_decode(config, context, weights, rows) for rows in decode_rows}
+        with sdpa_kernel(KERNELS[made.device.type]):
+            _compile(programs, path)
+        if made.device.type == "cuda":
+            check_loads(path)
 
     kind = ProgramKind("aoti", write, open_runner, isa)
     return export_programs(kind, model, target, options, prefix, defaults or {})
 
 
-def _isa() -> str:
+def _isa(target: Target) -> str:
     """What the compiled code will need.
 
     Raises:
@@ -68,7 +83,7 @@ def _isa() -> str:
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-    if not hasattr(config.cpp, "march"):
+    if not hasattr(config.cpp, "march") and target.device.type == "cpu":
         raise ConfigError(
             f"--format aoti needs torch 2.13 or newer, and this is {torch.__version__}: use --format torch"
         )
@@ -78,7 +93,28 @@ def _isa() -> str:
         raise ConfigError(
             "--format aoti needs a C++ compiler, and there is none: install g++ (or name one in $CXX), or use --format torch"
         ) from error
-    return needed_isa(pick_vec_isa().build_arch_flags())
+    if not hasattr(config.cpp, "march"):  # what runs on the host uses whatever this processor has
+        isa = " ".join((platform.machine(), *sorted(features())))
+    else:
+        isa = needed_isa(pick_vec_isa().build_arch_flags())
+    return isa if target.device.type == "cpu" else f"{isa} {capability(str(target.device))}"
+
+
+def check_loads(package: Path) -> None:
+    """
+    Raises:
+        FormatError: torch cannot load the package, in a process of its own: torch 2.11 for CUDA 13.0 dies of it.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _LOAD, str(package), STEP], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        told = (done.stderr.strip().splitlines() or [""])[-1][:200]
+        reason = f"signal {-done.returncode}" if done.returncode < 0 else told
+        raise FormatError(
+            f"{package.name}: torch {torch.__version__} cannot load what it compiled for this GPU ({reason}): use --format "
+            "torch"
+        )
 
 
 def _compile(programs: Mapping[str, ExportedProgram], path: Path) -> None:
@@ -87,7 +123,7 @@ def _compile(programs: Mapping[str, ExportedProgram], path: Path) -> None:
     Raises:
         FormatError: when the compiler fails.
     """
-    from torch._inductor import aot_compile
+    from torch._inductor import aot_compile, config
     from torch._inductor.package.package import package_aoti
     from torch._inductor.utils import fresh_cache
 
@@ -100,6 +136,8 @@ def _compile(programs: Mapping[str, ExportedProgram], path: Path) -> None:
         "cpp.threads": _THREADS,
         "compile_threads": 1,
     }
+    known = config.get_config_copy()  # torch 2.11, for a GPU, has not all of them
+    options = {name: value for name, value in options.items() if name in known}
     files: dict[str, list[Any]] = {}
     failed: tuple[str, RuntimeError] | None = None  # raised outside, since the cache of a block that fails is kept
     with TemporaryDirectory(prefix="arriero-aoti-") as scratch, fresh_cache(dir=scratch), warnings.catch_warnings():
@@ -113,8 +151,9 @@ def _compile(programs: Mapping[str, ExportedProgram], path: Path) -> None:
                 failed = name, error
                 break
             assert isinstance(written, list)
-            # not the sources
-            files[name] = [file for file in written if isinstance(file, str) and not file.endswith(".cpp")]
+            # not the sources, but that torch 2.11 finds others by the name of one
+            unneeded = (".cpp",) if "cpp.march" in known else ()
+            files[name] = [file for file in written if isinstance(file, str) and not file.endswith(unneeded)]
         else:
             package_aoti(str(path), files)
     if failed is not None:

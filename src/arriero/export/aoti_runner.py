@@ -16,7 +16,8 @@ from torch import Tensor
 from arriero.errors import FormatError
 from arriero.export.bundle import Bundle
 from arriero.export.slot_runner import SlotRunner
-from arriero.export.torch_session import open_weights, program_runner
+from arriero.export.torch_session import open_weights, program_runner, stored_dtype
+from arriero.export.torch_target import target_of
 
 STEP = "step"
 _DECODE = "decode_"
@@ -35,15 +36,19 @@ class AotiProgram:
         name: in its package.
     """
 
-    def __init__(self, bundle: Bundle, name: str) -> None:
+    def __init__(self, bundle: Bundle, name: str, device: torch.device) -> None:
         """
+        Args:
+            device: that it runs on, of the kind that it is compiled for.
+
         Raises:
             FormatError: when torch cannot load it.
         """
         self.name = name
         try:
             # one thread calls it, so it need not be locked
-            self._loader = torch._C._aoti.AOTIModelPackageLoader(str(bundle.graph), name, True, 1, -1)
+            number = -1 if device.index is None else device.index
+            self._loader = torch._C._aoti.AOTIModelPackageLoader(str(bundle.graph), name, True, 1, number)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise FormatError(
@@ -55,14 +60,20 @@ class AotiProgram:
         return self._loader.run(list(inputs))[0]
 
 
-def open_runner(bundle: Bundle, slots: int, threads: int | None = None, *, spinning: bool = True) -> SlotRunner:
+def open_runner(
+    bundle: Bundle, slots: int, threads: int | None = None, *, spinning: bool = True, device: str | None = None
+) -> SlotRunner:
     """See `kinds.open_runner`; the number of threads, and how they wait, is that of torch in this process.
 
     Raises:
-        FormatError: when torch cannot load the programs.
+        FormatError: when torch cannot load the programs, or there is not the GPU that they are compiled for.
     """
-    decode = {rows: AotiProgram(bundle, decode_name(rows)) for rows in _decode_rows(bundle.graph)}
-    return program_runner(bundle, AotiProgram(bundle, STEP), decode, open_weights(bundle), slots, threads)
+    weights = open_weights(bundle)
+    target = target_of(bundle, stored_dtype(weights), device)
+    where = target.device
+    decode = {rows: AotiProgram(bundle, decode_name(rows), where) for rows in _decode_rows(bundle.graph)}
+    weights = {name: value.to(where) for name, value in weights.items()}
+    return program_runner(bundle, AotiProgram(bundle, STEP, where), decode, weights, slots, threads, target)
 
 
 def _decode_rows(package: Path) -> list[int]:

@@ -209,7 +209,7 @@ def _is_plain(name: str) -> bool:
 def check_machine(bundle: Bundle) -> None:
     """
     Raises:
-        FormatError: the runtime or the processor is not what it needs.
+        FormatError: the runtime, the processor or the GPU is not what it needs.
     """
     manifest, folder = bundle.manifest, bundle.folder
     kind = KINDS[manifest.kind]
@@ -226,6 +226,10 @@ def check_machine(bundle: Bundle) -> None:
             f"{folder}: is made for another processor: it needs {lacking}, which this one ({platform.machine()}) is not or has "
             "not; export the model on a machine like this one"
         )
+    if manifest.device == "cuda":
+        from arriero.export.torch_target import check_gpu
+
+        check_gpu(bundle)
 
 
 def _check_runtime(manifest: Manifest, folder: Path, runtime: str, kind: Kind) -> None:

@@ -35,8 +35,8 @@ class Kind:
 
 KINDS = {
     "onnx": Kind("onnxruntime", "export", "arriero.export.onnx_runner", ("cpu",), "ONNX Runtime"),
-    "torch": Kind("torch", "export", "arriero.export.torch_runner", ("cpu",), "torch"),
-    "aoti": Kind("torch", "export", "arriero.export.aoti_runner", ("cpu",), "torch", same_version=True),
+    "torch": Kind("torch", "export", "arriero.export.torch_runner", ("cpu", "cuda"), "torch"),
+    "aoti": Kind("torch", "export", "arriero.export.aoti_runner", ("cpu", "cuda"), "torch", same_version=True),
     "gguf": Kind(None, "gguf", None, ("any",), "llama.cpp and programs that are built on it"),
 }
 # Of the kinds that the engine runs.
@@ -66,15 +66,21 @@ class BundleRunner(Protocol):
 
 
 def slot_bytes(bundle: Bundle) -> int:
-    """What the keys and values of a sequence come to that fills the bundle's context; they are fp32."""
-    config = bundle.manifest.config
+    """What the keys and values of a sequence come to that fills the bundle's context: in fp32 on a CPU, else as weights are."""
+    config, half = bundle.manifest.config, bundle.manifest.device != "cpu" and bundle.manifest.weights != "fp32"
     sizes = [config.get(key) for key in ("num_hidden_layers", "num_key_value_heads", "head_dim")]
     numbers = [size if isinstance(size, int) and size > 0 else 1 for size in sizes]  # a runtime refuses what is not one
-    return 2 * 4 * bundle.manifest.context * prod(numbers)
+    return 2 * (2 if half else 4) * bundle.manifest.context * prod(numbers)
 
 
 def open_runner(
-    bundle: Bundle, *, slots: int, threads: int | None = None, memory: int | None = None, spinning: bool = True
+    bundle: Bundle,
+    *,
+    slots: int,
+    threads: int | None = None,
+    memory: int | None = None,
+    spinning: bool = True,
+    device: str | None = None,
 ) -> BundleRunner:
     """What computes with a bundle.
 
@@ -82,8 +88,10 @@ def open_runner(
         slots: sequences that are computed at once; a kind with another layout of keys and values takes it as a hint.
         threads: of a computation on a CPU; default: the cores that this process may use.
         memory: bytes that the keys and values of all slots may come to. They are taken as sequences grow, but where not as
-            many whole ones fit there are fewer slots, and one at least. None: no limit.
+            many whole ones fit there are fewer slots, and one at least. None: no limit. On a GPU it is that GPU's memory which
+            counts, and this does not.
         spinning: see `OnnxSession`.
+        device: cuda:N, of a bundle for a GPU; None: this process' own.
 
     Raises:
         FormatError: its kind's runtime cannot load it, or the engine does not run the kind.
@@ -97,8 +105,8 @@ def open_runner(
             f"{bundle.folder}: is a bundle of the kind {bundle.manifest.kind}, for {kind.about}: give {bundle.graph} to it, or "
             f"export the model as one of {', '.join(RUNNABLE)}"
         )
-    if memory is not None:
+    if memory is not None and bundle.manifest.device != "cuda":
         slots = max(1, min(slots, memory // slot_bytes(bundle)))
     module: Any = importlib.import_module(kind.opener)
-    runner: BundleRunner = module.open_runner(bundle, slots, threads, spinning=spinning)
+    runner: BundleRunner = module.open_runner(bundle, slots, threads, spinning=spinning, device=device)
     return runner

@@ -8,8 +8,10 @@ from arriero.export.prefix_file import read_prefix
 from arriero.export.slot_runner import SlotRunner
 
 
-def open_runner(bundle: Bundle, slots: int, threads: int | None = None, *, spinning: bool = True) -> SlotRunner:
-    """See `kinds.open_runner`."""
+def open_runner(
+    bundle: Bundle, slots: int, threads: int | None = None, *, spinning: bool = True, device: str | None = None
+) -> SlotRunner:
+    """See `kinds.open_runner`; the device is a CPU."""
     session = OnnxSession(bundle.graph, slots, threads, spinning=spinning)
     length = bundle.manifest.prefix_length
     if not length:

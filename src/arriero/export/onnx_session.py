@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,11 @@ class OnnxSession:
         rows: sequences that the cache has room for.
         context: tokens of each.
         vocab_size: of the logits.
+        library, device: of the logits.
     """
+
+    library: Literal["numpy"] = "numpy"
+    device = "cpu"
 
     def __init__(self, graph: Path, rows: int, threads: int | None = None, *, spinning: bool = False) -> None:
         """
@@ -84,6 +89,10 @@ class OnnxSession:
         bound.binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         self._session.run_with_iobinding(bound.binding)
         return logits
+
+    def joined(self, parts: Sequence[Logits]) -> Logits:
+        """Logits of several runs in one array; of none, too."""
+        return np.concatenate(parts) if parts else np.empty((0, self.vocab_size), np.float32)
 
     @property
     def cache_shape(self) -> tuple[int, int, int]:

@@ -1,6 +1,7 @@
 """What native code needs of a processor, as a manifest's `isa` says it: the machine, and features by Linux' names.
 
-`x86_64 avx2 fma` is any x86 processor that has these two; `x86_64` alone is every one.
+`x86_64 avx2 fma` is any x86 processor that has these two; `x86_64` alone is every one. A word like `sm_90` is a GPU's, and none
+of the processor's business: see `torch_target`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def needed_isa(flags: str) -> str:
 
 def lacks(isa: str) -> str | None:
     """What this machine lacks of an `isa`: another kind of machine, or the first feature; None if nothing."""
-    machine, *needed = isa.split()[:1000] or [""]
+    machine, *needed = [word for word in isa.split()[:1000] if not word.startswith("sm_")] or [""]
     if machine != platform.machine():
         return f"a machine of the kind {machine[:40]}"
     own = features()

@@ -235,7 +235,7 @@ def generate(
 ) -> tuple[list[list[int]], list[npt.NDArray[np.float32]]]:
     """The greedy tokens of each prompt, in the slot of its number, and the logits (count, vocab_size) they are of."""
     slots, salt = range(len(prompts)), secrets.token_bytes(8)  # nothing of an earlier run
-    logits = runner.run([Step(prompts[slot], 0, [slot], 1, salt) for slot in slots])
+    logits = _host(runner.run([Step(prompts[slot], 0, [slot], 1, salt) for slot in slots]))
     tokens: list[list[int]] = [[] for _ in slots]
     kept = []
     for _ in range(count):
@@ -244,8 +244,12 @@ def generate(
             tokens[slot].append(int(logits[slot].argmax()))
         if len(kept) < count:
             ends = [len(prompts[slot]) + len(tokens[slot]) for slot in slots]
-            logits = runner.run([Step(tokens[slot][-1:], ends[slot] - 1, [slot], 1, salt) for slot in slots])
+            logits = _host(runner.run([Step(tokens[slot][-1:], ends[slot] - 1, [slot], 1, salt) for slot in slots]))
     return tokens, [np.stack([step[slot] for step in kept]) for slot in slots]
+
+
+def _host(logits: Tensor | npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    return logits.cpu().numpy() if isinstance(logits, Tensor) else logits
 
 
 def _judge(found: Check, form: WeightForm, graph: Path) -> None:

@@ -1,4 +1,4 @@
-"""What computes an engine's steps where each sequence has a slot, a block as long as the context; NumPy only.
+"""What computes an engine's steps where each sequence has a slot, a block as long as the context; without torch.
 
 Where the keys and values of a slot lie is decided here: sequences that go on together are brought side by side, since a batch
 is a run of neighbouring rows of one buffer. A row remembers the tokens that it was computed from, also when its sequence has
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,8 @@ MAX_TOKENS = 256
 SHORT = 8
 # What another computation costs, in tokens of one: every weight is read once more.
 _CALL = 2
+# (n, vocab_size), arrays of the session's library
+Logits = Any
 
 
 class Work(Protocol):
@@ -41,11 +43,23 @@ class Work(Protocol):
 
 
 class SlotSession(Protocol):
-    """What holds the keys and values of sequences, a row each, and computes; see `OnnxSession`."""
+    """What holds the keys and values of sequences, a row each, and computes; see `OnnxSession`.
+
+    Attributes:
+        rows: sequences that there is room for.
+        context: tokens of each.
+        vocab_size: of the logits.
+        library, device: whose arrays the logits are, and where.
+    """
 
     rows: int
     context: int
     vocab_size: int
+
+    @property
+    def library(self) -> Literal["torch", "numpy"]: ...
+    @property
+    def device(self) -> Any: ...
 
     def run(
         self,
@@ -54,7 +68,8 @@ class SlotSession(Protocol):
         starts: npt.NDArray[np.int64],
         counts: npt.NDArray[np.int64],
         logits_at: npt.NDArray[np.int64],
-    ) -> npt.NDArray[np.float32]: ...
+    ) -> Logits: ...
+    def joined(self, parts: Sequence[Logits]) -> Logits: ...
     def swap(self, one: int, other: int, length: int) -> None: ...
     def copy(self, source: int, target: int, start: int, end: int) -> None: ...
     def fill(self, row: int, start: int, values: npt.NDArray[np.float32]) -> None: ...
@@ -111,7 +126,7 @@ class _Held:
 
 
 class SlotRunner:
-    """The engine's `Runner` of a session, its logits NumPy arrays.
+    """The engine's `Runner` of a session.
 
     Attributes:
         num_blocks: slots.
@@ -126,8 +141,6 @@ class SlotRunner:
 
     reuses = False
     adapters = None
-    library: Literal["numpy"] = "numpy"
-    device = "cpu"
 
     def __init__(self, session: SlotSession, prefix: PrefixArray | None = None) -> None:
         """
@@ -138,6 +151,7 @@ class SlotRunner:
         self.prefix_length = 0 if prefix is None else prefix.shape[3]
         self.num_blocks, self.block_size = session.rows, session.context
         self.vocab_size, self.context = session.vocab_size, session.context - self.prefix_length
+        self.library, self.device = session.library, session.device
         self._row = list(range(session.rows))  # of each slot
         self._held = [_Held() for _ in range(session.rows)]  # of each row
         self.recalled: list[int] = []
@@ -152,7 +166,7 @@ class SlotRunner:
             self._held[row].cut(start)
             self._held[row].add(places)
 
-    def run(self, work: Sequence[Work]) -> npt.NDArray[np.float32]:
+    def run(self, work: Sequence[Work]) -> Logits:
         """Compute and store; returns the wanted logits, in the order of the work: (sum of `logits`, vocab_size).
 
         Raises:
@@ -172,17 +186,20 @@ class SlotRunner:
         groups = self._groups(together)
         if not long and len(groups) == 1:  # its logits are in the order of the work
             return self._run(together)
-        answer = np.empty((place, self.vocab_size), np.float32)
+        found: dict[int, Logits] = {}
         for index, first in long:
             done = self.recalled[index] = self._recall(work[index])
             for part in self._parts(work[index], done, first):
-                answer[part.place : part.place + part.logits] = self._run([part])
+                logits = self._run([part])
+                if part.logits:
+                    found[part.place] = logits
         for group in groups:
             logits, at = self._run(group), 0
             for part in group:
-                answer[part.place : part.place + part.logits] = logits[at : at + part.logits]
+                if part.logits:
+                    found[part.place] = logits[at : at + part.logits]
                 at += part.logits
-        return answer
+        return self._session.joined([found[at] for at in sorted(found)])
 
     def _check(self, item: Work) -> None:
         count = len(item.tokens)
@@ -235,7 +252,7 @@ class SlotRunner:
             return [parts]
         return [[part for part in parts if len(part.tokens) == count] for count in sorted(set(counts))]
 
-    def _run(self, group: Sequence[_Part]) -> npt.NDArray[np.float32]:
+    def _run(self, group: Sequence[_Part]) -> Logits:
         """The logits of a group, in its order."""
         first = self._bring_together([part.slot for part in group])
         size = max(len(part.tokens) for part in group)

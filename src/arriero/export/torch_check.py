@@ -13,6 +13,8 @@ from arriero.export.weight_source import WeightSource
 
 # Of the root mean square of the differences beside the original weights, as a share of that of the logits.
 ORIGINAL = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+# The same beside the stored weights, where products are computed in half precision.
+COMPUTED = {torch.float16: 0.01, torch.bfloat16: 0.05}
 # A logit of this size may differ by EXACT, a larger one by as much more.
 _LOGIT = 32.0
 
@@ -29,7 +31,9 @@ class RoundedModel(SourceModel):
         return value.to(self._dtype).double() if value.dim() == 2 else value
 
 
-def check_runner(runner: SlotRunner, source: WeightSource, dtype: torch.dtype, name: str) -> Check:
+def check_runner(
+    runner: SlotRunner, source: WeightSource, dtype: torch.dtype, name: str, computed: torch.dtype = torch.float32
+) -> Check:
     """Generate greedily, twice in the same slots, and compare every logit with those of the eager model in fp64, with the
     stored weights and with the original ones.
 
@@ -37,6 +41,7 @@ def check_runner(runner: SlotRunner, source: WeightSource, dtype: torch.dtype, n
         runner: with a slot for each of `PROMPTS`, without a prefix.
         dtype: that matrices are stored in.
         name: of the bundle, for messages.
+        computed: the dtype of products.
 
     Raises:
         FormatError: if they differ by more than is allowed, or a second run differs from the first.
@@ -61,11 +66,12 @@ def check_runner(runner: SlotRunner, source: WeightSource, dtype: torch.dtype, n
         repeats=again == tokens and all(np.array_equal(a, b) for a, b in zip(logits, repeated, strict=True)),
         tokens=greedy.numel(),
     )
-    bound = EXACT * max(1.0, found.largest_logit / _LOGIT)
-    if not found.largest_difference <= bound:
-        raise FormatError(
-            f"{name}: its logits differ from the model's by {found.largest_difference:.1e}, and {bound:g} is allowed"
-        )
+    if computed == torch.float32:
+        how, value, bound = "by", found.largest_difference, EXACT * max(1.0, found.largest_logit / _LOGIT)
+    else:
+        how, value, bound = "relatively by", found.relative_difference, COMPUTED[computed]
+    if not value <= bound:
+        raise FormatError(f"{name}: its logits differ from the model's {how} {value:.1e}, and {bound:g} is allowed")
     if not found.original_difference <= ORIGINAL[dtype]:
         raise FormatError(
             f"{name}: its logits differ from those of the original weights relatively by {found.original_difference:.1e}, and "

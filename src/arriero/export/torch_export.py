@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -20,6 +20,7 @@ from arriero.export.slot_runner import SlotRunner
 from arriero.export.torch_check import check_runner
 from arriero.export.torch_runner import open_runner
 from arriero.export.torch_session import WEIGHTS
+from arriero.export.torch_target import Target, gpus
 from arriero.export.torch_trace import trace_step
 from arriero.export.torch_weights import program_weights
 from arriero.export.weight_source import WeightSource
@@ -38,20 +39,36 @@ class TorchOptions:
     """How a model is exported.
 
     Attributes:
-        weights: fp32; fp16 or bf16, in which matrices are stored, and computed with in fp32.
+        weights: fp32; fp16 or bf16, in which matrices are stored. A CPU computes with them in fp32, a GPU in their own type.
         context: tokens of a sequence; None: all that the model has.
+        device: that it is made for: cpu, cuda or cuda:N.
 
     Raises:
-        ConfigError: for values that are not these.
+        ConfigError: for values that are not these, or a GPU where there is none.
     """
 
     weights: str = "fp32"
     context: int | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
+        if self.device != "cpu" and not gpus():
+            raise ConfigError(
+                f"--device {self.device}: there is no GPU here, and a bundle is checked where it is to run"
+            )
         if self.weights not in DTYPES:
             other = ": --format onnx has them" if self.weights in ("int8", "int4") else ""
             raise ConfigError(f"weights of the kind {self.weights!r} are none of {', '.join(DTYPES)}{other}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of matrices."""
+        return DTYPES[self.weights]
+
+    @property
+    def target(self) -> Target:
+        """What programs are made for."""
+        return Target.of(self.device, self.dtype)
 
     def context_of(self, config: LlamaConfig) -> int:
         """Tokens of a sequence of this model.
@@ -70,20 +87,26 @@ class TorchOptions:
 PLAIN = TorchOptions()
 
 
+class RunnerOpener(Protocol):
+    """See `kinds.open_runner`."""
+
+    def __call__(self, bundle: Bundle, slots: int, *, device: str | None = None) -> SlotRunner: ...
+
+
 @dataclass(frozen=True)
 class ProgramKind:
     """A kind of bundle that is made of exported programs.
 
     Attributes:
         name: of the kind.
-        write: writes GRAPH: its path, the model's configuration, the context and the weights.
+        write: writes GRAPH: its path, the model's configuration, the context, the weights and the target.
         open_runner: see `kinds.open_runner`.
         isa: what the processor must have.
     """
 
     name: str
-    write: Callable[[Path, LlamaConfig, int, Mapping[str, LazyTensor]], None]
-    open_runner: Callable[[Bundle, int], SlotRunner]
+    write: Callable[[Path, LlamaConfig, int, Mapping[str, LazyTensor], Target], None]
+    open_runner: RunnerOpener
     isa: str = ANY
 
 
@@ -110,8 +133,12 @@ def export_torch(
     return export_programs(kind, model, target, options, prefix, defaults or {})
 
 
-def _write_program(path: Path, config: LlamaConfig, context: int, weights: Mapping[str, LazyTensor]) -> None:
-    program = trace_step(config, context, weights)
+def _write_program(
+    path: Path, config: LlamaConfig, context: int, weights: Mapping[str, LazyTensor], target: Target
+) -> None:
+    program = trace_step(
+        config, context, weights, replace(target, device=torch.device("cpu"))
+    )  # it runs where it is put
     program.example_inputs = None  # which would be pickled
     torch.export.save(program, path)
 
@@ -126,7 +153,7 @@ def export_programs(
 ) -> Bundle:
     """See `export_torch`; for any such kind."""
     with nullcontext(model) if isinstance(model, ModelSource) else open_hf(model) as opened:
-        config, source, dtype = opened.config, WeightSource(opened), DTYPES[options.weights]
+        config, source, dtype, made = opened.config, WeightSource(opened), options.dtype, options.target
         context, length = options.context_of(config), 0 if prefix is None else prefix.shape[3]
         _check_config(config, kind.name)
         if length >= context:
@@ -134,21 +161,22 @@ def export_programs(
         with new_bundle(target) as staging:
             weights = program_weights(source, dtype)
             write_tensor_file(weights, staging / WEIGHTS)
-            kind.write(staging / GRAPH, config, context, weights)
+            kind.write(staging / GRAPH, config, context, weights, made)
             manifest = Manifest(
                 kind=kind.name,
                 graph=GRAPH,
-                weights=options.weights if dtype == torch.float32 else f"{options.weights}, computed with in fp32",
+                weights=options.weights if dtype == made.dtype else f"{options.weights}, computed with in fp32",
                 context=context,
                 config=write_model_files(staging, opened),
                 generation=generation_defaults(opened) | dict(defaults),
                 check={},
                 versions={"torch": importlib.metadata.version("torch")},
+                device=options.device.partition(":")[0],
                 isa=kind.isa,
                 files={WEIGHTS: {}},
             )
-            runner = kind.open_runner(Bundle(staging, manifest), len(PROMPTS))
-            found = check_runner(runner, source, dtype, f"{kind.name} bundle")
+            runner = kind.open_runner(Bundle(staging, manifest), len(PROMPTS), device=options.device)
+            found = check_runner(runner, source, dtype, f"{kind.name} bundle", computed=made.dtype)
             if prefix is not None:
                 write_prefix(staging, prefix)
             write_manifest(staging, replace(manifest, check=asdict(found), prefix_length=length))

@@ -109,12 +109,15 @@ class TorchGraph:
         shapes: of each; None for a size that the program leaves open.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, device: torch.device | None = None) -> None:
         """
+        Args:
+            device: that it computes on, wherever it was traced; default: a CPU.
+
         Raises:
             FormatError: when the file is not such a program, or one that does more than compute.
         """
-        self._path = path
+        self._path, self._device = path, device or torch.device("cpu")
         graph = self._open(_record(path))
         self._places: dict[str, int] = {}
         try:
@@ -232,7 +235,7 @@ class TorchGraph:
             case "as_layout" if value == _STRIDED:
                 return torch.strided
             case "as_device":
-                return torch.device(str(value["type"]), value["index"])
+                return self._device
         raise self._broken(f"has an argument {kind[:40]!r}, which is not known")
 
     def _size(self, value: Mapping[str, Any]) -> _Value | int:

@@ -1,12 +1,13 @@
 """The decoder as functions of tensors only: weights, keys and values are inputs, and new keys and values are written in place.
 
 So a traced program holds no weight, several programs share one copy of them, and whoever calls decides where a sequence
-lies. All compute in fp32; matrices may be stored in fp16 or bf16, and are widened where they are multiplied.
+lies. Products, keys and values are of the target's dtype, everything between them is fp32; fp32 products widen matrices that
+are stored in fp16 or bf16.
 
 weights     by name, those of `torch_weights.weight_parts`: q/k/v and gate/up are joined, the rest are an HF folder's
-caches      of each layer (rows, 2 KV, context, D) fp32: a row's keys and, behind them, values
-span        (L) int64, 0 to L - 1: L is the most tokens that a sequence has with the new ones. Its size is what matters: an
-            exported program takes no numbers, so a length comes as the size of a dimension.
+caches      of each layer (rows, 2 KV, context, D): a row's keys and, behind them, values
+span        (L) int64, 0 to L - 1: L is the most tokens that a sequence has with the new ones, or a little more. Its size is
+            what matters: an exported program takes no numbers, so a length comes as the size of a dimension.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arriero.export.torch_target import CPU, Target
 from arriero.export.weight_source import EMBEDDING
 from arriero.models.config import LlamaConfig
 from arriero.models.rope import rope_frequencies
@@ -30,9 +32,9 @@ Weights = Mapping[str, Tensor]
 class _Decoder(nn.Module):
     """What both programs have in common; it has no parameters."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.dtype = config, dtype
         self._head = EMBEDDING if config.tie_word_embeddings else HEAD
         self._rope_factor = rope_frequencies(config)[1]
         self._groups = config.num_attention_heads // config.num_key_value_heads
@@ -72,6 +74,9 @@ class StepProgram(_Decoder):
     `starts` + S must not go beyond the context. Returns (n, vocab_size) fp32.
     """
 
+    def __init__(self, config: LlamaConfig, target: Target = CPU) -> None:
+        super().__init__(config, target.dtype)
+
     def forward(
         self, tokens: Tensor, starts: Tensor, span: Tensor, wanted: Tensor, weights: Weights, caches: Sequence[Tensor]
     ) -> Tensor:
@@ -87,16 +92,29 @@ class StepProgram(_Decoder):
         for layer, cache in enumerate(caches):
             name = f"model.layers.{layer}"
             x = self._norm(hidden, weights[f"{name}.input_layernorm.weight"])
-            qkv = _linear(x, weights, f"{name}.self_attn.qkv_proj")
+            qkv = self._linear(x, weights, f"{name}.self_attn.qkv_proj")
             query, new = self._heads(qkv, angles, weights, f"{name}.self_attn")
-            cache.view(-1, config.head_dim).index_copy_(0, places, new.reshape(-1, config.head_dim))
-            x = self._attend(query, cache, span.shape[0], masks[config.layer_sliding_window(layer)])
-            hidden = hidden + _linear(x, weights, f"{name}.self_attn.o_proj")
+            cache.view(-1, config.head_dim).index_copy_(0, places, self._cast(new).reshape(-1, config.head_dim))
+            x = self._attend(self._cast(query), cache, span.shape[0], masks[config.layer_sliding_window(layer)])
+            hidden = hidden + self._linear(x, weights, f"{name}.self_attn.o_proj")
             x = self._norm(hidden, weights[f"{name}.post_attention_layernorm.weight"])
-            gate, up = _linear(x, weights, f"{name}.mlp.gate_up_proj").chunk(2, -1)
-            hidden = hidden + _linear(F.silu(gate) * up, weights, f"{name}.mlp.down_proj")
+            gate, up = self._linear(x, weights, f"{name}.mlp.gate_up_proj").chunk(2, -1)
+            hidden = hidden + self._linear(F.silu(gate) * up, weights, f"{name}.mlp.down_proj")
         x = hidden.view(-1, config.hidden_size).index_select(0, wanted)
-        return F.linear(self._norm(x, weights["model.norm.weight"]), weights[self._head].float())
+        return self._product(self._norm(x, weights["model.norm.weight"]), weights[self._head])
+
+    def _cast(self, x: Tensor) -> Tensor:
+        return x if self.dtype == torch.float32 else x.to(self.dtype)
+
+    def _product(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(..., in) -> (..., out) fp32."""
+        if self.dtype == torch.float32:
+            return F.linear(x, matrix.float(), bias)
+        found = F.linear(x.to(self.dtype), matrix.to(self.dtype)).float()
+        return found if bias is None else found + bias
+
+    def _linear(self, x: Tensor, weights: Weights, name: str) -> Tensor:
+        return self._product(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
     def _windows(self) -> set[int | None]:
         return {self.config.layer_sliding_window(layer) for layer in range(self.config.num_hidden_layers)}
@@ -107,7 +125,7 @@ class StepProgram(_Decoder):
         seen = span <= own
         if window is not None:
             seen = seen & (span > own - window)
-        return torch.where(seen, 0.0, -math.inf)[:, None]
+        return self._cast(torch.where(seen, 0.0, -math.inf))[:, None]
 
     def _attend(self, query: Tensor, cache: Tensor, length: int, mask: Tensor) -> Tensor:
         """Queries (B, S, H, D) -> (B, S, H D)."""
@@ -139,7 +157,7 @@ class DecodeProgram(_Decoder):
     """
 
     def __init__(self, config: LlamaConfig, rows: int) -> None:
-        super().__init__(config)
+        super().__init__(config, torch.float32)
         self.rows = rows
 
     def forward(
@@ -183,10 +201,6 @@ class DecodeProgram(_Decoder):
             scale=self.config.head_dim**-0.5,
         )
         return x.flatten()
-
-
-def _linear(x: Tensor, weights: Weights, name: str) -> Tensor:
-    return F.linear(x, weights[f"{name}.weight"].float(), weights.get(f"{name}.bias"))
 
 
 def _products(inputs: Sequence[Tensor], weights: Weights, name: str) -> list[Tensor]:

@@ -7,20 +7,26 @@ import torch
 from arriero.export.bundle import Bundle
 from arriero.export.slot_runner import SlotRunner
 from arriero.export.torch_graph import TorchGraph
-from arriero.export.torch_session import check_inputs, model_shape, open_weights, program_runner
+from arriero.export.torch_session import check_inputs, model_shape, open_weights, program_runner, stored_dtype
+from arriero.export.torch_target import target_of
 
 
-def open_runner(bundle: Bundle, slots: int, threads: int | None = None, *, spinning: bool = True) -> SlotRunner:
+def open_runner(
+    bundle: Bundle, slots: int, threads: int | None = None, *, spinning: bool = True, device: str | None = None
+) -> SlotRunner:
     """See `kinds.open_runner`; the number of threads, and how they wait, is that of torch in this process.
 
     Raises:
         FormatError: when the program is none of arriero's, or not of this model.
     """
-    graph, weights = TorchGraph(bundle.graph), open_weights(bundle)
+    weights = open_weights(bundle)
+    target = target_of(bundle, stored_dtype(weights), device)
+    graph = TorchGraph(bundle.graph, target.device)
     (layers, heads, head_dim), _ = model_shape(bundle)
     integers = [((None,) * dims, torch.int64) for dims in (2, 1, 1, 1)]
     matrices = [(tuple(value.shape), value.dtype) for value in weights.values()]
-    cache = ((None, 2 * heads, bundle.manifest.context, head_dim), torch.float32)
+    cache = ((None, 2 * heads, target.room(bundle.manifest.context), head_dim), target.dtype)
     found = list(zip(graph.shapes, graph.dtypes, strict=True))
     check_inputs(bundle.graph, found, [*integers, *matrices, *[cache] * layers])
-    return program_runner(bundle, graph, {}, weights, slots, threads)
+    weights = {name: value.to(target.device) for name, value in weights.items()}
+    return program_runner(bundle, graph, {}, weights, slots, threads, target, captured=True)

@@ -5,24 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from arriero.cuda_capture import Capture, CudaCapture
 from arriero.errors import FormatError
 from arriero.export.bundle import Bundle
+from arriero.export.captured_steps import CapturedSteps
 from arriero.export.prefix_file import read_prefix
 from arriero.export.slot_runner import SlotRunner
+from arriero.export.torch_target import CPU, Target
 from arriero.export.untouched_memory import untouched_zeros
 from arriero.formats.safe_tensors import read_tensors
 
 WEIGHTS = "weights.safetensors"
 Integers = npt.NDArray[np.int64]
-Logits = npt.NDArray[np.float32]
-# A program: its inputs in order -> logits (n, vocab_size) on the CPU; some inputs are written to.
+# Of one session on a CPU, where the engine draws with NumPy as from other bundles, and of one on a GPU.
+Logits = npt.NDArray[np.float32] | Tensor
+# Of a GPU's free memory, what keys and values may take.
+_GPU_SHARE = 0.8
+# A program: its inputs in order -> logits (n, vocab_size); some inputs are written to.
 Program = Callable[[Sequence[Tensor]], Tensor]
 
 
@@ -34,6 +40,7 @@ class TorchSession:
         context: tokens of each.
         vocab_size: of the logits.
         cache_shape: layers, key-value heads, and the numbers of each.
+        library, device: of the logits.
     """
 
     def __init__(
@@ -45,22 +52,28 @@ class TorchSession:
         context: int,
         vocab_size: int,
         rows: int,
+        target: Target = CPU,
+        capture: Capture | None = None,
     ) -> None:
         """
         Args:
             step: see `torch_program.StepProgram`.
-            decode: `DecodeProgram`s by their number of sequences; with none, `step` does it.
-            weights: inputs of both, in order.
+            decode: `DecodeProgram`s by their number of sequences, on a CPU; with none, `step` does it.
+            weights: inputs of both, in order, on the target's device.
+            capture: of steps of one token; None where they are computed as they are.
         """
         self.rows, self.context, self.vocab_size, self.cache_shape = rows, context, vocab_size, cache_shape
+        self.library: Literal["torch", "numpy"] = "numpy" if target.device.type == "cpu" else "torch"
+        self.device, self._target = target.device, target
         self._step, self._decode, self._weights = step, decode, list(weights)
         layers, heads, head_dim = cache_shape
         spare = bool(decode)  # for what is computed in a place that no sequence needs
-        self._caches = [
-            torch.from_numpy(untouched_zeros((rows + spare, 2 * heads, context, head_dim))) for _ in range(layers)
-        ]
+        shape = (rows + spare, 2 * heads, target.room(context), head_dim)
+        self._caches = [_zeros(shape, target) for _ in range(layers)]
         self._row_caches = [[cache[row] for cache in self._caches] for row in range(rows + spare)]
-        self._span = torch.arange(context)
+        self._span = torch.arange(target.room(context), device=target.device)
+        steps = (step, self._weights, self._caches, self._span)
+        self._captured = None if capture is None else CapturedSteps(*steps, capture)
 
     @torch.inference_mode()
     def run(self, first: int, ids: Integers, starts: Integers, counts: Integers, logits_at: Integers) -> Logits:
@@ -79,20 +92,33 @@ class TorchSession:
         if self._decode and ids.shape[1] == 1 and len(logits_at):
             logits = self._run_rows(first, ids[:, 0], starts)
             return logits if logits_at.tolist() == list(range(len(logits))) else logits[logits_at]
+        if self._captured is not None and ids.shape[1] == 1 and len(logits_at):
+            repeated = self._captured.run(first, ids[:, 0], starts)
+            if repeated is not None:
+                own = logits_at.tolist() == list(range(len(ids)))
+                return self._arrays(repeated if own else repeated[torch.from_numpy(logits_at).to(self.device)])
         # a program computes one row of logits or more
         wanted = logits_at if len(logits_at) else np.zeros(1, np.int64)
         inputs = [
-            torch.from_numpy(ids),
-            torch.from_numpy(starts),
-            self._span[: int((starts + counts).max())],
-            torch.from_numpy(wanted),
+            torch.from_numpy(ids).to(self.device),
+            torch.from_numpy(starts).to(self.device),
+            self._span[: self._target.length(int((starts + counts).max()))],
+            torch.from_numpy(wanted).to(self.device),
             *self._weights,
             *[cache[first : first + len(ids)] for cache in self._caches],
         ]
-        found: Logits = self._step(inputs).numpy()
-        return found[: len(logits_at)]
+        return self._arrays(self._step(inputs)[: len(logits_at)])
 
-    def _run_rows(self, first: int, ids: Integers, starts: Integers) -> Logits:
+    def _arrays(self, logits: Tensor) -> Logits:
+        return logits if self.library == "torch" else logits.numpy()
+
+    def joined(self, parts: Sequence[Any]) -> Logits:
+        """Logits of several runs in one array; of none, too."""
+        if self.library == "numpy":
+            return np.concatenate([np.empty((0, self.vocab_size), np.float32), *parts])
+        return torch.cat([torch.empty(0, self.vocab_size, device=self.device), *parts])
+
+    def _run_rows(self, first: int, ids: Integers, starts: Integers) -> npt.NDArray[np.float32]:
         """One token of each of some rows: the logits of all, (B, vocab_size)."""
         found, done = [], 0
         while done < len(ids):
@@ -121,7 +147,7 @@ class TorchSession:
         """
         end = start + values.shape[3]
         for cache, given in zip(self._caches, values, strict=True):
-            cache[row, :, start:end] = torch.from_numpy(given.reshape(-1, *given.shape[2:]))
+            cache[row, :, start:end] = torch.from_numpy(given.reshape(-1, *given.shape[2:])).to(cache)
 
     def copy(self, source: int, target: int, start: int, end: int) -> None:
         """Copy what one row has of these positions to another."""
@@ -148,6 +174,11 @@ def open_weights(bundle: Bundle) -> dict[str, Tensor]:
     return dict(sorted(read_tensors(path)))
 
 
+def stored_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
+    """Of matrices."""
+    return next((value.dtype for value in weights.values() if value.dim() == 2), torch.float32)
+
+
 def model_shape(bundle: Bundle) -> tuple[tuple[int, int, int], int]:
     """Layers, key-value heads and numbers of each; and the vocabulary's size: as a manifest's configuration says.
 
@@ -163,6 +194,13 @@ def model_shape(bundle: Bundle) -> tuple[tuple[int, int, int], int]:
     return (layers, heads, head_dim), vocab_size
 
 
+def _zeros(shape: tuple[int, ...], target: Target) -> Tensor:
+    """Memory for keys and values."""
+    if target.device.type == "cpu" and target.dtype == torch.float32:
+        return torch.from_numpy(untouched_zeros(shape))
+    return torch.zeros(shape, dtype=target.dtype, device=target.device)
+
+
 def program_runner(
     bundle: Bundle,
     step: Program,
@@ -170,11 +208,17 @@ def program_runner(
     weights: Mapping[str, Tensor],
     slots: int,
     threads: int | None,
+    target: Target = CPU,
+    *,
+    captured: bool = False,
 ) -> SlotRunner:
     """An engine's `Runner` of a bundle's programs.
 
     Args:
+        weights: on the target's device.
+        slots: on a GPU fewer, if not so many fit its free memory.
         threads: of torch, in this whole process; None leaves them.
+        captured: steps of one token are CUDA graphs, on a GPU.
 
     Raises:
         FormatError: when the bundle's prefix does not fit its model, or its context not into the address space.
@@ -184,10 +228,16 @@ def program_runner(
     (layers, heads, head_dim), vocab_size = model_shape(bundle)
     context, length = bundle.manifest.context, bundle.manifest.prefix_length
     shape = (layers, heads, head_dim)
+    slot_bytes = 2 * target.dtype.itemsize * prod(shape) * target.room(context)
+    if target.device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each new shape for 0.6 s
+        slots = max(1, min(slots, int(torch.cuda.mem_get_info(target.device)[0] * _GPU_SHARE) // slot_bytes))
+    capture = CudaCapture(target.device) if captured and target.device.type == "cuda" else None
+    ordered = list(weights.values())
     try:
-        session = TorchSession(step, decode, list(weights.values()), shape, context, vocab_size, slots)
-    except (OSError, OverflowError, ValueError) as error:
-        size = 8 * prod(shape) * context * slots / 1e9
+        session = TorchSession(step, decode, ordered, shape, context, vocab_size, slots, target, capture)
+    except (OSError, OverflowError, ValueError, torch.OutOfMemoryError) as error:
+        size = slot_bytes * slots / 1e9
         raise FormatError(
             f"{bundle.folder}: {size:,.0f} GB for keys and values of {slots} sequences of {context} tokens cannot be had "
             f"({error}): compute fewer at once (--batch_size), or export with a smaller --context"

@@ -8,43 +8,55 @@ from typing import Any
 import torch
 import torch.fx.experimental._config as tracing
 from torch import Tensor
+from torch._dynamo.exc import UserError
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from arriero.errors import ConfigError
 from arriero.export.torch_program import DecodeProgram, StepProgram
+from arriero.export.torch_target import CPU, Target
 from arriero.formats.safe_tensors import LazyTensor
 from arriero.models.config import LlamaConfig
 
 # Of a traced dimension's size, where nothing else bounds it.
 MAX_ROWS, MAX_WANTED = 4096, 2**20
+# Of attention, for each kind of device: those that take a mask.
+KERNELS = {
+    "cpu": [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH],
+    "cuda": [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+}
 
 
-def trace_step(config: LlamaConfig, context: int, weights: Mapping[str, LazyTensor]) -> ExportedProgram:
+def trace_step(
+    config: LlamaConfig, context: int, weights: Mapping[str, LazyTensor], target: Target = CPU
+) -> ExportedProgram:
     """`StepProgram` for any number of sequences, tokens and wanted logits.
 
     Args:
         weights: as `program_weights` gives them.
     """
-    rows, size, length, wanted = 3, 5, 7, 4  # any that are not alike
-    with FakeTensorMode():
+    rows, size, wanted = 3, 5, 4  # any that are not alike
+    length, room = 7 if target.unit == 1 else 2 * target.unit, target.room(context)
+    with FakeTensorMode(), target.device:
         example = (
             _integers(rows, size),
             _integers(rows),
             _integers(length),
             _integers(wanted),
             _empty(weights),
-            [_cache(config, context, rows) for _ in range(config.num_hidden_layers)],
+            [_cache(config, room, rows, target.dtype) for _ in range(config.num_hidden_layers)],
         )
-    batch = Dim("batch", min=1, max=MAX_ROWS)
+    batch, length_dim = Dim("batch", min=1, max=MAX_ROWS), Dim("length", min=1, max=room // target.unit)
     shapes = (
         {0: batch, 1: Dim("tokens", min=1, max=context)},
         {0: batch},
-        {0: Dim("length", min=1, max=context)},
+        {0: length_dim if target.unit == 1 else target.unit * length_dim},
         {0: Dim("wanted", min=1, max=MAX_WANTED)},
         dict.fromkeys(weights),
         [{0: batch}] * config.num_hidden_layers,
     )
-    return _trace(StepProgram(config), example, shapes)
+    return _trace(StepProgram(config, target), example, shapes, KERNELS["cpu" if target == CPU else "cuda"])
 
 
 def trace_decode(config: LlamaConfig, context: int, weights: Mapping[str, LazyTensor], rows: int) -> ExportedProgram:
@@ -76,14 +88,23 @@ def _empty(weights: Mapping[str, LazyTensor]) -> dict[str, Tensor]:
     return {name: torch.empty(value.shape, dtype=value.dtype) for name, value in weights.items()}
 
 
-def _cache(config: LlamaConfig, context: int, rows: int) -> Tensor:
-    return torch.empty(rows, 2 * config.num_key_value_heads, context, config.head_dim)
+def _cache(config: LlamaConfig, room: int, rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(rows, 2 * config.num_key_value_heads, room, config.head_dim, dtype=dtype)
 
 
-def _trace(program: torch.nn.Module, example: tuple[Any, ...], shapes: Any) -> ExportedProgram:
-    # Without it a dimension that may be 1 would be refused: nothing here treats a size of 1 in another way.
-    with torch.no_grad(), tracing.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        traced = torch.export.export(program, example, dynamic_shapes=shapes)
+def _trace(
+    program: torch.nn.Module, example: tuple[Any, ...], shapes: Any, kernels: list[Any] = KERNELS["cpu"]
+) -> ExportedProgram:
+    # Without the patch a dimension that may be 1 would be refused: nothing here treats a size of 1 in another way.
+    with torch.no_grad(), tracing.patch(backed_size_oblivious=True), sdpa_kernel(kernels):  # type: ignore[attr-defined]
+        try:
+            traced = torch.export.export(program, example, dynamic_shapes=shapes)
+        except UserError as error:  # torch 2.11, of programs for a CPU
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"torch {torch.__version__} cannot trace the model for open sizes ({reason}): use torch 2.13 or newer, or "
+                "--format onnx"
+            ) from error
     for node in traced.graph.nodes:  # names of files of this machine
         node.meta.pop("stack_trace", None)
     return traced

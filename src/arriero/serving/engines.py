@@ -54,7 +54,11 @@ def bundle_engine(
     bundle = running.open_as_model(model, adapter, cache)
     # The event loop and others on the machine want the cores too.
     return running.bundle_engine(
-        bundle, options.max_batch_size, max_step_tokens=options.max_step_tokens, spinning=False
+        bundle,
+        options.max_batch_size,
+        max_step_tokens=options.max_step_tokens,
+        spinning=False,
+        device=model.device,
     )
 
 
