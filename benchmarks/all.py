@@ -155,7 +155,7 @@ CASES = {
     "paddlenlp": Case("paddlenlp_side", ("--steps", "2", "--rounds", "1"), 3, ("paddlenlp",)),
     "paddlenlp_lora": Case("paddlenlp_side", ("--lora", "--steps", "2", "--rounds", "1"), 3, ("paddlenlp",)),
     "preprocess": Case("preprocess", ("--megabytes", "32", "--rounds", "3"), 3, ("datasets",)),
-    "generate": Case("generate", ("--rounds", "2"), 7, ("transformers",)),
+    "generate": Case("generate", ("--compile", "--rounds", "2"), 8, ("transformers",)),
     "export": Case(
         "export", ("--kinds", "int4", "int4, symmetric", "aoti fp32", "eager fp32", "--rounds", "5"), 12,
         extra=("onnxruntime-genai", "llama-cpp-python"),

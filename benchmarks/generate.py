@@ -6,6 +6,9 @@ transformers answers in batches as they come, padded on the left, and goes on un
 beyond an answer's own length are not counted. How many answers are the same is printed: one token that rounding decides
 otherwise changes the rest.
 
+With `--compile` a third side is arriero's engine with `--torch_compile`, in the cases of few sequences; what it compiles is
+there before it is measured.
+
     make bench BENCH=generate
     make bench BENCH=generate ARGS="--cases batch_1 uneven --rounds 5"
 """
@@ -27,9 +30,10 @@ import records
 from records import Record
 from sides import run_side
 
-SIDES = ("arriero", "transformers")
+SIDES = ("arriero", "arriero, compiled", "transformers")
 DATA = Path(__file__).parents[2] / "shared" / "data" / "instruct" / "seed_tasks.jsonl"
 CASES = ("batch_1", "batch_8", "uneven", "running_64", "prefill_512", "prefill", "shared_prefix")
+COMPILED_CASES = ("batch_1", "batch_8", "uneven")
 UNEVEN_REQUESTS, UNEVEN_RUNNING, UNEVEN_ANSWER = 64, 16, (8, 128)
 
 
@@ -74,7 +78,7 @@ def make_jobs(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
     return {case: jobs[case] for case in arguments.cases}
 
 
-def run_arriero(model: Path, jobs: dict[str, Any], threads: int) -> dict[str, Any]:
+def run_arriero(model: Path, jobs: dict[str, Any], threads: int, compiled: bool = False) -> dict[str, Any]:
     import torch
 
     from arriero.data.tokenizer import load_tokenizer
@@ -85,18 +89,24 @@ def run_arriero(model: Path, jobs: dict[str, Any], threads: int) -> dict[str, An
     from arriero.engine.machine_peak import machine_name, matrix_product_flops, read_bandwidth
     from arriero.engine.runner import TorchRunner
     from arriero.formats import hf
+    from arriero.models.compiled_rows import ROWS
 
     torch.set_num_threads(threads)
     cpu = torch.device("cpu")
     network, tokenizer = hf.load_model(model, dtype=torch.float32).eval(), load_tokenizer(model)
     cost = WorkCost.of(network)
-    runner = TorchRunner(network)
+    runner = TorchRunner(network, compile=compiled)
 
     def peak() -> Peak:
         return Peak(matrix_product_flops(cpu, torch.float32), read_bandwidth(cpu))
 
     cases: dict[str, Any] = {}
     for case, job in jobs.items():
+        if compiled and case not in COMPILED_CASES:
+            continue
+        for rows in ROWS if compiled else ():  # answers end one after the other, and leave any number of rows
+            few = replace(job, prompts=[job.prompts[0]] * rows, new_tokens=[3] * rows, max_running=rows)
+            run_job(runner, tokenizer, warm_up(few))
         run_job(runner, tokenizer, warm_up(job))
         before = peak()
         run = run_job(runner, tokenizer, job)
@@ -156,12 +166,34 @@ def facts(case: str, runs: list[dict[str, Any]]) -> str:
     return "; ".join(told)
 
 
+def compared(
+    case: str, job: Any, side: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]], threads: int
+) -> Record:
+    """Print the line of a case, and make its record."""
+    mine, other = [run["cases"][case] for run in ours], [run["cases"][case] for run in theirs]
+    ratios = [b["seconds"] / a["seconds"] for a, b in zip(mine, other, strict=True)]
+    equal = sum(a == b for a, b in zip(mine[-1]["answers"], other[-1]["answers"], strict=True))
+    work = job.prompt_tokens if case in ("prefill_512", "prefill", "shared_prefix") else job.output_tokens
+    unit = "prompt tok/s" if case in ("prefill_512", "prefill", "shared_prefix") else "tok/s"
+    speeds = [work / statistics.median(run["seconds"] for run in runs) for runs in (mine, other)]
+    how = side.removeprefix("arriero")
+    print(
+        f"| {job.case}{how} | {speeds[0]:,.1f} {unit} | {speeds[1]:,.1f} {unit} | {statistics.median(ratios):.2f} "
+        f"({', '.join(f'{ratio:.2f}' for ratio in ratios)}) | {equal} of {len(job.prompts)} | {facts(case, mine)} |"
+    )
+    rates = ([work / run["seconds"] for run in runs] for runs in (mine, other))
+    note = f"{equal} of {len(job.prompts)} answers the same; {facts(case, mine)}".removesuffix("; ")
+    common = {"peer_name": "transformers generate", "threads": threads, "note": note}
+    return Record.of_rounds("generate", f"{case}{how}: {job.case}", unit, *rates, **common)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--dataset_path", default=str(DATA), help="of the uneven requests")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="the engine with --torch_compile too")
     parser.add_argument("--threads", type=int, default=2)
     records.add_json(parser)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -174,16 +206,19 @@ def main() -> None:
         from arriero.engine.benchmark.measured import Job
 
         jobs = {case: Job(**values) for case, values in json.loads(Path(arguments.data).read_text()).items()}
-        run = run_arriero if arguments.side == "arriero" else run_transformers
-        print(json.dumps(run(model, jobs, arguments.threads)))
+        if arguments.side == "transformers":
+            print(json.dumps(run_transformers(model, jobs, arguments.threads)))
+        else:
+            print(json.dumps(run_arriero(model, jobs, arguments.threads, arguments.side != "arriero")))
         return
     jobs = make_jobs(arguments, model)
-    sides: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    chosen = [side for side in SIDES if side != "arriero, compiled" or arguments.compile]
+    sides: dict[str, list[dict[str, Any]]] = {side: [] for side in chosen}
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "jobs.json"
         data.write_text(json.dumps({case: asdict(job) for case, job in jobs.items()}))
         for _ in range(arguments.rounds):
-            for side in SIDES:
+            for side in chosen:
                 sides[side].append(run_side(__file__, sys.argv[1:], side, data, OMP_NUM_THREADS=str(arguments.threads)))
     ours, theirs = sides["arriero"], sides["transformers"]
     peaks = [case["peak"] for run in ours for case in run["cases"].values()]
@@ -198,20 +233,9 @@ def main() -> None:
     )
     told = []
     for case, job in jobs.items():
-        mine, other = [run["cases"][case] for run in ours], [run["cases"][case] for run in theirs]
-        ratios = [b["seconds"] / a["seconds"] for a, b in zip(mine, other, strict=True)]
-        equal = sum(a == b for a, b in zip(mine[-1]["answers"], other[-1]["answers"], strict=True))
-        work = job.prompt_tokens if case in ("prefill_512", "prefill", "shared_prefix") else job.output_tokens
-        unit = "prompt tok/s" if case in ("prefill_512", "prefill", "shared_prefix") else "tok/s"
-        speeds = [work / statistics.median(run["seconds"] for run in runs) for runs in (mine, other)]
-        print(
-            f"| {job.case} | {speeds[0]:,.1f} {unit} | {speeds[1]:,.1f} {unit} | {statistics.median(ratios):.2f} "
-            f"({', '.join(f'{ratio:.2f}' for ratio in ratios)}) | {equal} of {len(job.prompts)} | {facts(case, mine)} |"
-        )
-        rates = ([work / run["seconds"] for run in runs] for runs in (mine, other))
-        note = f"{equal} of {len(job.prompts)} answers the same; {facts(case, mine)}".removesuffix("; ")
-        common = {"peer_name": "transformers generate", "threads": arguments.threads, "note": note}
-        told.append(Record.of_rounds("generate", f"{case}: {job.case}", unit, *rates, **common))
+        for side in chosen[:-1]:
+            if case in sides[side][0]["cases"]:
+                told.append(compared(case, job, side, sides[side], theirs, arguments.threads))
     records.write(arguments.json, told)
 
 

@@ -336,6 +336,7 @@ def test_a_bundle_that_is_not_as_it_was_written(bundle: Path, in_process: Call, 
         (["infer", "--model_dir", "BUNDLE", "--data_file", "none.jsonl"], "none.jsonl"),
         (["chat", "--model_name_or_path", "BUNDLE", "--lora_path", "x"], "is a bundle, whose weights are fixed"),
         (["chat", "--model_name_or_path", "BUNDLE", "--kv_cache_dtype", "int8"], "a bundle decides this itself"),
+        (["chat", "--model_name_or_path", "BUNDLE", "--torch_compile"], "which is what it was compiled to"),
         (["chat", "--model_name_or_path", "BUNDLE", "--device", "gpu"], "is made for cpu; leave it out"),
         (
             ["predict", "--model_name_or_path", "BUNDLE", "--device", "cpu"],

@@ -7,6 +7,7 @@ from typing import Any
 
 from arriero.config.adapter import AdapterOptions, AdapterPathOptions
 from arriero.config.checkpoint import CheckpointOptions
+from arriero.config.compilation import CompilationOptions
 from arriero.config.converting import ConvertOptions
 from arriero.config.data import DataOptions
 from arriero.config.evaluation import EvaluateOptions
@@ -49,12 +50,19 @@ PRETRAIN: tuple[type, ...] = (
     CheckpointOptions,
     LoggingOptions,
 )
-EVALUATE: tuple[type, ...] = (ModelOptions, AdapterPathOptions, DataOptions, EvaluateOptions, ParallelOptions)
+EVALUATE: tuple[type, ...] = (
+    ModelOptions,
+    AdapterPathOptions,
+    DataOptions,
+    EvaluateOptions,
+    ParallelOptions,
+    CompilationOptions,
+)
 MERGE: tuple[type, ...] = (ModelOptions, AdapterPathOptions, MergeOptions)
 EXPORT: tuple[type, ...] = (ExportOptions, AdapterPathOptions)
 
 KEYWORDS: dict[str, tuple[type, ...]] = {
-    "load": (ModelOptions, KVCacheOptions),
+    "load": (ModelOptions, KVCacheOptions, CompilationOptions),
     "generate": (GenerationOptions,),
     "preprocess": (PreprocessOptions,),
     "pretrain": PRETRAIN,

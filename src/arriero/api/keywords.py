@@ -28,6 +28,12 @@ class KVCacheGroup(TypedDict, total=False):
     kv_cache_dtype: Literal["auto", "float16", "bfloat16", "fp8_e4m3", "int8"]
 
 
+class CompilationGroup(TypedDict, total=False):
+    """Compilation."""
+
+    torch_compile: bool
+
+
 class GenerationGroup(TypedDict, total=False):
     """Generation."""
 
@@ -425,7 +431,7 @@ class ExportGroup(TypedDict, total=False):
     cache_dir: Path | None
 
 
-class LoadKeywords(ModelGroup, KVCacheGroup, total=False):
+class LoadKeywords(ModelGroup, KVCacheGroup, CompilationGroup, total=False):
     """Of `arriero.load`."""
 
 
@@ -467,7 +473,7 @@ class FinetuneKeywords(
     """Of `arriero.finetune`."""
 
 
-class EvaluateKeywords(ModelGroup, DataGroup, EvaluateGroup, ParallelGroup, total=False):
+class EvaluateKeywords(ModelGroup, DataGroup, EvaluateGroup, ParallelGroup, CompilationGroup, total=False):
     """Of `arriero.evaluate`."""
 
 

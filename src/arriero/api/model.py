@@ -36,7 +36,7 @@ class Model(TextModel):
         device: of the weights.
     """
 
-    def __init__(self, loaded: LoadedModel, batch_size: int, kv_cache_dtype: str) -> None:
+    def __init__(self, loaded: LoadedModel, batch_size: int, kv_cache_dtype: str, compile: bool) -> None:
         from arriero.engine.shared_generation import engine_of
 
         self.loaded = loaded
@@ -54,6 +54,7 @@ class Model(TextModel):
                     max_running=batch_size,
                     useful_tokens=batch_size * context,
                     kv_cache_dtype=kv_cache_dtype,
+                    compile=compile,
                 )
             )
         )
@@ -142,7 +143,7 @@ def load(
         adapter: the folder of a LoRA adapter or of a prefix, in PEFT's format.
         batch_size: prompts that are answered together at most.
         options: `device` ("auto", "cpu", "cuda", "cuda:1"), `dtype` ("auto": float32 on a CPU, as stored on a GPU),
-            `kv_cache_dtype`, `tokenizer_name_or_path`, `cache_dir`, ...: as in `arriero predict`.
+            `kv_cache_dtype`, `torch_compile`, `tokenizer_name_or_path`, `cache_dir`, ...: as in `arriero predict`.
 
     Raises:
         FormatError: files that are missing, broken or of an unsupported kind.
@@ -156,6 +157,6 @@ def load(
         raise ConfigError(f"batch_size is {batch_size}: it must be at least 1")
     if is_bundle(Path(model).expanduser()):
         raise ConfigError(f"{model}: is an exported bundle; use arriero.load_bundle")
-    model_options, cache = build("load", options, model_name_or_path=model)
+    model_options, cache, compilation = build("load", options, model_name_or_path=model)
     loaded = load_for_inference(model_options, AdapterPathOptions(**adapter_options(adapter)))
-    return Model(loaded, batch_size, cache.kv_cache_dtype)
+    return Model(loaded, batch_size, cache.kv_cache_dtype, compilation.torch_compile)

@@ -10,6 +10,7 @@ from arriero.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
     from arriero.config.adapter import AdapterPathOptions
+    from arriero.config.compilation import CompilationOptions
     from arriero.config.kv_cache import KVCacheOptions
     from arriero.config.model import ModelOptions
     from arriero.engine.engine import Engine
@@ -37,7 +38,9 @@ def bundle_folder(model_dir: str, prefix: str) -> Path:
     )
 
 
-def open_as_model(model: ModelOptions, adapter: AdapterPathOptions, cache: KVCacheOptions) -> Bundle:
+def open_as_model(
+    model: ModelOptions, adapter: AdapterPathOptions, cache: KVCacheOptions, compilation: CompilationOptions
+) -> Bundle:
     """The bundle that stands in the place of a checkpoint.
 
     Raises:
@@ -54,6 +57,8 @@ def open_as_model(model: ModelOptions, adapter: AdapterPathOptions, cache: KVCac
             )
     if cache.kv_cache_dtype != "auto":
         raise ConfigError(f"--kv_cache_dtype {cache.kv_cache_dtype}: a bundle decides this itself; leave it out")
+    if compilation.torch_compile:
+        raise ConfigError(f"--torch_compile: {folder} is a bundle, which is what it was compiled to; leave it out")
     bundle = open_bundle(folder)
     check_device(bundle, model.device)
     return bundle

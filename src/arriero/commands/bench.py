@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from arriero.commands.bench_files import check_files, write_files
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.bench import BenchOptions
+from arriero.config.compilation import CompilationOptions
 from arriero.config.kv_cache import KVCacheOptions
 from arriero.config.load import LoadOptions
 from arriero.config.model import ModelOptions
@@ -27,11 +28,23 @@ HELP = (
     "asks a server with an OpenAI API, at several rates, with real prompts."
 )
 
-OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, BenchOptions, KVCacheOptions, LoadOptions)
+OPTIONS: tuple[type, ...] = (
+    ModelOptions,
+    AdapterPathOptions,
+    BenchOptions,
+    KVCacheOptions,
+    CompilationOptions,
+    LoadOptions,
+)
 
 
 def run(
-    model: ModelOptions, adapter: AdapterPathOptions, bench: BenchOptions, cache: KVCacheOptions, load: LoadOptions
+    model: ModelOptions,
+    adapter: AdapterPathOptions,
+    bench: BenchOptions,
+    cache: KVCacheOptions,
+    compilation: CompilationOptions,
+    load: LoadOptions,
 ) -> int:
     """Print a table, a line as soon as it is measured; write --output_file and --plot at the end."""
     check_files(bench)
@@ -60,7 +73,7 @@ def run(
     block_size = cache_block_size(loaded.model)
     useful = max(job.running_tokens(loaded.model.model.prefix_length, block_size) for job in jobs)
     runner = TorchRunner(
-        loaded.model, useful_tokens=useful, kv_cache_dtype=cache.kv_cache_dtype, compile=bench.torch_compile
+        loaded.model, useful_tokens=useful, kv_cache_dtype=cache.kv_cache_dtype, compile=compilation.torch_compile
     )
     setting = _setting(model.model_name_or_path, loaded, runner)
     records = []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.chat import ChatOptions
+from arriero.config.compilation import CompilationOptions
 from arriero.config.generation import GenerationOptions
 from arriero.config.kv_cache import KVCacheOptions
 from arriero.config.model import ModelOptions
@@ -22,7 +23,14 @@ HELP = (
     "Talk to a model, with or without an adapter, or to a bundle. An empty line or Ctrl-D ends; /clear starts afresh."
 )
 
-OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, GenerationOptions, KVCacheOptions, ChatOptions)
+OPTIONS: tuple[type, ...] = (
+    ModelOptions,
+    AdapterPathOptions,
+    GenerationOptions,
+    KVCacheOptions,
+    CompilationOptions,
+    ChatOptions,
+)
 
 
 def run(
@@ -30,6 +38,7 @@ def run(
     adapter: AdapterPathOptions,
     generation: GenerationOptions,
     cache: KVCacheOptions,
+    compilation: CompilationOptions,
     chat: ChatOptions,
 ) -> int:
     """Read, answer as the tokens come, repeat: one engine throughout, so that a turn computes only what is new."""
@@ -37,7 +46,7 @@ def run(
 
     params = params_from_options(generation)
     start: list[dict[str, str]] = [{"role": "system", "content": chat.system}] if chat.system else []
-    with _opened(model, adapter, cache) as (engine, what):
+    with _opened(model, adapter, cache, compilation) as (engine, what):
 
         def answer(turns: list[dict[str, str]]) -> str:
             pieces = []
@@ -57,12 +66,14 @@ def run(
 
 
 @contextmanager
-def _opened(model: ModelOptions, adapter: AdapterPathOptions, cache: KVCacheOptions) -> Iterator[tuple[Engine, str]]:
+def _opened(
+    model: ModelOptions, adapter: AdapterPathOptions, cache: KVCacheOptions, compilation: CompilationOptions
+) -> Iterator[tuple[Engine, str]]:
     """An engine for one sequence over a checkpoint or a bundle, and what it is; of a bundle without importing torch."""
     from arriero.formats.bundle_folder import is_bundle
 
     if is_bundle(Path(model.model_name_or_path).expanduser()):
-        yield _opened_bundle(model, adapter, cache)
+        yield _opened_bundle(model, adapter, cache, compilation)
         return
     from arriero.engine.loading import load_for_inference
     from arriero.engine.shared_generation import engine_of
@@ -70,15 +81,22 @@ def _opened(model: ModelOptions, adapter: AdapterPathOptions, cache: KVCacheOpti
     loaded = load_for_inference(model, adapter)
     context = loaded.model.config.max_position_embeddings
     with engine_of(
-        loaded.model, loaded.tokenizer, max_running=1, useful_tokens=context, kv_cache_dtype=cache.kv_cache_dtype
+        loaded.model,
+        loaded.tokenizer,
+        max_running=1,
+        useful_tokens=context,
+        kv_cache_dtype=cache.kv_cache_dtype,
+        compile=compilation.torch_compile,
     ) as engine:
         yield engine, f"{loaded.folder} on {loaded.device}"
 
 
-def _opened_bundle(model: ModelOptions, adapter: AdapterPathOptions, cache: KVCacheOptions) -> tuple[Engine, str]:
+def _opened_bundle(
+    model: ModelOptions, adapter: AdapterPathOptions, cache: KVCacheOptions, compilation: CompilationOptions
+) -> tuple[Engine, str]:
     from arriero.bundles.running import bundle_engine, open_as_model
 
-    bundle = open_as_model(model, adapter, cache)
+    bundle = open_as_model(model, adapter, cache, compilation)
     return bundle_engine(bundle, max_running=1, device=model.device), f"{bundle.folder} ({bundle.manifest.kind})"
 
 

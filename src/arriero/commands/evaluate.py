@@ -9,6 +9,7 @@ from typing import Any
 
 from arriero.api.groups import EVALUATE
 from arriero.config.adapter import AdapterPathOptions
+from arriero.config.compilation import CompilationOptions
 from arriero.config.data import DataOptions
 from arriero.config.evaluation import EvaluateOptions
 from arriero.config.model import ModelOptions
@@ -28,13 +29,14 @@ def run(
     data: DataOptions,
     evaluation: EvaluateOptions,
     parallel: ParallelOptions,
+    compilation: CompilationOptions,
 ) -> int:
     """Print the scores, and write them with the answers where --output_dir says; of several processes the first does that."""
     if evaluation.tasks:
-        return _run_tasks(model, adapter, evaluation, parallel)
+        return _run_tasks(model, adapter, evaluation, parallel, compilation)
     from arriero.training.scoring import evaluate
 
-    metrics = evaluate(model, adapter, data, evaluation, parallel)
+    metrics = evaluate(model, adapter, data, evaluation, parallel, compilation)
     if os.environ.get("RANK", "0") == "0":
         for name, value in metrics.items():
             print(f"{name:12} {value:.4f}")
@@ -42,7 +44,11 @@ def run(
 
 
 def _run_tasks(
-    model: ModelOptions, adapter: AdapterPathOptions, evaluation: EvaluateOptions, parallel: ParallelOptions
+    model: ModelOptions,
+    adapter: AdapterPathOptions,
+    evaluation: EvaluateOptions,
+    parallel: ParallelOptions,
+    compilation: CompilationOptions,
 ) -> int:
     """Print the harness's table; `--output_dir` gets its results and the scored samples of each task."""
     from arriero.engine.loading import load_for_inference, pick_device
@@ -60,7 +66,12 @@ def _run_tasks(
     with heard_once(processes):
         loaded = load_for_inference(model, adapter, processes)
         shares = may_share_prefixes(loaded, processes)
-        harness = HarnessModel(loaded, evaluation.per_device_eval_batch_size, share_prefixes=shares)
+        harness = HarnessModel(
+            loaded,
+            evaluation.per_device_eval_batch_size,
+            share_prefixes=shares,
+            compile=compilation.torch_compile,
+        )
         with processes.together():
             results = run_tasks(harness, manager, tasks, evaluation)
         if processes.first and results is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arriero.config.adapter import AdapterPathOptions
+from arriero.config.compilation import CompilationOptions
 from arriero.config.generation import GenerationOptions, PredictOptions
 from arriero.config.kv_cache import KVCacheOptions
 from arriero.config.model import ModelOptions
@@ -29,6 +30,7 @@ OPTIONS: tuple[type, ...] = (
     SpeculationOptions,
     GenerationOptions,
     KVCacheOptions,
+    CompilationOptions,
 )
 
 MAX_SCHEMA_BYTES = 1_000_000
@@ -41,6 +43,7 @@ def run(
     guesses: SpeculationOptions,
     generation: GenerationOptions,
     cache: KVCacheOptions,
+    compilation: CompilationOptions,
 ) -> int:
     """Print every prompt with its answer and write them to --predict_file; of several processes the first does that."""
     from tqdm import tqdm
@@ -96,6 +99,7 @@ def run(
             max_running=generation.batch_size,
             speculation=speculation,
             kv_cache_dtype=cache.kv_cache_dtype,
+            compile=compilation.torch_compile,
             on_done=bar.update,
         )
 

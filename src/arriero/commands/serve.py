@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from arriero.config.adapter import AdapterPathOptions
+from arriero.config.compilation import CompilationOptions
 from arriero.config.kv_cache import KVCacheOptions
 from arriero.config.model import ModelOptions
 from arriero.config.option import specs_of
@@ -12,7 +13,14 @@ from arriero.errors import ConfigError, require
 
 HELP = "Answer requests over HTTP (OpenAI's API, and the seed's /api/chat) with a checkpoint or a bundle that stays in memory."
 
-OPTIONS: tuple[type, ...] = (ModelOptions, AdapterPathOptions, ServeOptions, KVCacheOptions, SpeculationOptions)
+OPTIONS: tuple[type, ...] = (
+    ModelOptions,
+    AdapterPathOptions,
+    ServeOptions,
+    KVCacheOptions,
+    CompilationOptions,
+    SpeculationOptions,
+)
 
 
 def run(
@@ -20,6 +28,7 @@ def run(
     adapter: AdapterPathOptions,
     serve: ServeOptions,
     cache: KVCacheOptions,
+    compilation: CompilationOptions,
     guesses: SpeculationOptions,
 ) -> int:
     """Serve until SIGTERM or Ctrl-C; running requests are finished first."""
@@ -42,5 +51,5 @@ def run(
         return 0
     from arriero.serving.hosting import host
 
-    host(model, adapter, cache, serve, guesses)
+    host(model, adapter, cache, compilation, serve, guesses)
     return 0

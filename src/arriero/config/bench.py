@@ -39,10 +39,6 @@ class BenchOptions(OptionGroup):
     context_length: int = option(4096, "long_context: tokens of prompt and answer", minimum=2)
     max_step_tokens: int = option(2048, "tokens of one forward pass at most", minimum=1)
     repeats: int = option(3, "runs of each; rates are medians", minimum=1, maximum=1000)
-    torch_compile: bool = option(
-        False,
-        "compile the layers of small steps (torch.compile), for GPUs: on a CPU it loses; the first steps take long",
-    )
     threads: int | None = option(None, "threads to compute with (default: torch's choice)", minimum=1, maximum=4096)
     seed: int = option(0, "seed of the random prompts; serve: of their order and of the arrivals", minimum=0)
     against: list[str] = option(

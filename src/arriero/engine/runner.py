@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from threading import Thread
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from arriero.adapters.packed_deltas import PackedDeltas
 from arriero.adapters.prefix import PrefixKV, prefix_kv
 from arriero.cuda_capture import CudaCapture
+from arriero.engine.compiled_steps import CompiledSteps
 from arriero.engine.decode_graphs import DecodeSteps
 from arriero.engine.kv_memory import KVMemory
 from arriero.engine.machine_memory import free_memory
@@ -20,12 +22,16 @@ from arriero.engine.work import Runner as Runner
 from arriero.engine.work import Work as Work
 from arriero.errors import ConfigError
 from arriero.models.attention import kernels_for_any_shape
+from arriero.models.compiled_rows import CompiledRows
+from arriero.models.compiler import check_compiler
 from arriero.models.llama import LlamaForCausalLM
 from arriero.models.packed_model import PackedModel
 from arriero.models.paged_attention import SPARE_BLOCKS, KernelName, block_size_of, choose_kernel, make_kernel
 from arriero.models.paged_cache import PagedCache, Run
 from arriero.parallel.generation import SharedModel
 from arriero.process_pages import HUGE_PAGE, enlarge_pages, large_pages
+
+logger = logging.getLogger(__name__)
 
 # The share of the free memory that weights may take once more, in the layout of faster kernels (see `PackedModel`).
 COPY_MEMORY_SHARE = 0.25
@@ -68,17 +74,27 @@ class TorchRunner:
             paged_attention: what steps of one token a sequence attend with, all sequences at once; default: the fastest
                 kernel on a GPU (`choose_kernel`), and on a CPU none: there each sequence is read where it lies.
             cuda_graphs: let a GPU repeat such steps without Python.
-            compile: let torch.compile make the layers of small steps; for GPUs, see `PackedModel`.
+            compile: let torch.compile make the layers of small steps: on a GPU see `PackedModel`, on a CPU `CompiledRows`,
+                which holds the weights once more. A model that it cannot be done for is computed in the ordinary way, and
+                one line says why.
 
         Raises:
-            ConfigError: adapters of another model; an unknown `kv_cache_dtype`; a kernel that is not to be had.
+            ConfigError: adapters of another model; an unknown `kv_cache_dtype`; a kernel that is not to be had; `compile` on a
+                CPU without a C++ compiler.
         """
         if block_size is None:
             block_size = cache_block_size(model, paged_attention)
         self.model, self.block_size, self.adapters = model, block_size, adapters
         if adapters is not None and adapters.model is not model:
             raise ConfigError("the adapters are read for another model: make the pool with the runner's")
-        self._compute = model if isinstance(model, SharedModel) else _packed(model, weight_copies, compile)
+        rows: CompiledRows | None = None
+        self._compute: SharedModel | PackedModel
+        if isinstance(model, SharedModel):
+            self._compute = model
+            if compile:
+                logger.warning("a model that several processes hold is computed without torch.compile")
+        else:
+            self._compute, rows = _computing(model, weight_copies, compile, tables=paged_attention is not None)
         self.device = model.device if isinstance(model, SharedModel) else model.model.embed_tokens.weight.device
         # The embedding's, since adapters may stand in for any linear layer.
         self._dtype = model.dtype if isinstance(model, SharedModel) else model.model.embed_tokens.weight.dtype
@@ -100,6 +116,7 @@ class TorchRunner:
         packed = self._compute if isinstance(self._compute, PackedModel) else None
         blocks = self.num_blocks + (SPARE_BLOCKS if kernel is not None and packed is not None else 0)
         self._cache = PagedCache(model.config, blocks, block_size, self._dtype, self.device, kv_cache_dtype)
+        self._compiled = CompiledSteps(rows, packed, self._cache) if rows is not None and packed is not None else None
         self._steps: DecodeSteps | None = None
         if kernel is not None and packed is not None:
             most = -(-model.config.max_position_embeddings // block_size)
@@ -123,6 +140,12 @@ class TorchRunner:
         return self._steps.graphs if self._steps is not None else 0
 
     @torch.inference_mode()
+    def prepare(self) -> None:
+        """Do now what steps would have to wait for, if there is a lot of it; only before the first one."""
+        if self._compiled is not None:
+            self._compiled.prepare()
+
+    @torch.inference_mode()
     def run(self, work: Sequence[Work]) -> Tensor:
         """See `Runner`."""
         with kernels_for_any_shape(self.device):
@@ -130,6 +153,10 @@ class TorchRunner:
 
     def _run(self, work: Sequence[Work]) -> Tensor:
         deltas = self._deltas(work)
+        if deltas is None and self._compiled is not None and self._compiled.takes(work):
+            logits = self._compiled.run(work)
+            if logits is not None:
+                return logits
         if self._steps is None or deltas is not None:
             return self._run_packed(work, deltas)
         singles = [len(item.tokens) == 1 == item.logits for item in work]
@@ -200,15 +227,33 @@ def _kernel(model: LlamaForCausalLM | SharedModel, wanted: KernelName | None) ->
     return choose_kernel(device) if device.type == "cuda" else None
 
 
-def _packed(model: LlamaForCausalLM, copies: bool | None, compile: bool) -> PackedModel:
+def _computing(
+    model: LlamaForCausalLM, copies: bool | None, compile: bool, tables: bool
+) -> tuple[PackedModel, CompiledRows | None]:
+    """What computes all steps, and what computes small ones on a CPU if that is wanted and can be.
+
+    Args:
+        tables: all sequences of a step attend at once, by tables of their blocks.
+    """
     if model.model.embed_tokens.weight.device.type != "cpu":
-        return PackedModel(model, join=copies is not False, compile=compile)
+        return PackedModel(model, join=copies is not False, compile=compile), None
+    by_rows = compile and not tables and _compiles(model)
+    own = CompiledRows.weight_bytes(model) if by_rows else 0
     size = PackedModel.copy_bytes(model)
     if copies is None:
-        copies = size <= COPY_MEMORY_SHARE * free_memory()
-    large = copies and size >= HUGE_PAGE
+        copies = size + own <= COPY_MEMORY_SHARE * free_memory()
+    large = own + copies * size >= HUGE_PAGE
     known = large_pages() if large else frozenset()
-    packed = PackedModel(model, copy=copies, join=False, compile=compile)
+    rows = CompiledRows(model) if by_rows else None
+    packed = PackedModel(model, copy=copies, join=False, compile=compile and tables)
     if large:  # nobody waits for it
         Thread(target=enlarge_pages, args=(large_pages() - known,), daemon=True).start()
-    return packed
+    return packed, rows
+
+
+def _compiles(model: LlamaForCausalLM) -> bool:
+    check_compiler("--torch_compile", "leave it out")
+    obstacle = CompiledRows.obstacle(model)
+    if obstacle is not None:
+        logger.warning("the model is computed without torch.compile: %s", obstacle)
+    return obstacle is None

@@ -31,6 +31,7 @@ def engine_of(
     useful_tokens: int | None = None,
     speculation: Speculation | None = None,
     kv_cache_dtype: str = "auto",
+    compile: bool = False,
 ) -> Iterator[Engine]:
     """An engine over a model of this process, as long as its weights stay what they are: it keeps copies and what they made.
 
@@ -40,14 +41,15 @@ def engine_of(
     Args:
         useful_tokens: keys and values of more tokens than these would never be used.
         kv_cache_dtype: how keys and values are held, see `KVFormat.of`.
+        compile: see `TorchRunner`.
     """
-    with _runner_of(model, useful_tokens, kv_cache_dtype) as runner:
+    with _runner_of(model, useful_tokens, kv_cache_dtype, compile) as runner:
         yield Engine(runner, tokenizer, max_running=max_running, speculation=speculation)
 
 
 @contextmanager
 def _runner_of(
-    model: LlamaForCausalLM, useful_tokens: int | None, kv_cache_dtype: str, *, apart: bool = False
+    model: LlamaForCausalLM, useful_tokens: int | None, kv_cache_dtype: str, compile: bool, *, apart: bool = False
 ) -> Iterator[TorchRunner]:
     """See `engine_of`; for each of the processes that hold the model.
 
@@ -59,7 +61,13 @@ def _runner_of(
     try:
         shared = for_generation(model, apart=apart)
         copies = False if was_training else None  # they would last for these prompts only
-        yield TorchRunner(shared, useful_tokens=useful_tokens, kv_cache_dtype=kv_cache_dtype, weight_copies=copies)
+        yield TorchRunner(
+            shared,
+            useful_tokens=useful_tokens,
+            kv_cache_dtype=kv_cache_dtype,
+            weight_copies=copies,
+            compile=compile,
+        )
     finally:
         model.train(was_training)
 
@@ -73,6 +81,7 @@ def generate_shared(
     max_running: int = 32,
     speculation: Speculation | None = None,
     kv_cache_dtype: str = "auto",
+    compile: bool = False,
     on_done: Callable[[int], object] | None = None,
 ) -> list[Generation]:
     """The answers in the order of the prompts, the same in every process.
@@ -85,6 +94,7 @@ def generate_shared(
         max_running: prompts answered at once in a process.
         speculation: of this process's prompts; of those that only follow it is not asked.
         kv_cache_dtype: how keys and values are held, see `KVFormat.of`.
+        compile: see `TorchRunner`.
         on_done: called with a number of answers as they are finished, those of other processes at the end.
 
     Raises:
@@ -107,7 +117,7 @@ def generate_shared(
     def work(own: Sequence[int]) -> list[Generation]:
         more = model.model.prefix_length + cache_block_size(for_generation(model, apart=apart))
         useful = sum(params[i].candidates * (len(prompts[i]) + params[i].max_new_tokens + more) for i in own)
-        with _runner_of(model, useful, kv_cache_dtype, apart=apart) as runner:
+        with _runner_of(model, useful, kv_cache_dtype, compile, apart=apart) as runner:
             if apart or processes.alone:
                 return generate(runner, own)
             if not processes.first:

@@ -25,6 +25,7 @@ from arriero.export.torch_target import Target, capability
 from arriero.export.torch_trace import KERNELS, trace_decode, trace_step
 from arriero.formats.safe_tensors import LazyTensor
 from arriero.formats.source import ModelSource
+from arriero.models.compiler import check_compiler
 from arriero.models.config import LlamaConfig
 
 # Sequences of the programs of one token each: a step of several takes the smallest that holds them.
@@ -80,19 +81,13 @@ def _isa(target: Target) -> str:
         ConfigError: without a compiler, or where torch cannot be told what to compile for.
     """
     from torch._inductor import config
-    from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     if not hasattr(config.cpp, "march") and target.device.type == "cpu":
         raise ConfigError(
             f"--format aoti needs torch 2.13 or newer, and this is {torch.__version__}: use --format torch"
         )
-    try:
-        get_cpp_compiler()
-    except RuntimeError as error:
-        raise ConfigError(
-            "--format aoti needs a C++ compiler, and there is none: install g++ (or name one in $CXX), or use --format torch"
-        ) from error
+    check_compiler("--format aoti", "use --format torch")
     if not hasattr(config.cpp, "march"):  # what runs on the host uses whatever this processor has
         isa = " ".join((platform.machine(), *sorted(features())))
     else:

@@ -67,7 +67,7 @@ class PackedModel:
             join: let the weights of q/k/v, and of gate and up, become slices of one tensor, which takes its memory anew where
                 they were mapped from a file; without effect on what is copied.
             compile: of few packed tokens without `deltas`, layers are computed as torch.compile makes them, but for
-                attention; then there is no copy. The first steps take long. On a CPU it loses (see docs/gpu.md).
+                attention; then there is no copy. The first steps take long. For GPUs; on a CPU `CompiledRows` does it.
         """
         self.config = model.config
         self._model = model

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arriero.config.adapter import AdapterPathOptions
+from arriero.config.compilation import CompilationOptions
 from arriero.config.kv_cache import KVCacheOptions
 from arriero.config.model import ModelOptions
 from arriero.config.serving import ServeOptions
@@ -39,7 +40,12 @@ def model_name(model: ModelOptions, options: ServeOptions) -> str:
 
 
 def bundle_engine(
-    folder: Path, model: ModelOptions, adapter: AdapterPathOptions, cache: KVCacheOptions, options: ServeOptions
+    folder: Path,
+    model: ModelOptions,
+    adapter: AdapterPathOptions,
+    cache: KVCacheOptions,
+    compilation: CompilationOptions,
+    options: ServeOptions,
 ) -> Engine:
     """The engine over a bundle.
 
@@ -51,7 +57,7 @@ def bundle_engine(
 
     if options.adapters:
         raise ConfigError(f"--adapters: {folder} is a bundle, which takes none; serve the checkpoint it was made from")
-    bundle = running.open_as_model(model, adapter, cache)
+    bundle = running.open_as_model(model, adapter, cache, compilation)
     # The event loop and others on the machine want the cores too.
     return running.bundle_engine(
         bundle,
@@ -84,19 +90,26 @@ def adapters_of(loaded: LoadedModel, base: str, options: ServeOptions) -> tuple[
 
 
 def runner_over(
-    loaded: LoadedModel, pool: AdapterPool | None, cache: KVCacheOptions, options: ServeOptions
+    loaded: LoadedModel,
+    pool: AdapterPool | None,
+    cache: KVCacheOptions,
+    compilation: CompilationOptions,
+    options: ServeOptions,
 ) -> TorchRunner:
-    """What computes with a checkpoint, in each of the processes that hold it."""
+    """What computes with a checkpoint, in each of the processes that hold it, when all is compiled."""
     from arriero.engine.runner import TorchRunner
     from arriero.parallel.generation import for_generation
 
-    return TorchRunner(
+    runner = TorchRunner(
         loaded.model if pool is not None else for_generation(loaded.model),
         # as much again for the beginnings that requests share
         useful_tokens=2 * options.max_batch_size * loaded.model.config.max_position_embeddings,
         kv_cache_dtype=cache.kv_cache_dtype,
         adapters=pool,
+        compile=compilation.torch_compile,
     )
+    runner.prepare()
+    return runner
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from arriero.config.adapter import AdapterPathOptions
+from arriero.config.compilation import CompilationOptions
 from arriero.config.kv_cache import KVCacheOptions
 from arriero.config.model import ModelOptions
 from arriero.config.serving import ServeOptions
@@ -93,6 +94,7 @@ def host(
     model: ModelOptions,
     adapter: AdapterPathOptions,
     cache: KVCacheOptions,
+    compilation: CompilationOptions,
     options: ServeOptions,
     guesses: SpeculationOptions,
 ) -> None:
@@ -103,7 +105,7 @@ def host(
     """
     folder = bundle_folder(model)
     if folder is None:
-        _host_checkpoint(model, adapter, cache, options, guesses)
+        _host_checkpoint(model, adapter, cache, compilation, options, guesses)
         return
     if guesses.num_speculative_tokens:
         raise ConfigError(
@@ -111,7 +113,7 @@ def host(
             "the checkpoint it was made from"
         )
     with _entrance(options) as entrance:
-        engine = bundle_engine(folder, model, adapter, cache, options)
+        engine = bundle_engine(folder, model, adapter, cache, compilation, options)
         _run(engine, [ServedModel(model_name(model, options))], entrance, options)
 
 
@@ -119,6 +121,7 @@ def _host_checkpoint(
     model: ModelOptions,
     adapter: AdapterPathOptions,
     cache: KVCacheOptions,
+    compilation: CompilationOptions,
     options: ServeOptions,
     guesses: SpeculationOptions,
 ) -> None:
@@ -138,7 +141,7 @@ def _host_checkpoint(
             running = options.max_batch_size
             speculation = speculation_over(guesses, model, loaded, running) if processes.first else None
         pool, models = adapters_of(loaded, model_name(model, options), options)
-        runner = runner_over(loaded, pool, cache, options)
+        runner = runner_over(loaded, pool, cache, compilation, options)
         if entrance is None:
             # the first process finishes what runs, for which it needs this one, and then lets it go
             with _signals_ignored():

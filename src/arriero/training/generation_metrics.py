@@ -31,12 +31,23 @@ def generate_answers(
     src_length: int,
     params: SamplingParams,
     batch_size: int = 32,
+    compile: bool = False,
     on_done: Callable[[int], object] | None = None,
 ) -> list[Answer]:
-    """One answer for each sample, in order; `on_done` is called with a number of them as they are finished."""
+    """One answer for each sample, in order; `on_done` is called with a number of them as they are finished.
+
+    Args:
+        compile: see `TorchRunner`.
+    """
     prompts = [fit_prompt(sample, loaded.tokenizer, src_length)[0] for sample in samples]
     made = generate_shared(
-        loaded.model, loaded.tokenizer, prompts, [params] * len(prompts), max_running=batch_size, on_done=on_done
+        loaded.model,
+        loaded.tokenizer,
+        prompts,
+        [params] * len(prompts),
+        max_running=batch_size,
+        compile=compile,
+        on_done=on_done,
     )
     return [Answer(sample, clean(answer.text)) for sample, answer in zip(samples, made, strict=True)]
 

@@ -66,14 +66,18 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     a batch. Texts are the tasks' own: names of special tokens in them become those tokens, as in the harness's `hf` class.
     """
 
-    def __init__(self, loaded: LoadedModel, batch_size: int = 8, *, share_prefixes: bool = True) -> None:
+    def __init__(
+        self, loaded: LoadedModel, batch_size: int = 8, *, share_prefixes: bool = True, compile: bool = False
+    ) -> None:
         """
         Args:
             batch_size: rows scored, or answers generated, together.
             share_prefixes: not where RoPE depends on a row's length, see `may_share_prefixes`.
+            compile: of answers, see `TorchRunner`.
         """
         super().__init__()
         self.loaded, self.batch_size, self._share = loaded, batch_size, share_prefixes
+        self._compile = compile
         self._text, self._model = loaded.tokenizer, for_generation(loaded.model)
         parallel: Parallel | None = getattr(loaded.model, "parallel", None)
         self._processes = parallel.processes if parallel is not None else Processes()
@@ -236,7 +240,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         quiet = disable_tqdm or not self._processes.first
         with tqdm(total=len(requests), unit="row", desc="answers", leave=False, disable=quiet) as bar:
             answers = generate_shared(
-                self.loaded.model, self._text, prompts, params, max_running=self.batch_size, on_done=bar.update
+                self.loaded.model,
+                self._text,
+                prompts,
+                params,
+                max_running=self.batch_size,
+                compile=self._compile,
+                on_done=bar.update,
             )
         texts = [
             postprocess_generated_text(answer.text, stop, None) for answer, stop in zip(answers, stops, strict=True)

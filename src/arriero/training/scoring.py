@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from arriero.config.adapter import AdapterPathOptions
+from arriero.config.compilation import CompilationOptions
 from arriero.config.data import DataOptions
 from arriero.config.evaluation import EvaluateOptions
 from arriero.config.model import ModelOptions
@@ -37,6 +38,7 @@ def evaluate(
     data: DataOptions,
     evaluation: EvaluateOptions,
     parallel: ParallelOptions,
+    compilation: CompilationOptions,
 ) -> dict[str, float]:
     """The scores of a model, by all processes of this run; `output_dir` gets them with the answers.
 
@@ -55,7 +57,7 @@ def evaluate(
     else:
         processes = start(parallel.layout(launched_size()), pick_device(model.device))
     with heard_once(processes):
-        metrics, answers = score_model(model, adapter, data, evaluation, processes)
+        metrics, answers = score_model(model, adapter, data, evaluation, processes, compile=compilation.torch_compile)
         if evaluation.output_dir:
             folder = Path(evaluation.output_dir)
             processes.by_first(lambda: _write(folder, metrics, answers))
@@ -69,8 +71,14 @@ def score_model(
     data: DataOptions,
     evaluation: EvaluateOptions,
     processes: Processes,
+    *,
+    compile: bool = False,
 ) -> tuple[dict[str, float], list[Answer]]:
-    """The same in every process; the answers are none where none are asked for."""
+    """The same in every process; the answers are none where none are asked for.
+
+    Args:
+        compile: see `TorchRunner`.
+    """
     with processes.together():
         samples = load_samples(
             data.dataset_path,
@@ -91,6 +99,7 @@ def score_model(
             samples,
             src_length=data.src_length,
             params=SamplingParams(max_new_tokens=evaluation.max_new_tokens or default_length),
+            compile=compile,
             on_done=bar.update,
         )
     return metrics | score(answers), answers
