@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -247,7 +248,10 @@ def run(name: str, case: Case, scratch: Path, there: dict[str, bool]) -> list[Re
 
 
 def newest(path: Path) -> list[Record]:
-    """The last record of each figure, in the order in which they came first; what names no missing thing any more is gone."""
+    """The last record of each figure, in the order in which programs, and in them cases, came first.
+
+    What names no missing thing any more is gone.
+    """
     kept: dict[tuple[str, str, str], Record] = {}
     for record in records.read(path):
         kept[record.program, record.what, record.peer_name] = record
@@ -256,7 +260,15 @@ def newest(path: Path) -> list[Record]:
         key for key, record in kept.items()
         if record.note.startswith("not installed") and there.get(record.peer_name, False)
     ]  # fmt: skip
-    return [record for key, record in kept.items() if key not in gone]
+    found = [record for key, record in kept.items() if key not in gone]
+    programs = list(dict.fromkeys(record.program for record in found))
+    cases = list(dict.fromkeys(map(_case, found)))
+    return sorted(found, key=lambda record: (programs.index(record.program), cases.index(_case(record))))
+
+
+def _case(record: Record) -> tuple[str, str]:
+    """What stands together: `batch_1: ...` and `batch_1, compiled: ...`, say."""
+    return record.program, re.split("[,:]", record.what)[0]
 
 
 def table(found: list[Record]) -> str:
