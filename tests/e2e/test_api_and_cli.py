@@ -253,3 +253,13 @@ def test_a_corpus_and_a_model_from_scratch(in_process: Call, tmp_path: Path) -> 
     assert in_process("pretrain", "--model_name_or_path", TINY, "--output_dir", "by_cli", *flags).returncode == 0
     name = "model.safetensors"
     assert files(run.folder)[name] == files(tmp_path / "by_cli")[name]
+
+
+def test_a_script_ends_without_a_word(tmp_path: Path) -> None:
+    """A model of the whole script is closed before Python takes torch apart."""
+    script = f"import arriero\nmodel = arriero.load({TINY!r})\nprint(model.generate('Once', max_new_tokens=3).text)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(arriero.__file__).parents[1])},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -44,10 +45,11 @@ class Model(TextModel):
         self.config: LlamaConfig = loaded.model.config
         self.folder: Path = loaded.folder
         self.device: torch.device = loaded.device
-        self._open = contextlib.ExitStack()
+        opened = contextlib.ExitStack()
+        weakref.finalize(self, opened.close)  # also at the end of Python, while torch still works
         context = self.config.max_position_embeddings
         super().__init__(
-            self._open.enter_context(
+            opened.enter_context(
                 engine_of(
                     loaded.model,
                     loaded.tokenizer,

@@ -16,6 +16,7 @@ from arriero.engine.engine import Engine
 from arriero.engine.sampling_params import SamplingParams
 from arriero.engine.ticket import EngineClosedError, Piece, RefusedError, Ticket
 from arriero.errors import GenerationError, PeerError
+from arriero.process_threads import release_workers
 
 if TYPE_CHECKING:
     from arriero.engine.request_adapters import AdapterPool
@@ -41,6 +42,7 @@ class BackgroundEngine:
         self._lock, self._closed = threading.Lock(), False
         self.failure: PeerError | GenerationError | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        release_workers()  # of the thread that has loaded the model
         self._thread.start()
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, **options: Any) -> Ticket:
