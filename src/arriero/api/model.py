@@ -13,6 +13,7 @@ from arriero.api.adapters import adapter_options
 from arriero.api.groups import build
 from arriero.api.text import Message, Prompt, TextModel
 from arriero.errors import ConfigError, DataError
+from arriero.process_threads import release_workers
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -60,6 +61,7 @@ class Model(TextModel):
                 )
             )
         )
+        release_workers()  # this thread need not be the one that asks
 
     def logits(self, prompt: Prompt) -> Tensor:
         """What the model says of each next token: (T, vocab_size) float32, row i after the first i + 1 tokens of the prompt.
