@@ -25,12 +25,13 @@ from arriero.engine.sampling_params import SamplingParams
 from arriero.errors import FormatError
 from arriero.export import aoti_export, torch_export, torch_target
 from arriero.export.aoti_export import export_aoti
-from arriero.export.bundle import Bundle, open_bundle
+from arriero.export.bundle import Bundle, Manifest, open_bundle
 from arriero.export.captured_steps import CapturedSteps
 from arriero.export.kinds import open_runner
 from arriero.export.self_check import Step
 from arriero.export.torch_export import TorchOptions, export_torch
-from arriero.export.torch_target import Target
+from arriero.export.torch_session import on_device
+from arriero.export.torch_target import Target, check_gpus, target_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
 from bundle_families import FAMILIES
@@ -156,7 +157,7 @@ def test_compiled_programs(tmp_path: Path, device: torch.device, weights: str) -
         major, minor = torch.cuda.get_device_capability()
         assert bundle.manifest.isa.split()[-1] == f"sm_{major}{minor}"
         other = replace(bundle, manifest=replace(bundle.manifest, isa=f"{bundle.manifest.isa[:-2]}19"))
-        with pytest.raises(FormatError, match="is compiled for GPUs of the kind sm_19, and cuda is"):
+        with pytest.raises(FormatError, match="is compiled for GPUs of the kind sm_19, and cuda is sm_"):
             open_runner(other, slots=1)
     check(bundle, rounded(theirs, DTYPES[weights]), weights)
 
@@ -206,7 +207,44 @@ def test_torch_that_cannot_load_what_it_compiled(script: str, reason: str, monke
     """The export says so, and lives on."""
     monkeypatch.setattr(aoti_export, "_LOAD", script)
     with pytest.raises(FormatError, match=f"cannot load what it compiled for this GPU {reason}: use --format torch"):
-        aoti_export.check_loads(Path("model.pt2"))
+        aoti_export.check_loads(Path("model.pt2"), torch.device("cuda:1"))
+
+
+def test_gpus_of_two_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native code runs on the one that it is compiled for, and the line says what else is here."""
+    names = {"cuda": "sm_80", "cuda:0": "sm_80", "cuda:1": "sm_90"}
+    monkeypatch.setattr(torch_target, "gpus", lambda: 2)
+    monkeypatch.setattr(torch_target, "capability", names.__getitem__)
+    manifest = Manifest("aoti", "model.pt2", "bf16", 100, {}, {}, {}, {}, device="cuda", isa="x86_64 avx2 sm_90")
+    bundle = Bundle(tmp_path, manifest)
+    check_gpus(bundle)
+    assert target_of(bundle, torch.bfloat16, "cuda:1") == Target(torch.device("cuda:1"), torch.bfloat16, 64)
+    with pytest.raises(
+        FormatError, match="is compiled for GPUs of the kind sm_90, and cuda is sm_80: name another one"
+    ):
+        target_of(bundle, torch.bfloat16)
+    with pytest.raises(FormatError, match="there is no cuda:2 here, and 2 GPUs are"):
+        target_of(bundle, torch.bfloat16, "cuda:2")
+    with pytest.raises(FormatError, match=r"its matrices are torch.int64, which no GPU computes with"):
+        target_of(bundle, torch.int64, "cuda:1")
+    other = Bundle(tmp_path, replace(manifest, isa="x86_64 sm_75"))
+    with pytest.raises(FormatError, match="is compiled for GPUs of the kind sm_75, and here is sm_80, sm_90; export"):
+        check_gpus(other)
+
+
+def test_memory_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = saved(tmp_path / "hf")
+    pretend(monkeypatch)
+    bundle = export("torch", folder, tmp_path / "torch", "bf16")
+    with pytest.raises(FormatError, match="for keys and values of 1000000000000000000 sequences"):
+        open_runner(bundle, slots=10**18)
+
+    def full(own: Tensor, *given: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Tensor, "to", full)
+    with pytest.raises(FormatError, match=r"its weights, 0\.0 GB, do not fit what is free of cpu's memory"):
+        on_device(bundle, {"weight": torch.zeros(3)}, Target.of("cuda", torch.bfloat16))
 
 
 def test_what_a_graph_reads_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

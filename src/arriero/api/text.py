@@ -140,18 +140,25 @@ def _is_one(prompt: Prompt | Sequence[Prompt]) -> bool:
     return not isinstance(prompt, list | tuple) or (len(prompt) > 0 and isinstance(prompt[0], int | Mapping))
 
 
-def load_bundle(folder: str | PathLike[str], *, batch_size: int = 8, num_threads: int | None = None) -> TextModel:
+def load_bundle(
+    folder: str | PathLike[str], *, batch_size: int = 8, num_threads: int | None = None, device: str = "auto"
+) -> TextModel:
     """A bundle that `export_model` (or `arriero export`) wrote, ready to answer; a kind that needs no torch imports none.
 
     Args:
         batch_size: prompts that are answered together at most.
         num_threads: of a computation on a CPU; None: all cores of this process.
+        device: cuda:N, of a bundle for GPUs where there are several.
 
     Raises:
+        ConfigError: a device that the bundle is not made for.
         FormatError: no bundle, one that was changed, or one for another machine.
         MissingExtraError: its runtime is not installed.
     """
-    from arriero.bundles.running import bundle_engine
+    from arriero.bundles.running import bundle_engine, check_device
+    from arriero.config.model import device_name
     from arriero.export.bundle import open_bundle
 
-    return TextModel(bundle_engine(open_bundle(Path(folder).expanduser()), batch_size, num_threads))
+    bundle = open_bundle(Path(folder).expanduser())
+    check_device(bundle, device_name(device))
+    return TextModel(bundle_engine(bundle, batch_size, num_threads, device=device_name(device)))

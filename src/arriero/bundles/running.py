@@ -114,7 +114,8 @@ def bundle_engine(
         size = slot_bytes(bundle) / 1e6
         print(
             f"arriero: warning: {runner.num_blocks} prompts are answered at once and not {max_running}: keys and values of one "
-            f"take up to {size:.0f} MB; export the model with a smaller --context",
+            f"take up to {size:.0f} MB of {'memory' if bundle.manifest.device == 'cpu' else 'GPU memory'}; export the model "
+            "with a smaller --context",
             file=sys.stderr,
         )
     tokenizer = load_tokenizer(bundle.folder)

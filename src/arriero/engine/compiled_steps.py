@@ -35,9 +35,9 @@ class CompiledSteps:
         Args:
             model: says when weights have changed.
         """
-        self._rows, self._model, self._cache = rows, model, cache
+        self._rows: CompiledRows | None = rows
+        self._model, self._cache = model, cache
         self._packings = model.refresh()
-        self._works = True
 
     def prepare(self) -> None:
         """Compile for every number of rows now, and not when a step first has it; only while no sequence is in the cache."""
@@ -46,7 +46,7 @@ class CompiledSteps:
 
     def takes(self, work: Sequence[Work]) -> bool:
         """Whether a step is one of these."""
-        if not self._works or not 0 < len(work) <= MOST_ROWS:
+        if self._rows is None or not 0 < len(work) <= MOST_ROWS:
             return False
         if any(len(item.tokens) != 1 or item.logits != 1 for item in work):
             return False
@@ -56,32 +56,34 @@ class CompiledSteps:
 
     def run(self, work: Sequence[Work]) -> Tensor | None:
         """The logits of each sequence's one token, (R, vocab_size); None if they cannot be compiled, which is said once."""
-        packings = self._model.refresh()
+        packings, rows = self._model.refresh(), self._rows
+        if rows is None:
+            return None
         if packings != self._packings:
             self._packings = packings
-            self._rows.tile()
+            rows.tile()
         groups = _groups(work)
         try:
-            found = [self._logits([work[i] for i in group]) for group in groups]
+            found = [self._logits(rows, [work[i] for i in group]) for group in groups]
         except RuntimeError as error:
             logger.warning("decoding goes on without torch.compile: %s", str(error).strip().partition("\n")[0])
-            self._works = False
+            self._rows = None  # with its weights
             return None
         if len(found) == 1:
             return found[0]
         order = torch.tensor([i for group in groups for i in group])
         return torch.empty(len(work), found[0].shape[1]).index_copy_(0, order, torch.cat(found))
 
-    def _logits(self, work: Sequence[Work]) -> Tensor:
-        rows = next(rows for rows in ROWS if rows >= len(work))
+    def _logits(self, rows: CompiledRows, work: Sequence[Work]) -> Tensor:
+        count = next(count for count in ROWS if count >= len(work))
         # a row that fills up is the last one again, which writes the same to the same place
-        filled = [*work, *[work[-1]] * (rows - len(work))]
+        filled = [*work, *[work[-1]] * (count - len(work))]
         positions = [item.start for item in filled]
         slots = self._slots(filled)
-        new = slots[range(rows), positions].copy()
+        new = slots[range(count), positions].copy()
         arrays = (np.array([item.tokens[0] for item in filled]), np.array(positions), slots, new)
         tokens, starts, places, news = (torch.from_numpy(array) for array in arrays)
-        return self._rows.logits(tokens, starts, places, news, self._cache)[: len(work)]
+        return rows.logits(tokens, starts, places, news, self._cache)[: len(work)]
 
     def _slots(self, work: Sequence[Work]) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
         """Of `RowPlaces`."""

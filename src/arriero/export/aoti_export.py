@@ -22,10 +22,10 @@ from arriero.export.prefix_file import PrefixArray
 from arriero.export.processor import features, needed_isa
 from arriero.export.torch_export import PLAIN, ProgramKind, TorchOptions, export_programs
 from arriero.export.torch_target import Target, capability
-from arriero.export.torch_trace import KERNELS, trace_decode, trace_step
+from arriero.export.torch_trace import trace_decode, trace_step
 from arriero.formats.safe_tensors import LazyTensor
 from arriero.formats.source import ModelSource
-from arriero.models.compiler import check_compiler
+from arriero.models.compiler import check_compiler, vector_isa
 from arriero.models.config import LlamaConfig
 
 # Sequences of the programs of one token each: a step of several takes the smallest that holds them.
@@ -33,8 +33,9 @@ DECODE_ROWS = (1, 4, 8)
 # In a process of its own: loads a program of a package.
 _LOAD = """
 import sys, torch
-torch.zeros(1, device="cuda")
-torch._C._aoti.AOTIModelPackageLoader(sys.argv[1], sys.argv[2], True, 1, -1)
+torch.zeros(1, device=sys.argv[3])
+number = torch.device(sys.argv[3]).index
+torch._C._aoti.AOTIModelPackageLoader(sys.argv[1], sys.argv[2], True, 1, -1 if number is None else number)
 """
 # Loops are cut for so many threads; how many run is decided when the code runs.
 _THREADS = 8
@@ -65,10 +66,10 @@ def export_aoti(
         programs = {STEP: trace_step(config, context, weights, made)}
         if made.device.type == "cpu":  # on a GPU one token of each is best computed as any number of them
             programs |= {decode_name(rows): trace_decode(config, context, weights, rows) for rows in decode_rows}
-        with sdpa_kernel(KERNELS[made.device.type]):
+        with sdpa_kernel(made.kernels):
             _compile(programs, path)
         if made.device.type == "cuda":
-            check_loads(path)
+            check_loads(path, made.device)
 
     kind = ProgramKind("aoti", write, open_runner, isa)
     return export_programs(kind, model, target, options, prefix, defaults or {})
@@ -81,7 +82,6 @@ def _isa(target: Target) -> str:
         ConfigError: without a compiler, or where torch cannot be told what to compile for.
     """
     from torch._inductor import config
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     if not hasattr(config.cpp, "march") and target.device.type == "cpu":
         raise ConfigError(
@@ -91,17 +91,20 @@ def _isa(target: Target) -> str:
     if not hasattr(config.cpp, "march"):  # what runs on the host uses whatever this processor has
         isa = " ".join((platform.machine(), *sorted(features())))
     else:
-        isa = needed_isa(pick_vec_isa().build_arch_flags())
+        isa = needed_isa(vector_isa().build_arch_flags())
     return isa if target.device.type == "cpu" else f"{isa} {capability(str(target.device))}"
 
 
-def check_loads(package: Path) -> None:
+def check_loads(package: Path, device: torch.device) -> None:
     """
     Raises:
         FormatError: torch cannot load the package, in a process of its own: torch 2.11 for CUDA 13.0 dies of it.
     """
     done = subprocess.run(
-        [sys.executable, "-c", _LOAD, str(package), STEP], capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", _LOAD, str(package), STEP, str(device)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         told = (done.stderr.strip().splitlines() or [""])[-1][:200]

@@ -16,7 +16,7 @@ from torch import Tensor
 from arriero.errors import FormatError
 from arriero.export.bundle import Bundle
 from arriero.export.slot_runner import SlotRunner
-from arriero.export.torch_session import open_weights, program_runner, stored_dtype
+from arriero.export.torch_session import on_device, open_weights, program_runner, stored_dtype
 from arriero.export.torch_target import target_of
 
 STEP = "step"
@@ -72,7 +72,7 @@ def open_runner(
     target = target_of(bundle, stored_dtype(weights), device)
     where = target.device
     decode = {rows: AotiProgram(bundle, decode_name(rows), where) for rows in _decode_rows(bundle.graph)}
-    weights = {name: value.to(where) for name, value in weights.items()}
+    weights = on_device(bundle, weights, target)
     return program_runner(bundle, AotiProgram(bundle, STEP, where), decode, weights, slots, threads, target)
 
 

@@ -227,9 +227,9 @@ def check_machine(bundle: Bundle) -> None:
             "not; export the model on a machine like this one"
         )
     if manifest.device == "cuda":
-        from arriero.export.torch_target import check_gpu
+        from arriero.export.torch_target import check_gpus
 
-        check_gpu(bundle)
+        check_gpus(bundle)
 
 
 def _check_runtime(manifest: Manifest, folder: Path, runtime: str, kind: Kind) -> None:

@@ -86,7 +86,7 @@ class CapturedSteps:
         numbers = torch.from_numpy(np.stack((tokens, starts)))
         if shape not in self._graphs:
             if len(self._graphs) >= MAX_GRAPHS:
-                self._graphs.clear()
+                self._graphs.pop(next(iter(self._graphs)))  # the one that was not used for longest
             try:
                 self._graphs[shape] = self._captured(numbers.to(self._span.device, copy=True), *shape)
             except RuntimeError as error:
@@ -94,7 +94,7 @@ class CapturedSteps:
                 self._works = False
                 self._graphs.clear()
                 return None
-        graph = self._graphs[shape]
+        graph = self._graphs[shape] = self._graphs.pop(shape)
         graph.numbers.copy_(numbers)
         graph.replay()
         return graph.logits.clone()  # the next one writes there again

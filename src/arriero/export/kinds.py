@@ -70,7 +70,10 @@ def slot_bytes(bundle: Bundle) -> int:
     config, half = bundle.manifest.config, bundle.manifest.device != "cpu" and bundle.manifest.weights != "fp32"
     sizes = [config.get(key) for key in ("num_hidden_layers", "num_key_value_heads", "head_dim")]
     numbers = [size if isinstance(size, int) and size > 0 else 1 for size in sizes]  # a runtime refuses what is not one
-    return 2 * (2 if half else 4) * bundle.manifest.context * prod(numbers)
+    context = bundle.manifest.context
+    if bundle.manifest.device != "cpu":  # see `torch_target.Target.room`
+        context = max(-(-context // 64) * 64, 128)
+    return 2 * (2 if half else 4) * context * prod(numbers)
 
 
 def open_runner(

@@ -7,7 +7,14 @@ import torch
 from arriero.export.bundle import Bundle
 from arriero.export.slot_runner import SlotRunner
 from arriero.export.torch_graph import TorchGraph
-from arriero.export.torch_session import check_inputs, model_shape, open_weights, program_runner, stored_dtype
+from arriero.export.torch_session import (
+    check_inputs,
+    model_shape,
+    on_device,
+    open_weights,
+    program_runner,
+    stored_dtype,
+)
 from arriero.export.torch_target import target_of
 
 
@@ -28,5 +35,5 @@ def open_runner(
     cache = ((None, 2 * heads, target.room(bundle.manifest.context), head_dim), target.dtype)
     found = list(zip(graph.shapes, graph.dtypes, strict=True))
     check_inputs(bundle.graph, found, [*integers, *matrices, *[cache] * layers])
-    weights = {name: value.to(target.device) for name, value in weights.items()}
+    weights = on_device(bundle, weights, target)
     return program_runner(bundle, graph, {}, weights, slots, threads, target, captured=True)

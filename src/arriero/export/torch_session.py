@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
 from arriero.cuda_capture import Capture, CudaCapture
 from arriero.errors import FormatError
@@ -75,7 +77,6 @@ class TorchSession:
         steps = (step, self._weights, self._caches, self._span)
         self._captured = None if capture is None else CapturedSteps(*steps, capture)
 
-    @torch.inference_mode()
     def run(self, first: int, ids: Integers, starts: Integers, counts: Integers, logits_at: Integers) -> Logits:
         """Compute tokens and store their keys and values.
 
@@ -89,6 +90,14 @@ class TorchSession:
         Returns:
             (n, vocab_size).
         """
+        with torch.inference_mode(), self._kernels():
+            return self._run(first, ids, starts, counts, logits_at)
+
+    def _kernels(self) -> AbstractContextManager[None]:
+        """Of attention: on a CPU whatever torch takes."""
+        return nullcontext() if self._target.unit == 1 else sdpa_kernel(self._target.kernels)
+
+    def _run(self, first: int, ids: Integers, starts: Integers, counts: Integers, logits_at: Integers) -> Logits:
         if self._decode and ids.shape[1] == 1 and len(logits_at):
             logits = self._run_rows(first, ids[:, 0], starts)
             return logits if logits_at.tolist() == list(range(len(logits))) else logits[logits_at]
@@ -174,6 +183,21 @@ def open_weights(bundle: Bundle) -> dict[str, Tensor]:
     return dict(sorted(read_tensors(path)))
 
 
+def on_device(bundle: Bundle, weights: Mapping[str, Tensor], target: Target) -> dict[str, Tensor]:
+    """The weights where they are computed with.
+
+    Raises:
+        FormatError: when they do not fit.
+    """
+    try:
+        return {name: value.to(target.device) for name, value in weights.items()}
+    except torch.OutOfMemoryError as error:
+        size = sum(value.nbytes for value in weights.values()) / 1e9
+        raise FormatError(
+            f"{bundle.folder}: its weights, {size:,.1f} GB, do not fit what is free of {target.device}'s memory"
+        ) from error
+
+
 def stored_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
     """Of matrices."""
     return next((value.dtype for value in weights.values() if value.dim() == 2), torch.float32)
@@ -230,13 +254,12 @@ def program_runner(
     shape = (layers, heads, head_dim)
     slot_bytes = 2 * target.dtype.itemsize * prod(shape) * target.room(context)
     if target.device.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each new shape for 0.6 s
         slots = max(1, min(slots, int(torch.cuda.mem_get_info(target.device)[0] * _GPU_SHARE) // slot_bytes))
     capture = CudaCapture(target.device) if captured and target.device.type == "cuda" else None
     ordered = list(weights.values())
     try:
         session = TorchSession(step, decode, ordered, shape, context, vocab_size, slots, target, capture)
-    except (OSError, OverflowError, ValueError, torch.OutOfMemoryError) as error:
+    except (OSError, OverflowError, ValueError, TypeError, RuntimeError) as error:
         size = slot_bytes * slots / 1e9
         raise FormatError(
             f"{bundle.folder}: {size:,.0f} GB for keys and values of {slots} sequences of {context} tokens cannot be had "

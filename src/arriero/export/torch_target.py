@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from arriero.errors import FormatError
 from arriero.export.bundle import Bundle
 
 # Of keys, on a GPU: its kernels of attention want masks that are aligned.
-_GPU_UNIT = 64
+GPU_UNIT = 64
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,13 @@ class Target:
         """
         if device == "cpu":
             return CPU
-        return cls(torch.device(device), matrices, _GPU_UNIT)
+        return cls(torch.device(device), matrices, GPU_UNIT)
+
+    @property
+    def kernels(self) -> list[Any]:
+        """Of attention: those that take a mask, and on a GPU not cuDNN's, which plans each new shape for 0.6 s."""
+        flash = SDPBackend.FLASH_ATTENTION if self.unit == 1 else SDPBackend.EFFICIENT_ATTENTION
+        return [flash, SDPBackend.MATH]
 
     def length(self, tokens: int) -> int:
         """Of `span`, for so many tokens."""
@@ -55,38 +64,49 @@ def target_of(bundle: Bundle, matrices: torch.dtype, device: str | None = None) 
 
     Args:
         matrices: see `Target.of`.
-        device: see `check_gpu`.
-
-    Raises:
-        FormatError: see `check_gpu`.
-    """
-    if bundle.manifest.device == "cpu":
-        return CPU
-    return Target.of(check_gpu(bundle, device), matrices)
-
-
-def check_gpu(bundle: Bundle, device: str | None = None) -> str:
-    """The name of the GPU that a bundle for GPUs runs on.
-
-    Args:
         device: cuda:N, where there are several; any other is the one of this process.
 
     Raises:
-        FormatError: there is no such GPU here, or another one than native code was compiled for.
+        FormatError: there is no such GPU here, or another one than native code was compiled for; or `matrices` is no type that
+            a GPU computes with.
     """
-    folder, manifest, count = bundle.folder, bundle.manifest, gpus()
-    if not count:
-        raise FormatError(f"{folder}: is made for a GPU, and there is none here; export the model for --device cpu")
+    folder = bundle.folder
+    if bundle.manifest.device == "cpu":
+        return CPU
+    check_gpus(bundle)
     name = device if device is not None and device.startswith("cuda:") else "cuda"
-    if int(name.partition(":")[2] or 0) >= count:
-        raise FormatError(f"{folder}: there is no {name} here, and {count} GPUs are")
-    compiled, own = " ".join(word for word in manifest.isa.split() if word.startswith("sm_")), capability(name)
-    if manifest.kind == "aoti" and compiled != own:
+    if int(name.partition(":")[2] or 0) >= gpus():
+        raise FormatError(f"{folder}: there is no {name} here, and {gpus()} GPUs are")
+    own = capability(name)
+    if bundle.manifest.kind == "aoti" and _compiled_for(bundle) != own:
         raise FormatError(
-            f"{folder}: is compiled for GPUs of the kind {compiled[:20] or 'none'}, and {name} is {own}; export the model on a "
-            "machine like this one"
+            f"{folder}: is compiled for GPUs of the kind {_compiled_for(bundle)[:20]}, and {name} is {own}: name another one"
         )
-    return name
+    if matrices not in _DTYPES:
+        raise FormatError(f"{folder}: its matrices are {matrices}, which no GPU computes with; export the model again")
+    return Target.of(name, matrices)
+
+
+def check_gpus(bundle: Bundle) -> None:
+    """
+    Raises:
+        FormatError: of a bundle for GPUs, that there is none here that it can run on.
+    """
+    count = gpus()
+    if not count:
+        raise FormatError(
+            f"{bundle.folder}: is made for a GPU, and there is none here; export the model for --device cpu"
+        )
+    kinds = {capability(f"cuda:{number}") for number in range(count)}
+    if bundle.manifest.kind == "aoti" and _compiled_for(bundle) not in kinds:
+        raise FormatError(
+            f"{bundle.folder}: is compiled for GPUs of the kind {_compiled_for(bundle)[:20] or 'none'}, and here is "
+            f"{', '.join(sorted(kinds))}; export the model on a machine like this one"
+        )
+
+
+def _compiled_for(bundle: Bundle) -> str:
+    return " ".join(word for word in bundle.manifest.isa.split() if word.startswith("sm_"))
 
 
 def gpus() -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.exc import UserError
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from arriero.errors import ConfigError
 from arriero.export.torch_program import DecodeProgram, StepProgram
@@ -21,11 +21,6 @@ from arriero.models.config import LlamaConfig
 
 # Of a traced dimension's size, where nothing else bounds it.
 MAX_ROWS, MAX_WANTED = 4096, 2**20
-# Of attention, for each kind of device: those that take a mask.
-KERNELS = {
-    "cpu": [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH],
-    "cuda": [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
-}
 
 
 def trace_step(
@@ -56,7 +51,7 @@ def trace_step(
         dict.fromkeys(weights),
         [{0: batch}] * config.num_hidden_layers,
     )
-    return _trace(StepProgram(config, target), example, shapes, KERNELS["cpu" if target == CPU else "cuda"])
+    return _trace(StepProgram(config, target), example, shapes, target)
 
 
 def trace_decode(config: LlamaConfig, context: int, weights: Mapping[str, LazyTensor], rows: int) -> ExportedProgram:
@@ -92,11 +87,9 @@ def _cache(config: LlamaConfig, room: int, rows: int, dtype: torch.dtype = torch
     return torch.empty(rows, 2 * config.num_key_value_heads, room, config.head_dim, dtype=dtype)
 
 
-def _trace(
-    program: torch.nn.Module, example: tuple[Any, ...], shapes: Any, kernels: list[Any] = KERNELS["cpu"]
-) -> ExportedProgram:
+def _trace(program: torch.nn.Module, example: tuple[Any, ...], shapes: Any, target: Target = CPU) -> ExportedProgram:
     # Without the patch a dimension that may be 1 would be refused: nothing here treats a size of 1 in another way.
-    with torch.no_grad(), tracing.patch(backed_size_oblivious=True), sdpa_kernel(kernels):  # type: ignore[attr-defined]
+    with torch.no_grad(), tracing.patch(backed_size_oblivious=True), sdpa_kernel(target.kernels):  # type: ignore[attr-defined]
         try:
             traced = torch.export.export(program, example, dynamic_shapes=shapes)
         except UserError as error:  # torch 2.11, of programs for a CPU

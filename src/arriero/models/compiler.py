@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from arriero.errors import ConfigError
 
 
@@ -24,9 +26,27 @@ def check_compiler(wanted: str, instead: str) -> None:
         ) from error
 
 
-def vector_lanes() -> int:
-    """Numbers of 32 bits in a register of the processor, as the compiler uses it."""
+def vector_isa() -> Any:
+    """What the compiler uses of the processor's vectors, as torch found out by compiling; falsy if nothing.
+
+    Raises:
+        ConfigError: torch cannot write what it compiles.
+    """
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-    isa = pick_vec_isa()
+    try:
+        return pick_vec_isa()
+    except OSError as error:
+        raise ConfigError(
+            f"torch cannot write what it compiles ({error}): set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"
+        ) from error
+
+
+def vector_lanes() -> int:
+    """Numbers of 32 bits in a register of the processor, as the compiler uses it.
+
+    Raises:
+        ConfigError: see `vector_isa`.
+    """
+    isa = vector_isa()
     return isa.nelements() if isa else 8
