@@ -148,7 +148,7 @@ def test_steps_that_are_repeated(tmp_path: Path, device: torch.device) -> None:
 
 @pytest.mark.slow
 @devices
-@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+@pytest.mark.parametrize("weights", [pytest.param("fp32", marks=pytest.mark.peers), "bf16"])
 def test_compiled_programs(tmp_path: Path, device: torch.device, weights: str) -> None:
     changes = {"model_type": "mistral", "sliding_window": 30, "attention_bias": True, "num_hidden_layers": 1}
     folder, theirs = saved(tmp_path / "hf", **changes)
