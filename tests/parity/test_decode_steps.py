@@ -25,6 +25,7 @@ from arriero.models.llama import LlamaForCausalLM
 pytest.importorskip("transformers")
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "fixtures"))
+from block_sequences import BLOCK, PROMPTS, SEQUENCES, blocks_of, decoded
 from byte_tokenizer import write_byte_tokenizer
 from recorded_steps import RecordedOperations
 from twin_models import VOCAB, twin_models
@@ -43,18 +44,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
 }
-BLOCK = 4
-LENGTHS = (41, 3, 17, 30, 1, 8)
-SEQUENCES = [
-    torch.randint(0, VOCAB, (length + 9,), generator=torch.Generator().manual_seed(length)).tolist()
-    for length in LENGTHS
-]
-PROMPTS = [[1, 2, 3], [7], [*range(20, 55), 3], [5, 5, 5, 9, 20], [*range(20, 55), 8], [9, 8, 9, 8, 9], [4] * 12]
-
-
-def blocks_of(sequence: int) -> list[int]:
-    """16 blocks for each sequence, none beside the next, and not in order."""
-    return [sequence + len(SEQUENCES) * (i * 5 % 16) for i in range(16)]
 
 
 def table_runner(model: LlamaForCausalLM, capture: Callable[..., Any] | None = None, **settings: Any) -> TorchRunner:
@@ -65,17 +54,6 @@ def table_runner(model: LlamaForCausalLM, capture: Callable[..., Any] | None = N
         steps = made._steps
         made._steps = DecodeSteps(steps._model, steps._cache, steps._kernel, steps._max_blocks, capture)
     return made
-
-
-def decoded(given: TorchRunner, sequences: tuple[int, ...]) -> list[Tensor]:
-    """Logits of the last 9 tokens of each, (9, V), after the others were computed in one step; they grow side by side."""
-    found: list[list[Tensor]] = [[] for _ in sequences]
-    given.run([Work(SEQUENCES[i][: LENGTHS[i]], 0, blocks_of(i), 0) for i in sequences])
-    for n in range(9):
-        work = [Work([SEQUENCES[i][LENGTHS[i] + n]], LENGTHS[i] + n, blocks_of(i), 1) for i in sequences]
-        for logits, own in zip(given.run(work), found, strict=True):
-            own.append(logits)
-    return [torch.stack(own) for own in found]
 
 
 @pytest.mark.parametrize("recorded", [False, True])

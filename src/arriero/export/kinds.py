@@ -39,6 +39,8 @@ KINDS = {
     "aoti": Kind("torch", "export", "arriero.export.aoti_runner", ("cpu", "cuda"), "torch", same_version=True),
     "gguf": Kind(None, "gguf", None, ("any",), "llama.cpp and programs that are built on it"),
 }
+# Of keys, on a GPU: its kernels of attention want masks that are aligned.
+GPU_UNIT = 64
 # Of the kinds that the engine runs.
 RUNNABLE = tuple(name for name, kind in KINDS.items() if kind.opener is not None)
 
@@ -70,10 +72,13 @@ def slot_bytes(bundle: Bundle) -> int:
     config, half = bundle.manifest.config, bundle.manifest.device != "cpu" and bundle.manifest.weights != "fp32"
     sizes = [config.get(key) for key in ("num_hidden_layers", "num_key_value_heads", "head_dim")]
     numbers = [size if isinstance(size, int) and size > 0 else 1 for size in sizes]  # a runtime refuses what is not one
-    context = bundle.manifest.context
-    if bundle.manifest.device != "cpu":  # see `torch_target.Target.room`
-        context = max(-(-context // 64) * 64, 128)
-    return 2 * (2 if half else 4) * context * prod(numbers)
+    room = row_room(bundle.manifest.context, 1 if bundle.manifest.device == "cpu" else GPU_UNIT)
+    return 2 * (2 if half else 4) * room * prod(numbers)
+
+
+def row_room(context: int, unit: int) -> int:
+    """Tokens that a row of keys has room for, in a unit of them; a traced length has more than one size."""
+    return max(-(-context // unit) * unit, 2 * unit)
 
 
 def open_runner(

@@ -10,9 +10,8 @@ from torch.nn.attention import SDPBackend
 
 from arriero.errors import FormatError
 from arriero.export.bundle import Bundle
+from arriero.export.kinds import GPU_UNIT, row_room
 
-# Of keys, on a GPU: its kernels of attention want masks that are aligned.
-GPU_UNIT = 64
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -52,8 +51,8 @@ class Target:
         return -(-tokens // self.unit) * self.unit
 
     def room(self, context: int) -> int:
-        """Of a row of the cache; a traced length has more than one size."""
-        return max(self.length(context), 2 * self.unit)
+        """Of a row of the cache."""
+        return row_room(context, self.unit)
 
 
 CPU = Target(torch.device("cpu"))
