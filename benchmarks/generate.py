@@ -1,10 +1,10 @@
 """Generation speed, arriero's engine beside transformers' `generate`, in the same run.
 
-Both sides have the same model in fp32, the same prompts and the same lengths of answers, greedy, each in a process of its
-own; they take turns, so that a drift of the machine's speed hits both. Each case is run short once before it is measured.
-transformers answers in batches as they come, padded on the left, and goes on until the longest of a batch is done; tokens
-beyond an answer's own length are not counted. How many answers are the same is printed: one token that rounding decides
-otherwise changes the rest.
+Both sides have the same model, in fp32 if `--dtype` says nothing else, the same prompts and the same lengths of answers,
+greedy, each in a process of its own; they take turns, so that a drift of the machine's speed hits both. Each case is run
+short once before it is measured. transformers answers in batches as they come, padded on the left, and goes on until the
+longest of a batch is done; tokens beyond an answer's own length are not counted. How many answers are the same is printed:
+one token that rounding decides otherwise changes the rest.
 
 With `--compile` a third side is arriero's engine with `--torch_compile`, in the cases of few sequences; what it compiles is
 there before it is measured.
@@ -30,6 +30,7 @@ import records
 from records import Record
 from sides import run_side
 
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 SIDES = ("arriero", "arriero, compiled", "transformers")
 DATA = Path(__file__).parents[2] / "shared" / "data" / "instruct" / "seed_tasks.jsonl"
 CASES = ("batch_1", "batch_8", "uneven", "running_64", "prefill_512", "prefill", "shared_prefix")
@@ -78,7 +79,7 @@ def make_jobs(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
     return {case: jobs[case] for case in arguments.cases}
 
 
-def run_arriero(model: Path, jobs: dict[str, Any], threads: int, compiled: bool = False) -> dict[str, Any]:
+def run_arriero(model: Path, jobs: dict[str, Any], threads: int, dtype: str, compiled: bool) -> dict[str, Any]:
     import torch
 
     from arriero.data.tokenizer import load_tokenizer
@@ -93,12 +94,13 @@ def run_arriero(model: Path, jobs: dict[str, Any], threads: int, compiled: bool 
 
     torch.set_num_threads(threads)
     cpu = torch.device("cpu")
-    network, tokenizer = hf.load_model(model, dtype=torch.float32).eval(), load_tokenizer(model)
+    kind = getattr(torch, dtype)
+    network, tokenizer = hf.load_model(model, dtype=kind).eval(), load_tokenizer(model)
     cost = WorkCost.of(network)
     runner = TorchRunner(network, compile=compiled)
 
     def peak() -> Peak:
-        return Peak(matrix_product_flops(cpu, torch.float32), read_bandwidth(cpu))
+        return Peak(matrix_product_flops(cpu, kind), read_bandwidth(cpu))
 
     cases: dict[str, Any] = {}
     for case, job in jobs.items():
@@ -120,11 +122,11 @@ def run_arriero(model: Path, jobs: dict[str, Any], threads: int, compiled: bool 
     return {"cases": cases, "machine": machine_name(cpu)}
 
 
-def run_transformers(model: Path, jobs: dict[str, Any], threads: int) -> dict[str, Any]:
+def run_transformers(model: Path, jobs: dict[str, Any], threads: int, dtype: str) -> dict[str, Any]:
     from arriero.engine.benchmark.rounds import warm_up
     from arriero.engine.benchmark.transformers_side import generate, load
 
-    network, _ = load({"folder": str(model), "dtype": "float32", "device": "cpu", "threads": threads})
+    network, _ = load({"folder": str(model), "dtype": dtype, "device": "cpu", "threads": threads})
     cases = {}
     for case, job in jobs.items():
         for one in (warm_up(job), job):
@@ -167,7 +169,7 @@ def facts(case: str, runs: list[dict[str, Any]]) -> str:
 
 
 def compared(
-    case: str, job: Any, side: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]], threads: int
+    case: str, job: Any, side: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]], given: argparse.Namespace
 ) -> Record:
     """Print the line of a case, and make its record."""
     mine, other = [run["cases"][case] for run in ours], [run["cases"][case] for run in theirs]
@@ -183,8 +185,9 @@ def compared(
     )
     rates = ([work / run["seconds"] for run in runs] for runs in (mine, other))
     note = f"{equal} of {len(job.prompts)} answers the same; {facts(case, mine)}".removesuffix("; ")
-    common = {"peer_name": "transformers generate", "threads": threads, "note": note}
-    return Record.of_rounds("generate", f"{case}{how}: {job.case}", unit, *rates, **common)
+    common = {"peer_name": "transformers generate", "threads": given.threads, "dtype": given.dtype, "note": note}
+    what = f"{case}{how}: {job.case}" if given.dtype == "fp32" else f"in {given.dtype}, {case}{how}: {job.case}"
+    return Record.of_rounds("generate", what, unit, *rates, **common)
 
 
 def main() -> None:
@@ -194,6 +197,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="the engine with --torch_compile too")
+    parser.add_argument("--dtype", default="fp32", choices=DTYPES)
     parser.add_argument("--threads", type=int, default=2)
     records.add_json(parser)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -206,10 +210,11 @@ def main() -> None:
         from arriero.engine.benchmark.measured import Job
 
         jobs = {case: Job(**values) for case, values in json.loads(Path(arguments.data).read_text()).items()}
+        common = (model, jobs, arguments.threads, DTYPES[arguments.dtype])
         if arguments.side == "transformers":
-            print(json.dumps(run_transformers(model, jobs, arguments.threads)))
+            print(json.dumps(run_transformers(*common)))
         else:
-            print(json.dumps(run_arriero(model, jobs, arguments.threads, arguments.side != "arriero")))
+            print(json.dumps(run_arriero(*common, compiled=arguments.side != "arriero")))
         return
     jobs = make_jobs(arguments, model)
     chosen = [side for side in SIDES if side != "arriero, compiled" or arguments.compile]
@@ -225,8 +230,8 @@ def main() -> None:
     flops, bandwidth = ([peak[key] / 1e9 for peak in peaks] for key in ("flops", "bandwidth"))
     print(
         f"{date.today()}, {ours[0]['machine']}, {arguments.threads} threads, torch {version('torch')}, transformers "
-        f"{version('transformers')}, fp32, {arguments.model}; medians of {arguments.rounds} rounds; measured peaks: "
-        f"{min(flops):.0f} to {max(flops):.0f} GFLOP/s, {min(bandwidth):.0f} to {max(bandwidth):.0f} GB/s\n"
+        f"{version('transformers')}, {arguments.dtype}, {arguments.model}; medians of {arguments.rounds} rounds; measured "
+        f"peaks: {min(flops):.0f} to {max(flops):.0f} GFLOP/s, {min(bandwidth):.0f} to {max(bandwidth):.0f} GB/s\n"
     )
     print(
         "| Case | arriero | transformers | Ratio (each round) | Same answers | |\n| --- | --- | --- | --- | --- | --- |"
@@ -235,7 +240,7 @@ def main() -> None:
     for case, job in jobs.items():
         for side in chosen[:-1]:
             if case in sides[side][0]["cases"]:
-                told.append(compared(case, job, side, sides[side], theirs, arguments.threads))
+                told.append(compared(case, job, side, sides[side], theirs, arguments))
     records.write(arguments.json, told)
 
 

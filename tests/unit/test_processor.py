@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from arriero import processor_info
 from arriero.export import processor
 
 V3 = "abm avx avx2 bmi1 bmi2 f16c fma movbe"
@@ -13,7 +14,7 @@ V3 = "abm avx avx2 bmi1 bmi2 f16c fma movbe"
 
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, cpuinfo: str) -> None:
     (tmp_path / "cpuinfo").write_text(cpuinfo)
-    monkeypatch.setattr(processor, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(processor_info, "_CPU_INFO", tmp_path / "cpuinfo")
     monkeypatch.setattr("platform.machine", lambda: name)
 
 
@@ -41,5 +42,5 @@ def test_elsewhere_all_features_are_needed(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_this_machine_has_what_it_has() -> None:
     import torch
 
-    assert ("avx2" in processor.features()) == torch.cpu._is_avx2_supported()
-    assert ("avx512f" in processor.features()) == torch.cpu._is_avx512_supported()
+    assert ("avx2" in processor_info.features()) == torch.cpu._is_avx2_supported()
+    assert ("avx512f" in processor_info.features()) == torch.cpu._is_avx512_supported()

@@ -18,6 +18,7 @@ from arriero.errors import ConfigError, require
 if TYPE_CHECKING:
     import torch
 
+    from arriero.engine.benchmark.record import Peak
     from arriero.engine.benchmark.report import Setting
     from arriero.engine.loading import LoadedModel
     from arriero.engine.runner import TorchRunner
@@ -70,12 +71,13 @@ def run(
     cost = WorkCost.of(loaded.model, cache.kv_cache_dtype)
     prompts = Prompts.of(loaded.tokenizer, loaded.model.config.vocab_size, loaded.model.context, bench.seed)
     jobs = make_jobs(bench, prompts)
+    peak = _peak(loaded)
     block_size = cache_block_size(loaded.model)
     useful = max(job.running_tokens(loaded.model.model.prefix_length, block_size) for job in jobs)
     runner = TorchRunner(
         loaded.model, useful_tokens=useful, kv_cache_dtype=cache.kv_cache_dtype, compile=compilation.torch_compile
     )
-    setting = _setting(model.model_name_or_path, loaded, runner)
+    setting = _setting(model.model_name_or_path, loaded, runner, peak)
     records = []
     with contextlib.ExitStack() as stack:
         peers = [
@@ -90,7 +92,7 @@ def run(
                 loaded.tokenizer,
                 job,
                 cost,
-                setting.peak,
+                peak,
                 repeats=bench.repeats,
                 max_step_tokens=bench.max_step_tokens,
                 peers=peers,
@@ -115,23 +117,29 @@ def _dtype(loaded: LoadedModel) -> torch.dtype:
     return loaded.model.model.embed_tokens.weight.dtype
 
 
-def _setting(name: str, loaded: LoadedModel, runner: TorchRunner) -> Setting:
-    """Where this runs; measures the machine's peaks."""
+def _peak(loaded: LoadedModel) -> Peak:
+    """Measured; before there is a runner, which goes on moving weights for a second."""
+    from arriero.engine.benchmark.record import Peak
+    from arriero.engine.machine_peak import matrix_product_flops, read_bandwidth
+
+    return Peak(matrix_product_flops(loaded.device, _dtype(loaded)), read_bandwidth(loaded.device))
+
+
+def _setting(name: str, loaded: LoadedModel, runner: TorchRunner, peak: Peak) -> Setting:
     import torch
 
-    from arriero.engine.benchmark.record import Peak
     from arriero.engine.benchmark.report import Setting
-    from arriero.engine.machine_peak import machine_name, matrix_product_flops, read_bandwidth
+    from arriero.engine.machine_peak import machine_name
 
-    device, dtype = loaded.device, _dtype(loaded)
+    device = loaded.device
     return Setting(
         model=name,
         parameters=loaded.model.config.num_parameters(),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(_dtype(loaded)).removeprefix("torch."),
         device=str(device),
         machine=machine_name(device),
         threads=torch.get_num_threads(),
-        peak=Peak(matrix_product_flops(device, dtype), read_bandwidth(device)),
+        peak=peak,
         kv_memory=runner.kv_memory,
         context=runner.context,
     )

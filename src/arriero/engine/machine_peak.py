@@ -5,18 +5,24 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-_CPU_INFO = Path("/proc/cpuinfo")
+from arriero.models.packed_linear import BF16_PRODUCTS
+from arriero.processor_info import features, model_name
+
+# Linux' names of what multiplies numbers of a type, on x86 and on ARM.
+_HALF_PRODUCTS = {torch.bfloat16: BF16_PRODUCTS, torch.float16: {"amx_fp16", "avx512_fp16", "asimdhp"}}
 
 
 def matrix_product_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product, the best of some; on a CPU always in fp32."""
+    """FLOP/s of a square matrix product, the best of some; in fp32 on a CPU that has no instructions for products of `dtype`.
+
+    Such a CPU emulates them: their own peak would flatter what is computed by them.
+    """
     size, rounds = (1024, 10) if device.type == "cpu" else (4096, 20)
-    if device.type == "cpu":
-        dtype = torch.float32  # half precision is emulated on most CPUs: a peak of it would flatter
+    if device.type == "cpu" and not _HALF_PRODUCTS.get(dtype, set()) & features():
+        dtype = torch.float32
     # no random numbers: a resumed run must find the generators as they were
     a = torch.linspace(0.0, 1.0, size * size, device=device, dtype=dtype).view(size, size)
     return 2.0 * size**3 / _least_seconds(lambda: a @ a, device, rounds)
@@ -33,12 +39,7 @@ def machine_name(device: torch.device) -> str:
     """The model of the GPU or CPU, as it calls itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
+    return model_name() or platform.processor() or platform.machine()
 
 
 def synchronize(device: torch.device) -> None:

@@ -19,7 +19,7 @@ from arriero.errors import ConfigError, FormatError
 from arriero.export.aoti_runner import STEP, decode_name, open_runner
 from arriero.export.bundle import Bundle
 from arriero.export.prefix_file import PrefixArray
-from arriero.export.processor import features, needed_isa
+from arriero.export.processor import needed_isa
 from arriero.export.torch_export import PLAIN, ProgramKind, TorchOptions, export_programs
 from arriero.export.torch_target import Target, capability
 from arriero.export.torch_trace import trace_decode, trace_step
@@ -27,6 +27,7 @@ from arriero.formats.safe_tensors import LazyTensor
 from arriero.formats.source import ModelSource
 from arriero.models.compiler import check_compiler, vector_isa
 from arriero.models.config import LlamaConfig
+from arriero.processor_info import features
 
 # Sequences of the programs of one token each: a step of several takes the smallest that holds them.
 DECODE_ROWS = (1, 4, 8)

@@ -7,9 +7,9 @@ of the processor's business: see `torch_target`.
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 
-_CPUINFO = Path("/proc/cpuinfo")
+from arriero.processor_info import features
+
 # https://en.wikipedia.org/wiki/X86-64#Microarchitecture_levels, level 3 (x86 processors since about 2013)
 X86_64_V3 = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "abm")
 # Where the compiler's name of a feature is not the kernel's without its dashes.
@@ -22,16 +22,6 @@ _KERNEL_NAMES = {
     "amx-int8": "amx_int8",
     "amx-fp16": "amx_fp16",
 }
-
-
-def features() -> frozenset[str]:
-    """Of this machine's processors; empty where the system does not tell."""
-    try:
-        lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return frozenset()
-    found = (line.partition(":")[2] for line in lines if line.split(":")[0].strip() in ("flags", "Features"))
-    return frozenset(next(found, "").split())
 
 
 def needed_isa(flags: str) -> str:

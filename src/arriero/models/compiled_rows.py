@@ -29,7 +29,11 @@ _COPIES = count()
 
 
 class CompiledRows:
-    """Stands in for a `LlamaForCausalLM` in steps of up to 8 rows, with weights of its own in another layout."""
+    """Stands in for a `LlamaForCausalLM` in steps of up to 8 rows, with weights of its own in another layout.
+
+    It computes in fp32 whatever the model's type: of a model in 16 bits nothing is rounded between weights and logits but the
+    keys and values that the cache holds.
+    """
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         """
@@ -44,10 +48,7 @@ class CompiledRows:
 
     @staticmethod
     def obstacle(model: LlamaForCausalLM) -> str | None:
-        """Why a model cannot be computed so, in words."""
-        weights = [p for p in model.parameters() if p.device.type != "cpu" or p.dtype != torch.float32]
-        if weights:
-            return f"its weights are {str(weights[0].dtype).removeprefix('torch.')}, and not float32"
+        """Why a model on the CPU cannot be computed so, in words."""
         if not all(is_plain(layer) for layer in _linear_layers(model)):
             return "its linear layers are not plain ones (adapters, few bits)"
         return None
@@ -62,35 +63,36 @@ class CompiledRows:
         with torch.inference_mode(False), torch.no_grad():
             self._dtype = narrowest(layer.weight.detach() for layer in _linear_layers(self._model))
             self._layers = [self._tiles(layer) for layer in cast("list[DecoderLayer]", self._model.model.layers)]
+            self._norm = _float(self._model.model.norm.weight)
             self._head = self._tiled(self._model.lm_head.weight)
 
     def _tiles(self, layer: DecoderLayer) -> LayerTiles:
         attention, mlp = layer.self_attn, layer.mlp
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)
         qkv = self._tiled(torch.cat([part.weight.detach() for part in parts]))
-        biases = [part.bias.detach() for part in parts if part.bias is not None]
+        biases = [_float(part.bias) for part in parts if part.bias is not None]
         return LayerTiles(
-            layer.input_layernorm.weight.detach(),
+            _float(layer.input_layernorm.weight),
             qkv,
             torch.cat(biases) if biases else None,
-            attention.q_norm.weight.detach() if attention.q_norm is not None else None,
-            attention.k_norm.weight.detach() if attention.k_norm is not None else None,
+            _float(attention.q_norm.weight) if attention.q_norm is not None else None,
+            _float(attention.k_norm.weight) if attention.k_norm is not None else None,
             self._tiled(attention.o_proj.weight),
-            _detached(attention.o_proj.bias),
-            layer.post_attention_layernorm.weight.detach(),
+            _bias(attention.o_proj),
+            _float(layer.post_attention_layernorm.weight),
             self._tiled(mlp.gate_proj.weight, mlp.up_proj.weight),
-            self._bias(mlp.gate_proj),
-            self._bias(mlp.up_proj),
+            self._tiled_bias(mlp.gate_proj),
+            self._tiled_bias(mlp.up_proj),
             self._tiled(mlp.down_proj.weight),
-            _detached(mlp.down_proj.bias),
+            _bias(mlp.down_proj),
         )
 
     def _tiled(self, matrix: Tensor, second: Tensor | None = None) -> Tensor:
         return tiled(matrix, second, lanes=self._lanes, dtype=self._dtype)
 
-    def _bias(self, layer: nn.Linear) -> Tensor | None:
+    def _tiled_bias(self, layer: nn.Linear) -> Tensor | None:
         """As the products of half a matrix lie."""
-        bias = _detached(layer.bias)
+        bias = _bias(layer)
         if bias is None:
             return None
         rows = -(-len(bias) // self._lanes)
@@ -108,7 +110,7 @@ class CompiledRows:
         """
         model, config = self._model.model, self._model.config
         layer_function, head_function = self._compiled(len(tokens))
-        hidden: Tensor = model.embed_tokens(tokens)
+        hidden: Tensor = model.embed_tokens(tokens).float()
         lengths = positions + 1
         (cos,), (sin,) = model.rotary(positions[None], hidden.dtype, lengths[None] if model.rotary.is_dynamic else None)
         torch._dynamo.mark_dynamic(slots, 1)
@@ -122,7 +124,7 @@ class CompiledRows:
             facts = LayerFacts(config.rms_norm_eps, scale, config.layer_sliding_window(number), cache.format)
             scales = cache.scales[number] if cache.scales is not None else None
             hidden = layer_function(hidden, places, cache.layers[number], scales, tiles, facts)
-        return head_function(hidden, model.norm.weight, self._head, config.vocab_size, config.rms_norm_eps)
+        return head_function(hidden, self._norm, self._head, config.vocab_size, config.rms_norm_eps)
 
     def _compiled(self, rows: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
         if rows not in self._functions:
@@ -151,5 +153,10 @@ def _linear_layers(model: LlamaForCausalLM) -> list[nn.Linear]:
     return [*found, model.lm_head]
 
 
-def _detached(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.detach()
+def _float(weight: Tensor) -> Tensor:
+    return weight.detach().float()
+
+
+def _bias(layer: nn.Linear) -> Tensor | None:
+    bias = cast("Tensor | None", layer.bias)
+    return None if bias is None else _float(bias)

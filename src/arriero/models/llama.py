@@ -34,8 +34,17 @@ class RMSNorm(nn.Module):
             wide = x.float()
             normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
             return normed.to(x.dtype) * self.weight.to(x.dtype)
+        if x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self._in_three_passes(x)
         # One dtype: under autocast queries and keys are bf16 and the weight fp32, which no fused kernel takes.
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+    def _in_three_passes(self, x: Tensor) -> Tensor:
+        """For a CPU, for which torch composes its kernel of nine operations, each over memory of its own."""
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = norm.square_().mul_(1.0 / x.shape[-1]).add_(self.eps).rsqrt_()
+        normed: Tensor = (x * scale).mul_(self.weight).to(x.dtype)
+        return normed
 
 
 class Attention(nn.Module):

@@ -7,15 +7,20 @@ and apply SiLU, products and sums to a result while it is in the processor's cac
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arriero.processor_info import features, is_intel
+
 # oneDNN also takes weights in the ordinary layout: it then copies each part of them while it computes, which many rows pay for.
 MANY_ROWS = 32
 # Its kernels for fewer rows read the weights at three quarters of the speed (docs/performance.md).
 FEW_ROWS = 4
+# Linux' names of what multiplies bf16 numbers, on x86 and on ARM; elsewhere they are emulated.
+BF16_PRODUCTS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
 
 
 def kernel_rows(rows: int) -> int:
@@ -31,14 +36,27 @@ def kernel_rows(rows: int) -> int:
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN's kernels can be called for a device and a number format."""
+    """Whether oneDNN's kernels can be called for a device and a number format, and are fast."""
     return (
         device.type == "cpu"
-        and dtype == torch.float32
+        and (dtype == torch.float32 or (dtype == torch.bfloat16 and not BF16_PRODUCTS.isdisjoint(features())))
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     )
+
+
+def is_for_mkl(rows: int, dtype: torch.dtype) -> bool:
+    """Whether MKL, which torch's own products are, reads the weights for so few rows faster than oneDNN's kernels do.
+
+    On Intel's processors it does, up to 1.8 times; on AMD's oneDNN's are faster (docs/performance.md).
+    """
+    return rows < FEW_ROWS and dtype == torch.float32 and _prefers_mkl()
+
+
+@cache
+def _prefers_mkl() -> bool:
+    return torch.backends.mkl.is_available() and is_intel()  # type: ignore[no-untyped-call]
 
 
 def is_plain(*layers: nn.Module) -> bool:
@@ -50,8 +68,8 @@ def is_plain(*layers: nn.Module) -> bool:
 
 
 def filled(x: Tensor) -> Tensor:
-    """(T, ...) with zeros behind, so that it has `kernel_rows`."""
-    more = kernel_rows(len(x)) - len(x)
+    """(T, ...) with zeros behind, so that it has `kernel_rows`; as it is where it `is_for_mkl`."""
+    more = 0 if is_for_mkl(len(x), x.dtype) else kernel_rows(len(x)) - len(x)
     return torch.cat((x, x.new_zeros(more, *x.shape[1:]))) if more else x
 
 
@@ -67,6 +85,7 @@ class PackedLinear:
             layers: `is_plain` ones.
             copy: hold the weights once more for oneDNN's kernels, where they can be called.
         """
+        self._layers = layers
         weights = [layer.weight for layer in layers]
         self._kernels = has_kernels(weights[0].device, weights[0].dtype)
         self._copied = copy and self._kernels
@@ -85,11 +104,18 @@ class PackedLinear:
 
     def fuses(self, x: Tensor) -> bool:
         """Whether for an input of so many rows what follows the product is best computed with it."""
-        return self._copied or (self._kernels and len(x) >= MANY_ROWS)
+        if self._copied:
+            return not is_for_mkl(len(x), x.dtype)
+        return self._kernels and len(x) >= MANY_ROWS
 
     def __call__(self, x: Tensor) -> Tensor:
         """The product."""
-        return self._pointwise(x, "none") if self.fuses(x) else F.linear(x, self._weight, self._bias)
+        if self.fuses(x):
+            return self._pointwise(x, "none")
+        if not self._copied:
+            return F.linear(x, self._weight, self._bias)
+        found = [F.linear(x, layer.weight, layer.bias) for layer in self._layers]  # the copy is for oneDNN alone
+        return found[0] if len(found) == 1 else torch.cat(found, -1)
 
     def silu(self, x: Tensor) -> Tensor:
         """SiLU of the product."""
@@ -103,6 +129,8 @@ class PackedLinear:
         """The product plus `other` of its shape, which may hold the result."""
         if self.fuses(x):
             return self._binary(x, other, "add")
+        if self._copied:
+            return other.add_(self(x))
         other.addmm_(x, self._transposed)
         return other if self._bias is None else other.add_(self._bias)
 

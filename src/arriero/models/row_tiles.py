@@ -20,10 +20,12 @@ Halves = tuple[Tensor, Tensor]
 
 
 def narrowest(matrices: Iterable[Tensor]) -> torch.dtype:
-    """bfloat16 or float16 if that holds all these fp32 numbers as they are, else float32."""
+    """bfloat16 or float16 if that holds all these numbers as they are, else float32."""
     left = [torch.bfloat16, torch.float16]
     for matrix in matrices:
-        left = [dtype for dtype in left if torch.equal(matrix.to(dtype).float(), matrix)]
+        left = [
+            dtype for dtype in left if matrix.dtype == dtype or torch.equal(matrix.to(dtype).float(), matrix.float())
+        ]
         if not left:
             return torch.float32
     return left[0]

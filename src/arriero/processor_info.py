@@ -1,0 +1,37 @@
+"""What the system says of this machine's processors (Linux)."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+def model_name() -> str:
+    """As it calls itself; "" where the system does not tell."""
+    return _field("model name")
+
+
+def is_intel() -> bool:
+    return _field("vendor_id") == "GenuineIntel"
+
+
+def features() -> frozenset[str]:
+    """Linux' names of them; none where the system does not tell."""
+    return frozenset(_field("flags", "Features").split())
+
+
+def _field(*names: str) -> str:
+    """Of the first processor."""
+    return _found(_CPU_INFO, names)
+
+
+@cache
+def _found(path: Path, names: tuple[str, ...]) -> str:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    parts = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in parts if name.strip() in names), "")
