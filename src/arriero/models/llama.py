@@ -41,7 +41,8 @@ class RMSNorm(nn.Module):
 
     def _in_three_passes(self, x: Tensor) -> Tensor:
         """For a CPU, for which torch composes its kernel of nine operations, each over memory of its own."""
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         scale = norm.square_().mul_(1.0 / x.shape[-1]).add_(self.eps).rsqrt_()
         normed: Tensor = (x * scale).mul_(self.weight).to(x.dtype)
         return normed
