@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import stat
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -128,6 +130,58 @@ def test_a_bad_schema_is_one_line(
     assert result.stderr.count("\n") == 1  # a progress bar leaves nothing
     assert message in result.stderr.splitlines()[-1]
     assert not (tmp_path / "prediction.json").exists()
+
+
+def test_places_that_answers_cannot_have_are_refused_before_the_work(
+    in_process: Call, asked: list[str], tmp_path: Path, computed: list[list[int]]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "same.jsonl").symlink_to("asked.jsonl")
+    before = (tmp_path / "asked.jsonl").read_bytes()
+    arguments = ("predict", "--model_name_or_path", TINY, "--data_file", "asked.jsonl", "--device", "cpu")
+    for place, reason in {
+        "folder": "is a folder",
+        "asked.jsonl/x.json": "cannot be written (File exists)",
+        "same.jsonl": "this run reads that file",
+        "/proc/nothing": "cannot be written",
+    }.items():
+        result = in_process(*arguments, "--predict_file", place)
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert f"--predict_file {place}: {reason}" in result.stderr
+    assert not computed
+    assert (tmp_path / "asked.jsonl").read_bytes() == before
+
+
+def test_answers_go_through_links_and_into_pipes(in_process: Call, asked: list[str], tmp_path: Path) -> None:
+    arguments = ("predict", "--model_name_or_path", TINY, "--data_file", "asked.jsonl", "--device", "cpu")
+    arguments += ("--max_new_tokens", "4", "--predict_file")
+    (tmp_path / "link.json").symlink_to("made/target.json")
+    (tmp_path / "made").mkdir()
+    assert in_process(*arguments, "link.json").returncode == 0
+    assert (tmp_path / "link.json").is_symlink()
+    found = outputs(tmp_path / "made/target.json")
+    assert len(found) == 3
+    assert os.listdir(tmp_path / "made") == ["target.json"]
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE, text=True) as reader:
+        try:
+            assert in_process(*arguments, "pipe").returncode == 0
+            text, _ = reader.communicate(timeout=60)
+        finally:
+            reader.kill()
+    assert [json.loads(line)["output"] for line in text.splitlines()] == found
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_text_that_no_encoding_has(in_process: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a surrogate pair, as JSON may have it and as a terminal's broken UTF-8 arrives."""
+    (tmp_path / "asked.jsonl").write_text('{"src": "a\\ud800 \\ud83d\\ude42"}\n')
+    arguments = ("--model_name_or_path", TINY, "--device", "cpu", "--max_new_tokens", "4")
+    result = in_process("predict", *arguments, "--data_file", "asked.jsonl", "--predict_file", "p.json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))["src"] == "a\ufffd \U0001f642"
+    monkeypatch.setattr("sys.stdin", io.StringIO("x\udcff\n"))
+    assert in_process("chat", *arguments).returncode == 0
 
 
 @pytest.mark.parametrize("verb", ["chat", "predict"])

@@ -223,6 +223,27 @@ def test_a_stream_may_be_left(model: LlamaForCausalLM, tokenizer: Tokenizer, com
     engine.blocks.check([])
 
 
+def test_streams_in_turns_and_whole_answers_between(model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
+    """Each reads all of its own text, whoever lets the engine step; one that was never read ends too."""
+    engine = engine_with(model, tokenizer)
+    prompts = random_prompts(3, 5)
+    params = SamplingParams(max_new_tokens=30, ignore_eos=True)
+    alone = ["".join(engine.stream(prompt, params)) for prompt in prompts]
+    first, second = engine.stream(prompts[0], params), engine.stream(prompts[1], params)
+    unread = engine.stream(prompts[2], params)
+    texts = ["", ""]
+    for pieces in zip(first, second, strict=False):
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        if len(texts[0]) % 3 == 0:
+            assert engine.generate([prompts[2]], params)[0].text == alone[2]
+    texts = [texts[0] + "".join(first), texts[1] + "".join(second)]
+    assert texts == alone[:2]
+    assert engine.unfinished <= 1
+    del unread
+    assert engine.unfinished == 0
+    engine.blocks.check([])
+
+
 def test_the_model_is_as_it_was(tokenizer: Tokenizer) -> None:
     """After answers, and after an error: in its mode, with its weights, and to be trained."""
     model = LlamaForCausalLM(CONFIG)

@@ -97,6 +97,9 @@ def test_lone_surrogates_do_no_harm(tmp_path: Path) -> None:
     assert tokenizer.decode(ids) == "a\ufffdb"
     assert tokenizer.encode_batch(["a\ud800b", "c"])[0] == ids
     assert tokenizer.encode_with_offsets("a\ud800b")[0] == ids
+    template = {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}
+    chatting = load_tokenizer(folder_with(tmp_path, tokenizer_config=template))
+    assert chatting.chat([{"role": "user", "content": "a\ud800b"}]) == ids
 
 
 def test_ids_out_of_range_decode_to_nothing(tmp_path: Path) -> None:

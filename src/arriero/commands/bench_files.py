@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from arriero.commands.output_file import check_place, write_output_file
+from arriero.commands.output_file import check_place, write_file
 from arriero.config.bench import BenchOptions
 from arriero.errors import require
 
@@ -29,6 +29,6 @@ def write_files(bench: BenchOptions, found: Mapping[str, Any], draw: Callable[[P
         draw: makes the picture.
     """
     if bench.output_file is not None:
-        write_output_file(Path(bench.output_file).expanduser(), json.dumps(found, indent=1) + "\n")
+        write_file(Path(bench.output_file).expanduser(), json.dumps(found, indent=1) + "\n", "--output_file")
     if bench.plot is not None:
         draw(Path(bench.plot).expanduser())

@@ -23,12 +23,14 @@ OPTIONS: tuple[type, ...] = (InferOptions, BundleGenerationOptions)
 def run(infer: InferOptions, generation: BundleGenerationOptions) -> int:
     """Print every prompt with its answer."""
     from arriero.bundles.running import bundle_engine, bundle_folder, check_device, default_length
-    from arriero.commands.prompt_rows import print_answer, read_prompts, write_answers
+    from arriero.commands.prompt_rows import check_predict_file, print_answer, read_prompts, write_answers
     from arriero.data.sft import fit_prompt
     from arriero.engine.sampling_params import params_from_options
     from arriero.export.bundle import open_bundle
 
     samples = read_prompts(infer.data_file)
+    if infer.predict_file:
+        check_predict_file(infer.predict_file, infer.data_file)
     start = time.perf_counter()
     bundle = open_bundle(bundle_folder(infer.model_dir, infer.model_prefix))
     check_device(bundle, infer.device)

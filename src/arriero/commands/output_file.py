@@ -1,34 +1,72 @@
-"""A small file that a verb writes besides what it prints: `--output_file`."""
+"""A file that a verb writes besides what it prints: `--output_file`, `--predict_file`."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from arriero.errors import ConfigError
 
 
-def check_place(path: Path, option: str) -> None:
+def check_place(path: Path, option: str, *, reads: Sequence[str | Path] = (), makes_folder: bool = False) -> None:
     """Refuse a place that no file can have, before the work that it is for.
 
+    Args:
+        reads: files of the same run, which it must not replace.
+        makes_folder: make the folder if it is missing.
+
     Raises:
-        ConfigError: its folder is missing, or it is a folder itself.
+        ConfigError: its folder is missing or nothing can be written there, it is a folder itself, or one of `reads`.
     """
     if path.is_dir():
         raise ConfigError(f"{option} {path}: is a folder; name a file")
-    if not path.parent.is_dir():
+    if any(path.exists() and Path(other).exists() and path.samefile(other) for other in reads):
+        raise ConfigError(f"{option} {path}: this run reads that file; name another")
+    if not makes_folder and not path.parent.is_dir():
         raise ConfigError(f"{option} {path}: there is no folder {path.parent}; make it first")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if _can_be_replaced(path):
+            probe = _beside(path.resolve())
+            probe.touch()
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise _cannot(path, option, error) from error
 
 
-def write_output_file(path: Path, text: str) -> None:
-    """Write the file of `--output_file` whole or not at all.
+def write_file(path: Path, text: str, option: str) -> None:
+    """Write the file of an option whole or not at all; through a link, and into a pipe or a device as it is.
 
     Raises:
         ConfigError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        if not _can_be_replaced(path):
+            with path.open("w", encoding="utf-8") as file:
+                file.write(text)
+            return
+        target = path.resolve()
+        temporary = _beside(target)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ConfigError(f"--output_file {path}: cannot be written ({error.strerror})") from error
+        raise _cannot(path, option, error) from error
+
+
+def _can_be_replaced(path: Path) -> bool:
+    """Whether it is, or will be, a file as any other; /dev/stdout is none even where it leads to one."""
+    if not path.exists():
+        return True
+    return path.is_file() and path.absolute().parts[1:2] not in (("dev",), ("proc",))
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+
+
+def _cannot(path: Path, option: str, error: OSError) -> ConfigError:
+    return ConfigError(f"{option} {path}: cannot be written ({error.strerror})")

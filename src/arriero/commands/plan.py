@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arriero.commands.output_file import write_output_file
+from arriero.commands.output_file import write_file
 from arriero.config.adapter import AdapterOptions
 from arriero.config.hub import HubOptions
 from arriero.config.logging import LoggingOptions
@@ -107,7 +107,7 @@ def _tell(plan: PlanOptions, told: dict[str, Any], shown: str) -> None:
     text = json.dumps(told, indent=1) + "\n"
     print(text if plan.json else shown, end="")
     if plan.output_file is not None:
-        write_output_file(Path(plan.output_file).expanduser(), text)
+        write_file(Path(plan.output_file).expanduser(), text, "--output_file")
 
 
 def _search(

@@ -48,7 +48,7 @@ def run(
     """Print every prompt with its answer and write them to --predict_file; of several processes the first does that."""
     from tqdm import tqdm
 
-    from arriero.commands.prompt_rows import read_prompts
+    from arriero.commands.prompt_rows import check_predict_file, read_prompts
     from arriero.config.layout import Layout
     from arriero.data.sft import fit_prompt
     from arriero.engine.loading import load_for_inference, pick_device
@@ -74,6 +74,7 @@ def run(
         )
     structure = _structure(predict.json_schema)
     samples = read_prompts(predict.data_file)
+    check_predict_file(predict.predict_file, predict.data_file)
     processes = start(Layout(pp=stages, tp=size // stages), pick_device(model.device))
     loaded = load_for_inference(model, adapter, processes)
     prompts, cut = [], 0

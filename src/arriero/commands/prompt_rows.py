@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from arriero.commands.output_file import check_place, write_file
 from arriero.errors import DataError
 
 if TYPE_CHECKING:
@@ -43,12 +43,17 @@ def print_answer(sample: Sample, answer: str) -> None:
     print(f"{sample.prompt}\n{answer}\n" + "-" * 20)
 
 
+def check_predict_file(predict_file: str, data_file: str | None) -> None:
+    """Before anything is generated; see `check_place`."""
+    reads = [data_file] if data_file is not None else []
+    check_place(Path(predict_file), "--predict_file", reads=reads, makes_folder=True)
+
+
 def write_answers(samples: Sequence[Sample], answers: Sequence[str], target: Path) -> None:
     """Write them as JSON lines, whole or not at all, and say so."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for sample, answer in zip(samples, answers, strict=True):
-            file.write(json.dumps({"src": sample.prompt, "output": answer}, ensure_ascii=False) + "\n")
-    os.replace(partial, target)
+    rows = (
+        json.dumps({"src": sample.prompt, "output": answer}, ensure_ascii=False) + "\n"
+        for sample, answer in zip(samples, answers, strict=True)
+    )
+    write_file(target, "".join(rows), "--predict_file")
     print(f"{len(answers)} answers: {target}")

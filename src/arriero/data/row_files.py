@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from arriero.data.surrogates import all_without_surrogates
 from arriero.errors import DataError, require
 
 MAX_ROW_BYTES = 16 << 20
@@ -46,11 +47,18 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                     raise DataError(f"{where}: a row of more than {MAX_ROW_BYTES} bytes, the most that are read")
                 if line.strip():
                     try:
-                        yield where, json.loads(line)
+                        yield where, _value(line)
                     except (ValueError, RecursionError) as error:
                         raise DataError(f"{where}: not JSON ({error})") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _value(line: bytes) -> Any:
+    value = json.loads(line)
+    if b"\\u" in line or b"\xed" in line:  # how half a pair is written; one that is none costs a look at each text
+        return all_without_surrogates(value)
+    return value
 
 
 def read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, Any]]]:

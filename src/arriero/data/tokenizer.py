@@ -15,6 +15,7 @@ from arriero.data.chat_template import ChatTemplate, MarkedChat
 from arriero.data.json_tokenizer import JsonTokenizer
 from arriero.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from arriero.data.stream_decoder import ByteDecoding, StreamDecoder
+from arriero.data.surrogates import all_without_surrogates, without_surrogates
 from arriero.data.tokenizer_files import END_OF_TURN, SIDE_FILES, TokenizerFiles, read_tokenizer_files
 from arriero.errors import FormatError, TemplateError
 
@@ -102,14 +103,14 @@ class Tokenizer:
             add_special_tokens: begin and end as the model's tokenizer does, with bos for instance.
             allow_special: special tokens' names inside the text become those tokens; only for text you wrote yourself.
         """
-        text = _without_surrogates(text)
+        text = without_surrogates(text)
         return self._finish(text, self._vocabulary.encode(text), add_special_tokens, allow_special)
 
     def encode_batch(
         self, texts: Sequence[str], *, add_special_tokens: bool = False, allow_special: bool = False
     ) -> list[list[int]]:
         """`encode` of each text, on all cores."""
-        texts = [_without_surrogates(text) for text in texts]
+        texts = [without_surrogates(text) for text in texts]
         return [
             self._finish(text, ids, add_special_tokens, allow_special)
             for text, ids in zip(texts, self._vocabulary.encode_batch(texts), strict=True)
@@ -134,7 +135,7 @@ class Tokenizer:
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """`encode(text)`, with the (start, end) of each token in characters of the text."""
-        return self._vocabulary.offsets(_without_surrogates(text))
+        return self._vocabulary.offsets(without_surrogates(text))
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
@@ -276,22 +277,13 @@ class Tokenizer:
             if token is not None:
                 named.setdefault(key, token)
         return self._template.render_marked(
-            messages,
+            all_without_surrogates(list(messages)),
             special_tokens=self.special_tokens,
             named=named,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
             mark_generation=mark_generation,
         )
-
-
-def _without_surrogates(text: str) -> str:
-    """Lone surrogates, which JSON can carry and no encoding can, become U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def load_tokenizer(folder: Path | str, replaced: Mapping[str, bytes] | None = None) -> Tokenizer:

@@ -17,6 +17,7 @@ from arriero.engine.request import Request
 from arriero.engine.sampling import BROKEN, sampler_of
 from arriero.engine.sampling_params import SamplingParams
 from arriero.engine.scheduler import Scheduler, Share
+from arriero.engine.streams import Streams
 from arriero.engine.text_stream import TextStream
 from arriero.engine.work import NO_ADAPTER, Runner, Work
 from arriero.errors import GenerationError
@@ -72,6 +73,7 @@ class Engine:
         self.grammars = GrammarCompiler(tokenizer, runner.vocab_size)
         self._sampler = sampler_of(runner.library, runner.device)
         self._answers: dict[Request, Answer] = {}
+        self._streams = Streams()
 
     @property
     def unfinished(self) -> int:
@@ -350,7 +352,9 @@ class Engine:
                     raise GenerationError(f"prompt {names[number]}: {error}") from error
             done: dict[int, Generation] = {}
             while len(done) < len(prompts):
-                for answer in self.step():
+                for answer in self._streams.step(self):
+                    if answer not in index:  # a stream's
+                        continue
                     number = index[answer]
                     if answer.new_text and on_text is not None:
                         on_text(number, answer.new_text)
@@ -372,17 +376,9 @@ class Engine:
     def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[str]:
         """One answer's text, piece by piece; leave the iterator to stop generating.
 
+        Streams, and `generate` between their pieces, may take turns.
+
         Raises:
             GenerationError: as `submit`, at once.
         """
-        return self._pieces(self.submit(prompt, params, streaming=True))
-
-    def _pieces(self, answer: Answer) -> Iterator[str]:
-        try:
-            while answer.finish_reason is None:
-                if answer in self.step() and answer.new_text:
-                    yield answer.new_text
-            if answer.finish_reason == "error":
-                raise GenerationError(answer.error)
-        finally:
-            self.cancel(answer)
+        return self._streams.open(self, self.submit(prompt, params, streaming=True))
