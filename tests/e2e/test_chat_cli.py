@@ -148,6 +148,12 @@ def test_places_that_answers_cannot_have_are_refused_before_the_work(
         result = in_process(*arguments, "--predict_file", place)
         assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
         assert f"--predict_file {place}: {reason}" in result.stderr
+    (tmp_path / "dev.json").write_text('{"src": "a b", "tgt": "c"}\n')
+    arguments = ("evaluate", "--model_name_or_path", TINY, "--dataset_path", ".", "--device", "cpu")
+    for place, reason in {"dev.json": " is a file: name a folder", "/proc/nothing": ": cannot be written"}.items():
+        result = in_process(*arguments, "--output_dir", place)
+        assert (result.returncode, result.stderr.count("\n"), result.stdout) == (2, 1, ""), result.stderr
+        assert f"--output_dir {place}{reason}" in result.stderr
     assert not computed
     assert (tmp_path / "asked.jsonl").read_bytes() == before
 

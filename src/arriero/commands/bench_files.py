@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from arriero.commands.output_file import check_place, write_file
 from arriero.config.bench import BenchOptions
 from arriero.errors import require
+from arriero.output_file import check_place, write_file
 
 
 def check_files(bench: BenchOptions) -> None:

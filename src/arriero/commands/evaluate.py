@@ -14,6 +14,7 @@ from arriero.config.data import DataOptions
 from arriero.config.evaluation import EvaluateOptions
 from arriero.config.model import ModelOptions
 from arriero.config.parallel import ParallelOptions
+from arriero.output_file import check_folder
 
 HELP = (
     "Score a model, or a model with its adapter: loss, perplexity and token accuracy; exact match and F1 for squad_qa; "
@@ -61,6 +62,8 @@ def _run_tasks(
     from arriero.training.harness import HarnessModel, find_tasks, run_tasks, table_of
 
     assert evaluation.tasks
+    if evaluation.output_dir:
+        check_folder(Path(evaluation.output_dir), "--output_dir")
     manager, tasks = find_tasks(evaluation.tasks, evaluation.include_path)
     processes = start(parallel.layout(launched_size()), pick_device(model.device))
     with heard_once(processes):

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arriero.commands.output_file import write_file
 from arriero.config.adapter import AdapterOptions
 from arriero.config.hub import HubOptions
 from arriero.config.logging import LoggingOptions
@@ -20,6 +19,7 @@ from arriero.config.planning import (
 )
 from arriero.config.precision import PrecisionOptions
 from arriero.config.quantization import QuantizationOptions
+from arriero.output_file import write_file
 
 if TYPE_CHECKING:
     from arriero.models.config import LlamaConfig

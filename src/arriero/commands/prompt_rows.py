@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arriero.commands.output_file import check_place, write_file
 from arriero.errors import DataError
+from arriero.output_file import check_place, write_file
 
 if TYPE_CHECKING:
     from arriero.data.samples import Sample

@@ -21,6 +21,7 @@ from arriero.data.sft import encode_all
 from arriero.data.sources import check_data, load_samples
 from arriero.engine.loading import LoadedModel, load_for_inference, pick_device
 from arriero.engine.sampling_params import SamplingParams
+from arriero.output_file import check_folder
 from arriero.parallel.processes import Processes, launched_size, start, stop
 from arriero.training.evaluation import evaluate_loss
 from arriero.training.execution import build_execution
@@ -52,6 +53,8 @@ def evaluate(
         ArrieroError: rows that cannot be read or used, or a model that cannot be loaded.
     """
     check_data(data.dataset_path, data.data_name, data.task_name)
+    if evaluation.output_dir:
+        check_folder(Path(evaluation.output_dir), "--output_dir")
     if isinstance(model, LoadedModel):
         processes = Processes()
     else:

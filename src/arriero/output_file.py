@@ -1,4 +1,4 @@
-"""A file that a verb writes besides what it prints: `--output_file`, `--predict_file`."""
+"""Files that a verb writes besides what it prints: `--output_file`, `--predict_file`, those in `--output_dir`."""
 
 from __future__ import annotations
 
@@ -28,11 +28,24 @@ def check_place(path: Path, option: str, *, reads: Sequence[str | Path] = (), ma
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if _can_be_replaced(path):
-            probe = _beside(path.resolve())
-            probe.touch()
-            probe.unlink(missing_ok=True)
+            _try(path.resolve())
     except OSError as error:
         raise _cannot(path, option, error) from error
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Make a folder for files, before the work that they are for.
+
+    Raises:
+        ConfigError: it is a file, or nothing can be written there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{option} {folder} is a file: name a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _try(folder / "file")
+    except OSError as error:
+        raise _cannot(folder, option, error) from error
 
 
 def write_file(path: Path, text: str, option: str) -> None:
@@ -62,6 +75,12 @@ def _can_be_replaced(path: Path) -> bool:
     if not path.exists():
         return True
     return path.is_file() and path.absolute().parts[1:2] not in (("dev",), ("proc",))
+
+
+def _try(path: Path) -> None:
+    probe = _beside(path)
+    probe.touch()
+    probe.unlink(missing_ok=True)
 
 
 def _beside(path: Path) -> Path:
