@@ -193,6 +193,18 @@ def test_lora_on_a_quantized_base_is_lora_on_the_dequantized_one(
         torch.testing.assert_close(tensor, adapters[1][name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("flags", [("--qlora",), ("--load_in_8bit",)], ids=["nf4", "int8"])
+@pytest.mark.parametrize("granularity", ["full", "core_attn"])
+def test_recomputation_on_a_quantized_base_changes_nothing(
+    base: Path, tmp_path: Path, flags: tuple[str, ...], granularity: str
+) -> None:
+    expected = train(base, tmp_path / "kept", *flags)
+    found = train(base, tmp_path / "again", *flags, "--recompute", "--recompute_granularity", granularity)
+    assert [line["loss"] for line in found] == [line["loss"] for line in expected]
+    kept, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("kept", "again"))
+    assert all(torch.equal(tensor, again[name]) for name, tensor in kept.items())
+
+
 def test_training_on_a_quantized_folder(base: Path, tmp_path: Path, capsys: Any) -> None:
     quantized = tmp_path / "q"
     assert (

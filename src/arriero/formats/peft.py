@@ -91,7 +91,10 @@ class PeftLoraConfig:
                 supported (trained embeddings, some layers only, …), naming the key.
         """
         if values.get("peft_type") != "LORA":
-            raise FormatError(f"{source}: peft_type {str(values.get('peft_type'))[:40]!r} is not supported; 'LORA' is")
+            hint = "; it goes with --prefix_path" if values.get("peft_type") == "PREFIX_TUNING" else ""
+            raise FormatError(
+                f"{source}: peft_type {str(values.get('peft_type'))[:40]!r} is not supported; 'LORA' is{hint}"
+            )
         rank, alpha, dropout = values.get("r"), values.get("lora_alpha"), values.get("lora_dropout", 0.0)
         if not _is_rank(rank):
             raise FormatError(f"{source}: r must be a whole number of at least 1, got {rank!r}")

@@ -140,13 +140,14 @@ class _QuantizedProduct(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = gradients
         names = ctx.scheme.tensor_names
-        tensors = dict(zip(names, ctx.saved_tensors[: len(names)], strict=True))
+        saved = ctx.saved_tensors  # only once: recomputation gives them a single time
+        tensors = dict(zip(names, saved[: len(names)], strict=True))
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             with torch.autocast(grad.device.type, enabled=False):
                 grad_x = grad.to(ctx.dtype) @ ctx.scheme.dequantize(tensors, ctx.dtype)
-            if len(ctx.saved_tensors) > len(names):
-                grad_x = grad_x * ctx.saved_tensors[-1]
+            if len(saved) > len(names):
+                grad_x = grad_x * saved[-1]
         if ctx.needs_input_grad[1]:
             grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
         return (grad_x, grad_bias, None, *[None for _ in names])

@@ -70,6 +70,7 @@ class TrainState:
         seconds: wall-clock seconds of training, over all sittings.
         total_steps: steps of the whole run.
         data: fingerprint of what decides the order of the data: rows, batch, accumulation, seed.
+        facts: of `run_facts`.
         best_watched: the best evaluation that early stopping has seen; `evaluations_without_gain`: how many came since.
     """
 
@@ -83,6 +84,7 @@ class TrainState:
     best_watched: float | None = None
     evaluations_without_gain: int = 0
     data: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
 
 

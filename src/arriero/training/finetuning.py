@@ -245,6 +245,8 @@ def _finetune(
             ],
             processes,
             objective=preferred.objective if preferred is not None else None,
+            base=loaded.folder if options.adapter.lora or options.adapter.prefix_tuning else None,
+            quantize_base=options.quantization.quantize_base,
         )
         results |= train(trainer, options, folder, signals) | {"trained_parameters": trained}
     elif folder.resume:

@@ -15,6 +15,7 @@ from arriero.formats import peft_prefix
 from arriero.formats.parts import Part
 from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.processes import Processes
+from arriero.training.run_facts import check_kind
 from arriero.training.weights import model_parts
 
 
@@ -42,6 +43,7 @@ class PrefixWeights:
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
+        check_kind(folder, "--prefix_tuning")
         stored = open_prefix(folder, self.model.config, self.base_model, trainable=True)
         found, wanted = self._options(stored.config), self._options(self.config)
         for option in wanted:

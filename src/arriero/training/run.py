@@ -51,6 +51,7 @@ from arriero.training.objectives.cross_entropy import CrossEntropy
 from arriero.training.objectives.objective import Objective
 from arriero.training.optimizer import Optimizer
 from arriero.training.precision import Precision
+from arriero.training.run_facts import facts_of
 from arriero.training.run_folder import SHARDED, RunFolder
 from arriero.training.schedule import Schedule
 from arriero.training.trainer import Callback, Trainer
@@ -185,11 +186,14 @@ def build_trainer(
     processes: Processes,
     skip_steps: frozenset[int] = frozenset(),
     objective: Objective | None = None,
+    base: Path | None = None,
+    quantize_base: str | None = None,
 ) -> Trainer:
     """The trainer of a run.
 
     Args:
         objective: by default cross-entropy with `--label_smoothing`.
+        base, quantize_base: of `facts_of`.
     """
     optim = options.optimization
     steps = optim.max_steps if optim.max_steps > 0 else data.steps_in(optim.num_train_epochs)
@@ -210,6 +214,7 @@ def build_trainer(
         processes=processes,
         seed=optim.seed,
         skip_steps=skip_steps,
+        facts=facts_of(optim.optim, base, quantize_base),
         callbacks=callbacks,
     )
 

@@ -28,6 +28,7 @@ from arriero.training.objectives.cross_entropy import CrossEntropy
 from arriero.training.objectives.objective import Objective
 from arriero.training.optimizer import Optimizer
 from arriero.training.precision import NOTHING, Precision, first_non_finite
+from arriero.training.run_facts import check_facts
 from arriero.training.schedule import Schedule
 
 
@@ -91,6 +92,7 @@ class Trainer:
         objective: what is made smaller.
         processes: all that train together; every one of them runs this loop in step with the others.
         skip_steps: numbers (from 0) of steps that pass without training on their data.
+        facts: what a checkpoint that is resumed must have in common with this run, of `run_facts`.
         max_grad_norm: gradient norm above which gradients are scaled down; 0 turns clipping off.
         run_folder: where callbacks write.
     """
@@ -109,6 +111,7 @@ class Trainer:
     objective: Objective = field(default_factory=CrossEntropy)
     processes: Processes = field(default_factory=Processes)
     skip_steps: frozenset[int] = frozenset()
+    facts: dict[str, str] = field(default_factory=dict)
     callbacks: list[Callback] = field(default_factory=list)
     state: TrainState = field(default_factory=TrainState)
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation, and the step it was made at
@@ -122,7 +125,7 @@ class Trainer:
         self.cost = step_cost(self.model)
         self.execution = build_execution(self.model, self.precision, self.device, self.objective)
         self.state.total_steps = self.total_steps
-        self.state.data = self.data.fingerprint()
+        self.state.data, self.state.facts = self.data.fingerprint(), self.facts
 
     @property
     def epoch(self) -> float:
@@ -134,11 +137,13 @@ class Trainer:
 
         Raises:
             FormatError: if the checkpoint is damaged or of another run.
-            TrainingError: if the data would come in another order, or the run would have ended before.
+            TrainingError: if the data would come in another order, the optimizer or the base model is another, or the run
+                would have ended before.
         """
         optimizer, generators, state = load_checkpoint(
             checkpoint, self.weights, self.optimizer.placements, self.processes
         )
+        check_facts(checkpoint, state.facts, self.facts)
         then, here = _leaves(state.data), _leaves(self.state.data)
         changed = [
             f"{key} was {then.get(key)} and is {here.get(key)}" for key in then | here if then.get(key) != here.get(key)
@@ -157,7 +162,7 @@ class Trainer:
             state.best_metric = state.best_checkpoint = None
         self.optimizer.load(optimizer)
         self.precision.load(state.scaler)
-        state.total_steps = self.total_steps
+        state.total_steps, state.facts = self.total_steps, self.facts
         self.state = state
         restore_random_state(generators)
 

@@ -21,6 +21,7 @@ from arriero.models.llama import LlamaForCausalLM
 from arriero.models.vocabulary import EMBEDDING
 from arriero.parallel.placement import local_tensors, placements
 from arriero.parallel.processes import Processes
+from arriero.training.run_facts import check_kind
 
 
 def model_parts(model: nn.Module) -> dict[str, Part]:
@@ -71,6 +72,7 @@ class FullWeights:
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
+        check_kind(folder, None)
         reader = PartReader(folder)
         rows, wanted = reader.shapes.get(EMBEDDING, (0,))[0], self.model.config.vocab_size
         if rows not in (0, wanted):
@@ -102,6 +104,7 @@ class AdapterWeights:
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
+        check_kind(folder, "--lora")
         peft.check_config(folder, to_peft(self.config, self.base_model))
         own = self.parts()
         found = peft.load_adapter_parts(folder, {name: part.placement for name, part in own.items()})

@@ -11,6 +11,7 @@ from torch import Tensor
 from arriero.adapters.fresh import FreshAdapter
 from arriero.adapters.lora import LoRAConfig, adapted_layers, apply_lora, check_adapter, load_adapter_state
 from arriero.adapters.peft_config import from_peft
+from arriero.config.adapter import AdapterOptions
 from arriero.engine.loading import LoadedModel, with_adapter
 from arriero.errors import ConfigError
 from arriero.formats import peft
@@ -28,6 +29,7 @@ def lora_weights(loaded: LoadedModel, options: FinetuneOptions) -> tuple[Adapter
     if adapter.lora_path:
         stored, state = peft.load_adapter(Path(adapter.lora_path))
         config = replace(from_peft(stored), plus_scale=adapter.lora_plus_scale)
+        tell_options(adapter, config)
     else:
         config = LoRAConfig(
             rank=adapter.lora_rank,
@@ -63,6 +65,15 @@ def lora_weights(loaded: LoadedModel, options: FinetuneOptions) -> tuple[Adapter
         f"({trained / total:.2%} of {total:,})"
     )
     return AdapterWeights(loaded.model, config, options.model.model_name_or_path), values
+
+
+def tell_options(adapter: AdapterOptions, config: LoRAConfig) -> None:
+    """Let a run's options, which are written down with it, be those of the adapter that it goes on with."""
+    adapter.lora_rank, adapter.lora_alpha, adapter.lora_dropout = config.rank, config.alpha, config.dropout
+    if not isinstance(config.target_modules, str):  # a pattern is no list of names
+        adapter.lora_target_modules = list(config.target_modules)
+    adapter.lora_bias = config.bias
+    adapter.lora_rslora, adapter.lora_dora = config.use_rslora, config.use_dora
 
 
 def with_fresh_adapter(

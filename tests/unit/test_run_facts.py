@@ -1,0 +1,119 @@
+"""What a run that is resumed must have in common with its checkpoint, besides its data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from arriero.cli import main
+from arriero.formats import hf
+from arriero.formats.tiny_model import tiny_tokenizer_files
+from arriero.models.config import LlamaConfig
+from arriero.models.llama import LlamaForCausalLM
+
+CONFIG = LlamaConfig(
+    vocab_size=2048,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    model = LlamaForCausalLM(CONFIG)
+    model.init_weights(1)
+    hf.save_model(model, CONFIG, tmp_path / "base")
+    for name, content in tiny_tokenizer_files().items():
+        (tmp_path / "base" / name).write_bytes(content)
+    rows = [{"src": f"what follows {n} ?", "tgt": str(n + 1)} for n in range(12)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "base"
+
+
+def finetuned(model: Path, folder: Path, *flags: str) -> int:
+    command = ["finetune", "--model_name_or_path", str(model), "--dataset_path", str(folder.parent / "train.jsonl")]
+    command += [
+        "--output_dir",
+        str(folder),
+        "--do_train",
+        "--max_steps",
+        "4",
+        "--save_steps",
+        "2",
+        "--report_to",
+        "none",
+    ]
+    command += ["--learning_rate", "1e-2", "--logging_steps", "1", "--disable_tqdm", "True"]
+    return main([*command, "--per_device_train_batch_size", "4", *flags])
+
+
+def last_loss(folder: Path) -> float:
+    lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    return float(next(line["loss"] for line in reversed(lines) if "loss" in line))
+
+
+def resumed(folder: Path) -> tuple[str, str]:
+    return "--resume_from_checkpoint", str(folder / "checkpoint-2")
+
+
+def test_another_base_or_optimizer_is_refused(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert finetuned(base, tmp_path / "run", "--lora") == 0
+    model = hf.load_model(base)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.01)
+    hf.save_model(model, CONFIG, tmp_path / "other", extra_files_from=base)
+    for folder, flags, reason in (
+        (tmp_path / "other", (), "was trained on another base model"),
+        (base, ("--qlora",), "was trained with --quantize_base none and this run has nf4"),
+        (base, ("--optim", "lion"), "was trained with --optim adamw and this run has lion"),
+        (base, ("--optim", "sgd"), "was trained with --optim adamw and this run has sgd"),
+    ):
+        assert finetuned(folder, tmp_path / "refused", "--lora", *flags, *resumed(tmp_path / "run")) == 2
+        assert reason in capsys.readouterr().err
+    assert not list((tmp_path / "refused").glob("checkpoint-*"))
+
+
+def test_a_copy_of_the_base_and_adamw_with_8_bit_moments_are_the_same(base: Path, tmp_path: Path) -> None:
+    assert finetuned(base, tmp_path / "run", "--lora") == 0
+    hf.save_model(hf.load_model(base), CONFIG, tmp_path / "moved", extra_files_from=base, max_shard_size="100KB")
+    assert len(list((tmp_path / "moved").glob("*.safetensors"))) > 1
+    shutil.rmtree(base)
+    for name, flags in (("moved on", ()), ("8 bits", ("--optim", "adamw_8bit"))):
+        assert finetuned(tmp_path / "moved", tmp_path / name, "--lora", *flags, *resumed(tmp_path / "run")) == 0
+        assert last_loss(tmp_path / name) == pytest.approx(last_loss(tmp_path / "run"), rel=1e-6 if not flags else 1e-2)
+
+
+def test_a_checkpoint_of_another_kind_says_so(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = {"full": (), "lora": ("--lora",), "prefix": ("--prefix_tuning",)}
+    for name, flags in kinds.items():
+        assert finetuned(base, tmp_path / name, *flags) == 0
+    for resumes, run, reason in (
+        ("lora", "full", "trained an adapter (--lora): add --lora"),
+        ("prefix", "full", "trained an adapter (--prefix_tuning): add --prefix_tuning"),
+        ("full", "lora", "trained all weights: leave out --lora"),
+        ("lora", "prefix", "trained an adapter (--lora): leave out --prefix_tuning, and add --lora"),
+    ):
+        capsys.readouterr()
+        assert finetuned(base, tmp_path / "refused", *kinds[run], *resumed(tmp_path / resumes)) == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_written_options_are_those_of_the_adapter_that_is_trained_on(base: Path, tmp_path: Path) -> None:
+    own = ("--lora", "--lora_rank", "3", "--lora_target_modules", "q_proj", "down_proj", "--lora_rslora")
+    assert finetuned(base, tmp_path / "first", *own) == 0
+    more = ("--lora_path", str(tmp_path / "first"), "--lora_rank", "4", "--lora_alpha", "99")
+    assert finetuned(base, tmp_path / "second", *more) == 0
+    written = yaml.safe_load((tmp_path / "second/config.yaml").read_text())
+    assert (written["lora_rank"], written["lora_alpha"], written["lora_rslora"]) == (3, 6.0, True)
+    assert sorted(written["lora_target_modules"]) == ["down_proj", "q_proj"]
