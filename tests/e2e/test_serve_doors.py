@@ -87,7 +87,7 @@ def test_every_route_needs_a_key_but_health(served: Served, http: httpx.Client) 
                 else:
                     assert answer.json()["error"]["type"] == "authentication_error"
                     assert answer.headers["www-authenticate"] == "Bearer"
-    assert open_paths == {"/health/live", "/health/ready"}
+    assert open_paths == {"/health", "/health/live", "/health/ready", "/ping", "/version"}
 
 
 def test_keys_are_compared_in_constant_time() -> None:
@@ -137,7 +137,6 @@ def test_there_are_no_routes_that_manage_anything(http: httpx.Client) -> None:
     [
         {"prompt_embeds": "gASVAAAA"},  # CVE-2025-62164: tensors of clients
         {"chat_template": "{{ ''.__class__ }}"},  # CVE-2024-34359, CVE-2026-5760
-        {"chat_template_kwargs": {"tokenize": True}},  # CVE-2025-62426
         {"lora_path": "/etc"},
         {"extra_args": {}},
     ],
@@ -145,6 +144,14 @@ def test_there_are_no_routes_that_manage_anything(http: httpx.Client) -> None:
 def test_dangerous_fields_are_refused(http: httpx.Client, field: dict[str, Any]) -> None:
     answer = chat(http, **field)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unknown_parameter")
+
+
+@pytest.mark.parametrize("name", ["tokenize", "chat_template", "messages", "eos_token", "__class__"])
+def test_variables_of_templates_set_nothing_else(http: httpx.Client, name: str) -> None:
+    """CVE-2025-62426: those of a client reached the tokenizer itself."""
+    answer = chat(http, chat_template_kwargs={name: True})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "chat_template_kwargs")
+    assert chat(http, chat_template_kwargs={"enable_thinking": False}).status_code == 200
 
 
 def test_pictures_are_refused_and_never_fetched(http: httpx.Client, connections: Path) -> None:

@@ -147,6 +147,69 @@ def test_a_second_signal_ends_it_at_once() -> None:
         assert time.monotonic() - began < 8
 
 
+# Texts for which the tiny model needs seconds; each of them tens of milliseconds.
+TEXTS: dict[str, Any] = {"input": [[5] * 1900] * 150}
+TOKENS = 150 * 1900
+
+
+def embeddings_logged(served: Served) -> list[dict[str, Any]]:
+    return [line for line in served.log if line.get("path") == "/v1/embeddings"]
+
+
+def leave_early(served: Served) -> None:
+    """Ask for vectors and close the connection when they are being computed."""
+    body = json.dumps(TEXTS).encode()
+    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with socket.create_connection(("127.0.0.1", served.port)) as client:
+        client.sendall(head.encode() + b"\r\n\r\n" + body)
+        time.sleep(1.2)
+
+
+def test_embeddings_end_with_their_client() -> None:
+    """And SIGTERM does not wait for one who has left."""
+    with Served("--drain_timeout", "60") as served:
+        leave_early(served)
+        wait_for(lambda: bool(embeddings_logged(served)))
+        leave_early(served)
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(20) == 0
+    lines = embeddings_logged(served)
+    assert [line["status"] for line in lines] == [499, 499]
+    assert all(line["prompt_tokens"] < TOKENS for line in lines)
+    assert [line["event"] for line in served.log if line["level"] != "info"] == []
+
+
+def test_embeddings_have_the_time_of_a_request_and_of_the_drain() -> None:
+    with Served("--request_timeout", "1.5", "--drain_timeout", "0.2") as served:
+        late = httpx.post(f"{served.api}/embeddings", json=TEXTS, timeout=60)
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(httpx.post, f"{served.api}/embeddings", json=TEXTS, timeout=60)
+            time.sleep(0.4)
+            served.process.send_signal(signal.SIGTERM)
+            told = asked.result()
+        assert (told.status_code, told.json()["error"]["code"]) == (503, "shutting_down")
+        assert served.process.wait(20) == 0
+    assert [line["event"] for line in served.log if "trace" in line] == []
+
+
+def test_answers_go_on_between_texts() -> None:
+    """A text and a step by turns, with several requests for vectors too; those that run are finished within the drain."""
+    with Served("--drain_timeout", "60") as served, concurrent.futures.ThreadPoolExecutor(4) as pool:
+        texts = {"input": TEXTS["input"][:50]}
+        asked = [pool.submit(httpx.post, f"{served.api}/embeddings", json=texts, timeout=120) for _ in range(3)]
+        time.sleep(0.3)
+        short = {"prompt": "x", "max_tokens": 20, "ignore_eos": True}
+        assert (
+            httpx.post(f"{served.api}/completions", json=short, timeout=60).json()["usage"]["completion_tokens"] == 20
+        )
+        assert not any(one.done() for one in asked)  # about 20 of 150 texts
+        served.process.send_signal(signal.SIGTERM)
+        assert [one.result().status_code for one in asked] == [200] * 3
+        assert served.process.wait(20) == 0
+    assert [line["prompt_tokens"] for line in embeddings_logged(served)] == [TOKENS // 3] * 3
+
+
 def test_https(tmp_path: Path) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     subprocess.run(

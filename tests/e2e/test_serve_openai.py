@@ -169,6 +169,44 @@ def test_echo_gives_the_prompts_log_probabilities(client: openai.OpenAI, loaded:
     assert streamed == pytest.approx(whole.choices[0].logprobs.token_logprobs, abs=1e-4)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_lie_in_the_text(served: Served, loaded: LoadedModel, stream: bool) -> None:
+    """Also where characters are spread over several tokens."""
+    prompt = "naïve 東京 in the evening 🙂"
+    body = {"prompt": prompt, "max_tokens": 6, "echo": True, "logprobs": 0, "seed": 1, "stream": stream}
+    answer = httpx.post(f"{served.api}/completions", json=body)
+    lines = answer.text.split("\n\n")[:-2]
+    pieces = [json.loads(line.removeprefix("data: ")) for line in lines] if stream else [answer.json()]
+    choices = [piece["choices"][0] for piece in pieces]
+    text = "".join(choice["text"] for choice in choices)
+    told = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+    tokens = [token for one in told for token in one["tokens"]]
+    offsets = [offset for one in told for offset in one["text_offset"]]
+    ids = loaded.tokenizer.encode(prompt, add_special_tokens=True)
+    assert (len(offsets), offsets[0], offsets[len(ids)]) == (len(ids) + 6, 0, len(prompt))
+    assert offsets == sorted(offsets)
+    assert offsets[-1] <= len(text)
+    for token, start, end in zip(tokens[1:], offsets[1:], [*offsets[2:], len(text)], strict=True):
+        if not token.startswith("bytes:"):
+            assert text[start:end] == token
+    assert [offset for token, offset in zip(tokens, offsets, strict=True) if token == "bytes:\\xac"] == [
+        prompt.index("京")
+    ]
+
+
+def test_usage_is_what_was_generated(served: Served) -> None:
+    def completion_tokens(**fields: Any) -> int:
+        body = {"prompt": "To be", "ignore_eos": True, **fields}
+        count: int = httpx.post(f"{served.api}/completions", json=body).json()["usage"]["completion_tokens"]
+        return count
+
+    assert completion_tokens(max_tokens=0, echo=True) == 0
+    assert completion_tokens(max_tokens=0, echo=True, prompt=["a", "b"], n=2) == 0
+    assert completion_tokens(max_tokens=5, best_of=4, n=1) == 20
+    assert completion_tokens(max_tokens=5, best_of=4, n=2, prompt=["a", "b"]) == 40
+    assert completion_tokens(max_tokens=5, n=2) == 10
+
+
 def test_chat_log_probabilities(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(
         model="tiny", messages=HELLO, max_tokens=4, temperature=0, logprobs=True, top_logprobs=2
@@ -266,6 +304,17 @@ def test_tools_get_arguments_that_fit(client: openai.OpenAI) -> None:
     history.append({"role": "tool", "tool_call_id": call.id, "content": "done"})
     later = client.chat.completions.create(model="tiny", messages=history, tools=tools, max_tokens=5)
     assert later.choices[0].finish_reason in ("length", "stop")
+
+
+def test_forms_in_vllms_words_are_kept(served: Served) -> None:
+    body = {"messages": HELLO, "max_tokens": 20, "structured_outputs": {"choice": ["north", "south"]}}
+    [choice] = httpx.post(f"{served.api}/chat/completions", json=body).json()["choices"]
+    assert choice["message"]["content"] in ("north", "south")
+    plain = {"prompt": "To be", "max_tokens": 20, "guided_regex": "[ab]{3}"}
+    [choice] = httpx.post(f"{served.api}/completions", json=plain).json()["choices"]
+    assert len(choice["text"]) == 3
+    assert set(choice["text"]) <= {"a", "b"}
+    assert choice["finish_reason"] == "stop"
 
 
 def test_many_at_once_get_their_own_answers(served: Served, loaded: LoadedModel) -> None:

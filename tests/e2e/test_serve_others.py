@@ -14,6 +14,7 @@ import pydantic
 import pytest
 import torch
 
+import arriero
 from arriero.adapters.lora import adapter_state, apply_lora, load_adapter_state, merge_lora
 from arriero.adapters.lora_config import LoRAConfig
 from arriero.adapters.peft_config import to_peft
@@ -189,11 +190,83 @@ def test_responses_call_functions(client: openai.OpenAI) -> None:
     assert later.status == "incomplete"
 
 
+@pytest.mark.parametrize("cut", [1, 5, 12, 20, 26, 40])
+def test_a_call_that_is_cut_shows_no_markup(served: Served, cut: int) -> None:
+    hello = [{"role": "user", "content": "Hello there"}]
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    body = {"messages": hello, "tools": [tool], "tool_choice": "required", "max_tokens": cut, "seed": 1}
+    [choice] = httpx.post(f"{served.api}/chat/completions", json=body).json()["choices"]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("length", None)
+    calls = choice["message"].get("tool_calls", [])
+    assert [call["function"]["name"] for call in calls] == ["weather"] * (cut > 20)
+    events = httpx.post(f"{served.api}/chat/completions", json={**body, "stream": True}).text.split("\n\n")[:-2]
+    deltas = [json.loads(event.removeprefix("data: "))["choices"][0]["delta"] for event in events]
+    assert not any(delta.get("content") for delta in deltas)
+    streamed = [call["function"] for delta in deltas for call in delta.get("tool_calls", ())]
+    assert "".join(one["arguments"] for one in streamed) == "".join(call["function"]["arguments"] for call in calls)
+    assert [one["name"] for one in streamed if "name" in one] == ["weather"] * len(calls)
+    flat = {"type": "function", "name": "weather", "parameters": parameters}
+    asked = {"input": "Hello there", "tools": [flat], "tool_choice": "required", "max_output_tokens": cut}
+    response = httpx.post(f"{served.api}/responses", json=asked).json()
+    assert response["status"] == "incomplete"
+    assert [item["type"] for item in response["output"]] == ["function_call"] * (cut > 20)
+
+
+def test_responses_tell_log_probabilities(client: openai.OpenAI) -> None:
+    """Those that the chat tells, in the parts of the message and with each piece."""
+    asked: Any = {"model": "tiny", "input": "Hello", "max_output_tokens": 6, "temperature": 0}
+    wanted: Any = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    chat: Any = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "Hello"}],
+        max_tokens=6,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    content = [one.model_dump() for one in chat.choices[0].logprobs.content]
+    answer: Any = client.responses.create(**asked, **wanted)
+    assert answer.top_logprobs == 2
+
+    def same(found: Any) -> None:
+        assert [(one["token"], one["bytes"]) for one in found] == [(one["token"], one["bytes"]) for one in content]
+        values = [value["logprob"] for one in content for value in (one, *one["top_logprobs"])]
+        assert [v["logprob"] for one in found for v in (one, *one["top_logprobs"])] == pytest.approx(values, abs=1e-4)
+
+    same([one.model_dump() for one in answer.output[0].content[0].logprobs])
+    events: Any = list(client.responses.create(**asked, **wanted, stream=True))
+    same(
+        [one.model_dump() for e in events if e.type == "response.output_text.delta" for one in e.logprobs],
+    )
+    [done] = [event for event in events if event.type == "response.output_text.done"]
+    same([one.model_dump() for one in done.logprobs])
+    same([one.model_dump() for one in events[-1].response.output[0].content[0].logprobs])
+    replayed = [
+        {"role": "user", "content": "Hello"},
+        answer.output[0].model_dump(),
+        {"role": "user", "content": "And?"},
+    ]
+    assert client.responses.create(**{**asked, "input": replayed}).status == "incomplete"
+    without: Any = client.responses.create(**asked, include=["reasoning.encrypted_content"])
+    assert without.output[0].content[0].logprobs == []
+
+
 def test_responses_keep_nothing(client: openai.OpenAI) -> None:
     for field in ({"previous_response_id": "resp_1"}, {"background": True}, {"conversation": "c"}):
         asked: Any = {"model": "tiny", "input": "x", **field}
         with pytest.raises(openai.BadRequestError):
             client.responses.create(**asked)
+
+
+# Beside the model
+
+
+def test_health_and_version_are_where_others_have_them(served: Served) -> None:
+    for path in ("/health", "/ping", "/health/ready"):
+        answer = httpx.get(served.url + path)
+        assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
+    assert httpx.get(f"{served.url}/version").json() == {"version": arriero.__version__}
 
 
 # /v1/embeddings
@@ -213,6 +286,29 @@ def test_embeddings_are_pooled_hidden_states(client: openai.OpenAI, served: Serv
     body = {"model": "tiny", "input": "Romeo", "pooling": "last", "encoding_format": "float"}
     last = httpx.post(f"{served.api}/embeddings", json=body).json()["data"][0]["embedding"]
     assert last == pytest.approx((hidden[1][-1] / hidden[1][-1].norm()).tolist(), abs=1e-5)
+
+
+def test_embeddings_take_as_many_texts_as_openais(served: Served, client: openai.OpenAI) -> None:
+    """More than there are places for answers; and what is too much is named."""
+    asked = [[5, number % 2000] for number in range(2048)]
+    answer = client.embeddings.create(model="tiny", input=asked)
+    assert [one.index for one in answer.data] == list(range(2048))
+    assert answer.data[7].embedding == client.embeddings.create(model="tiny", input=asked[7]).data[0].embedding
+    for body, message, code in (
+        ({"input": ["x"] * 3000}, "Invalid 'input': it has 3000 texts: at most 2048 are taken", "invalid_value"),
+        ({"input": [[1], [2048]]}, "input[1] holds token id 2048, and the model has ids 0 to 2047", None),
+        (
+            {"input": [[5] * 2047] * 147},
+            "input has 300909 tokens in 147 texts: at most 300000 are taken in one request",
+            "too_many",
+        ),
+        ({"input": [[1], [1] * 2049]}, "input[1] has 2049 tokens: at most 2048", "context_length_exceeded"),
+        ({"input": "x " * 3000}, "input has ", "context_length_exceeded"),
+    ):
+        told = httpx.post(f"{served.api}/embeddings", json=body)
+        error = told.json()["error"]
+        assert (told.status_code, error["param"], error["code"]) == (400, "input", code), error
+        assert error["message"].startswith(message), error
 
 
 # Adapters

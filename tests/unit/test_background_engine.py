@@ -8,7 +8,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from arriero.engine.engine import Engine
 from arriero.engine.runner import TorchRunner, Work
 from arriero.engine.sampling_params import SamplingParams
 from arriero.engine.ticket import EngineClosedError, RefusedError
-from arriero.errors import GenerationError
+from arriero.errors import GenerationError, PeerError
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 
@@ -147,6 +149,87 @@ def test_closing_waits_no_longer_than_it_is_told(model: LlamaForCausalLM, tokeni
     tickets = [background.submit([i], SamplingParams(max_new_tokens=120)) for i in range(1, 9)]
     assert not background.close(drain=True, timeout=0.05)
     assert {ticket.result().finish_reason for ticket in tickets} <= {"length", "cancelled"}
+
+
+def test_long_things_take_turns_with_the_steps(background: BackgroundEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many wait: one of them between two steps, in their order, and none that was taken back."""
+    done: list[str] = []
+    held = threading.Event()
+    step = background.engine.step
+
+    def noted() -> list[Any]:
+        done.append("step")
+        return step()
+
+    monkeypatch.setattr(background.engine, "step", noted)
+    hold = threading.Thread(target=background.call, args=(lambda _: held.wait(20),))
+    hold.start()
+    ticket = background.submit([1], SamplingParams(max_new_tokens=8, ignore_eos=True))
+
+    def turn(name: str) -> Future[int]:
+        return background.take_turn(lambda engine: (done.append(name), engine.unfinished)[1])
+
+    turns = [turn(str(number)) for number in range(4)]
+    assert turns[1].cancel()
+    held.set()
+    assert ticket.result().finish_reason == "length"
+    hold.join()
+    assert done == ["0", "step", "2", "step", "3", *["step"] * 6]
+    assert [turns[number].result() for number in (0, 2, 3)] == [1, 1, 1]
+    assert turn("alone").result() == 0  # and without any steps
+
+    def broken(_: Engine) -> None:
+        raise ValueError("bad")
+
+    with pytest.raises(ValueError, match="bad"):
+        background.take_turn(broken).result()
+
+
+def test_turns_end_with_the_engine(model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
+    """Those that wait, those that come late, and with `drain` none that was there before."""
+    for drain in (False, True):
+        background = BackgroundEngine(Engine(TorchRunner(model, max_tokens=256), tokenizer))
+        begun, held = threading.Event(), threading.Event()
+
+        def hold(_: Engine, begun: threading.Event = begun, held: threading.Event = held) -> None:
+            begun.set()
+            held.wait(20)
+
+        turns = [background.take_turn(hold), background.take_turn(lambda _: None)]
+        assert begun.wait(20)
+        closing = threading.Thread(target=background.close, kwargs={"drain": drain})
+        closing.start()
+        time.sleep(0.05)
+        held.set()
+        closing.join(20)
+        assert turns[0].exception(20) is None
+        assert isinstance(turns[1].exception(20), type(None) if drain else EngineClosedError)
+        with pytest.raises(EngineClosedError, match="shutting down"):
+            background.take_turn(lambda _: None)
+
+
+def test_a_defect_is_told_to_those_whose_turn_has_not_come(
+    background: BackgroundEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = threading.Event()
+
+    def broken() -> list[Any]:
+        raise PeerError("process 1 is gone")
+
+    monkeypatch.setattr(background.engine, "step", broken)
+    hold = threading.Thread(target=background.call, args=(lambda _: held.wait(20),))
+    hold.start()
+    ticket = background.submit([1], PARAMS)
+    turns = [background.take_turn(lambda _: 1) for _ in range(2)]
+    held.set()
+    hold.join()
+    assert turns[0].result(20) == 1
+    with pytest.raises(GenerationError, match="process 1 is gone"):
+        turns[1].result(20)
+    with pytest.raises(GenerationError, match="process 1 is gone"):
+        ticket.result()
+    with pytest.raises(EngineClosedError, match="process 1 is gone"):
+        background.take_turn(lambda _: 1)
 
 
 @pytest.mark.parametrize("events", [400, pytest.param(10_000, marks=[pytest.mark.peers, pytest.mark.timeout(1800)])])

@@ -279,6 +279,37 @@ def test_no_marks_without_need() -> None:
     assert chat == MarkedChat("<|im_start|>user\na<|im_end|>\n", None)
 
 
+@pytest.mark.parametrize(
+    ("source", "content", "told"),
+    [
+        ("{{ m.content }}<|im_end|>", " a b ", " a b "),
+        ("{{ m.content | trim }}<|im_end|>", " a b ", "a b"),
+        ("{{ m.content }}<|im_end|>", "im", "im"),  # which the template's end has too
+        ("{{ m.content }}<|im_end|>", "a<|im_end|>", "a<|im_end|>"),
+        ("{{ m.content }}<|im_end|>", "", ""),
+    ],
+)
+def test_the_last_message_can_be_continued(source: str, content: str, told: str) -> None:
+    template = ChatTemplate(f"{{% for m in messages %}}<|im_start|>{source}{{% endfor %}}")
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": content}]
+    chat = template.render_marked(
+        messages, special_tokens=TOKENS, add_generation_prompt=False, continue_final_message=True
+    )
+    assert chat.text == f"<|im_start|>x<|im_end|><|im_start|>{told}"
+    assert [part for part, control in chat.split(TOKENS) if control] == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
+    assert messages[1]["content"] == content
+    with pytest.raises(TemplateError, match="does not write the last message"):
+        ChatTemplate("x").render_marked(messages, special_tokens=TOKENS, continue_final_message=True)
+
+
+def test_variables_replace_nothing_and_hold_no_control_tokens() -> None:
+    given = {"thinking": "<|im_end|>", "bos_token": "x", "messages": [], "tools": 1}
+    chat = ChatTemplate("{{ bos_token }}{{ messages | length }}{{ tools }}{{ thinking }}").render_marked(
+        USER, special_tokens=TOKENS, named={"bos_token": "<s>"}, variables=given
+    )
+    assert chat.split(TOKENS) == [("<s>1None<|im_end|>", False)]
+
+
 def test_a_role_cannot_build_a_control_token() -> None:
     template = ChatTemplate("{% for m in messages %}{{ '<|' + m.role + '|>' }}{% endfor %}")
     with pytest.raises(TemplateError, match="unknown role 'im_end'"):

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import socket
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -18,13 +19,19 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from arriero.engine.sampling_params import MAX_LOGPROB_VALUES, SamplingParams
 from arriero.errors import ConfigError
 from arriero.serving.access import Keys, RateLimit
-from arriero.serving.admission import Admission
+from arriero.serving.admission import MAX_TEXTS, Admission
 from arriero.serving.api_errors import ApiError
+from arriero.serving.body import check
 from arriero.serving.exchange import Exchange
+from arriero.serving.openai.chat import prepare as prepare_chat
+from arriero.serving.openai.completions import prepare as prepare_completion
+from arriero.serving.openai.requests import ChatRequest, CompletionRequest, EmbeddingRequest
 from arriero.serving.request_log import JsonLog
 from arriero.serving.server import bind
+from arriero.serving.service import Limits, Service
 from arriero.serving.strict_json import MAX_DEPTH, parse_object
 
 JSON = st.recursive(
@@ -114,6 +121,156 @@ def test_places_are_given_once_and_taken_back_once() -> None:
         await asyncio.wait_for(waiting, 1)
 
     asyncio.run(run())
+
+
+def test_texts_take_no_places_of_answers() -> None:
+    async def run() -> None:
+        admission = Admission(2, 1)
+        answers, large = admission.enter(3), admission.enter_texts(MAX_TEXTS - 1)
+        small = admission.enter_texts(1)
+        with pytest.raises(ApiError, match="8192 texts of 2 requests") as full:
+            admission.enter_texts(1)
+        assert (full.value.status, full.value.code, full.value.retry_after) == (429, "queue_full", 5)
+        large.leave()
+        large.leave()
+        others = [admission.enter_texts(1) for _ in range(2)]
+        with pytest.raises(ApiError, match="3 texts of 3 requests"):
+            admission.enter_texts(1)
+        assert admission.active == 6
+        for place in (small, answers, *others):
+            assert not admission._idle.is_set()
+            place.leave()
+        await asyncio.wait_for(admission.idle(), 1)
+        admission.draining = True
+        with pytest.raises(ApiError) as late:
+            admission.enter_texts(1)
+        assert (late.value.status, late.value.code) == (503, "shutting_down")
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["x"] * 3000, "it has 3000 texts: at most 2048 are taken"),
+        ([[1]] * 2049, "it has 2049 texts: at most 2048 are taken"),
+        ([1] * 300_001, "input has 300001 tokens: at most 300000 are taken in one request"),
+        ([], "it is empty: give a text, token ids, or a list of texts"),
+        ([[1], []], r"input[1] is empty: give at least one token"),
+        (["x", [1]], r"input[1] is of another kind than input[0]"),
+        (["x", 1], r"input[1] is of another kind than input[0]"),
+        ([None], r"input[0] is of another kind"),
+        ([True], r"input[0] is of another kind"),
+        ([1, 2, "x"], r"input[2] is no token id"),
+        ([[1, True]], r"input[0][1] is no token id"),
+        ([1, -1], r"input[1] is no token id"),
+        ([2**40], r"input[0] is no token id"),
+        (5, "it must be a text, token ids, or a list of texts"),
+        ({"{fault}": 1}, "it must be a text"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_what_is_wrong_with_texts_is_said(given: Any, message: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        check(parse_object, json.dumps({"input": given}).encode(), EmbeddingRequest)
+    assert (caught.value.status, caught.value.param, caught.value.code) == (400, "input", "invalid_value")
+    assert caught.value.message.startswith(f"Invalid 'input': {message}")
+
+
+@pytest.mark.parametrize(
+    "given", ["x", [1, 2], ["x"] * 2048, [[1]] * 2048, [0], ["", "{x}"]], ids=lambda v: repr(v)[:20]
+)
+def test_texts_are_taken_in_every_form(given: Any) -> None:
+    assert check(parse_object, json.dumps({"input": given}).encode(), EmbeddingRequest).input == given
+
+
+class _Long:
+    """Stands in for a service with a model of a long context and one token a character."""
+
+    limits = Limits(131072, 131072, 131072, 60.0)
+    room = Service.room
+
+    def __init__(self) -> None:
+        self.background = SimpleNamespace(engine=SimpleNamespace(runner=SimpleNamespace(vocab_size=2048)))
+        self.tokenizer = SimpleNamespace(
+            chat_template="",
+            has_chat_template=lambda: True,
+            chat=lambda messages, **_: [1] * len(messages[0]["content"]),
+        )
+        self.tokenizer.encode = lambda text, add_special_tokens: [1] * len(text)
+
+
+LOGPROBS = {"logprobs": True, "top_logprobs": 20}
+
+
+def prepared(body: dict[str, Any]) -> SamplingParams:
+    service: Any = _Long()
+    if "messages" in body:
+        return prepare_chat(service, check(parse_object, json.dumps(body).encode(), ChatRequest)).params
+    return prepare_completion(service, check(parse_object, json.dumps(body).encode(), CompletionRequest))[1]
+
+
+def test_an_answer_without_a_length_is_as_long_as_its_log_probabilities_may_be() -> None:
+    hello = [{"role": "user", "content": "Hello"}]
+    for asked, longest in (
+        ({}, 131067),
+        ({"logprobs": True}, 131067),
+        (LOGPROBS, MAX_LOGPROB_VALUES // 21),
+        ({**LOGPROBS, "n": 128, "min_tokens": 5000}, MAX_LOGPROB_VALUES // 21 // 128),
+    ):
+        params = prepared({"messages": hello, **asked})
+        assert params.max_new_tokens == longest
+        assert params.logprob_values(5) <= MAX_LOGPROB_VALUES
+        params.check_prompt(5)
+    # a prompt whose own take nearly all
+    params = prepared({"prompt": "x" * 99860, "logprobs": 20, "echo": True})
+    assert params.max_new_tokens == 4
+    params.check_prompt(99860)
+    assert prepared({"prompt": "x", "logprobs": 20}).max_new_tokens == 16
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "message"),
+    [
+        (
+            {"max_tokens": 120_000},
+            "max_tokens",
+            "'max_tokens' is 120000: with 'top_logprobs' 20 that is up to 2520000 ",
+        ),
+        (
+            {"max_completion_tokens": 50_000, "n": 2},
+            "max_completion_tokens",
+            "up to 2100000 .* in 2 answers .'n'., and at",
+        ),
+        ({"max_tokens": 100_000, "top_logprobs": 0, "n": 40}, "max_tokens", "with 'logprobs' that is up to 4000000 "),
+    ],
+)
+def test_a_length_that_is_too_much_is_named_in_chats(asked: dict[str, Any], param: str, message: str) -> None:
+    with pytest.raises(ApiError, match=message) as caught:
+        prepared({"messages": [{"role": "user", "content": "Hello"}], **LOGPROBS, **asked})
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            {"max_tokens": 120_000},
+            "^'logprobs' is 20 and 'max_tokens' 120000: up to 2520000 log-probabilities for a prompt, ",
+        ),
+        ({"max_tokens": 60_000, "n": 2}, "and 'max_tokens' 60000, with 'n' 2: up to"),
+        ({"max_tokens": 60_000, "best_of": 2}, "with 'best_of' 2: up to"),
+        (
+            {"prompt": "x" * 120_000, "echo": True},
+            "^'logprobs' is 20, with 'echo' and a prompt of 120000 tokens: up to",
+        ),
+    ],
+)
+def test_log_probabilities_that_are_too_many_are_named_in_completions(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(ApiError, match=message) as caught:
+        prepared({"prompt": "Hello", "logprobs": 20, **asked})
+    assert (caught.value.status, caught.value.param) == (400, "max_tokens" if "max_tokens" in asked else "logprobs")
+    assert "prompt_logprobs" not in caught.value.message
 
 
 class _Metrics:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,13 +13,19 @@ from hypothesis import strategies as st
 
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.engine.grammar import GrammarCompiler
+from arriero.engine.logprobs import TokenLogprobs
+from arriero.engine.sampling_params import SamplingParams
 from arriero.formats.download import resolve_model
 from arriero.models.presets import TINY_RANDOM_LLAMA
 from arriero.serving.api_errors import ApiError
 from arriero.serving.openai.call_reader import CallReader
-from arriero.serving.openai.chat import read_calls
+from arriero.serving.openai.chat import ChatWork, read_calls
 from arriero.serving.openai.fields import JsonObjectFormat
 from arriero.serving.openai.messages import FunctionSpec, Tool
+from arriero.serving.openai.response_items import Items
+from arriero.serving.openai.response_request import ResponseRequest
+from arriero.serving.openai.responses import ResponseAnswer
+from arriero.serving.openai.token_text import MessageLogprobs, TokenTexts
 from arriero.serving.openai.tool_format import (
     CHATML,
     LLAMA3,
@@ -27,6 +35,7 @@ from arriero.serving.openai.tool_format import (
     structure_with_tools,
     taught,
 )
+from arriero.serving.service import ServedModel
 
 SCHEMA = {
     "type": "object",
@@ -106,24 +115,41 @@ def test_parameters_must_be_an_objects_schema() -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "text", "content", "calls"),
+    ("form", "text", "content", "calls", "cut"),
     [
-        (CHATML, "Nothing to call", "Nothing to call", []),
-        (CHATML, CALL, None, [("weather", ROME)]),
-        (CHATML, f"I look.\n\n{CALL}\n{NOW}", "I look.", [("weather", ROME), ("now", "{}")]),
-        (CHATML, "a <b> c \n", "a <b> c \n", []),
-        (CHATML, CALL[:48], None, [("weather", '{"c')]),
-        (CHATML, f"{CALL.replace('Rome', 'a}b]c')}", None, [("weather", '{"city": "a}b]c"}')]),
-        (CHATML, CALL.replace("Rome", 'say \\"}\\\\'), None, [("weather", '{"city": "say \\"}\\\\"}')]),
-        (LLAMA3, LLAMA_CALL, None, [("weather", ROME)]),
-        (LLAMA3, 'It is {"name": "weather"', 'It is {"name": "weather"', []),
-        (LLAMA3, '{"name": "wea', None, []),
-        (LLAMA3, "", "", []),
+        (CHATML, "Nothing to call", "Nothing to call", [], False),
+        (CHATML, CALL, None, [("weather", ROME)], False),
+        (CHATML, f"I look.\n\n{CALL}\n{NOW}", "I look.", [("weather", ROME), ("now", "{}")], False),
+        (CHATML, "a <b> c \n", "a <b> c \n", [], False),
+        (CHATML, "a <b> c \n", "a <b> c \n", [], True),
+        (CHATML, f"{CALL.replace('Rome', 'a}b]c')}", None, [("weather", '{"city": "a}b]c"}')], False),
+        (CHATML, CALL.replace("Rome", 'say \\"}\\\\'), None, [("weather", '{"city": "say \\"}\\\\"}')], False),
+        (CHATML, "", "", [], True),
+        (CHATML, "<", None, [], True),
+        (CHATML, "1 <", "1 <", [], True),
+        (CHATML, "1 <tool", "1", [], True),
+        (CHATML, "1 <tool", "1 <tool", [], False),
+        *((CHATML, CALL[:end], None, [], True) for end in (6, 11, 12, 13, 22, 29)),
+        (CHATML, f"I look.\n{CALL[:13]}", "I look.", [], True),
+        (CHATML, CALL[:30], None, [("weather", "")], True),
+        (CHATML, CALL[:40], None, [("weather", "")], True),
+        (CHATML, CALL[:48], None, [("weather", '{"c')], True),
+        (CHATML, CALL[:-5], None, [("weather", ROME)], True),
+        (CHATML, f"{CALL}\n", None, [("weather", ROME)], True),
+        (CHATML, f"{CALL}\n<", None, [("weather", ROME)], True),
+        (CHATML, f"{CALL}\n{NOW[:25]}", None, [("weather", ROME)], True),
+        (LLAMA3, LLAMA_CALL, None, [("weather", ROME)], False),
+        (LLAMA3, 'It is {"name": "weather"', 'It is {"name": "weather"', [], True),
+        (LLAMA3, "{", None, [], True),
+        (LLAMA3, '{"name": "wea', None, [], True),
+        (LLAMA3, '{"name": "weather", "par', None, [("weather", "")], True),
+        (LLAMA3, '{"name": "Bob"}', '{"name": "Bob"}', [], False),
+        (LLAMA3, "", "", [], False),
     ],
 )
 @given(data=st.data())
 def test_calls_are_found_however_the_text_comes(
-    form: ToolFormat, text: str, content: str | None, calls: list[tuple[str, str]], data: st.DataObject
+    form: ToolFormat, text: str, content: str | None, calls: list[tuple[str, str]], cut: bool, data: st.DataObject
 ) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=12)))
     reader = CallReader(form)
@@ -132,12 +158,12 @@ def test_calls_are_found_however_the_text_comes(
     for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
         for part in reader.push(text[start:end]):
             told += _note(found, part)
-    for part in reader.finish():
+    for part in reader.finish(cut=cut):
         told += _note(found, part)
     assert [tuple(call) for call in found] == calls
     assert (told or None) == (content or None)
-    whole, listed = read_calls(form, text)
-    assert (whole or None) == (content or None)
+    whole, listed = read_calls(form, text, cut=cut)
+    assert whole == content
     assert [(call["function"]["name"], call["function"]["arguments"]) for call in listed] == calls
     assert len({call["id"] for call in listed}) == len(listed)
 
@@ -149,6 +175,51 @@ def _note(found: list[list[str]], part: Any) -> str:
         found.append([part.name, ""])
     found[part.call][1] += part.text
     return ""
+
+
+def test_log_probabilities_of_a_message_end_where_its_calls_begin(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(f"naïve 東.\n{CALL}")
+    logprobs = MessageLogprobs(TokenTexts(tokenizer))
+    items, reader, events = Items(logprobs), CallReader(CHATML), []
+    decoder = tokenizer.stream_decoder()
+    for token in ids:
+        logprobs.push([token], [TokenLogprobs(-1.0, ((token, -1.0),))])
+        for part in reader.push(decoder.push(token)):
+            events += items.take(part)
+    events += items.end("completed")
+    message, call = items.output
+    assert (message["content"][0]["text"], call["arguments"]) == ("naïve 東.", ROME)
+    told = message["content"][0]["logprobs"]
+    assert b"".join(bytes(one["bytes"]) for one in told).decode().strip() == "naïve 東."
+    assert [
+        one for event in events if event["type"] == "response.output_text.delta" for one in event["logprobs"]
+    ] == told
+
+
+def test_an_error_goes_on_with_the_sequence(tokenizer: Tokenizer) -> None:
+    service: Any = SimpleNamespace(tokenizer=tokenizer)
+    body, work = ResponseRequest(input="x"), ChatWork([1], SamplingParams(), None)
+    answer = ResponseAnswer(service, body, ServedModel("tiny"), work)
+
+    class Failing:
+        async def pieces(self) -> Any:
+            raise ApiError(503, "gone", code="busy")
+            yield
+
+    async def run() -> list[Any]:
+        told = []
+        job: Any = Failing()
+        try:
+            async for event in answer.events(job):
+                told.append(event)
+        except ApiError as error:
+            told.append(answer.failed(error))
+        return told
+
+    events = asyncio.run(run())
+    assert [event["type"] for event in events] == ["response.created", "response.in_progress", "error"]
+    assert [event["sequence_number"] for event in events] == [0, 1, 2]
+    assert (events[-1]["code"], events[-1]["message"]) == ("busy", "gone")
 
 
 QWEN = "{%- if tools %}{{- '<tools>' }}{% endif %}{{ '<tool_call>\\n{\"name\": ' }}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from pathlib import Path
@@ -188,6 +189,19 @@ def test_broken_sentencepiece_models(tmp_path: Path) -> None:
         (tmp_path / "tokenizer.model").write_bytes(content)
         with pytest.raises(FormatError, match=r"tokenizer\.model"):
             load_tokenizer(tmp_path)
+
+
+def test_a_full_disk_names_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    tokenizer = load_tokenizer(folder_with(source, "<e>", tokenizer_config={"eos_token": "<e>"}))
+
+    def full(read: Path, written: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(read), None, str(written))
+
+    monkeypatch.setattr("shutil.copyfile", full)
+    with pytest.raises(FormatError, match=r"target/tokenizer\.json: cannot be written from .* \(the disk is full\)"):
+        tokenizer.save(tmp_path / "target")
 
 
 def test_save_copies_the_files(tmp_path: Path) -> None:

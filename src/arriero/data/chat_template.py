@@ -243,6 +243,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         generation_marks: tuple[str, str] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The conversation as text.
 
@@ -251,6 +252,7 @@ class ChatTemplate:
             named: bos_token, eos_token ..., which templates write.
             tools: JSON schemas of the functions that the assistant may call.
             generation_marks: what is written before and after each `{% generation %}` block.
+            variables: others that this template reads; they replace none of those above.
 
         Raises:
             TemplateError: in one line, what the template refused or why it was stopped.
@@ -260,7 +262,8 @@ class ChatTemplate:
         for message in messages:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise TemplateError("every message must be an object with a string `role` and a `content`")
-        variables = {
+        given = {
+            **(variables or {}),
             **(named or {}),
             "messages": [{key: value for key, value in m.items() if value is not None} for m in messages],
             "tools": list(tools) if tools else None,
@@ -268,7 +271,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return _worker.render(self.source, variables, generation_marks=generation_marks)
+            return _worker.render(self.source, given, generation_marks=generation_marks)
         except TemplateError as error:
             raise TemplateError(f"{self.name}: the chat template failed: {error}") from error
 
@@ -281,17 +284,23 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         mark_generation: bool = False,
+        variables: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> MarkedChat:
-        """`render`, with special tokens' names in the messages and tools marked as text.
+        """`render`, with special tokens' names in the messages, tools and variables marked as text.
 
         Args:
             mark_generation: mark `{% generation %}` blocks too.
+            continue_final_message: end within the last message, so that the answer goes on with it.
+
+        Raises:
+            TemplateError: as `render`; a last message that the template does not write.
         """
         for message in messages:
             self._check_role(message, special_tokens)
-        given = [*messages, *(tools or ())]
+        given = [*messages, *(tools or ()), variables or {}]
         held = any(_holds(item, special_tokens) for item in given)
-        marks = _unused_marks(given, self.source, 4) if held or mark_generation else ()
+        marks = _unused_marks(given, self.source, 5) if held or mark_generation or continue_final_message else ()
         generation = (marks[2], marks[3]) if mark_generation else None
         quotes = None
         if held:
@@ -300,14 +309,30 @@ class ChatTemplate:
             replacement = f"{marks[0]}\\g<0>{marks[1]}"
             messages = [_marked(message, names, replacement) for message in messages]
             tools = [_marked(tool, names, replacement) for tool in tools or ()]
+            variables = _marked(variables, names, replacement)
+        if continue_final_message and messages:
+            messages = [*messages[:-1], {**messages[-1], "content": f"{messages[-1].get('content') or ''}{marks[4]} "}]
         rendered = self.render(
             messages,
             named=named,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
             generation_marks=generation,
+            variables=variables,
         )
+        if continue_final_message:
+            rendered = self._up_to(marks[4], rendered)
         return MarkedChat(rendered, quotes, generation)
+
+    def _up_to(self, mark: str, rendered: str) -> str:
+        """A conversation up to a mark, which has a blank behind it: where the template trims that, blanks before it are no
+        part of the text either, as in transformers."""
+        before, found, after = rendered.rpartition(mark)
+        if not found:
+            raise TemplateError(
+                f"{self.name}: the chat template failed: it does not write the last message, which is to be continued"
+            )
+        return before if after.startswith(" ") else before.rstrip()
 
     def _check_role(self, message: Mapping[str, Any], special_tokens: Collection[str]) -> None:
         # Some templates write '<|' + role + '|>': a role may complete no token but those of the known roles.

@@ -6,6 +6,7 @@ special token's name inside a text is encoded as the letters it is made of and n
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -167,14 +168,22 @@ class Tokenizer:
         return self._vocabulary.id_to_token(token_id)
 
     def save(self, folder: Path) -> None:
-        """Copy the files that this tokenizer was read from into a folder, with the tokens that were added since."""
+        """Copy the files that this tokenizer was read from into a folder, with the tokens that were added since.
+
+        Raises:
+            FormatError: one cannot be read or written, a full disk say.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         for name in SIDE_FILES:
             source, target = self.folder / name, folder / name
-            if name in self.replaced_files:
-                target.write_bytes(self.replaced_files[name])
-            elif source.is_file() and not (target.exists() and source.samefile(target)):
-                shutil.copyfile(source, target)
+            try:
+                if name in self.replaced_files:
+                    target.write_bytes(self.replaced_files[name])
+                elif source.is_file() and not (target.exists() and source.samefile(target)):
+                    shutil.copyfile(source, target)
+            except OSError as error:
+                full = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+                raise FormatError(f"{target}: cannot be written from {source} ({full})") from error
 
     def has_chat_template(self) -> bool:
         """Whether `chat` works."""
@@ -199,6 +208,8 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """Token ids of a conversation; special tokens come from the template only, never from a message.
 
@@ -206,11 +217,15 @@ class Tokenizer:
             messages: {"role", "content"} each.
             add_generation_prompt: end where the assistant's answer begins.
             tools: JSON schemas of the functions that the assistant may call.
+            variables: others that the template reads, such as `enable_thinking`.
+            continue_final_message: end within the last message, so that the answer goes on with it.
 
         Raises:
             TemplateError: no template, or one that fails on these messages.
         """
-        chat = self._render(messages, add_generation_prompt, tools)
+        chat = self._render(
+            messages, add_generation_prompt, tools, variables=variables, continue_final_message=continue_final_message
+        )
         if not chat.marked:
             return self._vocabulary.encode(chat.text)
         return [token_id for ids, _, _ in self._pieces(chat) for token_id in ids]
@@ -264,9 +279,12 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        *,
-        mark_generation: bool = False,
+        **options: Any,
     ) -> MarkedChat:
+        """
+        Args:
+            options: of `ChatTemplate.render_marked`.
+        """
         if self._template is None:
             raise TemplateError(
                 f"{self.folder}: this model has no chat template; use an instruct model, or a plain prompt"
@@ -282,7 +300,7 @@ class Tokenizer:
             named=named,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
-            mark_generation=mark_generation,
+            **options,
         )
 
 

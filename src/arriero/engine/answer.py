@@ -31,6 +31,7 @@ class Generation:
         prompt_logprobs: of each token of the prompt, where they were asked for; None for the first. Of several answers only
             the first has them.
         alternatives: the other answers to the prompt, where several were asked for.
+        unchosen_tokens: of the candidates that were generated and are not given (`best_of`); the first answer tells them.
     """
 
     token_ids: list[int]
@@ -41,6 +42,7 @@ class Generation:
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
     alternatives: tuple[Generation, ...] = ()
+    unchosen_tokens: int = 0
 
 
 @dataclass(eq=False)

@@ -46,7 +46,9 @@ class AnswerGroup:
         found = [answer.result(tokenizer) for answer in self.answers]
         of_prompt = found[0].prompt_logprobs
         if self.params.selects:
-            found = sorted(found, key=_mean_logprob, reverse=True)[: self.params.n]
+            found = sorted(found, key=_mean_logprob, reverse=True)
+            found, others = found[: self.params.n], found[self.params.n :]
+            found[0] = replace(found[0], unchosen_tokens=sum(len(one.token_ids) for one in others))
         if self.params.logprobs is None:
             found = [replace(one, logprobs=()) for one in found]
         return [replace(one, prompt_logprobs=() if index else of_prompt) for index, one in enumerate(found)]

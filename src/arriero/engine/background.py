@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -38,6 +39,7 @@ class BackgroundEngine:
         self._tickets: dict[Answer, Ticket] = {}
         self._answers: dict[Ticket, AnswerGroup] = {}
         self._sent: dict[Answer, int] = {}
+        self._turns: deque[Callable[[Exception | None], bool]] = deque()
         self._waiting_for_idle: list[threading.Event] = []
         self._lock, self._closed = threading.Lock(), False
         self.failure: PeerError | GenerationError | None = None
@@ -71,7 +73,7 @@ class BackgroundEngine:
         return ticket
 
     def call(self, function: Callable[[Engine], Result]) -> Result:
-        """Run something on the engine's thread, between two steps, and wait for what it returns.
+        """Run something short on the engine's thread, between two steps, and wait for what it returns.
 
         Raises:
             EngineClosedError: the engine is closed.
@@ -90,6 +92,38 @@ class BackgroundEngine:
                 raise EngineClosedError("the engine is shutting down")
             self._commands.put(run)
         return future.result()
+
+    def take_turn(self, function: Callable[[Engine], Result]) -> Future[Result]:
+        """Run something that takes as long as a step on the engine's thread. Turns come in their order, and while there are
+        steps to compute, one of them between two turns.
+
+        Returns:
+            At once. Cancelling the future before its turn takes the turn back. It fails with an EngineClosedError where the
+            engine is closed first.
+
+        Raises:
+            EngineClosedError: the engine is closed.
+        """
+        future: Future[Result] = Future()
+
+        def run(refused: Exception | None) -> bool:
+            """Whether the engine's time was taken."""
+            if not future.set_running_or_notify_cancel():
+                return False
+            if refused is not None:
+                future.set_exception(refused)
+                return False
+            try:
+                future.set_result(function(self.engine))
+            except BaseException as error:  # it is the caller's, and the engine goes on
+                future.set_exception(error)
+            return True
+
+        with self._lock:
+            if self._closed:
+                raise EngineClosedError("the engine is shutting down" if self.failure is None else str(self.failure))
+            self._commands.put(lambda: self._turns.append(run))
+        return future
 
     def load_adapter(self, name: str, folder: str | Path) -> None:
         """Let requests use an adapter under a name. It is read on the caller's thread, and holds up no request meanwhile.
@@ -141,19 +175,31 @@ class BackgroundEngine:
 
     def _work(self) -> None:
         while True:
-            if not self._tickets:
+            if not self._tickets and not self._turns:
                 for event in self._waiting_for_idle:
                     event.set()
                 self._waiting_for_idle = []
             try:
-                if not self._obey(block=not self._tickets):
+                if not self._obey(block=not self._tickets and not self._turns):
                     break
+                self._give_turn()
                 if self._tickets:
                     self._step()
             except Exception as error:  # a defect: those who wait must hear of it, and the server can end in order
                 self._fail(GenerationError(f"the engine has failed ({_reason(error)}): start it again"))
         for ticket in list(self._answers):
             self._cancel(ticket)
+        self._refuse_turns(EngineClosedError("the engine is shutting down"))
+
+    def _give_turn(self) -> None:
+        """To the first who still wants it."""
+        refused = None if self.failure is None else EngineClosedError(str(self.failure))
+        while self._turns and not self._turns.popleft()(refused):
+            pass
+
+    def _refuse_turns(self, error: Exception) -> None:
+        while self._turns:
+            self._turns.popleft()(error)
 
     def _obey(self, *, block: bool) -> bool:
         """Carry out what was asked for meanwhile; False at the end."""
@@ -211,6 +257,7 @@ class BackgroundEngine:
             ticket.deliver(GenerationError(str(error)))
             with contextlib.suppress(Exception):
                 self.engine.cancel(group)
+        self._refuse_turns(GenerationError(str(error)))
 
     def _send(self, answer: Answer) -> None:
         """Deliver what is new of an answer."""

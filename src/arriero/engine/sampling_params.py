@@ -173,16 +173,32 @@ class SamplingParams:
             prompt_logprobs=self.prompt_logprobs if index == 0 else None,
         )
 
-    def check_prompt(self, length: int) -> None:
-        """
-        Raises:
-            GenerationError: more log-probabilities are asked for, with a prompt of this length, than memory is spent on.
-        """
+    def logprob_values(self, length: int) -> int:
+        """How many log-probabilities are asked for at most, with a prompt of this length."""
         values = 0
         if self.prompt_logprobs is not None:
             values += length * (1 + self.prompt_logprobs)
         if self.logprobs is not None:
             values += self.candidates * self.max_new_tokens * (1 + self.logprobs)
+        return values
+
+    def shortened(self, length: int) -> SamplingParams:
+        """With answers so short that their log-probabilities, with a prompt of this length, are given; as it is where that
+        cannot be, or need not."""
+        more = self.logprob_values(length) - MAX_LOGPROB_VALUES
+        if self.logprobs is None or more <= 0:
+            return self
+        longest = self.max_new_tokens - -(-more // (self.candidates * (1 + self.logprobs)))
+        if longest < 1:
+            return self
+        return replace(self, max_new_tokens=longest, min_new_tokens=min(self.min_new_tokens, longest))
+
+    def check_prompt(self, length: int) -> None:
+        """
+        Raises:
+            GenerationError: more log-probabilities are asked for, with a prompt of this length, than memory is spent on.
+        """
+        values = self.logprob_values(length)
         if values > MAX_LOGPROB_VALUES:
             raise GenerationError(
                 f"logprobs and prompt_logprobs ask for up to {values} log-probabilities: at most {MAX_LOGPROB_VALUES} are "

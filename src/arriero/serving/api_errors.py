@@ -73,7 +73,8 @@ def api_error(error: ArrieroError) -> ApiError:
         too_long = (
             "max_position_embeddings" in message or "blocks of" in message or "of answer are more than" in message
         )
-        return ApiError(400, message, code="context_length_exceeded" if too_long else None)
+        param = "logit_bias" if message.startswith("logit_bias ") else None
+        return ApiError(400, message, param=param, code="context_length_exceeded" if too_long else None)
     if isinstance(error, TemplateError):
         # It begins with the model's folder, which is none of the client's business.
         return ApiError(

@@ -55,6 +55,11 @@ async def ready(request: Request, service: Service) -> Response:
     return json_response({"status": "ready" if service.ready else "draining"}, 200 if service.ready else 503)
 
 
+async def version(request: Request, service: Service) -> Response:
+    """Of this package."""
+    return json_response({"version": __version__})
+
+
 async def metrics(request: Request, service: Service) -> Response:
     """The numbers for Prometheus."""
     return Response(await service.workers.run(service.metrics.text), media_type=CONTENT_TYPE)
@@ -74,6 +79,9 @@ ROUTES = (
     Route("/detokenize", detokenize, "The text of token ids.", DetokenizeRequest, answers.DetokenizedText),
     Route("/health/live", live, "Whether the process works.", None, answers.Health, statuses=(503,)),
     Route("/health/ready", ready, "Whether requests are taken.", None, answers.Health, statuses=(503,)),
+    Route("/health", ready, "The same, under vLLM's name.", None, answers.Health, statuses=(503,)),
+    Route("/ping", ready, "The same, under SageMaker's name.", None, answers.Health, statuses=(503,)),
+    Route("/version", version, "The version of arriero.", None, answers.Version),
 )
 METRICS = Route("/metrics", metrics, "Numbers for Prometheus.")
 

@@ -19,7 +19,7 @@ MAX_HEADER_BYTES = 16 * 1024
 MAX_HEADERS = 100
 BODY_SECONDS = 60.0  # for a body to arrive
 DISCARD_BYTES, DISCARD_SECONDS = 16 * 2**20, 5.0
-OPEN_PATHS = ("/health/live", "/health/ready")
+OPEN_PATHS = ("/health", "/health/live", "/health/ready", "/ping", "/version")
 
 
 class Doors:

@@ -18,7 +18,8 @@ from arriero.serving.request_log import JsonLog
 from arriero.serving.tracing import NoTracing, Tracing
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_QUIET = ("/health/live", "/health/ready", "/metrics")  # asked every few seconds: no line in the log if all is well
+# Asked every few seconds: no line in the log if all is well.
+_QUIET = ("/health", "/health/live", "/health/ready", "/ping", "/metrics")
 
 
 class Exchange:

@@ -26,10 +26,12 @@ class Job:
 
     Attributes:
         tickets: one a prompt.
+        prompt_only: whether no answer is wanted: the token that the engine gives all the same is not counted.
     """
 
     def __init__(self, service: Service, request: Request, model: ServedModel, place: Place) -> None:
         self.tickets: list[Ticket] = []
+        self.prompt_only = False
         self._service, self._request, self._model, self._place = service, request, model, place
         self._began: float = request.state.began
         self._first: float | None = None
@@ -160,7 +162,8 @@ class Job:
                 metrics.between_tokens_seconds.observe((now - self._last[answer]) / count)
         if count:
             self._last[answer] = now
-        self._tokens += count
+        if not self.prompt_only:
+            self._tokens += count + (piece.result.unchosen_tokens if piece.result is not None else 0)
         if piece.result is not None:
             if piece.index == 0:
                 self._prompt_tokens += piece.result.prompt_tokens

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -15,7 +14,7 @@ from arriero.engine.sampling_params import MAX_INTEGER, SamplingParams
 from arriero.engine.ticket import Piece
 from arriero.errors import ArrieroError
 from arriero.serving.api_errors import ApiError
-from arriero.serving.body import Closed, read_body
+from arriero.serving.body import Closed, disagreement, read_body
 from arriero.serving.event_stream import EventStream, results
 from arriero.serving.job import Job
 from arriero.serving.json_response import json_response
@@ -56,7 +55,7 @@ class SeedChatRequest(Closed):
     @model_validator(mode="after")
     def _agree(self) -> SeedChatRequest:
         if len(self.earlier()) % 2 and not self._told():
-            raise PydanticCustomError("history", "history must hold pairs: what was asked, what was answered")
+            raise disagreement("history", "history must hold pairs: what was asked, what was answered")
         return self
 
     @property
@@ -70,7 +69,7 @@ class SeedChatRequest(Closed):
         if isinstance(history, str):
             history = [] if not history.strip() else parse_value(history)
             if not isinstance(history, list) or len(history) > MAX_TURNS:
-                raise PydanticCustomError("history", "history is text that is no JSON list")
+                raise disagreement("history", "history is text that is no JSON list")
         return [*(history or ()), *(self.context[:-1] if isinstance(self.context, list) else ())]
 
     def _told(self) -> bool:

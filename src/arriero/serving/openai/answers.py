@@ -183,9 +183,15 @@ class DetokenizedText(Answer):
 
 
 class Health(Answer):
-    """Answer of /health/live and /health/ready."""
+    """Answer of /health and what is below it, and of /ping."""
 
     status: Literal["ok", "failed", "ready", "draining"]
+
+
+class Version(Answer):
+    """Answer of /version."""
+
+    version: str
 
 
 class Embedding(Answer):
@@ -258,5 +264,9 @@ def schemas() -> list[type[BaseModel]]:
         TokenList,
         DetokenizedText,
         Health,
+        Version,
+        EmbeddingList,
+        SeedAnswer,
+        ResponseObject,
     ]
     return found

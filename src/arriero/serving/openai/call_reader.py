@@ -1,4 +1,4 @@
-"""Finds calls of tools in an answer while it grows. The grammar has seen to it that they are whole."""
+"""Finds calls of tools in an answer while it grows. The grammar has seen to it that they are whole, if the answer is."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class CallReader:
 
     Attributes:
         calls: how many have begun.
+        left_out: whether the answer ended before it was known which function it calls.
     """
 
     def __init__(self, form: ToolFormat) -> None:
@@ -41,6 +42,7 @@ class CallReader:
         self._begun = False  # whether any text was released: then an answer without an opening is no call
         self._depth, self._quoted, self._escaped = 0, False, False
         self.calls = 0
+        self.left_out = False
 
     def push(self, text: str) -> list[Part]:
         """What can be told now."""
@@ -50,12 +52,35 @@ class CallReader:
             pass
         return parts
 
-    def finish(self) -> list[Part]:
-        """What was held back, at the end."""
+    def finish(self, *, cut: bool = False) -> list[Part]:
+        """What was held back, at the end. What only a call begins with is never shown as text.
+
+        Args:
+            cut: whether the answer ended before it was complete.
+        """
         held, self._held = self._held, ""
-        if self._state == "arguments" and held:
-            return [Part(held, self.calls - 1)]
-        return [Part(held)] if self._state == "text" and held and not (self.calls and not held.strip()) else []
+        if self._state == "name":
+            if not cut and not self._form.opening:  # then it is a text that begins like a call
+                return [Part(self._form.before_name() + held)]
+            name, known, _ = held.partition('"')
+            if known:
+                return [self._begin(name)]
+        marker = held.lstrip()
+        if self._state == "name" or (cut and self._state == "text" and self._begins_call(marker)):
+            self.left_out = True
+            return []
+        if self._state == "text" and held and not (self.calls and not marker):
+            return [Part(held)]
+        return []
+
+    def _begins_call(self, text: str) -> bool:
+        """Whether the end of an answer must have become a call; a single character of it after other text need not."""
+        alone = self.calls > 0 or not self._begun
+        return len(text) > (0 if alone else 1) and self._form.before_name().startswith(text)
+
+    def _begin(self, name: str) -> Part:
+        self.calls += 1
+        return Part("", self.calls - 1, f"call_{uuid.uuid4().hex[:24]}", name)
 
     def _step(self, parts: list[Part]) -> bool:
         """Go on; False where more text is needed."""
@@ -65,8 +90,7 @@ class CallReader:
             name, found, rest = self._held.partition(self._form.before_arguments())
             if not found:
                 return False
-            parts.append(Part("", self.calls, f"call_{uuid.uuid4().hex[:24]}", name))
-            self.calls += 1
+            parts.append(self._begin(name))
             self._held, self._state, self._depth = rest, "arguments", 0
             return True
         if self._state == "arguments":

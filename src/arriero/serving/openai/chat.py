@@ -12,7 +12,7 @@ from starlette.responses import Response
 from arriero.data.tokenizer import Tokenizer
 from arriero.engine.answer import Generation
 from arriero.engine.grammar import Structure
-from arriero.engine.sampling_params import SamplingParams
+from arriero.engine.sampling_params import MAX_LOGPROB_VALUES, SamplingParams
 from arriero.engine.ticket import Piece
 from arriero.errors import ArrieroError
 from arriero.serving.api_errors import ApiError, api_error
@@ -60,7 +60,7 @@ def chat_prompt(tokenizer: Tokenizer, body: ChatRequest) -> tuple[list[int], Too
         messages = taught(messages, tools)
     try:
         described = [specification(tool) for tool in tools] if form.native and tools else None
-        return tokenizer.chat(messages, tools=described), form if tools else None
+        return tokenizer.chat(messages, tools=described, **body.template_options), form if tools else None
     except ArrieroError as error:
         raise api_error(error) from error
 
@@ -92,9 +92,20 @@ def prepare(service: Service, body: ChatRequest) -> ChatWork:
             structure = structure_of(body.response_format)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         params = body.sampling(longest, logprobs=logprobs, structure=structure)
-        params.check_prompt(len(prompt))
     except ArrieroError as error:
         raise ApiError(400, " ".join(str(error).split())) from error
+    if body.longest is None:  # then it is the answer that is shortened, as it is by the context
+        params = params.shortened(len(prompt))
+    values = params.logprob_values(len(prompt))
+    if values > MAX_LOGPROB_VALUES:
+        wanted = f"'top_logprobs' {body.top_logprobs}" if body.top_logprobs else "'logprobs'"
+        count = f" in {body.answers} answers ('n')" if body.answers > 1 else ""
+        raise ApiError(
+            400,
+            f"'{name}' is {longest}: with {wanted} that is up to {values} log-probabilities{count}, and at "
+            f"most {MAX_LOGPROB_VALUES} are given in one request",
+            param=name,
+        )
     return ChatWork(prompt, params, form)
 
 
@@ -121,7 +132,7 @@ class ChatAnswers:
         return json_response({**self.head.fields("chat.completion"), "choices": choices, "usage": job.usage})
 
     def _choice(self, index: int, answer: Generation) -> dict[str, Any]:
-        content, calls = read_calls(self._form, answer.text)
+        content, calls = read_calls(self._form, answer.text, cut=answer.finish_reason != "stop")
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if calls:
             message["tool_calls"] = calls
@@ -149,7 +160,9 @@ class ChatAnswers:
         if reader is None:
             parts = [Part(piece.text)] if piece.text else []
         else:
-            parts = reader.push(piece.text) + (reader.finish() if result is not None else [])
+            parts = reader.push(piece.text)
+            if result is not None:
+                parts += reader.finish(cut=result.finish_reason != "stop")
         deltas = [_delta(part) for part in parts]
         logprobs = None
         if self._body.logprobs and piece.token_ids:
@@ -184,21 +197,25 @@ def _delta(part: Part) -> dict[str, Any]:
     return {"tool_calls": [call]}
 
 
-def read_calls(form: ToolFormat | None, text: str) -> tuple[str | None, list[dict[str, Any]]]:
-    """An answer's own text, None if it has only calls, and the calls."""
+def read_calls(form: ToolFormat | None, text: str, *, cut: bool = False) -> tuple[str | None, list[dict[str, Any]]]:
+    """An answer's own text, None if it has only calls, and the calls.
+
+    Args:
+        cut: whether the answer ended before it was complete; the last call is then as much of it as is known.
+    """
     if form is None:
         return text, []
     reader = CallReader(form)
     content = ""
     calls: list[dict[str, Any]] = []
-    for part in (*reader.push(text), *reader.finish()):
+    for part in (*reader.push(text), *reader.finish(cut=cut)):
         if part.call is None:
             content += part.text
         elif part.name is not None:
             calls.append({"id": part.id, "type": "function", "function": {"name": part.name, "arguments": ""}})
         else:
             calls[part.call]["function"]["arguments"] += part.text
-    return (content or None) if calls else content, calls
+    return (content or None) if calls or reader.left_out else content, calls
 
 
 async def chat_completions(request: Request, service: Service) -> Response:

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from arriero.engine.answer import Generation
-from arriero.engine.sampling_params import SamplingParams
+from arriero.engine.sampling_params import MAX_LOGPROB_VALUES, SamplingParams
 from arriero.errors import ArrieroError
 from arriero.serving.api_errors import ApiError
 from arriero.serving.body import read_body
@@ -77,10 +77,37 @@ def prepare(service: Service, body: CompletionRequest) -> tuple[list[PromptText]
             prompt_logprobs=of_prompt,
             best_of=body.best_of if body.best_of != body.answers else None,
         )
-        params.check_prompt(longest)
     except ArrieroError as error:
         raise ApiError(400, " ".join(str(error).split())) from error
+    if body.max_tokens is None:
+        params = params.shortened(longest)
+    values = params.logprob_values(longest)
+    if values > MAX_LOGPROB_VALUES:
+        helps = body.max_tokens is not None and params.shortened(longest) is not params
+        raise _too_many_logprobs(body, values, longest, "max_tokens" if helps else "logprobs")
     return prompts, params
+
+
+def _too_many_logprobs(body: CompletionRequest, values: int, longest: int, param: str) -> ApiError:
+    """
+    Args:
+        values: log-probabilities asked for.
+        longest: tokens of a prompt.
+        param: the field whose change would help.
+    """
+    asked = f"'logprobs' is {body.logprobs}"
+    if body.max_tokens is not None:
+        asked += f" and 'max_tokens' {body.max_tokens}"
+    if body.echo:
+        asked += f", with 'echo' and a prompt of {longest} tokens"
+    if body.best_of is not None or body.answers > 1:
+        count = f"'best_of' {body.best_of}" if body.best_of is not None else f"'n' {body.answers}"
+        asked += f", with {count}"
+    return ApiError(
+        400,
+        f"{asked}: up to {values} log-probabilities for a prompt, and at most {MAX_LOGPROB_VALUES} are given",
+        param=param,
+    )
 
 
 class CompletionAnswers:
@@ -112,9 +139,8 @@ class CompletionAnswers:
         if self._body.logprobs is not None:
             writer = CompletionLogprobs(self._texts)
             if self._body.echo:
-                told = writer.take([*prompt.ids, *tokens], [*of_prompt, *logprobs])
-            else:
-                told = writer.take(tokens, logprobs)
+                writer.echo(prompt.text, prompt.ids, of_prompt)
+            told = writer.take(tokens, logprobs, text)
         finish = "length" if self._nothing else FINISH[answer.finish_reason]
         text = prompt.text + text if self._body.echo else text
         return {"index": number * self._body.answers + index, "text": text, "logprobs": told, "finish_reason": finish}
@@ -134,8 +160,10 @@ class CompletionAnswers:
                 prompt = self._prompts[number]
                 text = prompt.text + text
                 of_prompt = of_prompts.setdefault(number, piece.prompt_logprobs or [None] * len(prompt.ids))
-                tokens, logprobs = [*prompt.ids, *tokens], [*of_prompt, *logprobs]
-            told = writer.take(tokens, logprobs) if self._body.logprobs is not None else None
+                if self._body.logprobs is not None:
+                    writer.echo(prompt.text, prompt.ids, of_prompt)
+            whole = "" if self._nothing else piece.result.text if piece.result is not None else None
+            told = writer.take(tokens, logprobs, whole) if self._body.logprobs is not None else None
             finish = None
             if piece.result is not None:
                 finish = "length" if self._nothing else FINISH[piece.result.finish_reason]
@@ -158,6 +186,7 @@ async def completions(request: Request, service: Service) -> Response:
     if service.log_prompts:
         request.state.facts["prompts"] = [prompt.text for prompt in prompts]
     job = await service.start(request, model, [prompt.ids for prompt in prompts], params)
+    job.prompt_only = body.max_tokens == 0
     answers = CompletionAnswers(service, body, model, prompts)
     if body.stream:
         return EventStream(job, answers.chunks(job))

@@ -17,6 +17,7 @@ from arriero.engine.sampling_params import (
     SamplingParams,
 )
 from arriero.serving.body import Closed
+from arriero.serving.openai.structured_fields import StructuredFields
 
 MAX_TEXT = 16_000_000  # characters; the body's own limit is lower
 MAX_STOPS = 16
@@ -52,7 +53,7 @@ class IgnoredFields(Closed):
     metadata: Annotated[dict[ShortText, ShortText], Field(max_length=16)] | None = None
 
 
-class SamplingFields(IgnoredFields):
+class SamplingFields(StructuredFields, IgnoredFields):
     """How answers are drawn. What is no field of OpenAI's API is called as in vLLM."""
 
     model: ModelName | None = None
@@ -72,6 +73,7 @@ class SamplingFields(IgnoredFields):
     min_tokens: Annotated[int, Field(ge=0, le=MAX_INTEGER)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     ignore_eos: bool | None = None
+    skip_special_tokens: Literal[True] | None = None
 
     @property
     def answers(self) -> int:
@@ -92,6 +94,7 @@ class SamplingFields(IgnoredFields):
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         temperature = 1.0 if self.temperature is None else self.temperature
         top_p = 1.0 if self.top_p is None else self.top_p
+        structure = more.pop("structure", None) or self.own_structure()
         return SamplingParams(
             max_new_tokens=max_new_tokens,
             min_new_tokens=min(self.min_tokens or 0, max_new_tokens),
@@ -109,6 +112,7 @@ class SamplingFields(IgnoredFields):
             seed=None if self.seed is None else self.seed % 2**64,
             ignore_eos=bool(self.ignore_eos),
             n=self.answers,
+            structure=structure,
             **more,
         )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from arriero.serving.body import Closed
@@ -26,26 +27,45 @@ class TextPart(Closed):
     text: Text
 
 
-def _text_only(content: Any) -> Any:
+class Said(Closed):
+    """What a model has said before, perhaps on another server: fields that mean nothing here are left out."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class SaidPart(Said):
+    """A part of what a model has said; a refusal is its text too."""
+
+    type: Literal["text", "refusal"]
+    text: Text = ""
+    refusal: Text = ""
+
+
+def _text_only(*kinds: str) -> BeforeValidator:
     """Say clearly that pictures and the like are not taken; their addresses are never fetched."""
-    for part in content if isinstance(content, list) else ():
-        kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(kind, str) and kind != "text":
-            raise PydanticCustomError("text_only", "this model takes text only, no parts of other types")
-    return content
+
+    def checked(content: Any) -> Any:
+        for part in content if isinstance(content, list) else ():
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind not in kinds:
+                raise PydanticCustomError("text_only", "this model takes text only, no parts of other types")
+        return content
+
+    return BeforeValidator(checked)
 
 
-Content = Annotated[Text | Annotated[list[TextPart], Field(max_length=MAX_PARTS)], BeforeValidator(_text_only)]
+Content = Annotated[Text | Annotated[list[TextPart], Field(max_length=MAX_PARTS)], _text_only("text")]
+SaidContent = Annotated[Text | Annotated[list[SaidPart], Field(max_length=MAX_PARTS)], _text_only("text", "refusal")]
 
 
-class CalledFunction(Closed):
+class CalledFunction(Said):
     """A function with its arguments, as JSON text."""
 
     name: FunctionName
     arguments: Text
 
 
-class ToolCall(Closed):
+class ToolCall(Said):
     """A call that the assistant made."""
 
     id: ShortText
@@ -69,17 +89,21 @@ class UserMessage(Closed):
     name: ShortText | None = None
 
 
-class AssistantMessage(Closed):
-    """What the model said. Fields that OpenAI's own answers have, and which have no meaning here, may be null."""
+class AssistantMessage(Said):
+    """What the model said. What would change its meaning is refused: audio, calls in the form before `tool_calls`.
+
+    `reasoning_content` is for templates that know it; some servers call it `reasoning`.
+    """
 
     role: Literal["assistant"]
-    content: Content | None = None
+    content: SaidContent | None = None
     name: ShortText | None = None
     refusal: Text | None = None
+    reasoning_content: Text | None = None
+    reasoning: Any = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] | None = None
     audio: None = None
     function_call: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
 class ToolMessage(Closed):
@@ -126,11 +150,13 @@ class NamedTool(Closed):
     function: NamedFunction
 
 
-def text_of(content: str | list[TextPart] | None) -> str:
+def text_of(content: str | Sequence[TextPart | SaidPart] | None) -> str:
     """A message's content as one text."""
     if content is None:
         return ""
-    return content if isinstance(content, str) else "".join(part.text for part in content)
+    if isinstance(content, str):
+        return content
+    return "".join(part.refusal if part.type == "refusal" else part.text for part in content)
 
 
 def for_template(message: SystemMessage | UserMessage | AssistantMessage | ToolMessage) -> dict[str, Any]:
@@ -142,6 +168,11 @@ def for_template(message: SystemMessage | UserMessage | AssistantMessage | ToolM
         given["name"] = message.name
     if isinstance(message, ToolMessage):
         given["tool_call_id"] = message.tool_call_id
+    if isinstance(message, AssistantMessage):
+        given["content"] = given["content"] or message.refusal or ""
+        thought = message.reasoning if message.reasoning_content is None else message.reasoning_content
+        if isinstance(thought, str):
+            given["reasoning_content"] = thought
     if isinstance(message, AssistantMessage) and message.tool_calls:
         given["tool_calls"] = [
             {

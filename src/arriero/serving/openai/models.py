@@ -48,7 +48,7 @@ def _token_ids(service: Service, body: TokenizeRequest) -> list[int]:
         if body.prompt is not None:
             return tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
         messages = [for_template(message) for message in body.messages or ()]
-        return tokenizer.chat(messages, add_generation_prompt=body.add_generation_prompt)
+        return tokenizer.chat(messages, **body.template_options)
     except ArrieroError as error:
         raise api_error(error) from error
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from arriero.engine.sampling_params import MAX_ANSWERS
-from arriero.serving.body import Closed
+from arriero.engine.sampling_params import MAX_ANSWERS, MAX_INTEGER
+from arriero.serving.body import Closed, disagreement
 from arriero.serving.openai.fields import (
+    MAX_TEXT,
     MAX_TOP_LOGPROBS,
     Count,
     ModelName,
@@ -20,12 +21,13 @@ from arriero.serving.openai.fields import (
     TokenId,
 )
 from arriero.serving.openai.messages import MAX_MESSAGES, MAX_TOOLS, Message, NamedTool, Tool
+from arriero.serving.openai.template_fields import TemplateFields
 
 MAX_PROMPTS = 256
 MAX_PROMPT_TOKENS = 2**20
 
 
-class ChatRequest(SamplingFields):
+class ChatRequest(TemplateFields, SamplingFields):
     """Body of /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -45,15 +47,18 @@ class ChatRequest(SamplingFields):
     def _agree(self) -> ChatRequest:
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
-            raise PydanticCustomError("tools", "two tools have the same name")
+            raise disagreement("tools", "two tools have the same name")
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise PydanticCustomError("tool_choice", "tool_choice names a function that is not among the tools")
+            raise disagreement("tool_choice", "tool_choice names a function that is not among the tools")
         if self.tool_choice == "required" and not names:
-            raise PydanticCustomError("tool_choice", "tool_choice is 'required' and there are no tools")
+            raise disagreement("tool_choice", "tool_choice is 'required' and there are no tools")
         if self.top_logprobs and not self.logprobs:
-            raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs: true")
+            raise disagreement("top_logprobs", "top_logprobs needs logprobs: true")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise PydanticCustomError("max_tokens", "give max_tokens or max_completion_tokens, not both")
+            raise disagreement("max_tokens", "give max_tokens or max_completion_tokens, not both")
+        if self.form_field is not None and (self.offered or getattr(self.response_format, "type", "text") != "text"):
+            other = "tools" if self.offered else "response_format"
+            raise disagreement(self.form_field, f"give {self.form_field} or {other}, not both")
         return self
 
     @property
@@ -89,27 +94,26 @@ class CompletionRequest(SamplingFields):
     @model_validator(mode="after")
     def _agree(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of < self.answers:
-            raise PydanticCustomError("best_of", "best_of is less than n")
+            raise disagreement("best_of", "best_of is less than n")
         if self.stream and self.best_of is not None and self.best_of > self.answers:
-            raise PydanticCustomError("best_of", "answers of which the best are chosen cannot be streamed")
+            raise disagreement("best_of", "answers of which the best are chosen cannot be streamed")
         if self.max_tokens == 0 and not self.echo:
-            raise PydanticCustomError("max_tokens", "max_tokens is 0, which needs echo: true")
+            raise disagreement("max_tokens", "max_tokens is 0, which needs echo: true")
         return self
 
 
-class TokenizeRequest(Closed):
+class TokenizeRequest(TemplateFields):
     """Body of /tokenize: a text, or a conversation."""
 
     model: ModelName | None = None
     prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool = True
-    add_generation_prompt: bool = True
 
     @model_validator(mode="after")
     def _agree(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise PydanticCustomError("prompt", "give prompt or messages, one of them")
+            raise disagreement("prompt", "give prompt or messages, one of them")
         return self
 
 
@@ -121,12 +125,69 @@ class DetokenizeRequest(Closed):
     skip_special_tokens: bool = False
 
 
+MAX_INPUTS = 2048
+MAX_INPUT_TOKENS = 300_000  # of all texts together; both as in OpenAI's API
+Input = (
+    Text
+    | Tokens
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS)]
+    | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_INPUTS)]
+)
+
+
+def input_fault(value: Any) -> str | None:
+    """What is wrong with the texts of a request for vectors; None: nothing. A union's members would each say its own."""
+    kinds = "a text, token ids, or a list of texts or of lists of token ids"
+    if isinstance(value, str):
+        return f"it has {len(value)} characters: at most {MAX_TEXT} are taken" if len(value) > MAX_TEXT else None
+    if not isinstance(value, list):
+        return f"it must be {kinds}"
+    if not value:
+        return f"it is empty: give {kinds}"
+    kind = type(value[0])
+    if kind is int:
+        return _ids_fault("input", value)
+    if kind not in (str, list):
+        return f"input[0] is of another kind: give {kinds}"
+    if len(value) > MAX_INPUTS:
+        return f"it has {len(value)} texts: at most {MAX_INPUTS} are taken"
+    for index, item in enumerate(value):
+        name = f"input[{index}]"
+        if type(item) is not kind:
+            return f"{name} is of another kind than input[0]: give {kinds}"
+        fault = None
+        if isinstance(item, list):
+            fault = _ids_fault(name, item)
+        elif len(item) > MAX_TEXT:
+            fault = f"{name} has {len(item)} characters: at most {MAX_TEXT} are taken"
+        if fault is not None:
+            return fault
+    return None
+
+
+def _ids_fault(name: str, ids: list[Any]) -> str | None:
+    if not ids:
+        return f"{name} is empty: give at least one token"
+    if len(ids) > MAX_INPUT_TOKENS:
+        return f"{name} has {len(ids)} tokens: at most {MAX_INPUT_TOKENS} are taken in one request"
+    wrong = next((place for place, one in enumerate(ids) if type(one) is not int or not 0 <= one <= MAX_INTEGER), None)
+    return None if wrong is None else f"{name}[{wrong}] is no token id, which are whole numbers from 0"
+
+
 class EmbeddingRequest(Closed):
     """Body of /v1/embeddings. `pooling` is no field of OpenAI's: mean of the tokens, or the last one."""
 
     model: ModelName | None = None
-    input: Prompt
+    input: Input
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Count | None = None
     user: ShortText | None = None
     pooling: Literal["mean", "last"] | None = None
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _has_texts(cls, value: Any) -> Any:
+        fault = input_fault(value)
+        if fault is not None:
+            raise PydanticCustomError("input", "{fault}", {"fault": fault})
+        return value

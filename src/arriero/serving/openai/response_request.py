@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from arriero.serving.body import Closed
+from arriero.serving.body import Closed, disagreement
 from arriero.serving.openai.fields import (
+    MAX_TOP_LOGPROBS,
     Count,
     IgnoredFields,
     JsonObjectFormat,
@@ -23,23 +25,49 @@ from arriero.serving.openai.requests import ChatRequest
 
 
 class InputPart(Closed):
-    """A part of a message; of the model's own earlier answers `output_text`."""
+    """A part of a message; of the model's own earlier answers `output_text`, whose other fields mean nothing here."""
 
     type: Literal["input_text", "output_text", "text"]
     text: Text
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    logprobs: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+
+
+class RefusalPart(Closed):
+    """A part in which a model refused to answer."""
+
+    type: Literal["refusal"]
+    refusal: Text
+
+    @property
+    def text(self) -> str:
+        """What it said."""
+        return self.refusal
 
 
 def _text_only(content: Any) -> Any:
     for part in content if isinstance(content, list) else ():
         kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(kind, str) and kind not in ("input_text", "output_text", "text"):
+        if isinstance(kind, str) and kind not in ("input_text", "output_text", "text", "refusal"):
             raise PydanticCustomError("text_only", "this model takes text only, no parts of other types")
     return content
 
 
-InputContent = Annotated[Text | Annotated[list[InputPart], Field(max_length=MAX_PARTS)], BeforeValidator(_text_only)]
+InputContent = Annotated[
+    Text | Annotated[list[InputPart | RefusalPart], Field(max_length=MAX_PARTS)], BeforeValidator(_text_only)
+]
+# Of these only the first says something of answers that there are here.
+LOGPROBS = "message.output_text.logprobs"
+Included = Literal[
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+]
 
 
 class InputMessage(Closed):
@@ -125,9 +153,21 @@ class ResponseRequest(IgnoredFields):
     tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
     parallel_tool_calls: bool | None = None
     truncation: Literal["disabled"] | None = None
-    include: Annotated[list[ShortText], Field(max_length=16)] | None = None
+    include: Annotated[list[Included], Field(max_length=16)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     previous_response_id: None = None
     background: Literal[False] | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> ResponseRequest:
+        if self.top_logprobs and not self.tells_logprobs:
+            raise disagreement("top_logprobs", f'top_logprobs needs include: ["{LOGPROBS}"]')
+        return self
+
+    @property
+    def tells_logprobs(self) -> bool:
+        """Whether the answer's log-probabilities are wanted."""
+        return LOGPROBS in (self.include or ())
 
     def as_chat(self) -> ChatRequest:
         """The same as a chat request.
@@ -143,6 +183,8 @@ class ResponseRequest(IgnoredFields):
             "top_p": self.top_p,
             "stream": self.stream,
             "parallel_tool_calls": self.parallel_tool_calls,
+            "logprobs": self.tells_logprobs,
+            "top_logprobs": self.top_logprobs,
         }
         form = self.text.format if self.text is not None else None
         if isinstance(form, ResponseSchemaFormat):
@@ -186,5 +228,5 @@ class ResponseRequest(IgnoredFields):
         return messages
 
 
-def _joined(content: str | list[InputPart]) -> str:
+def _joined(content: str | Sequence[InputPart | RefusalPart]) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)

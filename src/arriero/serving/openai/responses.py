@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from arriero.engine.answer import Generation
+from arriero.engine.logprobs import TokenLogprobs
 from arriero.serving.api_errors import ApiError
 from arriero.serving.body import read_body, refusal
 from arriero.serving.event_stream import EventStream, results
@@ -20,90 +21,18 @@ from arriero.serving.json_response import json_response
 from arriero.serving.openai.call_reader import CallReader, Part
 from arriero.serving.openai.chat import ChatWork, prepare
 from arriero.serving.openai.messages import for_template
+from arriero.serving.openai.response_items import Event, Items
 from arriero.serving.openai.response_request import ResponseRequest
+from arriero.serving.openai.token_text import MessageLogprobs, TokenTexts
 from arriero.serving.service import ServedModel, Service
-
-Event = dict[str, Any]
-
-
-class Items:
-    """The items of an answer while they grow: messages, and calls of functions."""
-
-    def __init__(self) -> None:
-        self.output: list[dict[str, Any]] = []
-        self._open = False
-
-    def take(self, part: Part) -> list[Event]:
-        """The events of a part."""
-        events: list[Event] = []
-        if part.call is None:
-            if not self._open or self.output[-1]["type"] != "message":
-                events += self.close()
-                events += self._begin_message()
-            item = self.output[-1]
-            item["content"][0]["text"] += part.text
-            return [
-                *events,
-                self._event("response.output_text.delta", item, content_index=0, delta=part.text, logprobs=[]),
-            ]
-        if part.name is not None:
-            events += self.close()
-            call = {"type": "function_call", "id": f"fc_{uuid.uuid4().hex}", "call_id": part.id, "name": part.name}
-            self.output.append({**call, "arguments": "", "status": "in_progress"})
-            self._open = True
-            return [*events, self._item("response.output_item.added")]
-        item = self.output[-1]
-        item["arguments"] += part.text
-        return [self._event("response.function_call_arguments.delta", item, delta=part.text)]
-
-    def close(self, status: str = "completed") -> list[Event]:
-        """The events of the last item's end."""
-        if not self._open:
-            return []
-        self._open = False
-        item = self.output[-1]
-        item["status"] = status
-        if item["type"] == "function_call":
-            done = self._event(
-                "response.function_call_arguments.done", item, arguments=item["arguments"], name=item["name"]
-            )
-            return [done, self._item("response.output_item.done")]
-        content = item["content"][0]
-        return [
-            self._event("response.output_text.done", item, content_index=0, text=content["text"], logprobs=[]),
-            self._event("response.content_part.done", item, content_index=0, part=dict(content)),
-            self._item("response.output_item.done"),
-        ]
-
-    def end(self, status: str) -> list[Event]:
-        """The events of the end; an answer without any text is an empty message."""
-        events = [] if self.output else self.take(Part(""))
-        return events + self.close(status)
-
-    def _begin_message(self) -> list[Event]:
-        item = {"type": "message", "id": f"msg_{uuid.uuid4().hex}", "status": "in_progress", "role": "assistant"}
-        self.output.append({**item, "content": []})
-        self._open = True
-        added = self._item("response.output_item.added")
-        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-        self.output[-1]["content"].append(part)
-        return [added, self._event("response.content_part.added", self.output[-1], content_index=0, part=dict(part))]
-
-    def _event(self, kind: str, item: dict[str, Any], **fields: Any) -> Event:
-        return {"type": kind, "item_id": item["id"], "output_index": len(self.output) - 1, **fields}
-
-    def _item(self, kind: str) -> Event:
-        item = dict(self.output[-1])
-        if "content" in item:
-            item["content"] = [dict(part) for part in item["content"]]
-        return {"type": kind, "output_index": len(self.output) - 1, "item": item}
 
 
 class ResponseAnswer:
     """Makes the objects of one answer."""
 
-    def __init__(self, body: ResponseRequest, model: ServedModel, work: ChatWork) -> None:
+    def __init__(self, service: Service, body: ResponseRequest, model: ServedModel, work: ChatWork) -> None:
         self._body, self._model, self._form = body, model, work.form
+        self._texts, self._events = TokenTexts(service.tokenizer), 0
         self._id, self._created = f"resp_{uuid.uuid4().hex}", int(time.time())
 
     def object(self, status: str, output: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
@@ -137,6 +66,7 @@ class ResponseAnswer:
             "text": body.get("text") or {"format": {"type": "text"}},
             "tool_choice": body.get("tool_choice", "auto"),
             "tools": body.get("tools", []),
+            "top_logprobs": body.get("top_logprobs", 0),
             "top_p": body.get("top_p", 1.0),
             "truncation": "disabled",
             "usage": told,
@@ -144,60 +74,65 @@ class ResponseAnswer:
 
     def whole(self, job: Job, answer: Generation) -> Response:
         """The answer to a request without `stream`."""
-        items = Items()
+        items = Items(self._logprobs(answer.token_ids, answer.logprobs))
         reader = self._reader()
-        for part in self._parts(reader, answer.text, True):
+        for part in self._parts(reader, answer.text, answer):
             items.take(part)
         status = _status(answer)
-        items.end(status)
+        items.end(status, nothing=reader is not None and reader.left_out)
         return json_response(self.object(status, items.output, job.usage))
 
     async def events(self, job: Job) -> AsyncIterator[Event]:
         """The answer to one with `stream`."""
-        number = 0
-
-        def numbered(event: Event) -> Event:
-            nonlocal number
-            number += 1
-            return {**event, "sequence_number": number - 1}
-
+        numbered = self._numbered
         begun = self.object("in_progress", [], None)
         yield numbered({"type": "response.created", "response": begun})
         yield numbered({"type": "response.in_progress", "response": begun})
-        items, reader, status = Items(), self._reader(), "completed"
+        reader, status, logprobs = self._reader(), "completed", self._logprobs()
+        items = Items(logprobs)
         async for _, piece in job.pieces():
-            for part in self._parts(reader, piece.text, piece.result is not None):
+            if logprobs is not None:
+                logprobs.push(piece.token_ids, piece.logprobs)
+            for part in self._parts(reader, piece.text, piece.result):
                 for event in items.take(part):
                     yield numbered(event)
             if piece.result is not None:
                 status = _status(piece.result)
-        for event in items.end(status):
+        for event in items.end(status, nothing=reader is not None and reader.left_out):
             yield numbered(event)
         yield numbered({"type": f"response.{status}", "response": self.object(status, items.output, job.usage)})
 
     def _reader(self) -> CallReader | None:
         return CallReader(self._form) if self._form is not None else None
 
+    def _logprobs(self, tokens: Sequence[int] = (), logprobs: Sequence[TokenLogprobs] = ()) -> MessageLogprobs | None:
+        if not self._body.tells_logprobs:
+            return None
+        found = MessageLogprobs(self._texts)
+        found.push(tokens, logprobs)
+        return found
+
+    def _numbered(self, event: Event) -> Event:
+        self._events += 1
+        return {**event, "sequence_number": self._events - 1}
+
+    def failed(self, error: ApiError) -> Event:
+        """The event of an error on the way."""
+        details = error.body["error"]
+        told = {name: details[name] for name in ("code", "message", "param")}
+        return self._numbered({"type": "error", **told})
+
     @staticmethod
-    def _parts(reader: CallReader | None, text: str, last: bool) -> list[Part]:
+    def _parts(reader: CallReader | None, text: str, answer: Generation | None) -> list[Part]:
+        """Of the next text, and with the whole answer of its end."""
         if reader is None:
             return [Part(text)] if text else []
-        return reader.push(text) + (reader.finish() if last else [])
+        parts = reader.push(text)
+        return parts if answer is None else parts + reader.finish(cut=answer.finish_reason != "stop")
 
 
 def _status(answer: Generation) -> str:
     return "incomplete" if answer.finish_reason == "length" else "completed"
-
-
-def _failed(error: ApiError) -> Event:
-    details = error.body["error"]
-    return {
-        "type": "error",
-        "code": details["code"],
-        "message": details["message"],
-        "param": details["param"],
-        "sequence_number": 0,
-    }
 
 
 async def responses(request: Request, service: Service) -> Response:
@@ -216,7 +151,7 @@ async def responses(request: Request, service: Service) -> Response:
     if service.log_prompts:
         request.state.facts["messages"] = [for_template(message) for message in body.as_chat().messages]
     job = await service.start(request, model, [work.prompt], work.params)
-    answer = ResponseAnswer(body, model, work)
+    answer = ResponseAnswer(service, body, model, work)
     if body.stream:
-        return EventStream(job, answer.events(job), named=True, done=False, error=_failed)
+        return EventStream(job, answer.events(job), named=True, done=False, error=answer.failed)
     return await results(job, request, lambda found: answer.whole(job, found[0][0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,23 @@ class TokenTexts:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
+    def offsets(self, start: int = 0) -> TextOffsets:
+        """Of the tokens of a text that begins there."""
+        return TextOffsets(self._tokenizer, start)
+
+
+class TextOffsets:
+    """Where tokens begin in the text that they make, in characters: all parts of a character where it begins."""
+
+    def __init__(self, tokenizer: Tokenizer, start: int) -> None:
+        self._decoder, self._at = tokenizer.stream_decoder(), start
+
+    def next(self, token: int) -> int:
+        """Where the next token begins. Control tokens are no part of the text."""
+        at = self._at
+        self._at += len(self._decoder.push(token))
+        return at
+
 
 def _bounded(logprob: float) -> float:
     return max(logprob, LEAST)
@@ -43,35 +61,71 @@ def _bounded(logprob: float) -> float:
 
 def chat_logprobs(texts: TokenTexts, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
     """`logprobs` of a choice of /v1/chat/completions."""
+    content = [_entry(texts, token, found) for token, found in zip(tokens, logprobs, strict=True)]
+    return {"content": content, "refusal": None}
 
+
+def _entry(texts: TokenTexts, token: int, found: TokenLogprobs) -> dict[str, Any]:
     def one(token: int, logprob: float) -> dict[str, Any]:
         data = texts.data(token)
         return {"token": data.decode("utf-8", "replace"), "logprob": _bounded(logprob), "bytes": list(data)}
 
-    content = [
-        {**one(token, found.logprob), "top_logprobs": [one(other, value) for other, value in found.top]}
-        for token, found in zip(tokens, logprobs, strict=True)
-    ]
-    return {"content": content, "refusal": None}
+    return {**one(token, found.logprob), "top_logprobs": [one(other, value) for other, value in found.top]}
+
+
+class MessageLogprobs:
+    """Those of a message of /v1/responses, given out with its text: tokens of calls that follow it are not among them."""
+
+    def __init__(self, texts: TokenTexts) -> None:
+        self._texts, self._offsets = texts, texts.offsets()
+        self._waiting: deque[tuple[int, dict[str, Any]]] = deque()
+        self._told = 0
+
+    def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
+        """The answer's next tokens."""
+        for token, found in zip(tokens, logprobs, strict=True):
+            self._waiting.append((self._offsets.next(token), _entry(self._texts, token, found)))
+
+    def take(self, text: str) -> list[dict[str, Any]]:
+        """Of the tokens that begin in the message's next text."""
+        self._told += len(text)
+        found = []
+        while self._waiting and self._waiting[0][0] < self._told:
+            found.append(self._waiting.popleft()[1])
+        return found
 
 
 class CompletionLogprobs:
     """`logprobs` of a choice of /v1/completions, also piece by piece."""
 
     def __init__(self, texts: TokenTexts) -> None:
-        self._texts, self._offset = texts, 0
+        self._texts, self._start, self._offsets = texts, 0, texts.offsets()
+        self._found = _nothing()
 
-    def take(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs | None]) -> dict[str, Any]:
-        """Of the next tokens. Offsets count the characters of the tokens' texts; control tokens are no part of the text."""
-        found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for token, own in zip(tokens, logprobs, strict=True):
-            text = self._texts.text(token)
-            found["tokens"].append(text)
-            found["token_logprobs"].append(None if own is None else _bounded(own.logprob))
-            found["top_logprobs"].append(None if own is None else self._top(token, own))
-            found["text_offset"].append(self._offset)
-            self._offset += 0 if self._texts.is_control(token) else len(text)
+    def echo(self, text: str, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs | None]) -> None:
+        """The prompt comes before the answer, and its tokens before the answer's."""
+        self._add(tokens, logprobs, len(text))
+        self._start, self._offsets = len(text), self._texts.offsets(len(text))
+
+    def take(
+        self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs | None], text: str | None = None
+    ) -> dict[str, Any]:
+        """Of the next tokens.
+
+        Args:
+            text: the whole answer's, where it is known: the tokens of a stop string are no part of it.
+        """
+        self._add(tokens, logprobs, None if text is None else self._start + len(text))
+        found, self._found = self._found, _nothing()
         return found
+
+    def _add(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs | None], end: int | None) -> None:
+        for token, own in zip(tokens, logprobs, strict=True):
+            self._found["tokens"].append(self._texts.text(token))
+            self._found["token_logprobs"].append(None if own is None else _bounded(own.logprob))
+            self._found["top_logprobs"].append(None if own is None else self._top(token, own))
+            at = self._offsets.next(token)
+            self._found["text_offset"].append(at if end is None else min(at, end))
 
     def _top(self, token: int, own: TokenLogprobs) -> dict[str, float]:
         top: dict[str, float] = {}
@@ -79,3 +133,7 @@ class CompletionLogprobs:
             text = self._texts.text(other)
             top[text] = max(top.get(text, LEAST), _bounded(value))
         return top
+
+
+def _nothing() -> dict[str, list[Any]]:
+    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}

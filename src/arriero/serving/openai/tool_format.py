@@ -84,7 +84,9 @@ def taught(messages: Sequence[dict[str, Any]], tools: Sequence[Tool]) -> list[di
     )
     told: list[dict[str, Any]] = []
     for message in messages:
-        plain = {"role": message["role"], "content": message["content"]}
+        plain: dict[str, Any] = {"role": message["role"], "content": message["content"]}
+        if "reasoning_content" in message:
+            plain["reasoning_content"] = message["reasoning_content"]
         calls = message.get("tool_calls") or ()
         if calls:
             written = [TAUGHT.call(one["function"]["name"], one["function"]["arguments"]) for one in calls]

@@ -1,0 +1,177 @@
+"""Bodies of requests: what they mean, what is refused and how the field is named, what other servers' clients send."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from arriero.data.chat_template import ChatTemplate
+from arriero.data.tokenizer import load_tokenizer
+from arriero.engine.grammar import Structure
+from arriero.engine.ticket import RefusedError
+from arriero.formats.download import resolve_model
+from arriero.models.presets import TINY_RANDOM_LLAMA
+from arriero.serving.api_errors import ApiError, api_error
+from arriero.serving.body import check
+from arriero.serving.openai.chat import chat_prompt
+from arriero.serving.openai.messages import for_template
+from arriero.serving.openai.requests import ChatRequest, CompletionRequest, TokenizeRequest
+from arriero.serving.openai.response_request import ResponseRequest
+from arriero.serving.openai.tool_format import taught
+from arriero.serving.seed_chat import SeedChatRequest
+from arriero.serving.strict_json import parse_object
+
+HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
+JSON = {"type": "json_object"}
+GOES_ON = {"continue_final_message": True}
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "param", "message"),
+    [
+        (ChatRequest, {**HELLO, "top_logprobs": 3}, "top_logprobs", "top_logprobs needs logprobs: true"),
+        (ChatRequest, {**HELLO, "tools": [TOOL, TOOL]}, "tools", "two tools have the same name"),
+        (ChatRequest, {**HELLO, "tool_choice": "required"}, "tool_choice", "there are no tools"),
+        (ChatRequest, {**HELLO, "tool_choice": TOOL}, "tool_choice", "not among the tools"),
+        (ChatRequest, {**HELLO, "max_tokens": 1, "max_completion_tokens": 1}, "max_tokens", "not both"),
+        (ChatRequest, {**HELLO, "logit_bias": {"５": 1}}, "logit_bias", "the key '５'"),
+        (ChatRequest, {**HELLO, "logit_bias": {"5": 101}}, "logit_bias.5", "less than or equal to 100"),
+        (ChatRequest, {**HELLO, "stream_options": {"Foo": 1}}, "stream_options.Foo", "Unrecognized"),
+        (ChatRequest, {**HELLO, "temperatur": 1}, "temperatur", "Unrecognized"),
+        (ChatRequest, {**HELLO, "ü": 1}, "'ü'", "Unrecognized"),
+        (ChatRequest, {"messages": []}, "messages", "it is empty"),
+        (ChatRequest, {"messages": None}, "messages", "Missing"),
+        (
+            ChatRequest,
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages[0].content[0].text",
+            "M",
+        ),
+        (CompletionRequest, {"prompt": "a", "max_tokens": 0}, "max_tokens", "max_tokens is 0, which needs echo: true"),
+        (CompletionRequest, {"prompt": "a", "n": 3, "best_of": 2}, "best_of", "best_of is less than n"),
+        (CompletionRequest, {"prompt": "a", "best_of": 2, "stream": True}, "best_of", "cannot be streamed"),
+        (CompletionRequest, {"prompt": []}, "prompt", "it is empty"),
+        (CompletionRequest, {"prompt": [[]]}, "prompt[0]", "it is empty"),
+        (CompletionRequest, {"prompt": 5}, "prompt", "valid string"),
+        (TokenizeRequest, {}, "prompt", "one of them"),
+        (ResponseRequest, {"input": "a", "include": ["all"]}, "include[0]", "Input should be"),
+        (ResponseRequest, {"input": "a", "top_logprobs": 2}, "top_logprobs", "needs include"),
+        (ChatRequest, {**HELLO, "guided_regex": "a", "guided_choice": ["a"]}, "guided_choice", "one form"),
+        (ChatRequest, {**HELLO, "guided_regex": "a", "tools": [TOOL]}, "guided_regex", "or tools, not both"),
+        (ChatRequest, {**HELLO, "guided_json": {}, "response_format": JSON}, "guided_json", "or response_format"),
+        (ChatRequest, {**HELLO, "guided_grammar": " "}, "guided_grammar", "is empty"),
+        (ChatRequest, {**HELLO, "structured_outputs": {}}, "structured_outputs", "one of them"),
+        (ChatRequest, {**HELLO, "structured_outputs": {"yaml": 1}}, "structured_outputs.yaml", "Unrecognized"),
+        (ChatRequest, {**HELLO, "skip_special_tokens": False}, "skip_special_tokens", "should be True"),
+        (ChatRequest, {**HELLO, "chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs", "'messages'"),
+        (ChatRequest, {**HELLO, "chat_template_kwargs": {"bos_token": "x"}}, "chat_template_kwargs", "'bos_token'"),
+        (ChatRequest, {**HELLO, "chat_template_kwargs": {"_x": 1}}, "chat_template_kwargs", "the key '_x'"),
+        (ChatRequest, {**HELLO, "chat_template_kwargs": {"a": []}}, "chat_template_kwargs.a", "valid"),
+        (ChatRequest, {**HELLO, **GOES_ON, "add_generation_prompt": True}, "continue_final_message", "one of them"),
+        (SeedChatRequest, {"context": "x", "history": ["odd"]}, "history", "pairs"),
+        (SeedChatRequest, {"context": "x", "history": "no json"}, "history", "no JSON list"),
+    ],
+)
+def test_an_error_names_the_field(kind: Any, body: dict[str, Any], param: str, message: str) -> None:
+    with pytest.raises(ApiError) as found:
+        check(parse_object, json.dumps(body).encode(), kind)
+    assert found.value.param == param
+    assert message in found.value.message
+    assert f"'{param}'" in found.value.message or found.value.message.endswith(param)
+
+
+@pytest.mark.parametrize(
+    ("fields", "structure"),
+    [
+        ({"structured_outputs": {"json": {"type": "integer"}}}, Structure("json_schema", '{"type": "integer"}')),
+        ({"structured_outputs": {"json": '{"type": "integer"}'}}, Structure("json_schema", '{"type": "integer"}')),
+        ({"structured_outputs": {"regex": "a+"}}, Structure("regex", "a+")),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, Structure("choice", ("a", "b"))),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, Structure("grammar", 'start: "a"')),
+        ({"structured_outputs": {"json_object": True}}, Structure("json_object")),
+        ({"guided_json": {"type": "integer"}}, Structure("json_schema", '{"type": "integer"}')),
+        ({"guided_regex": "a+"}, Structure("regex", "a+")),
+        ({"guided_choice": ["a"]}, Structure("choice", ("a",))),
+        ({"guided_grammar": 'start: "a"', "structured_outputs": None}, Structure("grammar", 'start: "a"')),
+        ({}, None),
+    ],
+)
+def test_forms_in_vllms_words(fields: dict[str, Any], structure: Structure | None) -> None:
+    for kind, body in ((ChatRequest, HELLO), (CompletionRequest, {"prompt": "a"})):
+        asked: Any = check(parse_object, json.dumps({**body, **fields}).encode(), kind)
+        assert asked.sampling(5).structure == structure
+
+
+def test_what_a_model_said_elsewhere_is_taken() -> None:
+    call = {"index": 0, "id": "1", "type": "function", "function": {"name": "f", "arguments": "{}", "parsed": {}}}
+    turns = [
+        {"role": "user", "content": "Hello", "name": None},
+        {
+            "role": "assistant",
+            "content": "Hi",
+            "reasoning_content": "a thought",
+            "annotations": [{"type": "x"}],
+            "audio": None,
+        },
+        {"role": "assistant", "content": "Hi", "reasoning": "another", "function_call": None, "provider": {"a": 1}},
+        {"role": "assistant", "content": None, "refusal": "No.", "reasoning": {"effort": "low"}},
+        {
+            "role": "assistant",
+            "content": [{"type": "refusal", "refusal": "No!"}, {"type": "text", "text": "x", "id": 1}],
+        },
+        {"role": "assistant", "tool_calls": [call]},
+    ]
+    asked = check(parse_object, json.dumps({"messages": turns}).encode(), ChatRequest)
+    told = [for_template(message) for message in asked.messages]
+    assert [turn["content"] for turn in told] == ["Hello", "Hi", "Hi", "No.", "No!x", ""]
+    assert [turn.get("reasoning_content") for turn in told] == [None, "a thought", "another", None, None, None]
+    assert told[-1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+    assert taught(told, [])[1]["reasoning_content"] == "a thought"
+    for wrong in (
+        {"role": "user", "content": "Hello", "reasoning_content": "x"},
+        {"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]},
+        {"role": "assistant", "content": "x", "audio": {"id": "1"}},
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+    ):
+        with pytest.raises(ApiError, match=r"messages\[0\]"):
+            check(parse_object, json.dumps({"messages": [wrong]}).encode(), ChatRequest)
+
+
+def test_the_prompt_is_as_the_request_tells_the_template() -> None:
+    tokenizer = load_tokenizer(resolve_model(TINY_RANDOM_LLAMA))
+    turn = "{{ bos_token }}{{ m.reasoning_content }}{{ m.content }}{{ eos_token }}"
+    end = "{% if add_generation_prompt %}>{% endif %}"
+    tokenizer._template = ChatTemplate(f"{{{{ thinking }}}}{{% for m in messages %}}{turn}{{% endfor %}}{end}")
+
+    def prompt(**fields: Any) -> str:
+        turns = [{"role": "assistant", "content": "Hi ", "reasoning_content": "r"}]
+        asked = check(parse_object, json.dumps({"messages": turns, **fields}).encode(), ChatRequest)
+        return tokenizer.decode(chat_prompt(tokenizer, asked)[0], skip_special_tokens=False)
+
+    assert prompt() == "<s>rHi </s>>"
+    assert prompt(add_generation_prompt=False) == "<s>rHi </s>"
+    assert prompt(continue_final_message=True) == "<s>rHi "
+    assert prompt(chat_template_kwargs={"thinking": False}) == "False<s>rHi </s>>"
+    asked = check(
+        parse_object, json.dumps({**HELLO, "chat_template_kwargs": {"thinking": "</s>"}}).encode(), ChatRequest
+    )
+    ids, _ = chat_prompt(tokenizer, asked)
+    assert ids.count(tokenizer.special_tokens["</s>"]) == 1  # the template's own
+
+
+def test_a_refusal_by_the_engine_names_the_field() -> None:
+    assert api_error(RefusedError("logit_bias names token id 9 and the model has ids 0 to 8")).param == "logit_bias"
+
+
+@pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest, ResponseRequest])
+def test_null_is_as_good_as_nothing(kind: Any) -> None:
+    body: dict[str, Any] = (
+        {**HELLO} if kind is ChatRequest else {"prompt": "a"} if kind is CompletionRequest else {"input": "a"}
+    )
+    given = {**body, "temperature": None, "frobnicate": None, "stream_options": {"include_usage": True, "other": None}}
+    assert check(parse_object, json.dumps(given).encode(), kind).stream_options.include_usage
+    with pytest.raises(ApiError, match="frobnicate"):
+        check(parse_object, json.dumps({**given, "frobnicate": False}).encode(), kind)
