@@ -252,6 +252,15 @@ def test_responses_tell_log_probabilities(client: openai.OpenAI) -> None:
     assert without.output[0].content[0].logprobs == []
 
 
+def test_errors_of_responses_name_their_own_fields(served: Served) -> None:
+    for asked, field in (
+        ({"input": "Hello", "max_output_tokens": 10**6}, "max_output_tokens"),
+        ({"input": "Hello " * 5000}, "input"),
+    ):
+        answer = httpx.post(f"{served.api}/responses", json=asked)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+
+
 def test_responses_keep_nothing(client: openai.OpenAI) -> None:
     for field in ({"previous_response_id": "resp_1"}, {"background": True}, {"conversation": "c"}):
         asked: Any = {"model": "tiny", "input": "x", **field}

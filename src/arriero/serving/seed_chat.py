@@ -161,7 +161,7 @@ def prepare(service: Service, body: SeedChatRequest) -> SeedWork:
         too_long = f"the prompt has {len(prompt)} tokens and src_length is {body.src_length}: shorten it"
         raise SeedError(ApiError(400, too_long), TOO_LONG)
     try:
-        room = service.room(len(prompt), body.max_length, "max_length")
+        room = service.room(len(prompt), body.max_length, "max_length", "context")
     except ApiError as error:
         raise SeedError(error, TOO_LONG) from error
     longest = room if body.max_length is not None else min(room, DEFAULT_MAX_LENGTH)

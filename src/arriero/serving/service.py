@@ -109,11 +109,12 @@ class Service:
             )
         return model
 
-    def room(self, prompt: int, wanted: int | None, param: str = "max_tokens") -> int:
+    def room(self, prompt: int, wanted: int | None, param: str = "max_tokens", source: str = "prompt") -> int:
         """How long the answer to a prompt of so many tokens may get.
 
         Args:
             wanted: by the request; None: as long as it may.
+            param, source: the fields that say so, and what the prompt is made of.
 
         Raises:
             ApiError: 400: the prompt is too long, or more is wanted than there is room for.
@@ -124,7 +125,7 @@ class Service:
             raise ApiError(
                 400,
                 f"This model's longest prompt is {longest} tokens here, and yours has {prompt}: shorten it",
-                param="prompt" if param == "max_tokens" else "messages",
+                param=source,
                 code="context_length_exceeded",
             )
         left = min(limits.max_new_tokens, limits.context - prompt)

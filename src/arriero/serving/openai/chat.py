@@ -65,15 +65,18 @@ def chat_prompt(tokenizer: Tokenizer, body: ChatRequest) -> tuple[list[int], Too
         raise api_error(error) from error
 
 
-def prepare(service: Service, body: ChatRequest) -> ChatWork:
+def prepare(service: Service, body: ChatRequest, length: str | None = None, source: str = "messages") -> ChatWork:
     """Template, tokens, parameters: everything before the engine. Not for the event loop.
+
+    Args:
+        length, source: the client's own words for the answer's longest length and for the conversation, for errors.
 
     Raises:
         ApiError: a request that cannot be served.
     """
     prompt, form = chat_prompt(service.tokenizer, body)
-    name = "max_tokens" if body.max_tokens is not None else "max_completion_tokens"
-    longest = service.room(len(prompt), body.longest, name)
+    name = length or ("max_tokens" if body.max_tokens is not None else "max_completion_tokens")
+    longest = service.room(len(prompt), body.longest, name, source)
     structure: Structure | None
     try:
         if form is not None:

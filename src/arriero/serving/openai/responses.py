@@ -145,7 +145,7 @@ async def responses(request: Request, service: Service) -> Response:
             chat = body.as_chat()
         except ValidationError as error:
             raise refusal(error) from None
-        return prepare(service, chat)
+        return prepare(service, chat, "max_output_tokens", "input")
 
     work = await service.workers.run(prepared)
     if service.log_prompts:
