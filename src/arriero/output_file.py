@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from arriero.errors import ConfigError
 
@@ -68,6 +71,19 @@ def write_file(path: Path, text: str, option: str) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise _cannot(path, option, error) from error
+
+
+def json_text(value: Any) -> str:
+    """Results as JSON, whose numbers are all finite: null stands for one that is not. What JSON has no kind for is its text."""
+    return json.dumps(_finite(value), indent=1, allow_nan=False, default=str, ensure_ascii=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _can_be_replaced(path: Path) -> bool:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import arriero
 from arriero.formats.download import resolve_model
@@ -161,6 +162,34 @@ def test_finetune_and_evaluate(tuned: arriero.Run, rows: Path, in_process: Call,
     for option, value in (("adapter", tuned.folder), ("device", "cpu"), ("tensor_parallel_degree", 2)):
         with pytest.raises(arriero.ConfigError, match=f"{option}: the model is loaded already"):
             arriero.evaluate(loaded, dataset_path=rows, **{option: value})  # type: ignore[arg-type]
+
+
+def test_a_model_with_broken_weights_has_no_score(rows: Path, in_process: Call, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(resolve_model(TINY), folder)
+    state = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    state[name][3, 5] = math.nan
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    options = ("--dataset_path", str(rows), "--device", "cpu", "--output_dir", "scores")
+    result = in_process("evaluate", "--model_name_or_path", str(folder), *options)
+    assert result.returncode == 2
+    assert f"arriero: {folder}: parameter {name} has values that are infinite or no numbers" in result.stderr
+    assert list((tmp_path / "scores").iterdir()) == []
+    # only scored by a run: its file is JSON all the same
+    scored = ("--do_train", "no", "--do_eval", "--output_dir", "run")
+    assert in_process("finetune", "--model_name_or_path", str(folder), *options[:4], *scored).returncode == 0
+    text = (tmp_path / "run/eval_results.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["eval_loss"] is None
+    # every weight is finite, what is computed from them is not
+    loaded = arriero.load(TINY, device="cpu", dtype="float32")
+    with torch.no_grad():
+        loaded.loaded.model.model.norm.weight.fill_(3e38)
+    with pytest.raises(
+        arriero.ArrieroError, match=r"the loss of these rows is (nan|inf) though every weight is finite"
+    ):
+        arriero.evaluate(loaded, dataset_path=rows)
 
 
 def test_merged_and_saved_models_compute_the_same(tuned: arriero.Run, in_process: Call, tmp_path: Path) -> None:

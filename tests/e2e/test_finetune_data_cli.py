@@ -50,6 +50,24 @@ def test_preview_shows_rows_and_does_nothing_else(in_process: Command, data: Pat
     assert "[[" not in coloured.stdout
 
 
+def test_an_array_of_rows_as_alpaca_has_it(in_process: Command, tmp_path: Path) -> None:
+    path = tmp_path / "alpaca_data.json"
+    rows = [{"instruction": f"Say {i}.", "input": "", "output": f"{i}!"} for i in range(4)]
+    path.write_text(json.dumps(rows, indent=4))
+    model = ("--model_name_or_path", TINY, "--device", "cpu")
+    train = ("--dataset_path", str(path), "--data_format", "alpaca", "--max_steps", "1", "--output_dir", "run")
+    result = in_process("finetune", *model, *train)
+    assert result.returncode == 0, result.stderr
+    asked = ("--data_file", str(path), "--predict_file", "answers.jsonl", "--max_new_tokens", "1")
+    result = in_process("predict", *model, *asked)
+    assert result.returncode == 0, result.stderr
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 4
+    path.write_text(json.dumps([*rows, {"instruction": "Say 5."}], indent=4))
+    result = in_process("finetune", *model, *train, "--overwrite_output_dir")
+    assert result.returncode == 2
+    assert f"{path}[4]: has no 'output'" in result.stderr
+
+
 def test_a_mixture_padded_and_by_tokens(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -179,9 +179,9 @@ LLAMA3 = {
 }
 
 
-@pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_llama3_scaling_is_recovered(tmp_path: Path, factor: float) -> None:
-    scaling = {**LLAMA3, "factor": factor}
+@pytest.mark.parametrize(("factor", "context"), [(8.0, 8192), (32.0, 8192), (4.0, 2048), (1.5, 4096)])
+def test_llama3_scaling_is_recovered(tmp_path: Path, factor: float, context: int) -> None:
+    scaling = {**LLAMA3, "factor": factor, "original_max_position_embeddings": context}
     config = config_of("llama", rope_theta=500000.0, max_position_embeddings=131072, rope_scaling=scaling, head_dim=64)
     model = random_model(config)
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import struct
 import sys
 import weakref
 from pathlib import Path
@@ -105,6 +106,11 @@ def test_metadata_are_those_of_the_converter(tmp_path: Path) -> None:
     }
 
 
+def llama3(**changes: float) -> LlamaConfig:
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    return config_of(rope_scaling={"rope_type": "llama3", **scaling, **changes})
+
+
 FAMILIES = {
     "llama": config_of(),
     "llama, tied": config_of(tie_word_embeddings=True),
@@ -126,15 +132,12 @@ FAMILIES = {
             "beta_slow": 2.0,
         }
     ),
-    "llama3": config_of(
-        rope_scaling={
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
-    ),
+    "llama3": llama3(),
+    "llama3, short context": llama3(original_max_position_embeddings=64),
+    "llama3, other bounds": llama3(low_freq_factor=0.5, high_freq_factor=7.5, original_max_position_embeddings=150),
+    "llama3, fraction": llama3(factor=8.3, original_max_position_embeddings=77.5),
+    "llama3, nothing stretched": llama3(original_max_position_embeddings=2**30),
+    "llama3, all stretched": llama3(original_max_position_embeddings=2),
 }
 
 
@@ -158,6 +161,27 @@ def test_there_and_back(tmp_path: Path, config: LlamaConfig) -> None:
         write_gguf(dataclasses.replace(again, path=original.path), tmp_path / "y.gguf", kind="f32")
     licence = {"general.license"}  # the file's licence is named, its text is not in it
     assert {k: v for k, v in fields(tmp_path / "x.gguf").items() if k not in licence} == fields(tmp_path / "y.gguf")
+
+
+def own_keys_of(config: LlamaConfig, path: Path) -> dict[str, Any]:
+    write_gguf(source(config), path, kind="f32")
+    return {key: value for key, value in fields(path).items() if key.startswith("arriero.")}
+
+
+def test_keys_of_ours_only_where_the_divisors_do_not_tell(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    assert own_keys_of(FAMILIES["llama3"], path) == {}
+    assert own_keys_of(FAMILIES["llama3, short context"], path) == {}
+    assert own_keys_of(FAMILIES["llama3, other bounds"], path) == {
+        "arriero.rope.llama3.factor": 8.0,
+        "arriero.rope.llama3.low_freq_factor": 0.5,
+        "arriero.rope.llama3.high_freq_factor": 7.5,
+        "arriero.rope.llama3.original_max_position_embeddings": 150,
+    }
+    # keys that do not give the divisors are not believed
+    path.write_bytes(path.read_bytes().replace(struct.pack("<f", 7.5), struct.pack("<f", 7.0)))
+    with pytest.raises(FormatError, match=r"the divisors in rope_freqs\.weight"):
+        open_gguf(path)
 
 
 def test_rows_are_permuted_as_llama_cpp_does(tmp_path: Path) -> None:
@@ -380,13 +404,17 @@ def test_what_llama_cpp_does_otherwise_is_said(tmp_path: Path) -> None:
     lines = write_gguf(source(config_of("mistral", sliding_window=16)), tmp_path / "x.gguf", kind="f32")
     assert len(lines) == 1
     assert "window of 16 tokens" in lines[0]
-    scaled = config_of(rope_scaling={"rope_type": "dynamic", "factor": 2.0})
-    assert "dynamic" in write_gguf(source(scaled), tmp_path / "x.gguf", kind="f32")[0]
     assert "beta_fast" in write_gguf(source(FAMILIES["yarn, all"]), tmp_path / "x.gguf", kind="f32")[0]
 
 
 REFUSED = {
     "llama3 in Qwen": (config_of("qwen2", rope_scaling=dict(FAMILIES["llama3"].rope_scaling or {})), "'llama3'"),
+    "window of some layers": (
+        config_of("qwen2", sliding_window=16, use_sliding_window=True, max_window_layers=1),
+        r"a sliding window \(16 tokens\).*'qwen2'",
+    ),
+    "dynamic": (config_of(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), "dynamic RoPE"),
+    "factor below 1": (config_of(rope_scaling={"rope_type": "linear", "factor": 0.5}), r"below 1 \(0\.5\)"),
     "o_proj's bias in Qwen": (config_of("qwen3", head_dim=16, attention_bias=True), "o_proj"),
     "YaRN without truncation": (
         config_of(
@@ -404,7 +432,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("config", "words"), REFUSED.values(), ids=REFUSED.keys())
 def test_models_without_an_equal(tmp_path: Path, config: LlamaConfig, words: str) -> None:
-    with pytest.raises(FormatError, match=words) as caught:
+    with pytest.raises(FormatError, match=f"GGUF has no word for .*{words}.*: convert to hf") as caught:
         write_gguf(source(config), tmp_path / "x.gguf", kind="f32")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []

@@ -152,6 +152,28 @@ def test_side_files_are_copied(tmp_path: Path) -> None:
     assert copy_side_files(source, source) == []
 
 
+def test_a_full_disk_is_the_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`shutil.copyfile` names the source where the disk is full."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+
+    def fails(number: int) -> None:
+        def copy(read: Path, written: Path) -> None:
+            raise OSError(number, os.strerror(number), str(read), None, str(written))
+
+        monkeypatch.setattr("shutil.copyfile", copy)
+
+    fails(errno.ENOSPC)
+    with pytest.raises(FormatError) as caught:
+        save_model(make(), CONFIG, tmp_path / "m", extra_files_from=source)
+    assert str(caught.value).startswith(f"{tmp_path / 'm'}: the disk is full")
+    assert not (tmp_path / "m").exists()
+    fails(errno.EACCES)
+    with pytest.raises(FormatError, match=r"source/tokenizer\.json: cannot be copied"):
+        save_model(make(), CONFIG, tmp_path / "m", extra_files_from=source)
+
+
 # Weights and configuration that do not fit
 
 

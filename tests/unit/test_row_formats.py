@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import pytest
 
 from arriero.config.data import DATA_FORMATS, DataOptions, DataPart, dataset_parts
 from arriero.data import row_files
-from arriero.data.row_files import read_csv, read_jsonl, read_rows
+from arriero.data.pairs import read_pairs
+from arriero.data.row_files import read_csv, read_json, read_rows
 from arriero.data.rows.formats import FORMATS, sample_from_row
 from arriero.data.samples import Sample
 from arriero.data.sft import check_generation_prompt, encode_all, encode_prompt, encode_sample
@@ -319,7 +322,94 @@ def test_rows_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(DataError, match=r"t\.csv:2: a line of more than 100 characters"):
         list(read_csv(table))
     with pytest.raises(DataError, match="a row of more than 100 bytes"):
-        list(read_jsonl(lines))
+        list(read_json(lines))
+
+
+# JSON arrays.
+
+
+ALPACA = [
+    {"instruction": "Sum", "input": "1, 2", "output": "3"},
+    {"instruction": "Hi", "input": "", "output": "Hé [1]"},
+]
+
+
+@pytest.mark.parametrize("name", ["train.json", "train.jsonl"])
+@pytest.mark.parametrize("indent", [None, 4], ids=["one line", "indented"])
+@pytest.mark.parametrize("start", ["", "\ufeff", "\r\n \n"], ids=["plain", "byte order mark", "blank lines"])
+@pytest.mark.parametrize("data_format", ["auto", "alpaca"])
+def test_an_array_of_rows(name: str, indent: int | None, start: str, data_format: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(start + json.dumps(ALPACA, indent=indent, ensure_ascii=False), encoding="utf-8")
+    assert list(read_rows(path)) == [(f"{path}[0]", ALPACA[0]), (f"{path}[1]", ALPACA[1])]
+    samples = read_samples(path, None, data_format)
+    assert [sample.target for sample in samples] == ["3", "Hé [1]"]
+    assert samples[1].where == f"{path}[1]"
+
+
+def test_an_array_of_pairs_and_halves_of_surrogates(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.json"
+    path.write_text('[{"prompt": "a", "chosen": "\\ud83d", "rejected": "\\ud83d\\ude00"}]\n')
+    assert list(read_rows(path)) == [(f"{path}[0]", {"prompt": "a", "chosen": "\ufffd", "rejected": "\U0001f600"})]
+    (pair,) = read_pairs(path)
+    assert (pair.chosen.target, pair.rejected.target) == ("\ufffd", "\U0001f600")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"src": "a", "tgt": "b"}, 3]', r"\[1\]: a JSON object is expected, found int"),
+        (b'[{"src": "a", "tgt": "b"}, {"src": "a"}]', r"\[1\]: has no 'tgt'"),
+        (b'[{"src": "a", "tgt": "b"},]', r"\[1\]: not JSON \(Expecting value: line 1 column 27"),
+        (b'[{"src": "a", "tgt": "b"},\n {"src": a}]', r"\[1\]: not JSON \(Expecting value: line 2 column 10"),
+        (b'\n[{"src": "a", "tgt": "b"}\n', r"\[0\]: not followed by , or \] \(line 3 column 1\)"),
+        (b'[{"src": "a", "tgt": "b"} {"src"', r"\[0\]: not followed by , or \] \(line 1 column 27\)"),
+        (b'[{"src": "a", "tgt": "b"}]\n[]', r": more follows the array's end \(line 2 column 1\)"),
+        (b'[{"src": "\xff"}]', r": not UTF-8 text"),
+        (b"[" * 100_000, r"\[0\]: not JSON"),
+        (b"[", r"\[0\]: not JSON"),
+        (b"[ ]", r": holds no row to learn from"),
+    ],
+)
+def test_a_wrong_array_is_named(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "train.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as error:
+        read_samples(path, None)
+    assert str(error.value).startswith(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_arrays_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps([{"src": "a", "tgt": "b" * 101}]))
+    monkeypatch.setattr(row_files, "MAX_ROW_BYTES", 100)
+    with pytest.raises(DataError, match=r"t\.json\[0\]: a row of more than 100 characters"):
+        list(read_rows(path))
+    monkeypatch.setattr(row_files, "MAX_ARRAY_BYTES", 120)
+    with pytest.raises(DataError, match=r"a JSON array of more than 120 bytes.*\(JSON lines\)"):
+        list(read_rows(path))
+
+
+def test_one_object_over_several_lines_is_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps({"src": "a", "tgt": "b"}, indent=1))
+    for data_format in ("auto", "src"):
+        with pytest.raises(DataError, match="rows are JSON objects, one a line, or one JSON array"):
+            read_samples(path, None, data_format)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_rows_from_a_pipe(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    os.mkfifo(path)
+    with ThreadPoolExecutor() as pool:
+        writing = pool.submit(path.write_text, json.dumps(ALPACA))
+        assert [row for _, row in read_rows(path)] == ALPACA
+        writing.result()
+
+
+# Parquet.
 
 
 def test_parquet_rows(tmp_path: Path) -> None:

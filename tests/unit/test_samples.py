@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from arriero.data.row_files import read_jsonl
+from arriero.data.row_files import read_json
 from arriero.data.rows.formats import sample_from_row
 from arriero.data.rows.questions import QA_SYSTEM
 from arriero.data.sources import find_splits, load_samples, read_samples
@@ -122,7 +122,7 @@ def test_a_line_that_is_not_json_is_named(line: bytes, tmp_path: Path) -> None:
 def test_jsonl_without_a_last_line_break_and_with_windows_ones(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_bytes('{"src": "é"}\r\n   \r\n{"src": "b"}'.encode())
-    assert list(read_jsonl(path)) == [(f"{path}:1", {"src": "é"}), (f"{path}:3", {"src": "b"})]
+    assert list(read_json(path)) == [(f"{path}:1", {"src": "é"}), (f"{path}:3", {"src": "b"})]
 
 
 @pytest.mark.parametrize("name", ["train.json", "train.jsonl"])

@@ -59,7 +59,7 @@ def test_equal(source: ModelSource) -> None:
 
 
 def test_a_changed_number(source: ModelSource) -> None:
-    with pytest.raises(FormatError, match=rf"written: {NAME} differs from the original: do not use"):
+    with pytest.raises(FormatError, match=rf"written: {NAME} differs from the original: nothing was kept"):
         check(source, changed(source, 1e-6))
 
 

@@ -14,7 +14,7 @@ from arriero.config.data import DataOptions
 from arriero.config.evaluation import EvaluateOptions
 from arriero.config.model import ModelOptions
 from arriero.config.parallel import ParallelOptions
-from arriero.output_file import check_folder
+from arriero.output_file import check_folder, json_text
 
 HELP = (
     "Score a model, or a model with its adapter: loss, perplexity and token accuracy; exact match and F1 for squad_qa; "
@@ -88,8 +88,7 @@ def _run_tasks(
 def _write_tasks(folder: Path, results: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     samples = results.pop("samples", {})
-    text = json.dumps(results, indent=1, default=str, ensure_ascii=False)
-    (folder / "eval_results.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "eval_results.json").write_text(json_text(results), encoding="utf-8")
     for task, rows in samples.items():
         with (folder / f"samples_{task}.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, default=str, ensure_ascii=False) + "\n" for row in rows)

@@ -1,26 +1,31 @@
-"""Files of rows: JSON lines, tables (CSV, TSV, parquet). Each row comes with its place, for messages."""
+"""Files of rows: JSON lines, a JSON array, tables (CSV, TSV, parquet). Each row comes with its place, for messages."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from arriero.data.surrogates import all_without_surrogates
 from arriero.errors import DataError, require
 
 MAX_ROW_BYTES = 16 << 20
+MAX_ARRAY_BYTES = 512 << 20  # of a JSON array, which is in memory as a whole
 PARQUET_ROWS = 512
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".json", ".jsonl", *DELIMITERS, ".parquet")
 # Columns of a table that hold lists: in CSV they are JSON text
 LIST_COLUMNS = ("messages", "conversations", "instances", "tools", "answers")
+_BLANKS = re.compile(r"[ \t\r\n]*")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a file as ("path:line", value), by its suffix; JSON lines if it is not that of a table.
+    """The rows of a file as ("path:line", value), by its suffix; JSON if it is not that of a table.
 
     Raises:
         DataError: naming the row that cannot be read.
@@ -28,20 +33,26 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     suffix = path.suffix.lower()
     if suffix in DELIMITERS:
         return read_csv(path, DELIMITERS[suffix])
-    return read_parquet(path) if suffix == ".parquet" else read_jsonl(path)
+    return read_parquet(path) if suffix == ".parquet" else read_json(path)
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a JSON-lines file as ("path:line", value); blank lines are skipped.
+def read_json(path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a file of JSON lines as ("path:line", value), or of one JSON array as ("path[N]", value), N from 0.
+
+    Blank lines are skipped. What begins with `[` is an array, over as many lines as it likes: a line of JSON lines is an
+    object.
 
     Raises:
-        DataError: naming the line that is not JSON.
+        DataError: naming the line or the element that is not JSON.
     """
     try:
-        with path.open("rb") as lines:
-            number = 0
-            while line := lines.readline(MAX_ROW_BYTES + 1):
+        with path.open("rb") as file:  # opened once, for it may be a pipe
+            number, begun = 0, False
+            while line := file.readline(MAX_ROW_BYTES + 1):
                 number += 1
+                if not begun and is_array(line):
+                    yield from _elements(_array(file, b"\n" * (number - 1) + line, path), path)
+                    return
                 where = f"{path}:{number}"
                 if len(line) > MAX_ROW_BYTES:
                     raise DataError(f"{where}: a row of more than {MAX_ROW_BYTES} bytes, the most that are read")
@@ -49,9 +60,70 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                     try:
                         yield where, _value(line)
                     except (ValueError, RecursionError) as error:
-                        raise DataError(f"{where}: not JSON ({error})") from error
+                        hint = "" if begun else "; rows are JSON objects, one a line, or one JSON array of objects"
+                        raise DataError(f"{where}: not JSON ({error}){hint}") from error
+                    begun = True
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def is_array(start: bytes) -> bool:
+    """Whether what begins so is a JSON array."""
+    return start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def _array(file: BinaryIO, start: bytes, path: Path) -> str:
+    """The text of a file of which the start is read."""
+    content = start + file.read(max(0, MAX_ARRAY_BYTES + 1 - len(start)))
+    if len(content) > MAX_ARRAY_BYTES:
+        raise DataError(
+            f"{path}: a JSON array of more than {MAX_ARRAY_BYTES} bytes, the most that are read; write an object a line "
+            "(JSON lines), which has no such limit"
+        )
+    try:
+        # half a pair in bytes passes, as in a line; it is mended in the row
+        return content.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error})") from error
+
+
+def _elements(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    """The elements of a JSON array, one after the other."""
+    decoder, number = json.JSONDecoder(), 0
+    at = _after_blanks(text, text.index("[") + 1)
+    ended = text[at : at + 1] == "]"
+    while not ended:
+        where = f"{path}[{number}]"
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not JSON ({error})") from error
+        if end - at > MAX_ROW_BYTES:
+            raise DataError(f"{where}: a row of more than {MAX_ROW_BYTES} characters, the most that are read")
+        yield where, all_without_surrogates(value) if _may_have_surrogates(text, at, end) else value
+        number += 1
+        at = _after_blanks(text, end)
+        if text[at : at + 1] not in (",", "]"):
+            raise DataError(f"{where}: not followed by , or ] ({_place(text, at)}): the array is cut off or broken")
+        ended = text[at] == "]"
+        at = _after_blanks(text, at + 1) if not ended else at
+    rest = _after_blanks(text, at + 1)
+    if rest < len(text):
+        raise DataError(f"{path}: more follows the array's end ({_place(text, rest)}); a file has one array")
+
+
+def _after_blanks(text: str, at: int) -> int:
+    found = _BLANKS.match(text, at)
+    return found.end() if found is not None else at
+
+
+def _may_have_surrogates(text: str, start: int, end: int) -> bool:
+    """A look at what can stand for half a pair; one that is none costs a look at each text."""
+    return text.find("\\u", start, end) >= 0 or _SURROGATE.search(text, start, end) is not None
+
+
+def _place(text: str, at: int) -> str:
+    return f"line {text.count(chr(10), 0, at) + 1} column {at - text.rfind(chr(10), 0, at)}"
 
 
 def _value(line: bytes) -> Any:

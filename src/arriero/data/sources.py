@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.config.data import dataset_parts
-from arriero.data.row_files import MAX_ROW_BYTES, SUFFIXES, read_rows
+from arriero.data.row_files import MAX_ROW_BYTES, SUFFIXES, is_array, read_rows
 from arriero.data.rows.formats import sample_from_row
 from arriero.data.rows.questions import SQUAD_TASKS, question_from_row, samples_of
 from arriero.data.samples import Sample
@@ -83,8 +83,8 @@ def load_samples(
 def read_samples(path: Path, task: str | None, data_format: str = "auto") -> list[Sample]:
     """Every row of one file.
 
-    A `.json` file that holds one object with `data` is SQuAD; otherwise the suffix says whether it is a table, and
-    everything else is JSON lines.
+    A `.json` file that holds one object is SQuAD, unless a format is named; otherwise the suffix says whether it is a
+    table, and everything else is JSON lines or one JSON array.
 
     Args:
         task: `squad` or `squad_qa` for SQuAD files and rows; None decides by the rows' keys.
@@ -94,7 +94,7 @@ def read_samples(path: Path, task: str | None, data_format: str = "auto") -> lis
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    if _is_squad(path):
+    if data_format == "auto" and _is_squad(path):
         samples = samples_of(read_squad(path), task or "squad")
     else:
         samples = _samples(read_rows(path), task, data_format)
@@ -114,7 +114,9 @@ def _is_squad(path: Path) -> bool:
     if path.suffix != ".json":
         return False
     with path.open("rb") as file:
-        first = file.readline(MAX_ROW_BYTES)
+        first = next((line for line in iter(lambda: file.readline(MAX_ROW_BYTES), b"") if line.strip()), b"")
+    if not first or is_array(first):
+        return False
     try:
         value = json.loads(first)
     except (ValueError, RecursionError):

@@ -48,7 +48,9 @@ def read_squad(path: Path) -> Iterator[Question]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{path}: not a readable JSON file ({error})") from error
     if not isinstance(document, dict) or not isinstance(document.get("data"), list):
-        raise DataError(f"{path}: no list 'data' at the top: SQuAD JSON is expected")
+        raise DataError(
+            f"{path}: no list 'data' at the top, which SQuAD has; rows are JSON objects, one a line, or one JSON array"
+        )
     for a, article in enumerate(document["data"]):
         where = f"{path}: data[{a}]"
         for p, paragraph in enumerate(_get(article, "paragraphs", list, where)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -30,6 +31,8 @@ SIDE_FILES = (
     "USE_POLICY*",
 )
 MAX_SIDE_FILES_BYTES = 512 * 2**20
+# What only writing fails with; `shutil.copyfile` names the source then too.
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def read_side_files(folder: Path, patterns: tuple[str, ...] = SIDE_FILES) -> dict[str, bytes]:
@@ -56,7 +59,8 @@ def copy_side_files(source: str | Path, destination: str | Path) -> list[str]:
         The names of the files copied.
 
     Raises:
-        FormatError: when one cannot be copied.
+        FormatError: when one cannot be read.
+        OSError: when one cannot be written, for the caller to name the place.
     """
     source, destination = Path(source), Path(destination)
     copied: list[str] = []
@@ -69,7 +73,7 @@ def copy_side_files(source: str | Path, destination: str | Path) -> list[str]:
             try:
                 shutil.copyfile(path, destination / path.name)
             except OSError as error:
-                if error.filename == str(path):
+                if error.filename == str(path) and error.errno not in _OF_WRITING:
                     raise FormatError(f"{path}: cannot be copied ({error.strerror})") from error
                 raise
             copied.append(path.name)

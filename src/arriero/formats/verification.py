@@ -78,7 +78,7 @@ def compare(
     logits: bool,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
-    """Compare what was written with what it was made from, a tensor at a time.
+    """Compare what was written with what it was made from, a tensor at a time; callers remove what is not the same.
 
     Args:
         dtype: that the tensors were cast to; each must be equal to its original so rounded. None: nothing was rounded.
@@ -92,18 +92,21 @@ def compare(
     _compare_configs(source.config, written.config, written)
     odd = source.tensors.keys() ^ written.tensors.keys()
     if odd:
-        raise FormatError(f"{written.path}: {sorted(odd)[0]} is in only one of the original and the converted model")
+        raise FormatError(
+            f"{written.path}: {sorted(odd)[0]} is in only one of the original and the converted model: nothing was kept"
+        )
     total, done = sum(prod(value.shape) * value.dtype.itemsize for value in source.tensors.values()), 0
     rounded, largest, worst = 0, 0.0, ""
     for name, value in source.tensors.items():
         original, found = _load(value), _load(written.tensors[name])
         if original.shape != found.shape:
             raise FormatError(
-                f"{written.path}: {name} has the shape {list(found.shape)}, the original has {list(original.shape)}"
+                f"{written.path}: {name} has the shape {list(found.shape)}, the original has {list(original.shape)}: "
+                "nothing was kept"
             )
         if not same_numbers(original, found):
             if not lossy and (dtype is None or not same_numbers(original, found, dtype)):
-                raise FormatError(f"{written.path}: {name} differs from the original{_of(dtype)}: do not use this file")
+                raise FormatError(f"{written.path}: {name} differs from the original{_of(dtype)}: nothing was kept")
             rounded += 1
             difference = relative_difference(original, found)
             if not difference <= largest:
@@ -114,7 +117,9 @@ def compare(
             progress(done, total)
     apart = _compare_logits(source, written) if logits else None
     if apart is not None and rounded == 0 and apart[0] > 1e-5 * max(1.0, apart[1]):
-        raise FormatError(f"{written.path}: all tensors are equal, but logits differ by {apart[0]:.1e}: do not use it")
+        raise FormatError(
+            f"{written.path}: all tensors are equal, but logits differ by {apart[0]:.1e}: nothing was kept"
+        )
     return Comparison(len(source.tensors), rounded, largest, worst, apart)
 
 
@@ -166,12 +171,14 @@ def _compare_configs(original: LlamaConfig, other: LlamaConfig, written: ModelSo
     for key in _KEYS:
         wanted, found = getattr(original, key), getattr(other, key)
         if not _alike(wanted, found):
-            raise FormatError(f"{written.path}: {key} is {found}, the original's is {wanted}: do not use this file")
+            raise FormatError(f"{written.path}: {key} is {found}, the original's is {wanted}: nothing was kept")
     _compare_positions(original, other, written)
     for layer in range(original.num_hidden_layers):
         wanted, found = original.layer_sliding_window(layer), other.layer_sliding_window(layer)
         if wanted != found:
-            raise FormatError(f"{written.path}: the window of layer {layer} is {found}, the original's is {wanted}")
+            raise FormatError(
+                f"{written.path}: the window of layer {layer} is {found}, the original's is {wanted}: nothing was kept"
+            )
 
 
 def _compare_positions(original: LlamaConfig, other: LlamaConfig, written: ModelSource) -> None:
@@ -186,7 +193,7 @@ def _compare_positions(original: LlamaConfig, other: LlamaConfig, written: Model
     ):
         raise FormatError(
             f"{written.path}: RoPE is {other.rope_scaling or 'plain'} with rope_theta {other.rope_theta:g}, the original's is "
-            f"{original.rope_scaling or 'plain'} with {original.rope_theta:g}: do not use this file"
+            f"{original.rope_scaling or 'plain'} with {original.rope_theta:g}: nothing was kept"
         )
 
 

@@ -40,10 +40,13 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
     def _in_three_passes(self, x: Tensor) -> Tensor:
-        """For a CPU, for which torch composes its kernel of nine operations, each over memory of its own."""
+        """For a CPU, for which torch composes its kernel of nine operations, each over memory of its own.
+
+        A row's factor is computed in fp64: the norm is rounded already, and its square would double that.
+        """
         wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        scale = norm.square_().mul_(1.0 / x.shape[-1]).add_(self.eps).rsqrt_()
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).double()
+        scale = norm.square_().mul_(1.0 / x.shape[-1]).add_(self.eps).rsqrt_().to(wide)
         normed: Tensor = (x * scale).mul_(self.weight).to(x.dtype)
         return normed
 

@@ -83,15 +83,24 @@ class Precision:
         return f"{name} {self.level}" if self.half else name
 
 
+def first_non_finite_parameter(model: nn.Module) -> str:
+    """The first parameter (in model order) of this process that holds a value that is not finite."""
+    for name, parameter in model.named_parameters():
+        held = local_tensor(parameter)
+        if held.is_floating_point() and not torch.isfinite(held).all():
+            return f"parameter {name}"
+    return NOTHING
+
+
 def first_non_finite(optimizer: Optimizer, model: nn.Module) -> str:
     """The first parameter (in model order) of this process that holds a value that is not finite, else the first such gradient.
 
     A broken parameter spoils the gradients of all the others, so it is looked for first.
     """
     gradients = optimizer.gradients()
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(local_tensor(parameter)).all():
-            return f"parameter {name}"
+    parameter = first_non_finite_parameter(model)
+    if parameter != NOTHING:
+        return parameter
     for name, _ in model.named_parameters():
         if name in gradients and not torch.isfinite(gradients[name]).all():
             return f"the gradient of {name}"

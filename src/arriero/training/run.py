@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from arriero.formats.shard_writer import write_own_shard
 from arriero.models.attention import document_kernel
 from arriero.models.fp8_linear import check_device
 from arriero.models.llama import LlamaForCausalLM
+from arriero.output_file import json_text
 from arriero.parallel.eight_bits import describe_fp8
 from arriero.parallel.materialize import Values, materialize
 from arriero.parallel.parallelize import parallelize
@@ -372,6 +372,6 @@ def write_results(folder: Path, results: dict[str, Any], processes: Processes, *
         return
     path = folder / f"{'all' if trained else 'eval'}_results.json"
     try:
-        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json_text(results), encoding="utf-8")
     except OSError as error:
         raise TrainingError(f"{path}: cannot be written ({error.strerror}); the final model is intact") from error

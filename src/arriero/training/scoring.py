@@ -21,13 +21,14 @@ from arriero.data.sft import encode_all
 from arriero.data.sources import check_data, load_samples
 from arriero.engine.loading import LoadedModel, load_for_inference, pick_device
 from arriero.engine.sampling_params import SamplingParams
-from arriero.output_file import check_folder
+from arriero.errors import TrainingError
+from arriero.output_file import check_folder, json_text
 from arriero.parallel.processes import Processes, launched_size, start, stop
 from arriero.training.evaluation import evaluate_loss
 from arriero.training.execution import build_execution
 from arriero.training.finetuning import may_share_prefixes
 from arriero.training.generation_metrics import Answer, generate_answers, references_of, score
-from arriero.training.precision import Precision
+from arriero.training.precision import NOTHING, Precision, first_non_finite_parameter
 from arriero.training.run import heard_once
 
 SQUAD_ANSWER_TOKENS = 32  # an extracted span is short
@@ -50,7 +51,7 @@ def evaluate(
         Loss, perplexity and token accuracy; of generated answers exact match and F1, or ROUGE and BLEU.
 
     Raises:
-        ArrieroError: rows that cannot be read or used, or a model that cannot be loaded.
+        ArrieroError: rows that cannot be read or used, a model that cannot be loaded, or one whose loss is no number.
     """
     check_data(data.dataset_path, data.data_name, data.task_name)
     if evaluation.output_dir:
@@ -122,12 +123,30 @@ def _loss(
     with tqdm(total=rows, unit="row", desc="loss", leave=False, disable=not processes.first) as bar:
         share = may_share_prefixes(loaded, processes)
         batches = packed_batches(examples, evaluation.per_device_eval_batch_size, share_prefixes=share)
-        return evaluate_loss(build_execution(loaded.model, precision, loaded.device), batches, bar.update)
+        metrics = evaluate_loss(build_execution(loaded.model, precision, loaded.device), batches, bar.update)
+    _check_finite(loaded, metrics["loss"], processes)
+    return metrics
+
+
+def _check_finite(loaded: LoadedModel, loss: float, processes: Processes) -> None:
+    if math.isfinite(loss):
+        return
+    told = processes.exchange(first_non_finite_parameter(loaded.model))  # each holds its own part of the model
+    culprit = next((found for found in told if found != NOTHING), None)
+    if culprit is not None:
+        raise TrainingError(
+            f"{loaded.folder}: {culprit} has values that are infinite or no numbers, so the loss is {loss}: "
+            "take an earlier checkpoint, or fetch the model again"
+        )
+    raise TrainingError(
+        f"{loaded.folder}: the loss of these rows is {loss} though every weight is finite: it overflows in "
+        f"{str(next(loaded.model.parameters()).dtype).removeprefix('torch.')}; try --dtype bfloat16 or float32"
+    )
 
 
 def _write(folder: Path, metrics: dict[str, float], answers: Sequence[Answer]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "eval_results.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    (folder / "eval_results.json").write_text(json_text(metrics), encoding="utf-8")
     with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
         for answer in answers:
             row = {"id": answer.sample.id, "prompt": answer.sample.prompt, "output": answer.text}

@@ -11,11 +11,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from arriero.errors import FormatError, require
 from arriero.formats.gguf.container import Value
+from arriero.formats.gguf.llama3_rope import own_keys
 from arriero.formats.gguf.names import architecture_of
 from arriero.models.config import LlamaConfig
 from arriero.models.family import SLIDING
@@ -70,7 +68,7 @@ def model_metadata(config: LlamaConfig, name: str, files: Mapping[str, bytes], f
     if SLIDING in config.layer_types:
         own["attention.sliding_window"] = config.sliding_window or 0
     own |= {"vocab_size": config.vocab_size, "rope.dimension_count": config.head_dim}
-    values |= {f"{architecture}.{key}": value for key, value in own.items()}
+    values |= {f"{architecture}.{key}": value for key, value in own.items()} | own_keys(config)
     return values | {"general.file_type": file_type, "general.quantization_version": QUANTIZATION_VERSION}
 
 
@@ -83,10 +81,6 @@ def notes(config: LlamaConfig) -> list[str]:
             "longer texts come out differently"
         )
     scaling = config.rope_scaling or {"rope_type": "default"}
-    if scaling["rope_type"] == "dynamic":
-        found.append(
-            f"GGUF has no dynamic RoPE scaling: beyond {config.max_position_embeddings} tokens texts come out differently"
-        )
     betas = (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1)
     if scaling["rope_type"] == "yarn" and betas != (32, 1):
         found.append("llama.cpp computes YaRN with beta_fast 32 and beta_slow 1, whatever the file says")
@@ -94,39 +88,25 @@ def notes(config: LlamaConfig) -> list[str]:
 
 
 def check_expressible(config: LlamaConfig, source: str) -> None:
-    """Refuse what a GGUF file of the model's architecture cannot say.
+    """Refuse what a GGUF file of the model's architecture cannot say, before anything is written.
 
     Raises:
-        FormatError: naming the setting.
+        FormatError: naming the setting and the way out.
     """
     architecture, scaling = architecture_of(config), config.rope_scaling or {"rope_type": "default"}
-    if architecture != "llama" and scaling["rope_type"] == "llama3":
-        raise FormatError(
-            f"{source}: rope type 'llama3' cannot be said in a GGUF file of architecture {architecture!r}; "
-            "only 'llama' has its table of frequencies"
-        )
-    if scaling["rope_type"] == "yarn" and not scaling.get("truncate", True):
-        raise FormatError(f"{source}: YaRN with truncate: false cannot be said in a GGUF file")
-    if architecture != "llama" and config.attention_output_bias:
-        raise FormatError(
-            f"{source}: attention_bias gives o_proj a bias, which GGUF's architecture {architecture!r} does not have"
-        )
-
-
-def rope_divisors(config: LlamaConfig) -> Tensor | None:
-    """LLaMA 3.1's RoPE scaling as divisors of the frequencies (head_dim/2,) fp32: the tensor `rope_freqs.weight`.
-
-    None for every other scaling. After `LlamaModel.generate_extra_tensors` of llama.cpp's converter.
-    """
-    scaling = config.rope_scaling
-    if scaling is None or scaling["rope_type"] != "llama3":
-        return None
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    wavelengths = 2 * math.pi / (1.0 / config.rope_theta**exponents).double()
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    smooth = ((scaling["original_max_position_embeddings"] / wavelengths - low) / (high - low)).clamp(0, 1)
-    divisors: Tensor = 1 / ((1 - smooth) / scaling["factor"] + smooth)
-    return divisors.float()
+    kind, own = scaling["rope_type"], f"in files of the architecture {architecture!r}"
+    obstacles = {
+        f"a sliding window ({config.sliding_window} tokens) {own}": SLIDING in config.layer_types
+        and architecture != "llama",
+        "dynamic RoPE scaling": kind == "dynamic",
+        f"RoPE scaling of the type 'llama3' {own}": kind == "llama3" and architecture != "llama",
+        "YaRN with truncate: false": kind == "yarn" and not scaling.get("truncate", True),
+        f"a RoPE factor below 1 ({scaling.get('factor')})": scaling.get("factor", 1) < 1,
+        f"a bias of o_proj (attention_bias) {own}": config.attention_output_bias and architecture != "llama",
+    }
+    for what, there in obstacles.items():
+        if there:
+            raise FormatError(f"{source}: GGUF has no word for {what}: convert to hf instead")
 
 
 def _rope_keys(config: LlamaConfig) -> dict[str, Value]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from arriero.errors import FormatError
 from arriero.formats.gguf.file import GGUFFile
+from arriero.formats.gguf.llama3_rope import scaling_of
 from arriero.formats.gguf.names import ARCHITECTURES, ROPE_FREQUENCIES, heads_of, hf_name
 from arriero.formats.gguf.tokenizer import tokenizer_files
 from arriero.formats.hf import check_state, parse_dtype, save_model
@@ -228,27 +229,13 @@ def _rope_scaling(file: GGUFFile, reader: _Metadata, context: int, head_dim: int
 
 
 def _llama3_scaling(file: GGUFFile, theta: float, head_dim: int) -> dict[str, Any]:
-    """Recover LLaMA 3.1's RoPE scaling from the divisors of the frequencies that the converter stored in its place.
-
-    The published models share everything but the factor, which is the largest divisor; the guess must reproduce the
-    stored divisors, or the file is refused. Formula: `LlamaModel.generate_extra_tensors` of llama.cpp's converter.
-    """
-    stored = file.dequantize(ROPE_FREQUENCIES).astype(np.float64).ravel()
-    factor, context = float(str(np.float32(stored.max()))), 8192
-    if stored.size == head_dim // 2 and np.isfinite(stored).all() and factor >= 1.0:
-        wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-        smooth = np.clip((context / wavelength - 1.0) / 3.0, 0.0, 1.0)
-        if np.allclose(1 / ((1 - smooth) / factor + smooth), stored, rtol=1e-4):
-            return {
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": context,
-            }
-    raise FormatError(
-        f"{file.path}: {ROPE_FREQUENCIES} is not the RoPE scaling of LLaMA 3.1, the only kind that can be read back"
-    )
+    scaling = scaling_of(file.dequantize(ROPE_FREQUENCIES), theta, head_dim, file.metadata)
+    if scaling is None:
+        raise FormatError(
+            f"{file.path}: the divisors in {ROPE_FREQUENCIES} are not those of LLaMA 3.1's RoPE scaling with low_freq_factor 1 "
+            "and high_freq_factor 4, the only ones that are read: take the model's original folder"
+        )
+    return scaling
 
 
 def _lazy(file: GGUFFile, name: str, config: LlamaConfig) -> LazyTensor:

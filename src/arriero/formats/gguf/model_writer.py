@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from arriero.formats.gguf.container import TensorToWrite, write_container
-from arriero.formats.gguf.metadata import check_expressible, model_metadata, notes, rope_divisors
+from arriero.formats.gguf.llama3_rope import rope_divisors
+from arriero.formats.gguf.metadata import check_expressible, model_metadata, notes
 from arriero.formats.gguf.names import ROPE_FREQUENCIES, gguf_name, heads_of
 from arriero.formats.gguf.tensor_types import F32, PLAIN, Kind, choose_type, parse_kind
 from arriero.formats.gguf.tokenizer_writer import tokenizer_metadata
