@@ -12,16 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 gguf = pytest.importorskip("gguf")
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
+from arriero.cli import main  # noqa: E402
 from arriero.errors import FormatError  # noqa: E402
 from arriero.formats.gguf.file import GGUFFile  # noqa: E402
 from arriero.formats.gguf.model import convert_gguf  # noqa: E402
 from arriero.formats.gguf.names import hf_name  # noqa: E402
-from arriero.formats.hf import load_model  # noqa: E402
+from arriero.formats.hf import load_model, save_model  # noqa: E402
+from arriero.formats.tiny_model import tiny_tokenizer_files  # noqa: E402
 from arriero.models.config import LlamaConfig  # noqa: E402
 from arriero.models.llama import LlamaForCausalLM  # noqa: E402
 
@@ -419,3 +422,25 @@ def test_smollm2_tokens(converted: Path, smollm2_gguf: Path) -> None:
     chat = "<|im_start|>user\nhi<|im_end|>\n"
     assert ours(chat).input_ids == theirs(chat).input_ids
     assert ours(chat).input_ids[0] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_that_torch_has_stay_as_they_are(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Matrices in 16 bits are not widened because norms are in F32, as they are in every GGUF file."""
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.init_weights(1)
+    save_model(model.to(dtype), config, tmp_path / "hf")
+    for name, content in tiny_tokenizer_files().items():
+        (tmp_path / "hf" / name).write_bytes(content)
+    for source, target in (("hf", "m.gguf"), ("m.gguf", "again.gguf"), ("again.gguf", "back")):
+        assert main(["convert", str(tmp_path / source), str(tmp_path / target)]) == 0
+    assert (tmp_path / "m.gguf").stat().st_size == (tmp_path / "again.gguf").stat().st_size
+    back = load_file(tmp_path / "back/model.safetensors")
+    for name, tensor in load_file(tmp_path / "hf/model.safetensors").items():
+        assert torch.equal(back[name].to(dtype), tensor)
+        assert back[name].dtype == dtype or tensor.ndim == 1
+    assert json.loads((tmp_path / "back/config.json").read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")

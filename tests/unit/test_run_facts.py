@@ -117,3 +117,31 @@ def test_written_options_are_those_of_the_adapter_that_is_trained_on(base: Path,
     written = yaml.safe_load((tmp_path / "second/config.yaml").read_text())
     assert (written["lora_rank"], written["lora_alpha"], written["lora_rslora"]) == (3, 6.0, True)
     assert sorted(written["lora_target_modules"]) == ["down_proj", "q_proj"]
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "nf4", "fp8", "a8w8"])
+def test_an_adapter_of_a_quantized_folder(base: Path, tmp_path: Path, kind: str) -> None:
+    quantize = ["quantize", "--model_name_or_path", str(base), "--quant_type", kind, "--group_size", "16"]
+    quantize = quantize[: -2 if kind in ("int8", "fp8", "a8w8") else None]
+    assert main([*quantize, "--output_path", str(tmp_path / kind)]) == 0
+    assert finetuned(tmp_path / kind, tmp_path / "run", "--lora") == 0
+    assert finetuned(tmp_path / kind, tmp_path / "on", "--lora", *resumed(tmp_path / "run")) == 0
+    assert last_loss(tmp_path / "on") == last_loss(tmp_path / "run")
+    assert finetuned(base, tmp_path / "refused", "--lora", *resumed(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "fp8", "a8w8"])
+def test_weights_that_are_no_numbers_are_not_quantized(
+    base: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = hf.load_model(base)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    hf.save_model(model, CONFIG, tmp_path / "broken", extra_files_from=base)
+    command = ["quantize", "--model_name_or_path", str(tmp_path / "broken"), "--quant_type", kind]
+    assert main([*command, "--output_path", str(tmp_path / "out")]) == 2
+    assert "model.layers.1.mlp.up_proj.weight has values that are infinite or no numbers" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    if kind in ("int8", "nf4"):
+        assert finetuned(tmp_path / "broken", tmp_path / "run", "--lora", "--quantize_base", kind) == 2
+        assert "up_proj.weight has values that are" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import torch
 
 from arriero.formats import hf
 from arriero.formats.parts import Placement
+from arriero.formats.quantized import QuantizedFolder
 from arriero.models.config import LlamaConfig
 from arriero.models.weight_shapes import weight_shapes
 
@@ -27,7 +28,12 @@ def weights_fingerprint(folder: Path) -> str:
     for name, shape in weight_shapes(config).items():
         if ".layers." in name and not any(layer in name for layer in read):
             continue
-        row = Placement(tuple(shape), (0,) * len(shape), (1, *shape[1:]) if len(shape) > 1 else tuple(shape))
-        numbers = reader.read_part(name, row).to(torch.float32).contiguous()
+        if isinstance(reader, QuantizedFolder):
+            row = reader.dequantized(name, torch.float32)
+            row = row[0] if len(shape) > 1 else row
+        else:
+            size = (1, *shape[1:]) if len(shape) > 1 else tuple(shape)
+            row = reader.read_part(name, Placement(tuple(shape), (0,) * len(shape), size))
+        numbers = row.to(torch.float32).contiguous()
         digest.update(name.encode() + numbers.numpy().tobytes())
     return digest.hexdigest()

@@ -29,7 +29,7 @@ from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 from arriero.models.rope import RotaryEmbedding
 from arriero.models.weight_shapes import weight_shapes
-from arriero.quantization.linear import linear_layers, quantize_layers
+from arriero.quantization.linear import linear_layers, quantize_layers, quantize_weight
 from arriero.quantization.schemes import WeightScheme
 
 __all__ = [
@@ -183,7 +183,7 @@ def load_model(
         for name, tensor in load_state(folder, wanted if scheme is None else None, device):
             layer = name.removesuffix(".weight")
             if scheme is not None and layer in layers and layer != name:
-                state |= {f"{layer}.{part}": stored for part, stored in scheme.quantize(tensor).items()}
+                state |= {f"{layer}.{part}": stored for part, stored in quantize_weight(name, tensor, scheme).items()}
             elif not _ignored(name, config):
                 # beside quantized layers a copy, so that the mapped file, which is much larger, can go
                 state[name] = tensor.to(dtype=wanted, copy=scheme is not None)
@@ -310,9 +310,11 @@ def save_model(
     if not quantized:
         config = plain(config)
         check_state(config, {name: shape for name, (_, shape) in plan.items()}, "the weights to save")
-        # One file must state one dtype; of a mixture the widest describes it best.
-        kinds = {kind for kind, _ in plan.values()}
-        config = dataclasses.replace(config, dtype=dtype_name(max(kinds, key=lambda kind: kind.itemsize)))
+        # One file must state one dtype: that of the matrices if the model says so; else of a mixture the widest describes it best.
+        kinds, matrices = ({kind for kind, shape in plan.values() if len(shape) > least} for least in (0, 1))
+        stated = parse_dtype(config.dtype)
+        chosen = stated if stated in matrices and len(matrices) == 1 else max(kinds, key=lambda kind: kind.itemsize)
+        config = dataclasses.replace(config, dtype=dtype_name(chosen))
     # What is made when it is written comes in the order that is easiest for its maker.
     order = () if any(isinstance(value, LazyTensor) for value in state.values()) else tuple(weight_shapes(config))
     with shared_folder(folder, peers, replaces=WEIGHT_FILES) as staging:

@@ -64,7 +64,7 @@ class Writing:
     Attributes:
         format: hf, gguf, paddle or meta.
         dtype: to cast to; None keeps each tensor's.
-        gguf_kind: number format of a GGUF file; None: the one of `dtype`, or of the widest tensor.
+        gguf_kind: number format of a GGUF file; None: the one of `dtype`, or of the widest matrix.
         max_shard_size: of a weight file in bytes (hf, paddle).
         tensor_parallel_degree: processes that share out each matrix, one file each (hf, paddle, meta).
         stages: the layers of each process of a pipeline, one file each (hf, paddle); empty: no pipeline.
@@ -81,7 +81,8 @@ class Writing:
         """The number format of a GGUF file of this model."""
         if self.gguf_kind is not None:
             return self.gguf_kind
-        widest = max((tensor.dtype for tensor in source.tensors.values()), key=lambda kind: kind.itemsize)
+        matrices = (tensor.dtype for tensor in source.tensors.values() if len(tensor.shape) > 1)
+        widest = max(matrices, key=lambda kind: kind.itemsize)
         return _GGUF_KINDS[self.dtype or widest]
 
     def rounds_to(self, source: ModelSource) -> torch.dtype | None:

@@ -26,7 +26,7 @@ from arriero.formats.shared_files import PartReader
 from arriero.models.config import LlamaConfig
 from arriero.models.weight_shapes import weight_shapes
 from arriero.quantization import nf4
-from arriero.quantization.linear import QuantizedLinear, quantize_layers
+from arriero.quantization.linear import QuantizedLinear, quantize_layers, quantize_weight
 from arriero.quantization.schemes import Nf4Weights, WeightScheme
 
 KEY = "quantization_config"
@@ -329,7 +329,7 @@ def quantizing(
         key = (layer, placement.offset[0], placement.size[0])
         if kept[0] != key:  # the tensors of a layer come one after the other
             rows = Placement(whole, (placement.offset[0], 0), (placement.size[0], whole[1]))
-            kept = key, scheme.quantize(values(f"{layer}.weight", rows))
+            kept = key, quantize_weight(f"{layer}.weight", values(f"{layer}.weight", rows), scheme)
         return kept[1][part][(slice(None), *placement.box[1:])]
 
     return value

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from arriero.errors import ConfigError
+from arriero.errors import ConfigError, FormatError
 from arriero.models.config import LlamaConfig
 from arriero.models.weight_shapes import weight_shapes
 from arriero.quantization.integers import at_least_fp32
@@ -170,6 +170,19 @@ def rounded(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return (torch.round(wide / scale).clamp(-128, 127) * scale).to(x.dtype), None
     scaled = torch.round(wide / scale)
     return (scaled.clamp(-128, 127) * scale).to(x.dtype), (scaled >= -128) & (scaled <= 127)
+
+
+def quantize_weight(name: str, weight: Tensor, scheme: WeightScheme) -> dict[str, Tensor]:
+    """The stored form of a weight by the scheme's plain rule.
+
+    Raises:
+        FormatError: it has values that are infinite or no numbers: integers would make numbers of them.
+    """
+    if not torch.isfinite(weight).all():
+        raise FormatError(
+            f"{name} has values that are infinite or no numbers: take an earlier checkpoint, or fetch the model again"
+        )
+    return scheme.quantize(weight)
 
 
 @torch.no_grad()

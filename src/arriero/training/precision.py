@@ -87,7 +87,7 @@ def first_non_finite_parameter(model: nn.Module) -> str:
     """The first parameter (in model order) of this process that holds a value that is not finite."""
     for name, parameter in model.named_parameters():
         held = local_tensor(parameter)
-        if held.is_floating_point() and not torch.isfinite(held).all():
+        if held.is_floating_point() and not torch.isfinite(held if held.itemsize > 1 else held.float()).all():
             return f"parameter {name}"
     return NOTHING
 

@@ -16,7 +16,7 @@ from arriero.config.model import ModelOptions
 from arriero.config.quantization import QuantizeOptions
 from arriero.data.calibration import TextBlocks, read_blocks
 from arriero.engine.loading import load, model_folder
-from arriero.errors import ConfigError
+from arriero.errors import ConfigError, FormatError
 from arriero.formats import hf, quantized
 from arriero.formats.safe_tensors import weight_files
 from arriero.formats.staging import check_target
@@ -25,6 +25,7 @@ from arriero.models.llama import LlamaForCausalLM
 from arriero.quantization.choice import scheme_for
 from arriero.quantization.post_training import needs_data, quantize_model
 from arriero.quantization.schemes import WeightScheme
+from arriero.training.precision import NOTHING, first_non_finite_parameter
 
 
 def quantize_folder(options: QuantizeOptions, model: ModelOptions) -> TextBlocks | None:
@@ -47,6 +48,11 @@ def quantize_folder(options: QuantizeOptions, model: ModelOptions) -> TextBlocks
     scheme = scheme_for(options.quant_type, config, group_size=options.group_size, scale_dtype=storage, static=static)
     print(f"{options.quant_method}: {scheme}; embedding, norms and output head stay as they are")
     loaded = load(dataclasses.replace(model, dtype="float32"))
+    broken = first_non_finite_parameter(loaded.model)
+    if broken != NOTHING:
+        raise FormatError(
+            f"{folder}: {broken} has values that are infinite or no numbers: take an earlier checkpoint, or fetch the model again"
+        )
     blocks = None
     if options.data_file is not None:
         blocks = read_blocks(

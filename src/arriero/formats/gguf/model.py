@@ -46,6 +46,10 @@ def open_gguf(path: str | Path) -> ModelSource:
     return ModelSource(file.path, "gguf", config, tensors, files, _about(file), file.close)
 
 
+# ggml's types whose numbers torch has as they are.
+_PLAIN = {"F16": torch.float16, "BF16": torch.bfloat16}
+
+
 def convert_gguf(
     path: str | Path,
     folder: str | Path,
@@ -132,7 +136,7 @@ def read_config(file: GGUFFile) -> LlamaConfig:
         "bos_token_id": reader.token("bos"),
         "eos_token_id": _end_tokens(reader),
         "pad_token_id": reader.token("padding"),
-        "torch_dtype": "float32",
+        "torch_dtype": _dtype(file),
     }
     if architecture != "qwen2":
         values["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
@@ -241,11 +245,19 @@ def _llama3_scaling(file: GGUFFile, theta: float, head_dim: int) -> dict[str, An
 def _lazy(file: GGUFFile, name: str, config: LlamaConfig) -> LazyTensor:
     heads = heads_of(name, config)
 
+    dtype = _PLAIN.get(file.tensors[name].type_name, torch.float32)
+
     def load() -> Tensor:
-        tensor = torch.from_numpy(file.dequantize(name))
+        tensor = torch.from_numpy(file.dequantize(name)).to(dtype)
         return tensor if heads is None else pairs_to_halves(tensor, heads)
 
-    return LazyTensor(file.tensors[name].shape, torch.float32, load)
+    return LazyTensor(file.tensors[name].shape, dtype, load)
+
+
+def _dtype(file: GGUFFile) -> str:
+    """Of the matrices, if they have one that torch has; norms are in F32 in any file."""
+    kinds = {tensor.type_name for tensor in file.tensors.values() if len(tensor.shape) > 1}
+    return str(_PLAIN.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32).removeprefix("torch.")
 
 
 def _model_order(item: tuple[str, str]) -> tuple[int, int, str]:
