@@ -130,6 +130,23 @@ def test_wrong_prompts(model: arriero.Model) -> None:
             model.generate(wrong)  # type: ignore[call-overload]
     with pytest.raises(arriero.DataError, match="no token"):
         model.logits([])
+    for data in (b"mule", bytearray(b"mule"), memoryview(b"mule"), [b"mule"]):
+        with pytest.raises(arriero.DataError, match=r"not (bytes|bytearray|memoryview); \.decode\(\) makes it a text"):
+            model.generate(data)  # type: ignore[arg-type]
+    rows, context = model.config.vocab_size, model.config.max_position_embeddings
+    for strange in (-1, rows):
+        for call in (model.generate, model.logits, model.perplexity):
+            with pytest.raises(
+                arriero.GenerationError, match=f"holds token id {strange} and the model has ids 0 to {rows - 1}"
+            ):
+                call([1, strange])
+    assert model.logits([1] * context).shape == (context, rows)
+    with pytest.raises(
+        arriero.GenerationError, match=f"has {context + 1} tokens: more than max_position_embeddings, {context}"
+    ):
+        model.logits([1] * (context + 1))
+    with pytest.raises(arriero.ConfigError, match=f"window is {context + 1}: more than max_position_embeddings"):
+        model.perplexity([1] * 5, window=context + 1)
     with pytest.raises(arriero.GenerationError, match="max_new_tokens"):
         model.generate(TEXT, max_new_tokens=10**6)
     with pytest.raises(arriero.ConfigError, match="params and seed are given"):

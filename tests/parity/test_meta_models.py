@@ -377,11 +377,20 @@ def test_every_width_can_be_said(dim: int, width: int, tmp_path: Path) -> None:
     [
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
-        ({"model_type": "qwen2"}, "attention_bias"),
-        ({"model_type": "qwen3", "head_dim": 8}, "norms of queries"),
-        ({"model_type": "mistral", "sliding_window": 16}, r"sliding window \(16 tokens\)"),
-        ({"head_dim": 16}, "head_dim of 16"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "linear"),
+        ({"model_type": "qwen2"}, "attention_bias.* to hf, gguf or paddle"),
+        ({"model_type": "qwen3", "head_dim": 8}, "norms of queries.* to hf or gguf instead"),
+        ({"model_type": "mistral", "sliding_window": 16}, r"sliding window \(16 tokens\).* to hf, gguf or paddle"),
+        (
+            {"model_type": "mistral", "sliding_window": 16, "tie_word_embeddings": True},
+            "window.* to hf or gguf instead",
+        ),
+        ({"head_dim": 16}, "head_dim of 16.* to hf or gguf instead"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "linear.* to hf, gguf or paddle"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic.* to hf or paddle"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}},
+            "yarn.* to hf or gguf instead",
+        ),
         ({"rope_scaling": SCALED | {"factor": 16.0}}, r"16\.0"),
         ({"rope_scaling": SCALED, "tie_word_embeddings": True}, "RoPE scaling"),  # 32 is what Meta's tied models have
     ],

@@ -114,6 +114,13 @@ def test_a_slip_is_one_line_and_code_2(arriero: Run) -> None:
         (("serve", "--prt", "1"), "unknown option --prt: did you mean --port?"),
         (("serve", "--port", "0"), "--port is 0: it must be at least 1"),
         (("serve", "--port", "1", "--flask_port", "1"), "--port and --flask_port are both 1"),
+        (("download", ""), "MODEL_NAME_OR_PATH is empty: give a name or a path"),
+        (("inspect", " "), "PATH is empty: give a name or a path"),
+        (("chat", "--model_name_or_path", "", "--device", "cpu"), "--model_name_or_path is empty"),
+        (("predict", "--lora_path", "l1,l3"), "one adapter here; `arriero merge --lora_path l1,l3 ...` joins them"),
+        (("export", "--lora_path", "l1,l3"), "one adapter here"),
+        (("evaluate", "--lora_path", "l1,l3"), "one adapter here"),
+        (("serve", "--lora_path", "l1,l3"), "one adapter here"),
         (("preprocess",), "--model_name_or_path, --input_path, --output_prefix must be given"),
     ]:
         result = arriero(*arguments)

@@ -69,6 +69,7 @@ IMPOSSIBLE = [
     ("--max_seq_length 100 --tgt_length 200", ("--max_seq_length", "--tgt_length")),
     ("--lora --prefix_tuning", ("--lora", "--prefix_tuning")),
     ("--lora_path a --prefix_path b", ("--lora_path", "--prefix_path")),
+    ("--lora_path l1,l3", ("--lora_path l1,l3: one adapter here; `arriero merge --lora_path l1,l3 ...` joins them",)),
     ("--prefix_tuning --lora_path a", ("--prefix_tuning", "--lora_path")),
     ("--lora --lora_rank 0", ("--lora_rank",)),
     ("--lora --lora_dropout 1", ("--lora_dropout",)),

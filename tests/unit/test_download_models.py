@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import arriero
 from arriero.errors import ArrieroError, ConfigError, FormatError
 from arriero.formats import wheel_model
 from arriero.formats.download import _choose, default_cache_dir, fetch_model, resolve_model
@@ -121,6 +122,15 @@ def test_paths_that_do_not_exist(name: str, tmp_path: Path, monkeypatch: pytest.
         resolve_model(name, tmp_path)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name(name: str, tmp_path: Path) -> None:
+    for find in (resolve_model, fetch_model):
+        with pytest.raises(ConfigError, match="the name of the model is empty"):
+            find(name, tmp_path)
+    with pytest.raises(ConfigError, match="model_name_or_path"):
+        arriero.load(name)
 
 
 def test_misspelt_name(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from arriero.config.parser import parse
 from arriero.errors import ArrieroError, ConfigError, PeerError, RunStopped
 from arriero.parallel.launching.report import Report, report_of
 from arriero.parallel.launching.resuming import resume_if_restarted
+from arriero.parallel.processes import silence_limit
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -110,6 +112,11 @@ def test_a_slip_in_the_launched_command_is_told_once(arriero: Run) -> None:
         (("--gpus", "0,1", "serve", "--prt", "1"), "unknown option --prt: did you mean --port?"),
         (("--gpus", "0,1", "serv"), "unknown command 'serv' after launch"),
         (("launch", "serve"), "launch cannot start itself"),
+        (
+            ("pretrain", "--nproc_per_node", "2"),
+            "--nproc_per_node is an option of launch, and those come before the command: "
+            "arriero launch --nproc_per_node ... pretrain ...",
+        ),
         (("--gpus", "0,1", "completion", "fish"), "completion runs in one process and --gpus 0,1 asks for several"),
         (("--nnodes", "2", "--master", "h:1", "completion", "fish"), "completion runs in one process"),
     ]:
@@ -117,6 +124,16 @@ def test_a_slip_in_the_launched_command_is_told_once(arriero: Run) -> None:
         assert (result.returncode, result.stdout) == (2, "")
         assert len(result.stderr.splitlines()) == 1
         assert message in result.stderr
+
+
+@pytest.mark.parametrize("text", ["abc", "-5", "0", "nan", "inf", ""])
+def test_a_timeout_that_is_no_number_of_seconds(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARRIERO_TIMEOUT", text)
+    with pytest.raises(ConfigError) as caught:
+        silence_limit()
+    assert str(caught.value) == f"ARRIERO_TIMEOUT is {text!r}: give a number of seconds above 0"
+    monkeypatch.setenv("ARRIERO_TIMEOUT", "1.5")
+    assert silence_limit() == timedelta(seconds=1.5)
 
 
 def test_help_of_the_launched_command(arriero: Run) -> None:

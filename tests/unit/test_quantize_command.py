@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import arriero
 from arriero.cli import main
 from arriero.data.calibration import read_blocks
 from arriero.data.tokenizer import load_tokenizer
@@ -117,6 +118,11 @@ def test_quantize(base: Path, text: Path, tmp_path: Path, capsys: Any, kind: str
         (["--quant_type", "int4", "--group_size", "48"], "48 does not divide"),
         (["--quant_type", "fp8", "--group_size", "32"], "fp8 has one scale for each output channel"),
         (["--data_file", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["--data_file", "."], "--data_file .: is a folder: name a file of text or rows"),
+        (["--tasks", "arc_easy"], "unknown option --tasks"),
+        (["--include_path", "."], "unknown option --include_path"),
+        (["--packing", "no"], "unknown option --packing"),
+        (["--lora_path", "l1"], "by `arriero merge --lora_path ...`"),
         (["--calibration_length", "4"], "calibration_length"),
     ],
 )
@@ -125,6 +131,55 @@ def test_refused(base: Path, tmp_path: Path, capsys: Any, flags: list[str], mess
     assert main(command) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data_file", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["--output_path", "{tmp}/file/q"], "--output_path {tmp}/file/q: cannot be written (Not a directory)"),
+        (["--output_path", "{tmp}/file"], "--output_path {tmp}/file is a file: name a folder"),
+        (["--output_path", "/proc/q"], "--output_path /proc/q: cannot be written"),
+        (["--model_name_or_path", "{tmp}/adapter"], "join it with its base first, by `arriero merge --lora_path"),
+    ],
+)
+def test_refused_before_the_model_is_loaded(
+    base: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
+) -> None:
+    def loaded(*_: Any) -> None:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr("arriero.training.quantizing.load", loaded)
+    (tmp_path / "file").touch()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    given = {"--model_name_or_path": str(base), "--output_path": f"{tmp_path}/q"}
+    given |= {flags[0]: flags[1].format(tmp=tmp_path)}
+    assert main(["quantize", *(word for pair in given.items() for word in pair)]) == 2
+    assert message.format(tmp=tmp_path) in capsys.readouterr().err
+    names = {name.removeprefix("--"): value for name, value in given.items()}
+    with pytest.raises(arriero.ArrieroError) as caught:
+        arriero.quantize(names.pop("model_name_or_path"), **names)  # type: ignore[arg-type]
+    assert message.format(tmp=tmp_path) in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "file"]
+
+
+def test_the_other_name_of_the_output(base: Path, tmp_path: Path, capsys: Any) -> None:
+    by_cli, by_python = tmp_path / "cli", tmp_path / "python"
+    flags = ["--output_dir", str(by_cli), "--quant_type", "a8w8", "--max_new_tokens", "4"]
+    assert main(["quantize", "--model_name_or_path", str(base), *flags]) == 0
+    printed = capsys.readouterr()
+    assert (
+        "rtn: weights of 8 bits, a scale for each output channel, inputs of 8 bits, a scale for each token;"
+        in printed.out
+    )
+    assert "--max_new_tokens has no effect without --dataset_path" in printed.err
+    assert arriero.quantize(base, output_dir=by_python, quant_type="a8w8") == by_python
+    assert (by_cli / "model.safetensors").read_bytes() == (by_python / "model.safetensors").read_bytes()
+    with pytest.raises(arriero.ConfigError, match="output_dir and output_path are the same option"):
+        arriero.quantize(base, tmp_path / "a", output_dir=tmp_path / "b")
+    with pytest.raises(arriero.ConfigError, match="output_path must be given"):
+        arriero.quantize(base)
 
 
 def test_quantized_already_and_output_that_exists(base: Path, tmp_path: Path, capsys: Any) -> None:

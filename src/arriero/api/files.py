@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from arriero.api.adapters import adapter_options
 from arriero.api.groups import build
+from arriero.errors import ConfigError
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -64,19 +65,33 @@ def merge(
     return Path(output_path)
 
 
-def quantize(model: str | PathLike[str], output_path: str | PathLike[str], **options: Unpack[QuantizeKeywords]) -> Path:
+def quantize(
+    model: str | PathLike[str],
+    output_path: str | PathLike[str] | None = None,
+    *,
+    output_dir: str | PathLike[str] | None = None,
+    **options: Unpack[QuantizeKeywords],
+) -> Path:
     """Write a model with its linear layers in few bits: the verb `quantize`, without its scores before and after.
 
     Args:
+        output_path: the folder to write, which must be given; `output_dir` is another name of it.
         options: `quant_type` ("int8", "int4", "nf4", "fp8", "a8w8"), `quant_method` ("rtn", "gptq", "awq"), `data_file`, ...
 
     Raises:
         ConfigError, DataError, FormatError: before anything is written.
     """
+    from arriero.training.quantize_inputs import check_inputs
     from arriero.training.quantizing import quantize_folder
 
-    output = Path(output_path).expanduser()
+    if output_path is not None and output_dir is not None:
+        raise ConfigError("arriero.quantize: output_dir and output_path are the same option: give one")
+    target = output_path if output_path is not None else output_dir
+    if target is None:
+        raise ConfigError("arriero.quantize: output_path must be given: the folder of the quantized model")
+    output = Path(target).expanduser()
     model_options, quantization = build("quantize", options, model_name_or_path=model, output_path=output)
+    check_inputs(quantization, model_options)
     quantize_folder(quantization, model_options)
     return output
 

@@ -238,19 +238,19 @@ class DataGroup(TypedDict, total=False):
     task_name: str | None
     data_name: str | None
     dataset_path: Path | None
-    dataset_weights: list[float] | None
     data_format: Literal["auto", "messages", "sharegpt", "context", "instruction", "alpaca", "src", "prompt", "text"]
     train_on: Literal["all_assistant", "last"]
     src_length: int
     tgt_length: int
+    eval_with_do_generation: bool
+    max_eval_samples: int | None
+    dataset_weights: list[float] | None
     max_seq_length: int | None
     share_prefixes: bool
     packing: bool
     group_by_length: bool
     max_tokens_per_batch: int | None
-    eval_with_do_generation: bool
     max_train_samples: int | None
-    max_eval_samples: int | None
     dataloader_num_workers: int
 
 

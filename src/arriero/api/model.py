@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from arriero.api.adapters import adapter_options
 from arriero.api.groups import build
 from arriero.api.text import Message, Prompt, TextModel
-from arriero.errors import ConfigError, DataError
+from arriero.errors import ConfigError, DataError, GenerationError
 from arriero.process_threads import release_workers
 
 if TYPE_CHECKING:
@@ -71,12 +71,18 @@ class Model(TextModel):
 
         Raises:
             DataError: it is empty.
+            GenerationError: it is longer than `context`, or holds ids that the model does not have.
         """
         import torch
+
+        from arriero.engine.request import check_ids
 
         ids = self.encode(prompt)
         if not ids:
             raise DataError("the prompt has no token: give at least one, such as bos")
+        check_ids(ids, self.config.vocab_size)
+        if len(ids) > self.context:
+            raise GenerationError(f"the prompt has {len(ids)} tokens: {self._too_long}; shorten it")
         with torch.inference_mode():
             logits: Tensor = self.module(torch.tensor([ids], device=self.device))[0].float()
         return logits
@@ -91,19 +97,32 @@ class Model(TextModel):
 
         Raises:
             DataError: less than two tokens.
-            ConfigError: a window below 2.
+            ConfigError: a window below 2, or longer than `context`.
+            GenerationError: ids that the model does not have.
         """
         import torch
 
+        from arriero.engine.request import check_ids
         from arriero.training.quantizing import perplexity
 
         window = self.context if window is None else window
         if window < 2:
             raise ConfigError(f"window is {window}: it must be at least 2, a token and the one after it")
-        ids = torch.tensor(self.encode(text))
+        if window > self.context:
+            raise ConfigError(f"window is {window}: {self._too_long}; give a smaller one")
+        ids = self.encode(text)
         if len(ids) < 2:
             raise DataError(f"the text has {len(ids)} tokens: perplexity needs at least 2")
-        return perplexity(self.module, [block[None] for block in torch.split(ids, window) if len(block) > 1])
+        check_ids(ids, self.config.vocab_size)
+        blocks = torch.split(torch.tensor(ids), window)
+        return perplexity(self.module, [block[None] for block in blocks if len(block) > 1])
+
+    @property
+    def _too_long(self) -> str:
+        """Than what a sequence is too long."""
+        positions = self.config.max_position_embeddings
+        less = f" less a prefix of {positions - self.context}" if positions > self.context else ""
+        return f"more than max_position_embeddings, {positions}{less}"
 
     def save(self, folder: str | PathLike[str], *, dtype: str | None = None, max_shard_size: str = "5GB") -> Path:
         """Write it as an HF folder that transformers, vLLM and arriero read; a LoRA adapter is in the weights then.

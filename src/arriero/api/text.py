@@ -56,6 +56,11 @@ class TextModel:
             return self.tokenizer.encode(prompt, add_special_tokens=True)
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
             return self.tokenizer.chat(cast("Sequence[Message]", prompt))
+        if isinstance(prompt, bytes | bytearray | memoryview):
+            raise DataError(
+                f"a prompt is a text, a conversation or a list of token ids, not {type(prompt).__name__}; "
+                ".decode() makes it a text"
+            )
         if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
             raise DataError(
                 f"a prompt is a text, a conversation or a list of token ids, not {type(prompt).__name__}; of a tensor or an "

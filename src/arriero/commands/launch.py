@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from arriero.commands.table import ONE_PROCESS, VERBS, load_verb
+from arriero.commands.table import ONE_PROCESS, VERBS, Verb, load_verb
 from arriero.config.option import REQUIRED, OptionGroup, option
 from arriero.config.parallel import ParallelOptions
-from arriero.config.parser import HelpRequested, parse
+from arriero.config.parser import HelpRequested, option_table, parse
 from arriero.errors import ConfigError
 
 HELP = (
@@ -136,6 +137,7 @@ def check_command(launch: LaunchOptions) -> None:
     if name not in VERBS:
         raise ConfigError(f"unknown command {name[:60]!r} after launch: arriero --help lists them")
     verb = load_verb(name)
+    _check_order(verb, arguments)
     groups = parse(verb.options, [word for word in arguments if word != "--debug"], verb.prog, warn=False)
     if name in ONE_PROCESS and not launch.single:
         asked = f"--gpus {launch.gpus}" if launch.gpus is not None else "launch"
@@ -144,6 +146,16 @@ def check_command(launch: LaunchOptions) -> None:
     for group in groups:
         if isinstance(group, ParallelOptions) and fewest == most:
             group.layout(launch.processes * most)
+
+
+def _check_order(verb: Verb, arguments: list[str]) -> None:
+    """Raises ConfigError for an option of launch behind the verb, which has none of that name."""
+    own, verbs = option_table(OPTIONS), option_table(verb.options)
+    for word in itertools.takewhile(lambda word: word != "--", arguments):
+        name = word[2:].partition("=")[0].replace("-", "_")
+        if word.startswith("--") and name in own and name != "command" and name not in verbs:
+            place = f"arriero launch --{name} ... {verb.prog.removeprefix('arriero ')} ..."
+            raise ConfigError(f"--{name} is an option of launch, and those come before the command: {place}")
 
 
 def check_gpus(launch: LaunchOptions) -> None:

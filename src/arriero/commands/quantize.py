@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arriero.config.adapter import AdapterPathOptions
-from arriero.config.data import DataOptions
-from arriero.config.evaluation import EvaluateOptions
+from arriero.config.data import DataOptions, RowOptions
+from arriero.config.evaluation import EvaluateOptions, RowScoreOptions
 from arriero.config.model import ModelOptions
 from arriero.config.quantization import QuantizeOptions
 
@@ -20,22 +20,23 @@ HELP = (
     "perplexity before and after is printed, with --dataset_path the task's scores too. transformers and vLLM read the result."
 )
 
-OPTIONS: tuple[type, ...] = (ModelOptions, QuantizeOptions, DataOptions, EvaluateOptions)
+OPTIONS: tuple[type, ...] = (ModelOptions, QuantizeOptions, RowOptions, RowScoreOptions)
 
 
-def run(model: ModelOptions, quantize: QuantizeOptions, data: DataOptions, evaluation: EvaluateOptions) -> int:
+def run(model: ModelOptions, quantize: QuantizeOptions, data: RowOptions, evaluation: RowScoreOptions) -> int:
     """Quantize, write, read back and print what changed."""
     from arriero.data.sources import check_data
     from arriero.engine.loading import model_folder
-    from arriero.formats.staging import check_target
+    from arriero.training.quantize_inputs import check_inputs
     from arriero.training.quantizing import quantize_folder, weight_bytes
 
     output = Path(quantize.output_path).expanduser()
-    check_target(str(output), "--output_path")
+    quantize = dataclasses.replace(quantize, output_path=str(output))
+    check_inputs(quantize, model)
     has_task = bool(data.dataset_path or data.data_name or data.task_name)
     if has_task:
         check_data(data.dataset_path, data.data_name, data.task_name)
-    blocks = quantize_folder(dataclasses.replace(quantize, output_path=str(output)), model)
+    blocks = quantize_folder(quantize, model)
     source = model_folder(model.model_name_or_path, model.cache_dir)
     rows = {"weights (MB)": [weight_bytes(folder) / 1e6 for folder in (source, output)]}
     held = blocks.held if blocks is not None else []
@@ -51,7 +52,7 @@ def run(model: ModelOptions, quantize: QuantizeOptions, data: DataOptions, evalu
 
 
 def _scores(
-    model: ModelOptions, held: list[Tensor], data: DataOptions | None, evaluation: EvaluateOptions
+    model: ModelOptions, held: list[Tensor], data: RowOptions | None, evaluation: RowScoreOptions
 ) -> dict[str, float]:
     """Perplexity on the held text, and the task's metrics."""
     from arriero.engine.loading import load_for_inference
@@ -63,6 +64,7 @@ def _scores(
     if held:
         scores["perplexity"] = perplexity(load_for_inference(model, AdapterPathOptions()).model, held)
     if data is not None:
-        metrics, _ = score_model(model, AdapterPathOptions(), data, evaluation, Processes())
+        rows, how = DataOptions(**dataclasses.asdict(data)), EvaluateOptions(**dataclasses.asdict(evaluation))
+        metrics, _ = score_model(model, AdapterPathOptions(), rows, how, Processes())
         scores |= {f"task {name}": value for name, value in metrics.items()}
     return scores

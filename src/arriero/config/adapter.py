@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from arriero.config.option import OptionGroup, option
 from arriero.errors import ConfigError
@@ -25,6 +26,18 @@ class AdapterPathOptions(OptionGroup):
         super().__post_init__()
         if self.lora_path is not None and self.prefix_path is not None:
             raise ConfigError("--lora_path and --prefix_path both name an adapter: give one of them")
+
+    def check_one(self) -> None:
+        """Refuse several LoRA adapters, which only `merge` adds up.
+
+        Raises:
+            ConfigError: naming the way out.
+        """
+        path = self.lora_path
+        if path is not None and "," in path and not Path(path).expanduser().exists():
+            raise ConfigError(
+                f"--lora_path {path}: one adapter here; `arriero merge --lora_path {path} ...` joins them"
+            )
 
 
 @dataclass(kw_only=True)

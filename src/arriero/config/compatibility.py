@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from arriero.config.adapter import AdapterOptions
+from arriero.config.adapter import AdapterOptions, AdapterPathOptions
 from arriero.config.checkpoint import CheckpointOptions
-from arriero.config.data import DataOptions
-from arriero.config.evaluation import EvaluateOptions
+from arriero.config.data import DataOptions, RowOptions
+from arriero.config.evaluation import EvaluateOptions, RowScoreOptions
 from arriero.config.generation import GenerationOptions
 from arriero.config.logging import LoggingOptions
+from arriero.config.merging import MergeOptions
 from arriero.config.model import ModelOptions
 from arriero.config.optimization import OptimizationOptions
 from arriero.config.option import specs_of
@@ -21,6 +22,7 @@ from arriero.config.planning import PlanOptions
 from arriero.config.precision import PrecisionOptions
 from arriero.config.preference import PreferenceOptions
 from arriero.config.pretraining import CorpusOptions
+from arriero.config.quantization import QuantizeOptions
 from arriero.config.rules.benchmarks import bench_rule
 from arriero.config.rules.groups import changed, find
 from arriero.config.rules.layouts import parallel_rule
@@ -237,6 +239,25 @@ def _scoring(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) 
                 warnings.append(f"--{name} has no effect with --tasks{instead}")
 
 
+def _one_adapter(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
+    adapter = find(groups, AdapterPathOptions)
+    if adapter is not None and find(groups, MergeOptions) is None:
+        adapter.check_one()
+
+
+def _quantize_scores(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
+    """`quantize` scores rows only where some are named."""
+    rows, scoring = find(groups, RowOptions), find(groups, RowScoreOptions)
+    if find(groups, QuantizeOptions) is None or rows is None or scoring is None:
+        return
+    if rows.dataset_path or rows.data_name or rows.task_name:
+        return
+    for group in (rows, scoring):
+        for spec in specs_of(type(group)):
+            if changed(group, spec.name, given):
+                warnings.append(f"--{spec.name} has no effect without --dataset_path, whose rows are scored")
+
+
 def _corpus(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
     """Options of a corpus that nothing reads in this run."""
     corpus, optimization = find(groups, CorpusOptions), find(groups, OptimizationOptions)
@@ -272,6 +293,8 @@ _RULES: tuple[Callable[[Sequence[Any], frozenset[str], list[str]], None], ...] =
     _data_loading,
     _corpus,
     _scoring,
+    _one_adapter,
+    _quantize_scores,
     parallel_rule,
     bench_rule,
 )

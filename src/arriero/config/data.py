@@ -69,7 +69,7 @@ def _part(item: str) -> DataPart:
 
 
 @dataclass(kw_only=True)
-class DataOptions(OptionGroup):
+class RowOptions(OptionGroup):
     """Data."""
 
     task_name: str | None = option(
@@ -81,9 +81,6 @@ class DataOptions(OptionGroup):
         None,
         "your own data: a file (.json, .jsonl, .csv, .tsv, .parquet), or a folder with train.json and dev.json (or so); "
         "several with commas between them are mixed, PATH:WEIGHT,PATH:WEIGHT in these shares",
-    )
-    dataset_weights: list[float] | None = option(
-        None, "share of the training rows that each file of --dataset_path gives, in proportion", above=0.0
     )
     data_format: str = option(
         "auto",
@@ -98,6 +95,35 @@ class DataOptions(OptionGroup):
     )
     src_length: int = option(512, "longest prompt in tokens; a longer one loses the end of its context", minimum=1)
     tgt_length: int = option(256, "longest answer in tokens", minimum=1)
+    eval_with_do_generation: bool = option(
+        False, "evaluate by generating answers and scoring them, instead of by loss and token accuracy"
+    )
+    max_eval_samples: int | None = option(None, "use only the first N evaluation rows (of each file)", minimum=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data_name is not None and self.task_name is None and self.data_format == "auto":
+            raise ConfigError(
+                f"--data_name {self.data_name} needs --task_name (or --data_format), which says how its rows become prompts "
+                "and answers"
+            )
+        if self.data_name is not None and self.dataset_path is not None:
+            raise ConfigError("--data_name and --dataset_path both name the data: give one of them")
+        if self.task_name == "squad_qa" and self.data_format != "auto":
+            raise ConfigError(
+                f"--task_name squad_qa and --data_format {self.data_format} both say what rows are: drop the second"
+            )
+        if self.dataset_path is not None:
+            dataset_parts(self.dataset_path)
+
+
+@dataclass(kw_only=True)
+class DataOptions(RowOptions):
+    """Data."""
+
+    dataset_weights: list[float] | None = option(
+        None, "share of the training rows that each file of --dataset_path gives, in proportion", above=0.0
+    )
     max_seq_length: int | None = option(
         None, "longest prompt + answer in tokens (default: src_length + tgt_length)", minimum=2
     )
@@ -120,26 +146,11 @@ class DataOptions(OptionGroup):
         "--per_device_train_batch_size and --gradient_accumulation_steps",
         minimum=1,
     )
-    eval_with_do_generation: bool = option(
-        False, "evaluate by generating answers and scoring them, instead of by loss and token accuracy"
-    )
     max_train_samples: int | None = option(None, "use only the first N training rows (of each file)", minimum=1)
-    max_eval_samples: int | None = option(None, "use only the first N evaluation rows (of each file)", minimum=1)
     dataloader_num_workers: int = option(0, "processes that prepare batches; 0: the main process", minimum=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.data_name is not None and self.task_name is None and self.data_format == "auto":
-            raise ConfigError(
-                f"--data_name {self.data_name} needs --task_name (or --data_format), which says how its rows become prompts "
-                "and answers"
-            )
-        if self.data_name is not None and self.dataset_path is not None:
-            raise ConfigError("--data_name and --dataset_path both name the data: give one of them")
-        if self.task_name == "squad_qa" and self.data_format != "auto":
-            raise ConfigError(
-                f"--task_name squad_qa and --data_format {self.data_format} both say what rows are: drop the second"
-            )
         if self.dataset_path is not None:
             dataset_parts(self.dataset_path, self.dataset_weights)
         elif self.dataset_weights is not None:

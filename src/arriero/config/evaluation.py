@@ -8,13 +8,19 @@ from arriero.config.option import OptionGroup, option
 
 
 @dataclass(kw_only=True)
-class EvaluateOptions(OptionGroup):
+class RowScoreOptions(OptionGroup):
     """Evaluation."""
 
     per_device_eval_batch_size: int = option(8, "rows scored together", aliases=("batch_size",), minimum=1)
     max_new_tokens: int | None = option(
         None, "longest generated answer in tokens (default: 32 for squad_qa, else --tgt_length)", minimum=1
     )
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions(RowScoreOptions):
+    """Evaluation."""
+
     tasks: list[str] | None = option(
         None,
         "tasks of EleutherAI's lm-eval, by name or pattern, instead of rows of --dataset_path; needs the extra eval",

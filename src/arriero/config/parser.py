@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from arriero.config import compatibility
@@ -20,6 +21,11 @@ from arriero.errors import ConfigError
 
 _BOOL_WORDS = TRUE_WORDS | FALSE_WORDS
 _CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+# What a verb or function has no option for, and what to do in its place.
+_ELSEWHERE = {
+    ("arriero quantize", "lora_path"): "join the adapter with its base first, by `arriero merge --lora_path ...`",
+    ("arriero.quantize", "lora_path"): "join the adapter with its base first, by arriero.merge",
+}
 
 
 class HelpRequested(Exception):
@@ -111,6 +117,7 @@ class _Scanner:
         if spec is None:
             suggestion = nearest(name, [*self.table, "config", "help", "debug"])
             hint = f"did you mean --{suggestion}?" if suggestion else f"see {self.prog} --help"
+            hint = _ELSEWHERE.get((self.prog, name), hint)
             raise ConfigError(f"unknown option --{written[:80]}: {hint}")
         value: Any = attached
         if not equals and spec.is_list:
@@ -169,6 +176,7 @@ def _named(
         if spec is None:
             suggestion = nearest(name, list(table))
             hint = f"did you mean {suggestion}?" if suggestion else "no option of this command has that name"
+            hint = _ELSEWHERE.get((source, name), hint)
             raise ConfigError(f"{source}: unknown key {show(key)}: {hint}")
         if spec.name in values:
             raise ConfigError(f"{source}: {key} and {spec.name} are the same option: give one")
@@ -237,6 +245,11 @@ def _build(groups: Sequence[type], values: dict[str, Any], hint: str, *, warn: b
     if missing:
         names = ", ".join(spec.name.upper() if spec.positional else f"--{spec.name}" for spec in missing)
         raise ConfigError(f"{names} must be given: {hint}")
+    for spec in specs:
+        value = values.get(spec.name)
+        if spec.required and isinstance(value, str | Path) and not str(value).strip():
+            name = spec.name.upper() if spec.positional else f"--{spec.name}"
+            raise ConfigError(f"{name} is empty: give a name or a path")
     instances = []
     for group in groups:
         instance = group(**{spec.name: values[spec.name] for spec in specs_of(group) if spec.name in values})

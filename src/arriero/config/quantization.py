@@ -92,8 +92,8 @@ class QuantizeOptions(OptionGroup):
     data_file: str | None = option(
         None, "text (.txt) or rows (.jsonl and others) to calibrate on; its end is kept to measure perplexity on"
     )
-    calibration_samples: int = option(128, "pieces of text to calibrate on", minimum=1)
-    calibration_length: int = option(512, "tokens of a piece", minimum=8)
+    calibration_samples: int = option(128, "pieces of text to calibrate on", minimum=1, only_with="data_file")
+    calibration_length: int = option(512, "tokens of a piece", minimum=8, only_with="data_file")
 
     def __post_init__(self) -> None:
         super().__post_init__()

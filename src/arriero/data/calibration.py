@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +67,23 @@ def read_blocks(path: str | Path, tokenizer: Tokenizer, samples: int, length: in
     return TextBlocks([before[number * len(before) // used] for number in range(used)], blocks[-held:])
 
 
-def _texts(path: Path) -> Iterator[str]:
+def check_text(path: str | Path) -> None:
+    """Look for the file, before the work that needs its text.
+
+    Raises:
+        DataError: there is none that can be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise DataError(f"--data_file {path}: is a folder: name a file of text or rows")
     if not path.is_file():
         raise DataError(f"--data_file {path}: no such file")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"--data_file {path}: cannot be read (Permission denied)")
+
+
+def _texts(path: Path) -> Iterator[str]:
+    check_text(path)
     if path.suffix.lower() in SUFFIXES:
         for sample in read_samples(path, None):
             yield sample.prompt + (sample.target or "")

@@ -13,7 +13,7 @@ from arriero.engine.block_manager import BlockManager
 from arriero.engine.drafts import Speculation
 from arriero.engine.grammar import GrammarCompiler
 from arriero.engine.prompt_logprobs import max_step_scores, score_prompts, wanted_rows
-from arriero.engine.request import Request
+from arriero.engine.request import Request, check_ids
 from arriero.engine.sampling import BROKEN, sampler_of
 from arriero.engine.sampling_params import SamplingParams
 from arriero.engine.scheduler import Scheduler, Share
@@ -111,16 +111,7 @@ class Engine:
                 raise GenerationError(f"{name} is {str(value)[:40]!r}: it must be of the type {kind}")
         runner = self.runner
         own = self._adapter(adapter)
-        if not prompt:
-            raise GenerationError("the prompt is empty: give at least one token, such as bos")
-        if not all(isinstance(token, int) for token in prompt):
-            raise GenerationError("the prompt holds something else than token ids, which are whole numbers")
-        strange = next((i for i in (min(prompt), max(prompt)) if not 0 <= i < runner.vocab_size), None)
-        if strange is not None:
-            raise GenerationError(
-                f"the prompt holds token id {strange} and the model has ids 0 to {runner.vocab_size - 1}: "
-                "the tokenizer is not this model's"
-            )
+        check_ids(prompt, runner.vocab_size)
         prefix = own.prefix_length if own is not None and own.prefix_length else runner.prefix_length
         context = runner.context + runner.prefix_length
         if len(prompt) + params.max_new_tokens > context - prefix:

@@ -187,6 +187,7 @@ def load_for_inference(
 
     What was trained with rounded weights (a folder with `qat.json`) computes with them.
     """
+    adapter.check_one()
     dtype = None if pick_device(options.device).type == "cuda" else "float32"
     loaded = load(options, dtype=dtype, processes=processes)
     trained = Path(adapter.lora_path) if adapter.lora_path else loaded.folder

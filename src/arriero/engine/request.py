@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+
+from arriero.errors import GenerationError
 
 
 class Status(Enum):
@@ -82,3 +85,21 @@ class Request:
     def rank(self) -> tuple[int, int]:
         """The order of importance: least first."""
         return self.priority, self.arrival
+
+
+def check_ids(prompt: Sequence[int], vocab_size: int) -> None:
+    """Refuse a prompt that no model of this vocabulary can read.
+
+    Raises:
+        GenerationError: it is empty, or holds something else than the vocabulary's ids.
+    """
+    if not prompt:
+        raise GenerationError("the prompt is empty: give at least one token, such as bos")
+    if not all(isinstance(token, int) for token in prompt):
+        raise GenerationError("the prompt holds something else than token ids, which are whole numbers")
+    strange = next((i for i in (min(prompt), max(prompt)) if not 0 <= i < vocab_size), None)
+    if strange is not None:
+        raise GenerationError(
+            f"the prompt holds token id {strange} and the model has ids 0 to {vocab_size - 1}: "
+            "the tokenizer is not this model's"
+        )

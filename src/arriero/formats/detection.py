@@ -61,6 +61,7 @@ FORMAT_OF: dict[Kind, str] = {
 }
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "sentencepiece.bpe.model")
 CORPUS_FILES = ("*_ids.npy", "*_ids.npz", "*.idx")
+_ROWS = (".jsonl", ".csv", ".tsv", ".parquet")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -236,6 +237,8 @@ def file_type(path: Path, start: bytes) -> tuple[str, str]:
         return "is a pickle", "it is never opened; name the folder of a model"
     if len(start) >= 9 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
         return "holds tensors (safetensors)", one_of_many
-    if name.endswith(".json") or start.lstrip()[:1] in (b"{", b"["):
+    if start[:4] == b"PAR1" or name.endswith(_ROWS) or start.lstrip()[:1] == b"[":
+        return "is a file of rows, not of a model", "arriero finetune and evaluate read it as --dataset_path"
+    if name.endswith(".json") or start.lstrip()[:1] == b"{":
         return "is JSON", f"name its folder: {folder}"
     return "is no model, adapter or corpus that is known", "see docs/formats.md for what is"

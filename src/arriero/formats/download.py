@@ -60,6 +60,7 @@ def resolve_model(name_or_path: str | Path, cache_dir: Path | None = None, repor
         FormatError: when the path is no model folder or the download fails.
         ConfigError: for a name that is not known, with the nearest ones.
     """
+    _check_name(name_or_path)
     path = Path(os.path.expanduser(name_or_path))  # unlike Path.expanduser, lets an unknown ~user pass
     if path.is_dir():
         return path
@@ -73,6 +74,11 @@ def resolve_model(name_or_path: str | Path, cache_dir: Path | None = None, repor
             raise FormatError(f"{path}: is a GGUF file; first run `arriero convert {path} --output_dir FOLDER`")
         raise FormatError(f"{path}: is a file; a model is a folder with config.json and safetensors weights")
     return fetch_model(str(name_or_path), cache_dir=cache_dir, report=report)
+
+
+def _check_name(name: str | Path) -> None:
+    if not str(name).strip():
+        raise ConfigError("the name of the model is empty: give a folder, a named model or a Hub id")
 
 
 def is_missing_path(name_or_path: str | Path) -> bool:
@@ -144,6 +150,7 @@ def fetch_model(
     Raises:
         FormatError, ConfigError: as `resolve_model`.
     """
+    _check_name(name)
     preset = match_preset(name)
     if preset is None and not _HUB_ID.fullmatch(name):
         if name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not Path(name).suffix:

@@ -310,7 +310,7 @@ def save_model(
     if not quantized:
         config = plain(config)
         check_state(config, {name: shape for name, (_, shape) in plan.items()}, "the weights to save")
-        # One file must state one dtype: that of the matrices if the model says so; else of a mixture the widest describes it best.
+        # One file must state one dtype: that of the matrices if the model says so; else the widest describes a mixture best.
         kinds, matrices = ({kind for kind, shape in plan.values() if len(shape) > least} for least in (0, 1))
         stated = parse_dtype(config.dtype)
         chosen = stated if stated in matrices and len(matrices) == 1 else max(kinds, key=lambda kind: kind.itemsize)

@@ -14,13 +14,28 @@ from arriero.errors import ConfigError, FormatError
 
 
 def check_target(path: str | Path, option: str) -> None:
-    """Refuse a folder that holds something, before the work that is to fill it.
+    """Refuse a folder that holds something, or where nothing can be written, before the work that is to fill it.
 
     Raises:
         ConfigError: naming the option.
     """
-    if Path(path).is_dir() and any(Path(path).iterdir()):
-        raise ConfigError(f"{option} {path} is not empty: name a new folder")
+    folder = Path(path)
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ConfigError(f"{option} {path} is not empty: name a new folder")
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{option} {path} is a file: name a folder")
+        place = _home(Path(os.path.realpath(folder)))
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        Path(tempfile.mkdtemp(prefix=".arriero.", suffix=".tmp", dir=place)).rmdir()
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: cannot be written ({error.strerror or error})") from error
+
+
+def _home(target: Path) -> Path:
+    """Where a folder is made before it gets its name."""
+    return target if target.is_mount() else target.parent
 
 
 @contextlib.contextmanager
@@ -45,8 +60,7 @@ def staged_folder(folder: str | Path, *, replaces: tuple[str, ...] = ()) -> Iter
     staging: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        home = target if target.is_mount() else target.parent
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=home))
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=_home(target)))
         yield staging
         _publish(staging, target, replaces)
     except OSError as error:

@@ -186,8 +186,21 @@ def backend_of(device: torch.device) -> str:
 
 
 def silence_limit() -> timedelta:
-    """How long a process may say nothing before its peers give it up."""
-    return timedelta(seconds=float(os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT)))
+    """How long a process may say nothing before its peers give it up.
+
+    Raises:
+        ConfigError: the variable is no number of seconds.
+    """
+    text = os.environ.get(TIMEOUT_VARIABLE)
+    if text is None:
+        return timedelta(seconds=DEFAULT_TIMEOUT)
+    try:
+        limit = timedelta(seconds=float(text))
+    except (ValueError, OverflowError):  # inf and nan too
+        limit = timedelta(0)
+    if limit <= timedelta(0):
+        raise ConfigError(f"{TIMEOUT_VARIABLE} is {text!r}: give a number of seconds above 0")
+    return limit
 
 
 def start(layout: Layout, device: torch.device) -> Processes:

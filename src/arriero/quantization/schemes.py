@@ -144,7 +144,9 @@ class IntegerWeights(WeightScheme):
     def __str__(self) -> str:
         size = self.integer.group_size
         groups = "a scale for each output channel" if size is None else f"groups of {size}"
-        return f"weights of {self.integer.bits} bits, {groups}" + (f", {self.activation}" if self.activation else "")
+        if self.activation is not None:
+            groups += f", inputs of 8 bits, {'a scale for each token' if self.activation.dynamic else 'one scale'}"
+        return f"weights of {self.integer.bits} bits, {groups}"
 
 
 def pack_integers(values: Tensor, bits: int) -> Tensor:

@@ -51,7 +51,8 @@ def quantize_folder(options: QuantizeOptions, model: ModelOptions) -> TextBlocks
     broken = first_non_finite_parameter(loaded.model)
     if broken != NOTHING:
         raise FormatError(
-            f"{folder}: {broken} has values that are infinite or no numbers: take an earlier checkpoint, or fetch the model again"
+            f"{folder}: {broken} has values that are infinite or no numbers: take an earlier checkpoint, or fetch the model "
+            "again"
         )
     blocks = None
     if options.data_file is not None:

@@ -6,6 +6,7 @@ The keys are the fields of `ModelArgs` in llama/model.py (https://github.com/met
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass
@@ -207,7 +208,22 @@ def _check_expressible(config: LlamaConfig) -> None:
     }
     for what, there in obstacles.items():
         if there:
-            raise FormatError(f"Meta's format has no word for {what}; convert this model to hf, gguf or paddle instead")
+            raise FormatError(f"Meta's format has no word for {what}; convert this model to {_instead(config)} instead")
+
+
+def _instead(config: LlamaConfig) -> str:
+    """The other formats that take a model of this configuration."""
+    from arriero.formats.gguf.metadata import check_expressible
+    from arriero.formats.paddle.config import paddle_config
+
+    taking = ["hf"]
+    with contextlib.suppress(FormatError):
+        check_expressible(config, "")
+        taking.append("gguf")
+    with contextlib.suppress(FormatError):
+        paddle_config(config, "float32")
+        taking.append("paddle")
+    return " or ".join([", ".join(taking[:-1]), taking[-1]] if len(taking) > 1 else taking)
 
 
 def _width_arguments(dim: int, width: int) -> tuple[int, float | None]:
