@@ -18,9 +18,12 @@ MODEL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim":
 MODEL |= {"attention_bias": True, "mlp_bias": True}
 O2 = {"bf16": True, "fp16_opt_level": "O2", "fp8": True}
 RUN = Run(model=MODEL, precision=O2, steps=3, accumulation=2)
+# Two processes add gradients up in another order. From AdamW's second step on a weight may round to bf16 the other way for
+# that, and if it is a matrix's greatest one, all of the matrix has another scale in 8 bits: what is the same ends before.
+WHOLE = Run(**{**vars(RUN), "steps": 2})
 RUNS: dict[str, tuple[str, Run]] = {
-    "stage3": ("stage3", RUN),
-    "stage3, O1, recomputed": ("stage3", Run(**{**vars(RUN), "precision": {"bf16": True, "fp8": True, "recompute": True}})),
+    "stage3": ("stage3", WHOLE),
+    "stage3, O1, recomputed": ("stage3", Run(**{**vars(WHOLE), "precision": {"bf16": True, "fp8": True, "recompute": True}})),
     "tp2": ("tp2", RUN),
     "tp2, LoRA": ("tp2", Run(**{**vars(RUN), "lora": True})),
     "pp2 1f1b": ("pp2 1f1b", RUN),
