@@ -97,7 +97,7 @@ def load(
         if name:
             processes.by_first(lambda name=name: str(model_folder(name, options.cache_dir)))  # type: ignore[misc]
     folder = model_folder(options.model_name_or_path, options.cache_dir)
-    if (folder / peft.ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+    if peft.is_adapter(folder):
         raise ConfigError(
             f"--model_name_or_path {folder} is an adapter: give its base there and this folder as --lora_path, or --prefix_path"
         )

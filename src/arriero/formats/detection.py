@@ -14,7 +14,7 @@ from arriero.formats.meta.params import PARAMS_FILE
 from arriero.formats.paddle.lora import LORA_CONFIG, LORA_STEM, is_paddle_lora
 from arriero.formats.paddle.prefix import CACHES, PREFIX_CONFIG, PREFIX_STEM, is_paddle_prefix
 from arriero.formats.paddle.reader import is_paddle_folder
-from arriero.formats.peft import ADAPTER_CONFIG, read_adapter_config
+from arriero.formats.peft import ADAPTER_CONFIG, is_adapter, read_adapter_config
 from arriero.formats.safe_tensors import INDEX_FILE, SINGLE_FILE
 from arriero.formats.tensor_shards import is_sharded
 
@@ -127,9 +127,7 @@ def _detect_folder(folder: Path) -> Found:
 
 def _peft_kind(wanted: str) -> Callable[[Path], bool]:
     def is_it(folder: Path) -> bool:
-        if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
-            return False
-        return read_adapter_config(folder, "")[0].get("peft_type") == wanted
+        return is_adapter(folder) and read_adapter_config(folder, "")[0].get("peft_type") == wanted
 
     return is_it
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from arriero.errors import ConfigError, FormatError
 from arriero.formats import wheel_model
 from arriero.formats.hub_files import HubFile, fetch_file, fetch_files
-from arriero.formats.peft import ADAPTER_CONFIG
+from arriero.formats.peft import ADAPTER_CONFIG, is_adapter
 from arriero.formats.safe_tensors import weight_files
 from arriero.formats.tiny_model import make_tiny_model
 from arriero.models.config import LlamaConfig
@@ -246,7 +246,7 @@ def _fetch_hub(hub_id: str, folder: Path | None, cache: Path | None, revision: s
     found = fetch_files(hub_id, folder, cache, revision, choose, HUB_IGNORED)
     if kinds[-1] != "safetensors":
         report(f"{hub_id}: has {kinds[-1]} weights; make a model folder of them: `arriero convert {found} OUTPUT`")
-    elif not (found / ADAPTER_CONFIG).is_file() or (found / "config.json").is_file():
+    elif not is_adapter(found):
         try:
             weight_files(found)
         except FormatError as error:

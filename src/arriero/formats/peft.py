@@ -53,6 +53,11 @@ _HARMLESS = frozenset(
 )
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter in PEFT's format, and no model beside it."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
 @dataclass(frozen=True)
 class PeftLoraConfig:
     """The part of PEFT's `LoraConfig` that decides what an adapter computes.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from arriero.errors import ConfigError, FormatError
 from arriero.formats.hub_errors import hub_errors
 from arriero.formats.model_card import CARD, base_model, model_card
-from arriero.formats.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from arriero.formats.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
 from arriero.formats.safe_tensors import INDEX_FILE, SINGLE_FILE, WEIGHT_FILES, weight_files
 from arriero.formats.tensor_shards import is_sharded
 
@@ -74,7 +74,7 @@ def collect(path: Path, include: tuple[str, ...] = ()) -> Parcel:
         raise FormatError(f"{path}: is neither a folder nor a .gguf file; give what is to be uploaded")
     files = {}
     kind: Kind = "model"
-    if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
+    if is_adapter(path):
         kind = "adapter"
         weights = [path / ADAPTER_WEIGHTS]
         if not weights[0].is_file():

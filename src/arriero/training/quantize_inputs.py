@@ -7,7 +7,7 @@ from arriero.config.quantization import QuantizeOptions
 from arriero.data.calibration import check_text
 from arriero.engine.loading import model_folder
 from arriero.errors import ConfigError
-from arriero.formats.peft import ADAPTER_CONFIG
+from arriero.formats.peft import is_adapter
 from arriero.formats.staging import check_target
 
 
@@ -23,7 +23,7 @@ def check_inputs(quantize: QuantizeOptions, model: ModelOptions) -> None:
     if quantize.data_file is not None:
         check_text(quantize.data_file)
     folder = model_folder(model.model_name_or_path, model.cache_dir)
-    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+    if is_adapter(folder):
         raise ConfigError(
             f"--model_name_or_path {folder} is an adapter: join it with its base first, by "
             f"`arriero merge --lora_path {folder} ...`, and quantize the result"

@@ -19,7 +19,6 @@ from arriero.engine.loading import load, model_folder
 from arriero.errors import ConfigError, FormatError
 from arriero.formats import hf, quantized
 from arriero.formats.safe_tensors import weight_files
-from arriero.formats.staging import check_target
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 from arriero.quantization.choice import scheme_for
@@ -29,16 +28,15 @@ from arriero.training.precision import NOTHING, first_non_finite_parameter
 
 
 def quantize_folder(options: QuantizeOptions, model: ModelOptions) -> TextBlocks | None:
-    """Write the quantized form of a model.
+    """Write the quantized form of a model, after `check_inputs`.
 
     Returns:
         The blocks of `--data_file`, if there is one.
 
     Raises:
-        ConfigError: an output that holds something, or a model that is quantized already.
+        ConfigError: a model that is quantized already.
         DataError, FormatError: a text or a model that cannot be read; all before anything is written.
     """
-    check_target(options.output_path, "--output_path")
     folder = model_folder(model.model_name_or_path, model.cache_dir)
     config = LlamaConfig.from_file(folder)
     if quantized.is_quantized(config):

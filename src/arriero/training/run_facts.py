@@ -7,7 +7,7 @@ from pathlib import Path
 
 from arriero.errors import FormatError, TrainingError
 from arriero.formats.fingerprint import weights_fingerprint
-from arriero.formats.peft import ADAPTER_CONFIG, read_adapter_config
+from arriero.formats.peft import is_adapter, read_adapter_config
 
 BASE = "base"
 # PEFT's word for a kind of adapter, and the option that trains one.
@@ -55,7 +55,7 @@ def check_kind(checkpoint: Path, option: str | None) -> None:
         FormatError: the checkpoint holds weights of another kind.
     """
     found = None
-    if (checkpoint / ADAPTER_CONFIG).is_file() and not (checkpoint / "config.json").is_file():
+    if is_adapter(checkpoint):
         found = _KINDS.get(str(read_adapter_config(checkpoint, "")[0].get("peft_type")))
     if found != option:
         was = "all weights" if found is None else f"an adapter ({found})"
