@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from arriero.config.kv_cache import KV_CACHE_DTYPES
-from arriero.engine.kv_memory import CACHE_MEMORY_SHARE, KVMemory
+from arriero.engine.kv_memory import CACHE_MEMORY_SHARE, KVMemory, default_bytes
 from arriero.engine.runner import TorchRunner
 from arriero.errors import ConfigError
 from arriero.models.config import LlamaConfig
@@ -129,10 +129,19 @@ def test_more_tokens_fit_into_the_free_memory(name: str, tokens: int, monkeypatc
     assert (runner.kv_memory.tokens, runner.num_blocks) == (tokens, tokens)
     few = TorchRunner(LlamaForCausalLM(CONFIG).eval(), block_size=16, useful_tokens=100, kv_cache_dtype=name)
     assert few.num_blocks == 7
+    told = TorchRunner(LlamaForCausalLM(CONFIG).eval(), block_size=1, kv_cache_dtype=name, memory_share=0.8)
+    assert told.num_blocks == pytest.approx(2 * tokens, abs=2)
+
+
+def test_a_gpu_keeps_room_for_its_steps() -> None:
+    gib = 2**30
+    assert default_bytes(10 * gib, "cpu") == 4 * gib
+    assert default_bytes(60 * gib, "cuda") == 53 * gib
+    assert default_bytes(gib, "cuda") == int(0.4 * gib)  # a small one
 
 
 def test_the_memory_in_words() -> None:
-    assert KVMemory(2_000_000_000, 12_240, "int8").text(8192) == (
+    assert KVMemory(2_000_000_000, 12_240, "int8", 5_000_000_000).text(8192) == (
         "keys and values: 12,240 bytes a token (int8); 163,398 tokens fit into 2.0 GB (40% of the free memory), which is "
         "19.9 requests of 8,192 tokens, the whole context"
     )

@@ -46,6 +46,13 @@ class ServeOptions(OptionGroup):
     )
     max_batch_size: int = option(32, "answers computed together at most", minimum=1, maximum=4096)
     max_step_tokens: int = option(2048, "tokens of one forward pass at most", minimum=1)
+    kv_cache_memory_share: float | None = option(
+        None,
+        "of the memory that is free when the model is loaded, what keys and values may take (default: 0.4; on a GPU 0.9 less "
+        "1 GiB)",
+        minimum=0.001,
+        maximum=1.0,
+    )
     max_queue_size: int = option(
         128, "answers that may wait for a place; who comes then hears 429 and when to try again", minimum=0
     )

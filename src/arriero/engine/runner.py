@@ -53,6 +53,7 @@ class TorchRunner:
         block_size: int | None = None,
         max_tokens: int | None = None,
         useful_tokens: int | None = None,
+        memory_share: float | None = None,
         adapters: AdapterPool | None = None,
         weight_copies: bool | None = None,
         kv_cache_dtype: str = "auto",
@@ -66,6 +67,7 @@ class TorchRunner:
             max_tokens: room for keys and values, in tokens; default: a share of the free memory. It is not taken until it
                 is used, on a CPU.
             useful_tokens: of that share, no more than this is taken: for more there would be no use.
+            memory_share: that share, above 0 and at most 1; default: `kv_memory.default_bytes`.
             adapters: of this model, that requests can name.
             weight_copies: hold the weights once more in the layout of faster kernels, where there are such (CPU, fp32);
                 default: if they take no more than a quarter of the free memory. False leaves them as they lie, on a GPU too,
@@ -105,7 +107,7 @@ class TorchRunner:
         self.context = model.config.max_position_embeddings - self.prefix_length
         scaling = model.config.rope_scaling
         self.reuses = scaling is None or scaling["rope_type"] != "dynamic"  # whose angles depend on the whole length
-        self.kv_memory = KVMemory.measure(model.config, self._dtype, kv_cache_dtype, self.device)
+        self.kv_memory = KVMemory.measure(model.config, self._dtype, kv_cache_dtype, self.device, memory_share)
         if max_tokens is None:
             room = self.kv_memory.tokens
             if useful_tokens is not None:

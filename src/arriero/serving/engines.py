@@ -57,6 +57,11 @@ def bundle_engine(
 
     if options.adapters:
         raise ConfigError(f"--adapters: {folder} is a bundle, which takes none; serve the checkpoint it was made from")
+    if options.kv_cache_memory_share is not None:
+        raise ConfigError(
+            f"--kv_cache_memory_share {options.kv_cache_memory_share:g}: a bundle holds --max_batch_size whole contexts; leave "
+            "it out, and lower that for less memory"
+        )
     bundle = running.open_as_model(model, adapter, cache, compilation)
     # The event loop and others on the machine want the cores too.
     return running.bundle_engine(
@@ -104,6 +109,7 @@ def runner_over(
         loaded.model if pool is not None else for_generation(loaded.model),
         # as much again for the beginnings that requests share
         useful_tokens=2 * options.max_batch_size * loaded.model.config.max_position_embeddings,
+        memory_share=options.kv_cache_memory_share,
         kv_cache_dtype=cache.kv_cache_dtype,
         adapters=pool,
         compile=compilation.torch_compile,
