@@ -65,9 +65,10 @@ class KVMemory:
         Args:
             context: tokens of the longest request.
         """
+        share = self.bytes / self.free
         return (
             f"keys and values: {self.token_bytes:,} bytes a token ({self.format}); {self.tokens:,} tokens fit into "
-            f"{self.bytes / 1e9:,.1f} GB ({self.bytes / self.free:.0%} of the free memory), which is {self.tokens / context:,.1f} "
+            f"{self.bytes / 1e9:,.1f} GB ({share:.0%} of the free memory), which is {self.tokens / context:,.1f} "
             f"requests of {context:,} tokens, the whole context"
         )
 
