@@ -32,11 +32,11 @@ from arriero.config.parallel import ParallelOptions
 from arriero.engine.background import BackgroundEngine
 from arriero.engine.drafts import PromptLookup, Speculation
 from arriero.engine.engine import Engine
-from arriero.engine.grammar import Structure
 from arriero.engine.loading import LoadedModel, load_for_inference
 from arriero.engine.ranks import LeaderRunner, follow
 from arriero.engine.runner import Runner, TorchRunner, Work
 from arriero.engine.sampling_params import SamplingParams
+from arriero.engine.structure import Structure
 from arriero.errors import GenerationError, PeerError
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM

@@ -214,18 +214,19 @@ class _Stub(http.server.BaseHTTPRequestHandler):
     """An API whose model is hostile."""
 
     asked: ClassVar[list[str]] = []
+    told: ClassVar[list[Any]] = []  # the messages of each request
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
         self._answer("application/json", json.dumps({"data": [{"id": "evil"}]}))
 
     def do_POST(self) -> None:
-        chunk = {
-            "choices": [
-                {"index": 0, "delta": {"content": hostile(self.server.server_address[1])}, "finish_reason": None}
-            ]
-        }
-        self._answer("text/event-stream", f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n")
+        self.told.append(json.loads(self.rfile.read(int(self.headers["content-length"])))["messages"])
+        text = hostile(self.server.server_address[1])
+        deltas = [{"reasoning_content": f"I am sly. {text}"}, {"content": text}]
+        chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+        lines = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks)
+        self._answer("text/event-stream", f"{lines}data: [DONE]\n\n")
 
     def _answer(self, media: str, text: str) -> None:
         data = text.encode()
@@ -251,9 +252,18 @@ def test_what_the_model_writes_cannot_act_and_a_server_may_come_back(browser: An
         threading.Thread(target=stub.serve_forever, args=(0.05,), daemon=True).start()
         page.locator("#regenerate").click()
         until(page, lambda: any("Look:" in turn for turn in turns(page, "bot")))
+        before = len(turns(page, "bot"))
         send(page, hostile(api))
-        until(page, lambda: len(turns(page, "bot")) == 2)
+        until(page, lambda: len(turns(page, "bot")) == 2 * before)
         page.wait_for_timeout(300)
+        thought = page.get_by_text("Thought", exact=False).first
+        assert thought.is_visible()
+        thought.click()
+        until(page, lambda: page.get_by_text("I am sly.").first.is_visible())
+        page.wait_for_timeout(300)
+        roles = [[message["role"] for message in messages] for messages in _Stub.told]
+        assert roles == [["user"], ["user", "assistant", "user"]]
+        assert "sly" not in json.dumps(_Stub.told)
         assert page.evaluate("window.hacked") is None
         inside = "#conversation .message"
         assert page.locator(f"{inside} script").count() == 0

@@ -23,9 +23,9 @@ from arriero.data.tokenizer import load_tokenizer
 from arriero.engine.drafts import PromptLookup, Speculation
 from arriero.engine.engine import Engine
 from arriero.engine.export_source import export_source, prefix_array, stored_bits
-from arriero.engine.grammar import Structure
 from arriero.engine.runner import TorchRunner
 from arriero.engine.sampling_params import SamplingParams
+from arriero.engine.structure import Structure
 from arriero.engine.work import Work
 from arriero.errors import ConfigError, FormatError, GenerationError
 from arriero.export.block_weights import BlockFormat, quantize

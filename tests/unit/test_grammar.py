@@ -23,9 +23,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.engine.drafts import PromptLookup, Speculation
 from arriero.engine.engine import Engine
-from arriero.engine.grammar import GrammarCompiler, Structure
+from arriero.engine.grammar import GrammarCompiler
 from arriero.engine.runner import TorchRunner
 from arriero.engine.sampling_params import SamplingParams
+from arriero.engine.structure import Structure
 from arriero.errors import GenerationError, MissingExtraError
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.engine.background import BackgroundEngine
 from arriero.engine.engine import Engine
-from arriero.engine.grammar import CompiledGrammar, Structure
+from arriero.engine.grammar import CompiledGrammar
 from arriero.engine.runner import TorchRunner, Work
 from arriero.engine.sampling_params import SamplingParams
+from arriero.engine.structure import Structure
 from arriero.engine.ticket import Piece
 from arriero.errors import GenerationError
 from arriero.models.config import LlamaConfig

@@ -191,6 +191,7 @@ class _Long:
     room = Service.room
 
     def __init__(self) -> None:
+        self.reasoning = True
         self.background = SimpleNamespace(engine=SimpleNamespace(runner=SimpleNamespace(vocab_size=2048)))
         self.tokenizer = SimpleNamespace(
             chat_template="",

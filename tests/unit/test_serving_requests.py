@@ -9,7 +9,7 @@ import pytest
 
 from arriero.data.chat_template import ChatTemplate
 from arriero.data.tokenizer import load_tokenizer
-from arriero.engine.grammar import Structure
+from arriero.engine.structure import Structure
 from arriero.engine.ticket import RefusedError
 from arriero.formats.download import resolve_model
 from arriero.models.presets import TINY_RANDOM_LLAMA

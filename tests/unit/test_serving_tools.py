@@ -12,14 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
+from arriero.engine.answer import Generation
 from arriero.engine.grammar import GrammarCompiler
 from arriero.engine.logprobs import TokenLogprobs
 from arriero.engine.sampling_params import SamplingParams
 from arriero.formats.download import resolve_model
 from arriero.models.presets import TINY_RANDOM_LLAMA
 from arriero.serving.api_errors import ApiError
+from arriero.serving.openai.answer_reader import Message
 from arriero.serving.openai.call_reader import CallReader
-from arriero.serving.openai.chat import ChatWork, read_calls
+from arriero.serving.openai.chat import ChatWork
 from arriero.serving.openai.fields import JsonObjectFormat
 from arriero.serving.openai.messages import FunctionSpec, Tool
 from arriero.serving.openai.response_items import Items
@@ -162,8 +164,9 @@ def test_calls_are_found_however_the_text_comes(
         told += _note(found, part)
     assert [tuple(call) for call in found] == calls
     assert (told or None) == (content or None)
-    whole, listed = read_calls(form, text, cut=cut)
-    assert whole == content
+    whole = Message.read(form, Generation([], text, "length" if cut else "stop", 1))
+    listed = whole.calls
+    assert whole.content == content
     assert [(call["function"]["name"], call["function"]["arguments"]) for call in listed] == calls
     assert len({call["id"] for call in listed}) == len(listed)
 

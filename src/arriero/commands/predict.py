@@ -17,7 +17,7 @@ from arriero.errors import ConfigError
 
 if TYPE_CHECKING:
     from arriero.data.samples import Sample
-    from arriero.engine.grammar import Structure
+    from arriero.engine.structure import Structure
 
 HELP = (
     "Answer every row of a jsonl file (src, instruction, context or messages) with a model, or a model and its adapter."
@@ -121,7 +121,7 @@ def _structure(schema_file: str | None) -> Structure | None:
     """The form that a file's JSON schema gives the answers."""
     if schema_file is None:
         return None
-    from arriero.engine.grammar import Structure
+    from arriero.engine.structure import Structure
 
     try:
         with open(schema_file, "rb") as file:

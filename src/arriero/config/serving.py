@@ -53,6 +53,12 @@ class ServeOptions(OptionGroup):
         minimum=0.001,
         maximum=1.0,
     )
+    reasoning_format: str = option(
+        "auto",
+        "auto: what a model whose template knows </think> thinks before its answer is told apart, as reasoning_content; none: "
+        "it stays in the answer",
+        ("auto", "none"),
+    )
     max_queue_size: int = option(
         128, "answers that may wait for a place; who comes then hears 429 and when to try again", minimum=0
     )

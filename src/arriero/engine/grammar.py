@@ -8,25 +8,23 @@ xgrammar because it has no dependencies, where xgrammar needs transformers and t
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from arriero.data.tokenizer import Tokenizer
+from arriero.engine.structure import Structure, StructureKind, lark_of
 from arriero.errors import GenerationError, require
 
 if TYPE_CHECKING:
     import llguidance
 
-StructureKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
 Mask: TypeAlias = npt.NDArray[np.bool_]  # (V,)
 
 MAX_REASON = 300  # characters of an error
@@ -36,107 +34,6 @@ MAX_WAITING = 64  # grammars that are being compiled or wait for it
 MAX_ITEMS_IN_ROW = 1000
 MAX_LEXER_STATES = 50_000
 MAX_GRAMMAR_SYMBOLS = 200_000
-# At most so much between two parts of a JSON text: a model must not be able to go on with blanks for ever.
-JSON_BLANKS = r"[\x20\x0A\x0D\x09]{1,32}"
-# Without it llguidance would choose the tokens of a text that has no alternative, and ask the tokenizer for them.
-OPTIONS = '%llguidance {"no_forcing": true}'
-
-
-@dataclass(frozen=True)
-class Structure:
-    """The form that an answer must have.
-
-    Attributes:
-        kind: "json_object" (any JSON object), "json_schema" (Draft 2020-12), "regex" (the whole answer; Rust's syntax without
-            looking around, and `\\d` and `\\w` are ASCII as in JSON schemas), "choice" (one of several texts), or "grammar"
-            (Lark's syntax).
-        source: the schema, also as what JSON makes of it; the expression; the texts; or the grammar. Empty for "json_object".
-
-    Raises:
-        GenerationError: no such kind, or a source that is none of this kind.
-    """
-
-    kind: StructureKind
-    source: str | tuple[str, ...] = ""
-
-    def __post_init__(self) -> None:
-        # A schema as JSON gives it and a list of texts are taken too.
-        given: Any = self.source
-        if self.kind == "json_schema" and isinstance(given, Mapping | bool):
-            object.__setattr__(self, "source", _dump(given))
-        if isinstance(given, list):
-            object.__setattr__(self, "source", tuple(given))
-        if self.kind not in get_args(StructureKind):
-            raise GenerationError(
-                f"there is no structure {self.kind!r}: the kinds are {', '.join(get_args(StructureKind))}"
-            )
-        texts = self.texts
-        if self.kind == "choice" and isinstance(self.source, str):
-            raise GenerationError("a choice is a list of texts: put even a single one into a list")
-        if not (isinstance(self.source, str) or self.kind == "choice") or not all(isinstance(t, str) for t in texts):
-            raise GenerationError(f"the source of a {self.kind} is {type(self.source).__name__}: it must be text")
-        if not texts or (self.kind in ("json_schema", "grammar") and not texts[0].strip()):
-            raise GenerationError(f"the {self.kind} is empty: say what the answer may be")
-        try:
-            for text in texts:
-                text.encode()
-        except UnicodeEncodeError as error:
-            raise GenerationError(f"the {self.kind} holds half a surrogate pair, which is no character") from error
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """The source as texts; one, but for a choice."""
-        return (self.source,) if isinstance(self.source, str) else self.source
-
-    @property
-    def size(self) -> int:
-        """Bytes of the source."""
-        return sum(len(text.encode()) for text in self.texts)
-
-
-def _dump(value: Any) -> str:
-    try:
-        return json.dumps(value, ensure_ascii=False)
-    except (RecursionError, TypeError, ValueError) as error:
-        raise GenerationError(f"the JSON schema is not JSON: {error}") from error
-
-
-def _lark(structure: Structure) -> str:
-    """The structure as a grammar in llguidance's Lark.
-
-    Raises:
-        GenerationError: a schema that is no JSON object.
-    """
-    import llguidance
-
-    if structure.kind == "grammar":
-        return f"{structure.texts[0]}\n{OPTIONS}\n"
-    if structure.kind == "regex":
-        body = f"/{llguidance.regex_to_lark(structure.texts[0], 'dw')}/"
-    elif structure.kind == "choice":
-        body = f"/{'|'.join(map(_literal, structure.texts))}/"
-    else:
-        schema = {"type": "object"} if structure.kind == "json_object" else _schema(structure.texts[0])
-        # Its own options, such as to ignore what is not supported, could make of an answer one that does not fit.
-        body = "%json " + _dump({**schema, "x-guidance": {"whitespace_pattern": JSON_BLANKS}})
-    return f"start: {body}\n{OPTIONS}\n"
-
-
-def _schema(text: str) -> dict[str, Any]:
-    try:
-        schema = json.loads(text)
-    except (RecursionError, ValueError) as error:
-        raise GenerationError(f"the JSON schema is not JSON: {error}") from error
-    if schema is True:
-        return {}
-    if not isinstance(schema, dict):
-        raise GenerationError(f"the JSON schema is {type(schema).__name__}: it must be an object")
-    return schema
-
-
-def _literal(text: str) -> str:
-    """The expression that only this text fits."""
-    return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
 
 
 def _reason(matcher: llguidance.LLMatcher) -> str:
@@ -275,7 +172,7 @@ class CompiledGrammar:
             max_grammar_size=MAX_GRAMMAR_SYMBOLS,
             verbose_errors=False,
         )
-        grammar = _lark(structure)
+        grammar = lark_of(structure)
 
         def begin(tree: llguidance.LLTokenizer) -> tuple[llguidance.LLMatcher, Mask]:
             matcher = llguidance.LLMatcher(tree, grammar, log_level=0, limits=limits)

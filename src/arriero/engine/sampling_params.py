@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from arriero.config.generation import GenerationOptions
-from arriero.engine.grammar import Structure
+from arriero.engine.structure import Structure
 from arriero.errors import GenerationError
 
 MAX_ANSWERS = 128

@@ -185,7 +185,15 @@ async def _answer(
         options.request_timeout,
     )
     admission, log = Admission(options.max_batch_size, options.max_queue_size), JsonLog()
-    service = Service(background, models, limits, admission, log=log, log_prompts=options.log_prompts)
+    service = Service(
+        background,
+        models,
+        limits,
+        admission,
+        log=log,
+        log_prompts=options.log_prompts,
+        reasoning=options.reasoning_format != "none",
+    )
     app = make_app(
         service,
         keys=entrance.keys,

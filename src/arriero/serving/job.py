@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from starlette.requests import Request
 
@@ -21,22 +21,32 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class ThoughtCounter(Protocol):
+    """Tells tokens of thoughts from others."""
+
+    def count(self, answer: Sequence[int]) -> int:
+        """How many of an answer's tokens are its thought."""
+        ...
+
+
 class Job:
     """Made by `Service.start`; `close` gives back what it has taken.
 
     Attributes:
         tickets: one a prompt.
         prompt_only: whether no answer is wanted: the token that the engine gives all the same is not counted.
+        thoughts: how tokens of thoughts are told from others; None: there are none.
     """
 
     def __init__(self, service: Service, request: Request, model: ServedModel, place: Place) -> None:
         self.tickets: list[Ticket] = []
         self.prompt_only = False
+        self.thoughts: ThoughtCounter | None = None
         self._service, self._request, self._model, self._place = service, request, model, place
         self._began: float = request.state.began
         self._first: float | None = None
         self._last: dict[tuple[int, int], float] = {}
-        self._tokens = self._prompt_tokens = self._cached_tokens = 0
+        self._tokens = self._prompt_tokens = self._cached_tokens = self._thought_tokens = 0
         self._ended: list[str] = []
         self._texts: list[str] = []
         self._closed = False
@@ -50,7 +60,7 @@ class Job:
             "total_tokens": self._prompt_tokens + self._tokens,
             "prompt_tokens_details": {"cached_tokens": self._cached_tokens, "audio_tokens": 0},
             "completion_tokens_details": {
-                "reasoning_tokens": 0,
+                "reasoning_tokens": self._thought_tokens,
                 "audio_tokens": 0,
                 "accepted_prediction_tokens": 0,
                 "rejected_prediction_tokens": 0,
@@ -168,6 +178,8 @@ class Job:
             if piece.index == 0:
                 self._prompt_tokens += piece.result.prompt_tokens
                 self._cached_tokens += piece.result.cached_tokens
+            if self.thoughts is not None:
+                self._thought_tokens += self.thoughts.count(piece.result.token_ids)
             self._ended.append(piece.result.finish_reason)
             if self._service.log_prompts:
                 self._texts.append(piece.result.text)

@@ -10,7 +10,9 @@ from pydantic import Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
+from arriero.engine.answer import Generation
 from arriero.engine.sampling_params import MAX_INTEGER, SamplingParams
+from arriero.engine.structure import Thought
 from arriero.engine.ticket import Piece
 from arriero.errors import ArrieroError
 from arriero.serving.api_errors import ApiError
@@ -18,7 +20,9 @@ from arriero.serving.body import Closed, disagreement, read_body
 from arriero.serving.event_stream import EventStream, results
 from arriero.serving.job import Job
 from arriero.serving.json_response import json_response
+from arriero.serving.openai.answer_reader import AnswerReader, Message
 from arriero.serving.openai.fields import ModelName, Text
+from arriero.serving.openai.thinking import thought_of
 from arriero.serving.service import Service
 from arriero.serving.strict_json import parse_value
 
@@ -106,6 +110,7 @@ class SeedWork:
 
     prompt: list[int]
     params: SamplingParams
+    thought: Thought
 
 
 class SeedError(ApiError):
@@ -179,7 +184,7 @@ def prepare(service: Service, body: SeedChatRequest) -> SeedWork:
         )
     except ArrieroError as error:
         raise ApiError(400, str(error)) from error
-    return SeedWork(prompt, params)
+    return SeedWork(prompt, params, thought_of(tokenizer, prompt) if service.reasoning else "none")
 
 
 async def seed_chat(request: Request, service: Service) -> Response:
@@ -192,18 +197,23 @@ async def seed_chat(request: Request, service: Service) -> Response:
             request.state.facts["messages"] = body.messages()
         job = await service.start(request, model, [work.prompt], work.params)
         if body.streams:
-            return EventStream(job, _lines(job), lines=True, error=seed_error)
-        return await results(
-            job, request, lambda found: json_response(seed_answer(found[0][0].text or "invalid response"))
-        )
+            return EventStream(job, _lines(job, work.thought), lines=True, error=seed_error)
+
+        def whole(found: list[list[Generation]]) -> Response:
+            said = Message.read(None, found[0][0], work.thought).content
+            return json_response(seed_answer(said or "invalid response"))
+
+        return await results(job, request, whole)
     except SeedError:
         raise
     except ApiError as error:
         raise SeedError(error) from error
 
 
-async def _lines(job: Job) -> AsyncIterator[dict[str, Any]]:
+async def _lines(job: Job, thought: Thought) -> AsyncIterator[dict[str, Any]]:
     piece: Piece
+    reader = AnswerReader(None, thought)
     async for _, piece in job.pieces():
-        if piece.text:
-            yield seed_answer(piece.text)
+        for part in reader.push(piece.text, piece.result):
+            if not part.thought:
+                yield seed_answer(part.text)

@@ -10,8 +10,8 @@ from starlette.requests import Request
 
 from arriero.data.tokenizer import Tokenizer
 from arriero.engine.background import BackgroundEngine
-from arriero.engine.grammar import Structure
 from arriero.engine.sampling_params import SamplingParams
+from arriero.engine.structure import Structure
 from arriero.engine.ticket import RefusedError
 from arriero.errors import ArrieroError, GenerationError
 from arriero.serving.admission import Admission
@@ -67,16 +67,18 @@ class Service:
         *,
         log: JsonLog,
         log_prompts: bool = False,
+        reasoning: bool = True,
     ) -> None:
         """
         Args:
             models: the first is the base.
             log_prompts: write prompts and answers into the log.
+            reasoning: tell what a model thinks before its answer apart from the answer.
         """
         self.background, self.limits, self.admission = background, limits, admission
         self.models = {model.name: model for model in models}
         self.base = models[0]
-        self.log, self.log_prompts = log, log_prompts
+        self.log, self.log_prompts, self.reasoning = log, log_prompts, reasoning
         self.metrics = Metrics(background.engine)
         self.workers = Workers()
         self.created = int(time.time())

@@ -91,11 +91,12 @@ class MessageToolCall(Answer):
 
 
 class ChatMessage(Answer):
-    """What the model says. `tool_calls` is there only if there are calls."""
+    """What the model says. `tool_calls` is there only if there are calls, `reasoning_content` only if it thought."""
 
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    reasoning_content: str = ""
     tool_calls: list[MessageToolCall] = []
 
 

@@ -19,12 +19,16 @@ class Part:
         text: of the answer itself, or of the call's arguments.
         call: the call's number; None for the answer's own text.
         id, name: of a call that begins with this part.
+        thought: whether it was thought and not said.
+        passed: characters of the answer before it that are no part of anything.
     """
 
     text: str
     call: int | None = None
     id: str | None = None
     name: str | None = None
+    thought: bool = False
+    passed: int = 0
 
 
 class CallReader:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -11,8 +11,8 @@ from starlette.responses import Response
 
 from arriero.data.tokenizer import Tokenizer
 from arriero.engine.answer import Generation
-from arriero.engine.grammar import Structure
 from arriero.engine.sampling_params import MAX_LOGPROB_VALUES, SamplingParams
+from arriero.engine.structure import Structure, Thought
 from arriero.engine.ticket import Piece
 from arriero.errors import ArrieroError
 from arriero.serving.api_errors import ApiError, api_error
@@ -20,11 +20,13 @@ from arriero.serving.body import read_body
 from arriero.serving.event_stream import EventStream, results
 from arriero.serving.job import Job
 from arriero.serving.json_response import json_response
-from arriero.serving.openai.call_reader import CallReader, Part
+from arriero.serving.openai.answer_reader import AnswerReader, Message
+from arriero.serving.openai.call_reader import Part
 from arriero.serving.openai.fields import structure_of
 from arriero.serving.openai.heads import Head
 from arriero.serving.openai.messages import NamedTool, for_template
 from arriero.serving.openai.requests import ChatRequest
+from arriero.serving.openai.thinking import ThoughtTokens, thought_of
 from arriero.serving.openai.token_text import TokenTexts, chat_logprobs
 from arriero.serving.openai.tool_format import ToolFormat, format_of, specification, structure_with_tools, taught
 from arriero.serving.service import ServedModel, Service
@@ -38,11 +40,13 @@ class ChatWork:
 
     Attributes:
         form: how calls are written; None where there are no tools.
+        thought: where the answer thinks before it says anything.
     """
 
     prompt: list[int]
     params: SamplingParams
     form: ToolFormat | None
+    thought: Thought = "none"
 
 
 def chat_prompt(tokenizer: Tokenizer, body: ChatRequest) -> tuple[list[int], ToolFormat | None]:
@@ -78,6 +82,9 @@ def prepare(service: Service, body: ChatRequest, length: str | None = None, sour
     name = length or ("max_tokens" if body.max_tokens is not None else "max_completion_tokens")
     longest = service.room(len(prompt), body.longest, name, source)
     structure: Structure | None
+    thought: Thought = "none"
+    if service.reasoning and not body.has_own_grammar:
+        thought = thought_of(service.tokenizer, prompt, goes_on=bool(body.continue_final_message))
     try:
         if form is not None:
             chosen = body.tool_choice
@@ -90,9 +97,12 @@ def prepare(service: Service, body: ChatRequest, length: str | None = None, sour
                 required=isinstance(chosen, NamedTool) or chosen == "required",
                 parallel=body.parallel_tool_calls is not False and not isinstance(chosen, NamedTool),
                 answer=body.response_format,
+                thought=thought,
             )
         else:
-            structure = structure_of(body.response_format)
+            structure = structure_of(body.response_format) or body.own_structure()
+            if structure is not None:
+                structure = replace(structure, thought=thought)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         params = body.sampling(longest, logprobs=logprobs, structure=structure)
     except ArrieroError as error:
@@ -109,7 +119,7 @@ def prepare(service: Service, body: ChatRequest, length: str | None = None, sour
             f"most {MAX_LOGPROB_VALUES} are given in one request",
             param=name,
         )
-    return ChatWork(prompt, params, form)
+    return ChatWork(prompt, params, form, thought)
 
 
 def visible(
@@ -125,7 +135,7 @@ class ChatAnswers:
     """Makes OpenAI's objects of what the engine gives."""
 
     def __init__(self, service: Service, body: ChatRequest, model: ServedModel, work: ChatWork) -> None:
-        self._service, self._body, self._form = service, body, work.form
+        self._service, self._body, self._work = service, body, work
         self._texts = TokenTexts(service.tokenizer)
         self.head = Head("chatcmpl", model.name)
 
@@ -135,21 +145,23 @@ class ChatAnswers:
         return json_response({**self.head.fields("chat.completion"), "choices": choices, "usage": job.usage})
 
     def _choice(self, index: int, answer: Generation) -> dict[str, Any]:
-        content, calls = read_calls(self._form, answer.text, cut=answer.finish_reason != "stop")
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if calls:
-            message["tool_calls"] = calls
+        read = Message.read(self._work.form, answer, self._work.thought)
+        message: dict[str, Any] = {"role": "assistant", "content": read.content, "refusal": None}
+        if read.thought and self._tells_thoughts:
+            message["reasoning_content"] = read.thought
+        if read.calls:
+            message["tool_calls"] = read.calls
         logprobs = None
         if self._body.logprobs:
             ended = answer.finish_reason == "stop"
             tokens, found = visible(self._service, answer.token_ids, answer.logprobs, ended)
             logprobs = chat_logprobs(self._texts, tokens, found)
-        finish = "tool_calls" if calls and answer.finish_reason == "stop" else FINISH[answer.finish_reason]
+        finish = "tool_calls" if read.calls and answer.finish_reason == "stop" else FINISH[answer.finish_reason]
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
 
     async def chunks(self, job: Job) -> AsyncIterator[dict[str, Any]]:
         """The answer to one with `stream`, piece by piece."""
-        readers = [CallReader(self._form) if self._form is not None else None for _ in range(self._body.answers)]
+        readers = [AnswerReader(self._work.form, self._work.thought) for _ in range(self._body.answers)]
         for index in range(self._body.answers):
             yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
         async for _, piece in job.pieces():
@@ -158,15 +170,14 @@ class ChatAnswers:
         if self._body.usage_in_stream:
             yield {**self.head.fields("chat.completion.chunk"), "choices": [], "usage": job.usage}
 
-    def _of_piece(self, piece: Piece, reader: CallReader | None) -> list[dict[str, Any]]:
+    @property
+    def _tells_thoughts(self) -> bool:
+        return self._body.include_reasoning is not False
+
+    def _of_piece(self, piece: Piece, reader: AnswerReader) -> list[dict[str, Any]]:
         result = piece.result
-        if reader is None:
-            parts = [Part(piece.text)] if piece.text else []
-        else:
-            parts = reader.push(piece.text)
-            if result is not None:
-                parts += reader.finish(cut=result.finish_reason != "stop")
-        deltas = [_delta(part) for part in parts]
+        parts = reader.push(piece.text, result)
+        deltas = [_delta(part) for part in parts if self._tells_thoughts or not part.thought]
         logprobs = None
         if self._body.logprobs and piece.token_ids:
             ended = result is not None and result.finish_reason == "stop"
@@ -178,7 +189,7 @@ class ChatAnswers:
         for place, delta in enumerate(deltas):
             chunks.append(self._chunk(piece.index, delta, logprobs if place == 0 else None))
         if result is not None:
-            called = reader is not None and reader.calls > 0 and result.finish_reason == "stop"
+            called = reader.calls > 0 and result.finish_reason == "stop"
             finish = "tool_calls" if called else FINISH[result.finish_reason]
             chunks.append(self._chunk(piece.index, {}, finish=finish))
         return chunks
@@ -192,33 +203,14 @@ class ChatAnswers:
 
 
 def _delta(part: Part) -> dict[str, Any]:
+    if part.thought:
+        return {"reasoning_content": part.text}
     if part.call is None:
         return {"content": part.text}
     call: dict[str, Any] = {"index": part.call, "function": {"arguments": part.text}}
     if part.name is not None:
         call |= {"id": part.id, "type": "function", "function": {"name": part.name, "arguments": ""}}
     return {"tool_calls": [call]}
-
-
-def read_calls(form: ToolFormat | None, text: str, *, cut: bool = False) -> tuple[str | None, list[dict[str, Any]]]:
-    """An answer's own text, None if it has only calls, and the calls.
-
-    Args:
-        cut: whether the answer ended before it was complete; the last call is then as much of it as is known.
-    """
-    if form is None:
-        return text, []
-    reader = CallReader(form)
-    content = ""
-    calls: list[dict[str, Any]] = []
-    for part in (*reader.push(text), *reader.finish(cut=cut)):
-        if part.call is None:
-            content += part.text
-        elif part.name is not None:
-            calls.append({"id": part.id, "type": "function", "function": {"name": part.name, "arguments": ""}})
-        else:
-            calls[part.call]["function"]["arguments"] += part.text
-    return (content or None) if calls or reader.left_out else content, calls
 
 
 async def chat_completions(request: Request, service: Service) -> Response:
@@ -229,6 +221,7 @@ async def chat_completions(request: Request, service: Service) -> Response:
     if service.log_prompts:
         request.state.facts["messages"] = [for_template(message) for message in body.messages]
     job = await service.start(request, model, [work.prompt], work.params)
+    job.thoughts = ThoughtTokens.of(service.tokenizer, work.thought)
     answers = ChatAnswers(service, body, model, work)
     if body.stream:
         return EventStream(job, answers.chunks(job))

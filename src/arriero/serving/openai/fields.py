@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from arriero.engine.grammar import Structure
 from arriero.engine.sampling_params import (
     MAX_ANSWERS,
     MAX_INTEGER,
@@ -16,6 +15,7 @@ from arriero.engine.sampling_params import (
     MAX_STOP_TOKEN_IDS,
     SamplingParams,
 )
+from arriero.engine.structure import Structure
 from arriero.serving.body import Closed
 from arriero.serving.openai.structured_fields import StructuredFields
 

@@ -41,6 +41,7 @@ class ChatRequest(TemplateFields, SamplingFields):
     parallel_tool_calls: bool | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     reasoning_effort: ShortText | None = None
+    include_reasoning: bool | None = None
     verbosity: ShortText | None = None
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ Event = dict[str, Any]
 
 
 class Items:
-    """The items of an answer while they grow: messages, and calls of functions."""
+    """The items of an answer while they grow: a thought, messages, and calls of functions."""
 
     def __init__(self, logprobs: MessageLogprobs | None = None) -> None:
         """
@@ -25,12 +25,18 @@ class Items:
     def take(self, part: Part) -> list[Event]:
         """The events of a part."""
         events: list[Event] = []
+        if part.thought:
+            if not self._open:
+                events += self._begin_thought()
+            item = self.output[-1]
+            item["content"][0]["text"] += part.text
+            return [*events, self._event("response.reasoning_text.delta", item, content_index=0, delta=part.text)]
         if part.call is None:
             if not self._open or self.output[-1]["type"] != "message":
                 events += self.close()
                 events += self._begin_message()
             item = self.output[-1]
-            logprobs = self._logprobs.take(part.text) if self._logprobs is not None else []
+            logprobs = self._logprobs.take(part.text, part.passed) if self._logprobs is not None else []
             item["content"][0]["text"] += part.text
             item["content"][0]["logprobs"] += logprobs
             return [
@@ -60,8 +66,10 @@ class Items:
             )
             return [done, self._item("response.output_item.done")]
         content = item["content"][0]
+        said = item["type"] == "message"
+        text = _told(content, "text", "logprobs") if said else _told(content, "text")
         return [
-            self._event("response.output_text.done", item, content_index=0, **_told(content, "text", "logprobs")),
+            self._event(f"response.{'output' if said else 'reasoning'}_text.done", item, content_index=0, **text),
             self._event("response.content_part.done", item, content_index=0, part=_told(content, *content)),
             self._item("response.output_item.done"),
         ]
@@ -72,15 +80,22 @@ class Items:
         Args:
             nothing: an answer without any item stays so; else it is an empty message.
         """
-        events = [] if self.output or nothing else self.take(Part(""))
+        thought = len(self.output) == 1 and self.output[0]["type"] == "reasoning"
+        events = self.take(Part("")) if not nothing and (not self.output or thought) else []
         return events + self.close(status)
 
     def _begin_message(self) -> list[Event]:
         item = {"type": "message", "id": f"msg_{uuid.uuid4().hex}", "status": "in_progress", "role": "assistant"}
+        return self._begin(item, {"type": "output_text", "text": "", "annotations": [], "logprobs": []})
+
+    def _begin_thought(self) -> list[Event]:
+        item = {"type": "reasoning", "id": f"rs_{uuid.uuid4().hex}", "status": "in_progress", "summary": []}
+        return self._begin(item, {"type": "reasoning_text", "text": ""})
+
+    def _begin(self, item: dict[str, Any], part: dict[str, Any]) -> list[Event]:
         self.output.append({**item, "content": []})
         self._open = True
         added = self._item("response.output_item.added")
-        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         self.output[-1]["content"].append(part)
         return [
             added,

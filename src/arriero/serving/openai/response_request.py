@@ -101,6 +101,29 @@ class InputCallOutput(Closed):
     status: ShortText | None = None
 
 
+class ThoughtPart(Closed):
+    """A part of what a model thought."""
+
+    type: Literal["reasoning_text", "summary_text"]
+    text: Text
+
+
+class InputThought(Closed):
+    """What the model thought before it answered; a thought that only its maker can read says nothing here."""
+
+    type: Literal["reasoning"]
+    summary: Annotated[list[ThoughtPart], Field(max_length=MAX_PARTS)] | None = None
+    content: Annotated[list[ThoughtPart], Field(max_length=MAX_PARTS)] | None = None
+    encrypted_content: Text | None = None
+    id: ShortText | None = None
+    status: ShortText | None = None
+
+    @property
+    def text(self) -> str:
+        """It, or what sums it up."""
+        return "".join(part.text for part in self.content or self.summary or ())
+
+
 class ResponseSchemaFormat(Closed):
     """JSON of a given form; flatter than in chat requests."""
 
@@ -116,6 +139,14 @@ class TextSettings(Closed):
 
     format: Annotated[TextFormat | JsonObjectFormat | ResponseSchemaFormat, Field(discriminator="type")] | None = None
     verbosity: ShortText | None = None
+
+
+class ReasoningSettings(Closed):
+    """How much is thought, which here the model's template says; no effect."""
+
+    effort: ShortText | None = None
+    summary: ShortText | None = None
+    generate_summary: ShortText | None = None
 
 
 class ResponseTool(Closed):
@@ -140,7 +171,11 @@ class ResponseRequest(IgnoredFields):
 
     model: ModelName | None = None
     input: (
-        Text | Annotated[list[InputMessage | InputCall | InputCallOutput], Field(min_length=1, max_length=MAX_MESSAGES)]
+        Text
+        | Annotated[
+            list[InputMessage | InputCall | InputCallOutput | InputThought],
+            Field(min_length=1, max_length=MAX_MESSAGES),
+        ]
     )
     instructions: Text | None = None
     max_output_tokens: Count | None = None
@@ -149,6 +184,7 @@ class ResponseRequest(IgnoredFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     text: TextSettings | None = None
+    reasoning: ReasoningSettings | None = None
     tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
     parallel_tool_calls: bool | None = None
@@ -210,7 +246,12 @@ class ResponseRequest(IgnoredFields):
             messages.append({"role": "system", "content": self.instructions})
         if isinstance(self.input, str):
             return [*messages, {"role": "user", "content": self.input}]
+        thought = ""
         for item in self.input:
+            if isinstance(item, InputThought):
+                thought = item.text
+                continue
+            before = len(messages)
             if isinstance(item, InputMessage):
                 messages.append({"role": item.role, "content": _joined(item.content)})
             elif isinstance(item, InputCallOutput):
@@ -225,6 +266,9 @@ class ResponseRequest(IgnoredFields):
                     messages[-1]["tool_calls"].append(call)
                 else:
                     messages.append({"role": "assistant", "tool_calls": [call]})
+            if thought and len(messages) > before and messages[-1]["role"] == "assistant":
+                messages[-1]["reasoning_content"] = thought
+            thought = ""
         return messages
 
 

@@ -18,11 +18,12 @@ from arriero.serving.body import read_body, refusal
 from arriero.serving.event_stream import EventStream, results
 from arriero.serving.job import Job
 from arriero.serving.json_response import json_response
-from arriero.serving.openai.call_reader import CallReader, Part
+from arriero.serving.openai.answer_reader import AnswerReader
 from arriero.serving.openai.chat import ChatWork, prepare
 from arriero.serving.openai.messages import for_template
 from arriero.serving.openai.response_items import Event, Items
 from arriero.serving.openai.response_request import ResponseRequest
+from arriero.serving.openai.thinking import ThoughtTokens
 from arriero.serving.openai.token_text import MessageLogprobs, TokenTexts
 from arriero.serving.service import ServedModel, Service
 
@@ -31,7 +32,7 @@ class ResponseAnswer:
     """Makes the objects of one answer."""
 
     def __init__(self, service: Service, body: ResponseRequest, model: ServedModel, work: ChatWork) -> None:
-        self._body, self._model, self._form = body, model, work.form
+        self._body, self._model, self._work = body, model, work
         self._texts, self._events = TokenTexts(service.tokenizer), 0
         self._id, self._created = f"resp_{uuid.uuid4().hex}", int(time.time())
 
@@ -44,7 +45,7 @@ class ResponseAnswer:
                 "input_tokens": usage["prompt_tokens"],
                 "input_tokens_details": {"cached_tokens": usage["prompt_tokens_details"]["cached_tokens"]},
                 "output_tokens": usage["completion_tokens"],
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": {"reasoning_tokens": usage["completion_tokens_details"]["reasoning_tokens"]},
                 "total_tokens": usage["total_tokens"],
             }
         return {
@@ -76,10 +77,10 @@ class ResponseAnswer:
         """The answer to a request without `stream`."""
         items = Items(self._logprobs(answer.token_ids, answer.logprobs))
         reader = self._reader()
-        for part in self._parts(reader, answer.text, answer):
+        for part in reader.push(answer.text, answer):
             items.take(part)
         status = _status(answer)
-        items.end(status, nothing=reader is not None and reader.left_out)
+        items.end(status, nothing=reader.speechless)
         return json_response(self.object(status, items.output, job.usage))
 
     async def events(self, job: Job) -> AsyncIterator[Event]:
@@ -93,17 +94,17 @@ class ResponseAnswer:
         async for _, piece in job.pieces():
             if logprobs is not None:
                 logprobs.push(piece.token_ids, piece.logprobs)
-            for part in self._parts(reader, piece.text, piece.result):
+            for part in reader.push(piece.text, piece.result):
                 for event in items.take(part):
                     yield numbered(event)
             if piece.result is not None:
                 status = _status(piece.result)
-        for event in items.end(status, nothing=reader is not None and reader.left_out):
+        for event in items.end(status, nothing=reader.speechless):
             yield numbered(event)
         yield numbered({"type": f"response.{status}", "response": self.object(status, items.output, job.usage)})
 
-    def _reader(self) -> CallReader | None:
-        return CallReader(self._form) if self._form is not None else None
+    def _reader(self) -> AnswerReader:
+        return AnswerReader(self._work.form, self._work.thought)
 
     def _logprobs(self, tokens: Sequence[int] = (), logprobs: Sequence[TokenLogprobs] = ()) -> MessageLogprobs | None:
         if not self._body.tells_logprobs:
@@ -121,14 +122,6 @@ class ResponseAnswer:
         details = error.body["error"]
         told = {name: details[name] for name in ("code", "message", "param")}
         return self._numbered({"type": "error", **told})
-
-    @staticmethod
-    def _parts(reader: CallReader | None, text: str, answer: Generation | None) -> list[Part]:
-        """Of the next text, and with the whole answer of its end."""
-        if reader is None:
-            return [Part(text)] if text else []
-        parts = reader.push(text)
-        return parts if answer is None else parts + reader.finish(cut=answer.finish_reason != "stop")
 
 
 def _status(answer: Generation) -> str:
@@ -151,6 +144,7 @@ async def responses(request: Request, service: Service) -> Response:
     if service.log_prompts:
         request.state.facts["messages"] = [for_template(message) for message in body.as_chat().messages]
     job = await service.start(request, model, [work.prompt], work.params)
+    job.thoughts = ThoughtTokens.of(service.tokenizer, work.thought)
     answer = ResponseAnswer(service, body, model, work)
     if body.stream:
         return EventStream(job, answer.events(job), named=True, done=False, error=answer.failed)

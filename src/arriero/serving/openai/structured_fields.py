@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from arriero.engine.grammar import Structure, StructureKind
+from arriero.engine.structure import Structure, StructureKind
 from arriero.errors import GenerationError
 from arriero.serving.body import Closed, disagreement
 
@@ -54,6 +54,11 @@ class StructuredFields(Closed):
     def form_field(self) -> str | None:
         """The field that asks for a form."""
         return next((field for field, _, _ in self._forms()), None)
+
+    @property
+    def has_own_grammar(self) -> bool:
+        """Whether the form is a whole grammar of the client's, which leaves nothing to be added."""
+        return any(kind == "grammar" for _, kind, _ in self._forms())
 
     def own_structure(self) -> Structure | None:
         """The form for the engine.

@@ -86,8 +86,15 @@ class MessageLogprobs:
         for token, found in zip(tokens, logprobs, strict=True):
             self._waiting.append((self._offsets.next(token), _entry(self._texts, token, found)))
 
-    def take(self, text: str) -> list[dict[str, Any]]:
-        """Of the tokens that begin in the message's next text."""
+    def take(self, text: str, passed: int = 0) -> list[dict[str, Any]]:
+        """Of the tokens that begin in the message's next text.
+
+        Args:
+            passed: characters of the answer before it that are not told.
+        """
+        self._told += passed
+        while passed and self._waiting and self._waiting[0][0] < self._told:
+            self._waiting.popleft()
         self._told += len(text)
         found = []
         while self._waiting and self._waiting[0][0] < self._told:

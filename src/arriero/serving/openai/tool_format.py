@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from arriero.engine.grammar import JSON_BLANKS, Structure
+from arriero.engine.structure import JSON_BLANKS, THOUGHT_OPENING, Structure, Thought, thought_rules
 from arriero.serving.api_errors import ApiError
 from arriero.serving.openai.fields import JsonObjectFormat, JsonSchemaFormat, TextFormat
 from arriero.serving.openai.messages import Tool
@@ -109,6 +109,7 @@ def structure_with_tools(
     required: bool,
     parallel: bool,
     answer: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = None,
+    thought: Thought = "none",
 ) -> Structure:
     """The grammar of an answer that may call tools: text, or calls whose arguments fit their schemas.
 
@@ -116,6 +117,7 @@ def structure_with_tools(
         required: there is a call.
         parallel: there may be several.
         answer: the form of one that calls none.
+        thought: where it thinks first.
 
     Raises:
         ApiError: parameters that are no schema of an object.
@@ -128,20 +130,28 @@ def structure_with_tools(
         rules.append(f"call_{index}: {begin} arguments_{index} {json.dumps(form.after_arguments())}")
         rules.append(f"arguments_{index}: %json {json.dumps(_schema(tool, index))}")
     first = f"{json.dumps(marker)} call" if marker else "call"
+    thinks, more_rules = thought_rules(thought)
+    gap = "GAP? " if thinks else ""  # a text has blanks of its own
+    rules += [*more_rules, *(["GAP: /[ \\n]{1,4}/"] if gap else [])]
+    # else a text would take the thought's beginning for its own
+    other = f" & ~/(?s:[ \\n]*){THOUGHT_OPENING}(?s:.*)/" if thought == "may" else ""
     more = f" ({json.dumps(chr(10) + marker)} call){{0,{MAX_PARALLEL_CALLS - 1}}}" if parallel and marker else ""
     if required:
-        rules.insert(0, f"start: {first}{more}")
+        rules.insert(0, f"start: {thinks}{gap}{first}{more}")
     elif isinstance(answer, JsonObjectFormat | JsonSchemaFormat):
         schema = answer.json_schema.schema_ if isinstance(answer, JsonSchemaFormat) else {"type": "object"}
-        rules[:0] = [f"start: answer | {first}{more}", f"answer: %json {json.dumps(_with_blanks(schema))}"]
+        rules[:0] = [
+            f"start: {thinks}{gap}(answer | {first}{more})",
+            f"answer: %json {json.dumps(_with_blanks(schema))}",
+        ]
     elif marker:
         rules[:0] = [
-            f"start: TEXT | lead call{more}",
-            f"TEXT: /(?s:.*)/ & ~/(?s:.*){marker}(?s:.*)/",
-            f"lead[lazy]: /(?s:.*){marker}/",
+            f"start: {thinks}(TEXT | lead call{more})",
+            f"TEXT: /(?s:.*)/ & ~/(?s:.*){marker}(?s:.*)/{other}",
+            f"lead[lazy]: /(?s:.*){marker}/{other}",
         ]
     else:
-        rules[:0] = ["start: TEXT? | call", "TEXT: /[^{](?s:.*)/"]
+        rules[:0] = [f"start: {thinks}(TEXT? | {gap}call)", f"TEXT: /[^{{](?s:.*)/{other}"]
     return Structure("grammar", "\n".join(rules))
 
 

@@ -33,11 +33,13 @@ class Progress:
 
     Attributes:
         text: all of it so far.
+        thought: what was thought before, all of it so far.
         tokens: how many it has.
         tokens_per_second: since the first one.
     """
 
     text: str
+    thought: str
     tokens: int
     tokens_per_second: float
 
@@ -89,7 +91,7 @@ class ApiClient:
             AnswerError: there is none, or it breaks off.
         """
         body = {**settings, "messages": list(messages), "stream": True, "stream_options": {"include_usage": True}}
-        text, tokens, first = "", 0, 0.0
+        text, thought, tokens, first = "", "", 0, 0.0
         try:
             async with (
                 self._http(key) as http,
@@ -107,13 +109,14 @@ class ApiClient:
                         tokens = int(chunk["usage"]["completion_tokens"])
                     for choice in chunk["choices"]:
                         piece = choice["delta"].get("content") or ""
-                        if piece:
+                        thinking = choice["delta"].get("reasoning_content") or ""
+                        if piece or thinking:
                             first = first or time.perf_counter()
-                            text, tokens = text + piece, tokens + 1
+                            text, thought, tokens = text + piece, thought + thinking, tokens + 1
                     seconds = time.perf_counter() - first if first else 0.0
-                    yield Progress(text, tokens, (tokens - 1) / seconds if seconds > 0 and tokens > 1 else 0.0)
+                    yield Progress(text, thought, tokens, (tokens - 1) / seconds if seconds > 0 and tokens > 1 else 0.0)
         except httpx.HTTPError as error:
-            raise AnswerError("unreachable" if not text else "broken_off") from error
+            raise AnswerError("unreachable" if not (text or thought) else "broken_off") from error
 
 
 def _check(status: int, body: bytes) -> None:

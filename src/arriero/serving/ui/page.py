@@ -7,8 +7,8 @@ from typing import Any
 
 import gradio as gr
 
-from arriero.serving.ui.client import AnswerError, ApiClient
-from arriero.serving.ui.words import CHINESE, ENGLISH, status
+from arriero.serving.ui.client import AnswerError, ApiClient, Progress
+from arriero.serving.ui.words import CHINESE, ENGLISH, THOUGHT, status
 
 MAX_MESSAGE = 100_000  # characters
 FONTS = ["system-ui", "Segoe UI", "Roboto", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]
@@ -70,6 +70,18 @@ def without_answer(history: Turns | None) -> Turns:
     return turns
 
 
+def is_thought(turn: dict[str, Any]) -> bool:
+    """Whether a turn is what the model thought before its answer, which is not said to it again."""
+    return bool((turn.get("metadata") or {}).get("title"))
+
+
+def answer_of(progress: Progress) -> Turns:
+    """The turns of an answer: its thought, folded by Gradio, and what is said."""
+    thought = {"role": "assistant", "content": progress.thought, "metadata": {"title": THOUGHT}}
+    said = {"role": "assistant", "content": progress.text}
+    return [*([thought] if progress.thought else []), *([said] if progress.text or not progress.thought else [])]
+
+
 class Page:
     """The page's behaviour, apart from what it looks like.
 
@@ -108,7 +120,9 @@ class Page:
         if not turns:
             yield turns, status("empty")
             return
-        messages = [{"role": str(turn["role"]), "content": text_of(turn["content"])} for turn in turns]
+        messages = [
+            {"role": str(turn["role"]), "content": text_of(turn["content"])} for turn in turns if not is_thought(turn)
+        ]
         if system.strip():
             messages.insert(0, {"role": "system", "content": system})
         settings: dict[str, Any] = {
@@ -123,7 +137,7 @@ class Page:
         answered: Turns = [*turns, {"role": "assistant", "content": ""}]
         try:
             async for progress in self._client.chat(key, messages, settings):
-                answered = [*turns, {"role": "assistant", "content": progress.text}]
+                answered = [*turns, *answer_of(progress)]
                 yield answered, f"{progress.tokens} tokens, {progress.tokens_per_second:.1f} tokens/s"
         except AnswerError as error:
             yield answered if answered[-1]["content"] else turns, status(error.word, error.detail)

@@ -44,6 +44,8 @@ CHINESE = {
     "repetition_penalty": "重复惩罚",
     "max_tokens": "最长回答（token 数）",
 }
+# Over what a model thought; it is made here too.
+THOUGHT = "Thought 思考"
 # What the line under the conversation says; it is made here and not in the browser, so each has both languages.
 STATUS = {
     "unreachable": "The server does not answer. 服务器没有响应。",

@@ -1,0 +1,132 @@
+"""The form that an answer must have, and the grammar in Lark's syntax that says so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from arriero.errors import GenerationError
+
+StructureKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+# Where an answer thinks first: nowhere, in a thought that its prompt has begun, in one that it may begin itself.
+Thought = Literal["none", "open", "may"]
+THOUGHT_OPENING, THOUGHT_CLOSING = "<think>", "</think>"
+
+# At most so much between two parts of a JSON text: a model must not be able to go on with blanks for ever.
+JSON_BLANKS = r"[\x20\x0A\x0D\x09]{1,32}"
+# Without it llguidance would choose the tokens of a text that has no alternative, and ask the tokenizer for them.
+OPTIONS = '%llguidance {"no_forcing": true}'
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The form that an answer must have.
+
+    Attributes:
+        kind: "json_object" (any JSON object), "json_schema" (Draft 2020-12), "regex" (the whole answer; Rust's syntax without
+            looking around, and `\\d` and `\\w` are ASCII as in JSON schemas), "choice" (one of several texts), or "grammar"
+            (Lark's syntax).
+        thought: what may come before it. A "grammar" has nothing before it: it is to hold its own (see `thought_rules`).
+        source: the schema, also as what JSON makes of it; the expression; the texts; or the grammar. Empty for "json_object".
+
+    Raises:
+        GenerationError: no such kind, or a source that is none of this kind.
+    """
+
+    kind: StructureKind
+    source: str | tuple[str, ...] = ""
+    thought: Thought = "none"
+
+    def __post_init__(self) -> None:
+        # A schema as JSON gives it and a list of texts are taken too.
+        given: Any = self.source
+        if self.kind == "json_schema" and isinstance(given, Mapping | bool):
+            object.__setattr__(self, "source", _dump(given))
+        if isinstance(given, list):
+            object.__setattr__(self, "source", tuple(given))
+        if self.kind not in get_args(StructureKind):
+            raise GenerationError(
+                f"there is no structure {self.kind!r}: the kinds are {', '.join(get_args(StructureKind))}"
+            )
+        if self.thought not in get_args(Thought):
+            raise GenerationError(f"there is no thought {self.thought!r}: the kinds are {', '.join(get_args(Thought))}")
+        texts = self.texts
+        if self.kind == "choice" and isinstance(self.source, str):
+            raise GenerationError("a choice is a list of texts: put even a single one into a list")
+        if not (isinstance(self.source, str) or self.kind == "choice") or not all(isinstance(t, str) for t in texts):
+            raise GenerationError(f"the source of a {self.kind} is {type(self.source).__name__}: it must be text")
+        if not texts or (self.kind in ("json_schema", "grammar") and not texts[0].strip()):
+            raise GenerationError(f"the {self.kind} is empty: say what the answer may be")
+        try:
+            for text in texts:
+                text.encode()
+        except UnicodeEncodeError as error:
+            raise GenerationError(f"the {self.kind} holds half a surrogate pair, which is no character") from error
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The source as texts; one, but for a choice."""
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+    @property
+    def size(self) -> int:
+        """Bytes of the source."""
+        return sum(len(text.encode()) for text in self.texts)
+
+
+def _dump(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (RecursionError, TypeError, ValueError) as error:
+        raise GenerationError(f"the JSON schema is not JSON: {error}") from error
+
+
+def lark_of(structure: Structure) -> str:
+    """The structure as a grammar in llguidance's Lark.
+
+    Raises:
+        GenerationError: a schema that is no JSON object.
+    """
+    import llguidance
+
+    if structure.kind == "grammar":
+        return f"{structure.texts[0]}\n{OPTIONS}\n"
+    if structure.kind == "regex":
+        body = f"/{llguidance.regex_to_lark(structure.texts[0], 'dw')}/"
+    elif structure.kind == "choice":
+        body = f"/{'|'.join(map(_literal, structure.texts))}/"
+    else:
+        schema = {"type": "object"} if structure.kind == "json_object" else _schema(structure.texts[0])
+        # Its own options, such as to ignore what is not supported, could make of an answer one that does not fit.
+        body = "%json " + _dump({**schema, "x-guidance": {"whitespace_pattern": JSON_BLANKS}})
+    before, rules = thought_rules(structure.thought)
+    gap = "GAP? " if before else ""
+    return "\n".join([f"start: {before}{gap}{body}", *rules, *(["GAP: /[ \\n]{1,4}/"] if gap else []), OPTIONS, ""])
+
+
+def thought_rules(thought: Thought) -> tuple[str, list[str]]:
+    """What stands before the rest of a grammar's start, ending in a blank or empty, and the rules that it needs."""
+    if thought == "none":
+        return "", []
+    opening = "" if thought == "open" else THOUGHT_OPENING
+    rule = f"thought[lazy]: /{opening}(?s:.*){THOUGHT_CLOSING.replace('/', chr(92) + '/')}/"
+    return ("thought " if thought == "open" else "thought? "), [rule]
+
+
+def _schema(text: str) -> dict[str, Any]:
+    try:
+        schema = json.loads(text)
+    except (RecursionError, ValueError) as error:
+        raise GenerationError(f"the JSON schema is not JSON: {error}") from error
+    if schema is True:
+        return {}
+    if not isinstance(schema, dict):
+        raise GenerationError(f"the JSON schema is {type(schema).__name__}: it must be an object")
+    return schema
+
+
+def _literal(text: str) -> str:
+    """The expression that only this text fits."""
+    return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
