@@ -130,17 +130,17 @@ def test_times_are_those_of_the_server(
         assert (
             rate["request_goodput"] == 0
         )  # no server could keep to the second objective, though all keep to the first
-        # a busy machine makes them longer, and nothing makes them shorter
+        # a busy machine makes them longer, by a second at times, and nothing makes them shorter
         whole = FIRST + (PARTS - 1) * GAP
-        assert 1e3 * FIRST <= rate["ttft_ms"]["p50"] < 1e3 * FIRST + 150
-        assert 1e3 * GAP <= rate["itl_ms"]["p50"] < 1e3 * GAP + 50
-        assert 1e3 * (PARTS - 1) * GAP / (TOKENS - 1) <= rate["tpot_ms"]["p50"] < 50
-        assert 1e3 * whole <= rate["e2el_ms"]["p50"] < 1e3 * whole + 300
+        assert 1e3 * FIRST <= rate["ttft_ms"]["p50"] < 1e3 * FIRST + 2000
+        assert 1e3 * GAP <= rate["itl_ms"]["p50"] < 1e3 * GAP + 500
+        assert 1e3 * (PARTS - 1) * GAP / (TOKENS - 1) <= rate["tpot_ms"]["p50"] < 500
+        assert 1e3 * whole <= rate["e2el_ms"]["p50"] < 1e3 * whole + 3000
         assert rate["e2el_ms"]["p50"] <= rate["e2el_ms"]["p90"] <= rate["e2el_ms"]["p99"] <= rate["e2el_ms"]["max"]
     # open loop: requests came at their times, before the first was answered
     assert told["rates"][1]["max_concurrent_requests"] == 12
     sent = np.asarray(sorted(scripted.times)[1:13])
-    assert np.abs((sent - sent[0]) - np.asarray(arrivals(12, 20.0, 0))).max() < 0.1
+    assert np.abs((sent - sent[0]) - np.asarray(arrivals(12, 20.0, 0))).max() < 1  # one after the other they would be late by seconds
     assert scripted.keys == {"Bearer a-key-of-mine"}
     prompts = [body["messages"][-1]["content"] for body in scripted.bodies]
     assert len(set(prompts)) == len(prompts) == 25
