@@ -140,7 +140,9 @@ def test_times_are_those_of_the_server(
     # open loop: requests came at their times, before the first was answered
     assert told["rates"][1]["max_concurrent_requests"] == 12
     sent = np.asarray(sorted(scripted.times)[1:13])
-    assert np.abs((sent - sent[0]) - np.asarray(arrivals(12, 20.0, 0))).max() < 1  # one after the other they would be late by seconds
+    assert (
+        np.abs((sent - sent[0]) - np.asarray(arrivals(12, 20.0, 0))).max() < 1
+    )  # one after the other they would be late by seconds
     assert scripted.keys == {"Bearer a-key-of-mine"}
     prompts = [body["messages"][-1]["content"] for body in scripted.bodies]
     assert len(set(prompts)) == len(prompts) == 25

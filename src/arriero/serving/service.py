@@ -12,7 +12,6 @@ from arriero.data.tokenizer import Tokenizer
 from arriero.engine.background import BackgroundEngine
 from arriero.engine.sampling_params import SamplingParams
 from arriero.engine.structure import Structure
-from arriero.engine.ticket import RefusedError
 from arriero.errors import ArrieroError, GenerationError
 from arriero.serving.admission import Admission
 from arriero.serving.api_errors import ApiError, api_error, shutting_down
@@ -147,8 +146,12 @@ class Service:
         model: ServedModel,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
+        form: str | None = None,
     ) -> Job:
         """Hand prompts in; returns as soon as the engine has taken all of them. Close the job in any case.
+
+        Args:
+            form: the field that asks for a form of the answer, for errors.
 
         Raises:
             ApiError: there is no place, or a prompt was refused.
@@ -159,7 +162,7 @@ class Service:
         job = Job(self, request, model, place)
         try:
             if params.structure is not None:  # compiled here, so that `submit` does not wait for it
-                await self._compile(params.structure)
+                await self._compile(params.structure, form)
             salt = request.state.client.salt
             for prompt in prompts:
                 job.tickets.append(self.background.submit(prompt, params, adapter=model.adapter, salt=salt))
@@ -173,18 +176,17 @@ class Service:
             raise
         return job
 
-    async def _compile(self, structure: Structure) -> None:
+    async def _compile(self, structure: Structure, form: str | None) -> None:
         """
         Raises:
-            RefusedError: the structure cannot be used.
-            ApiError: 503: too many are being compiled.
+            ApiError: 400: the structure cannot be used. 503: too many are being compiled.
         """
         try:
             await self.workers.run_slow(self.background.engine.grammars.compile, structure)
         except GenerationError as error:
             if "being compiled already" in str(error):
                 raise ApiError(503, str(error), code="busy", retry_after=5) from error
-            raise RefusedError(str(error)) from error
+            raise ApiError(400, " ".join(str(error).split()), param=form) from error
 
     def told(self, error: ArrieroError, request: Request) -> ApiError:
         """What the client hears of an error; what it does not hear is logged."""

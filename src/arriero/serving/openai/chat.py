@@ -220,7 +220,7 @@ async def chat_completions(request: Request, service: Service) -> Response:
     work = await service.workers.run(prepare, service, body)
     if service.log_prompts:
         request.state.facts["messages"] = [for_template(message) for message in body.messages]
-    job = await service.start(request, model, [work.prompt], work.params)
+    job = await service.start(request, model, [work.prompt], work.params, body.asks_by)
     job.thoughts = ThoughtTokens.of(service.tokenizer, work.thought)
     answers = ChatAnswers(service, body, model, work)
     if body.stream:

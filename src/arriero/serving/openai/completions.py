@@ -185,7 +185,7 @@ async def completions(request: Request, service: Service) -> Response:
     prompts, params = await service.workers.run(prepare, service, body)
     if service.log_prompts:
         request.state.facts["prompts"] = [prompt.text for prompt in prompts]
-    job = await service.start(request, model, [prompt.ids for prompt in prompts], params)
+    job = await service.start(request, model, [prompt.ids for prompt in prompts], params, body.form_field)
     job.prompt_only = body.max_tokens == 0
     answers = CompletionAnswers(service, body, model, prompts)
     if body.stream:

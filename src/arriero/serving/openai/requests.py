@@ -63,6 +63,11 @@ class ChatRequest(TemplateFields, SamplingFields):
         return self
 
     @property
+    def asks_by(self) -> str:
+        """The field that asks for a form of the answer, if one does."""
+        return "tools" if self.offered else self.form_field or "response_format"
+
+    @property
     def longest(self) -> int | None:
         """Tokens of an answer."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens

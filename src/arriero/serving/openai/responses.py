@@ -143,7 +143,8 @@ async def responses(request: Request, service: Service) -> Response:
     work = await service.workers.run(prepared)
     if service.log_prompts:
         request.state.facts["messages"] = [for_template(message) for message in body.as_chat().messages]
-    job = await service.start(request, model, [work.prompt], work.params)
+    form = "tools" if work.form is not None else "text.format"
+    job = await service.start(request, model, [work.prompt], work.params, form)
     job.thoughts = ThoughtTokens.of(service.tokenizer, work.thought)
     answer = ResponseAnswer(service, body, model, work)
     if body.stream:
