@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import os
@@ -111,6 +112,10 @@ def until(page: Page, condition: Any, seconds: float = 20) -> None:
         page.wait_for_timeout(50)
 
 
+def box(page: Page) -> str:
+    return page.locator("#message textarea").input_value()
+
+
 def status(page: Page) -> str:
     return page.locator("#status").inner_text()
 
@@ -135,12 +140,12 @@ def test_a_conversation(browser: Any, address: tuple[str, Served]) -> None:
     send(page, "Hello")
     until(page, lambda: "send an API key" in status(page))
     assert turns(page, "bot") == []
+    until(page, lambda: box(page) == "Hello")
     enter_key(page, "a-wrong-key-that-is-long")
     send(page, "Hello again")
     until(page, lambda: "not one of this server's" in status(page))
     picture(page, "wrong-key")
-    page.locator("#clear").click()
-    until(page, lambda: turns(page, "user") == [])
+    until(page, lambda: turns(page, "user") == [] and box(page) == "Hello again")
     enter_key(page)
     until(page, lambda: page.locator("#model input").input_value() == "tiny")
     set_longest(page, 12)
@@ -158,7 +163,7 @@ def test_a_conversation(browser: Any, address: tuple[str, Served]) -> None:
     until(page, lambda: len(turns(page, "bot")) == 2)
     page.locator("#roll_back").click()
     until(page, lambda: len(turns(page, "user")) == 1)
-    assert page.locator("#message textarea").input_value() == "And now?"
+    assert box(page) == "And now?"
     page.locator("#clear").click()
     until(page, lambda: turns(page, "user") == [] == turns(page, "bot"))
     assert others == []
@@ -211,69 +216,286 @@ def hostile(api: int) -> str:
 
 
 class _Stub(http.server.BaseHTTPRequestHandler):
-    """An API whose model is hostile."""
+    """An API whose model does what the last message says."""
 
     asked: ClassVar[list[str]] = []
-    told: ClassVar[list[Any]] = []  # the messages of each request
+    told: ClassVar[list[dict[str, Any]]] = []  # the requests
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
-        self._answer("application/json", json.dumps({"data": [{"id": "evil"}]}))
+        self._begin("application/json")
+        self.wfile.write(json.dumps({"data": [{"id": "evil"}]}).encode())
 
     def do_POST(self) -> None:
-        self.told.append(json.loads(self.rfile.read(int(self.headers["content-length"])))["messages"])
+        self.told.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        asked = self.told[-1]["messages"][-1]["content"]
+        if "fail" in asked:
+            self.send_error(500)
+            return
+        self._begin("text/event-stream")
+        if "silence" in asked:
+            time.sleep(2)
         text = hostile(self.server.server_address[1])
-        deltas = [{"reasoning_content": f"I am sly. {text}"}, {"content": text}]
-        chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
-        lines = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks)
-        self._answer("text/event-stream", f"{lines}data: [DONE]\n\n")
+        parts = [f"{number} " for number in range(500)] if "count" in asked else [f"You say {asked}"]
+        deltas = [{"content": part} for part in parts]
+        if "Look" in asked or "there?" in asked:
+            deltas = [{"reasoning_content": f"I am sly. {text}"}, {"content": text}]
+        try:
+            for delta in deltas:
+                chunk = {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+                self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+                time.sleep(0.02)
+            if "break" not in asked:
+                self.wfile.write(b"data: [DONE]\n\n")
+        except OSError:  # the page has ended it
+            return
 
-    def _answer(self, media: str, text: str) -> None:
-        data = text.encode()
+    def _begin(self, media: str) -> None:
         self.send_response(200)
         self.send_header("content-type", media)
-        self.send_header("content-length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
 
     def log_message(self, *_: object) -> None: ...
 
 
-def test_what_the_model_writes_cannot_act_and_a_server_may_come_back(browser: Any) -> None:
-    api, port = free_port(), free_port()
-    command = [sys.executable, "-m", "arriero", "serve", "--port", str(port), "--api_url", f"http://127.0.0.1:{api}/v1"]
+@contextlib.contextmanager
+def stub(port: int = 0) -> Iterator[int]:
+    _Stub.asked.clear()
+    _Stub.told.clear()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), _Stub)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield server.server_address[1]
+    server.shutdown()
+    server.server_close()
+
+
+@contextlib.contextmanager
+def page_process(*arguments: str) -> Iterator[str]:
+    port = free_port()
+    command = [sys.executable, "-m", *arguments, "--port", str(port)]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(SOURCE)}, stdout=subprocess.DEVNULL)
     try:
         wait_for_page(f"http://127.0.0.1:{port}")
-        page, _ = opened(browser, f"http://127.0.0.1:{port}")
-        send(page, "Are you there?")
-        until(page, lambda: "does not answer" in status(page))
-        stub = http.server.ThreadingHTTPServer(("127.0.0.1", api), _Stub)
-        threading.Thread(target=stub.serve_forever, args=(0.05,), daemon=True).start()
-        page.locator("#regenerate").click()
-        until(page, lambda: any("Look:" in turn for turn in turns(page, "bot")))
-        before = len(turns(page, "bot"))
-        send(page, hostile(api))
-        until(page, lambda: len(turns(page, "bot")) == 2 * before)
-        page.wait_for_timeout(300)
-        thought = page.get_by_text("Thought", exact=False).first
-        assert thought.is_visible()
-        thought.click()
-        until(page, lambda: page.get_by_text("I am sly.").first.is_visible())
-        page.wait_for_timeout(300)
-        roles = [[message["role"] for message in messages] for messages in _Stub.told]
-        assert roles == [["user"], ["user", "assistant", "user"]]
-        assert "sly" not in json.dumps(_Stub.told)
-        assert page.evaluate("window.hacked") is None
-        inside = "#conversation .message"
-        assert page.locator(f"{inside} script").count() == 0
-        assert page.locator(f"{inside} [onerror]").count() == 0
-        assert page.locator(f'{inside} a[href^="javascript"]').count() == 0
-        assert page.locator(f"{inside} pre code").first.inner_text().strip() == "print('<b>')"
-        picture(page, "hostile")
-        assert _Stub.asked == []  # no picture was fetched
-        stub.shutdown()
-        stub.server_close()
+        yield f"http://127.0.0.1:{port}"
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(20)
+
+
+def test_what_the_model_writes_cannot_act_and_a_server_may_come_back(browser: Any) -> None:
+    api = free_port()
+    with page_process("arriero", "serve", "--api_url", f"http://127.0.0.1:{api}/v1") as url:
+        page, _ = opened(browser, url)
+        send(page, "Are you there?")
+        until(page, lambda: "does not answer" in status(page) and box(page) == "Are you there?")
+        with stub(api):
+            page.locator("#send").click()
+            until(page, lambda: any("Look:" in turn for turn in turns(page, "bot")))
+            before = len(turns(page, "bot"))
+            send(page, hostile(api))
+            until(page, lambda: len(turns(page, "bot")) == 2 * before)
+            page.wait_for_timeout(300)
+            thought = page.get_by_text("Thought", exact=False).first
+            assert thought.is_visible()
+            thought.click()
+            until(page, lambda: page.get_by_text("I am sly.").first.is_visible())
+            page.wait_for_timeout(300)
+            roles = [[message["role"] for message in told["messages"]] for told in _Stub.told]
+            assert roles == [["user"], ["user", "assistant", "user"]]
+            assert "sly" not in json.dumps(_Stub.told)
+            assert page.evaluate("window.hacked") is None
+            inside = "#conversation .message"
+            assert page.locator(f"{inside} script").count() == 0
+            assert page.locator(f"{inside} [onerror]").count() == 0
+            assert page.locator(f'{inside} a[href^="javascript"]').count() == 0
+            assert page.locator(f"{inside} pre code").first.inner_text().strip() == "print('<b>')"
+            picture(page, "hostile")
+            assert _Stub.asked == []  # no picture was fetched
+
+
+@pytest.fixture(scope="module")
+def page_of_stub() -> Iterator[str]:
+    with stub() as api:
+        arguments = ["--host", "127.0.0.1", "--api", f"http://127.0.0.1:{api}", "--allowed_hosts", "chat.example"]
+        with page_process("arriero.serving.ui.process", *arguments) as url:
+            yield url
+
+
+@pytest.fixture
+def page(browser: Any, page_of_stub: str) -> Iterator[Page]:
+    _Stub.told.clear()
+    page, _ = opened(browser, page_of_stub)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    yield page
+    page.context.close()
+
+
+def test_only_this_machine_s_names_are_answered_and_no_frame_shows_the_page(browser: Any, page_of_stub: str) -> None:
+    def answer(host: str, path: str = "/gradio_api/queue/join") -> httpx.Response:
+        body = {"data": [], "fn_index": 0, "session_hash": "x"}
+        return httpx.post(page_of_stub + path, headers={"host": host}, json=body)
+
+    assert answer("evil.example").status_code == answer("evil.example:80", "/gradio_api/cancel").status_code == 421
+    for host in ("localhost", "[::1]:8010", "chat.example"):
+        assert answer(host).status_code not in (421, 403)
+    headers = httpx.get(page_of_stub).headers
+    assert headers["x-frame-options"] == "DENY"
+    assert "frame-ancestors 'none'" in headers["content-security-policy"]
+    page = browser.new_page()
+    frame = f'<iframe src="{page_of_stub}"></iframe>'
+    page.route("http://other.example/", lambda route: route.fulfill(body=frame, content_type="text/html"))
+    page.goto("http://other.example/")
+    page.wait_for_timeout(500)
+    assert page.frames[1].locator("#message").count() == 0
+    page.close()
+
+
+def test_html_is_text_as_it_was_typed(page: Page) -> None:
+    code = "  fix this: #include <stdio.h> int main(){ vector<int> v; if (a<b && c>d) return 0; }"
+    send(page, code)
+    until(page, lambda: turns(page, "bot") == [f"You say {code.strip()}"])
+    assert turns(page, "user") == [code.strip()]
+    assert _Stub.told[-1]["messages"][-1]["content"] == code
+    cover = (
+        '&lt;b&gt; &amp; <div style="position:fixed;inset:0"><form action="/x"><input name="q"></form></div> `<i>`\n\n'
+        "1. one\n   ```html\n   <p>&amp;</p>\n   ```\n\n$$<div style='position:fixed'>$$\n\n```\nif a < b: <half"
+    )
+    send(page, cover)
+    until(page, lambda: len(turns(page, "bot")) == 2 and "half" in turns(page, "bot")[1])
+    assert [message["content"] for message in _Stub.told[-1]["messages"][:2]] == [code, f"You say {code}"]
+    assert _Stub.told[-1]["messages"][-1]["content"] == cover
+    for seen in (turns(page, "user")[1], turns(page, "bot")[1]):
+        assert (
+            '&lt;b&gt; &amp; <div style="position:fixed;inset:0"><form action="/x"><input name="q"></form></div> <i>'
+            in seen
+        )
+    shown = "#conversation .message.bot >> nth=1"
+    assert [text.strip() for text in page.locator(f"{shown} >> pre code").all_inner_texts()] == [
+        "<p>&amp;</p>",
+        "if a < b: <half",
+    ]
+    assert page.locator(f"{shown} >> form, {shown} >> input").count() == 0
+    assert page.locator("#conversation [style*=fixed]").count() == 0
+    picture(page, "html")
+    page.locator("#conversation button[aria-label*='opy message']").last.click()
+    page.wait_for_timeout(200)
+    assert page.evaluate("navigator.clipboard.readText()") == f"You say {cover}"
+    page.locator("#roll_back").click()
+    until(page, lambda: box(page) == cover)
+
+
+def test_every_action_ends_an_answer_under_way_first(page: Page) -> None:
+    start = "0 1 2 3 4"
+
+    def counting() -> None:
+        send(page, "count")
+        until(page, lambda: any(turn.startswith(start) for turn in turns(page, "bot")[-1:]))
+
+    def is_quiet() -> bool:
+        before = turns(page, "bot")
+        page.wait_for_timeout(400)
+        return turns(page, "bot") == before
+
+    for by in ("click", "key"):
+        counting()
+        page.locator("#message textarea").fill(f"next by {by}")
+        page.locator("#send").click() if by == "click" else page.locator("#message textarea").press("Shift+Enter")
+        until(page, lambda by=by: turns(page, "bot")[-1:] == [f"You say next by {by}"])
+        assert turns(page, "bot")[-2].startswith(start)
+        assert len(turns(page, "bot")[-2]) < 1000
+        assert turns(page, "user")[-2:] == ["count", f"next by {by}"]
+    roles = [message["role"] for message in _Stub.told[-1]["messages"]]
+    assert roles == ["user", "assistant"] * 3 + ["user"]
+    assert is_quiet()
+
+    counting()
+    until(page, lambda: len(turns(page, "bot")[-1]) > 100)
+    long = len(turns(page, "bot")[-1])
+    page.locator("#regenerate").click()
+    until(page, lambda: len(turns(page, "bot")[-1]) < long)
+    until(page, lambda: turns(page, "bot")[-1].startswith(start))
+    assert len(turns(page, "bot")) == 5
+    page.locator("#message textarea").fill("a draft")
+    page.locator("#roll_back").click()
+    until(page, lambda: box(page) == "count\n\na draft")
+    assert is_quiet()
+    assert len(turns(page, "user")) == len(turns(page, "bot")) == 4
+
+    for bin_icon in ("#clear", "#conversation button[aria-label='Clear']"):
+        counting()
+        page.locator(bin_icon).click()
+        until(page, lambda: turns(page, "user") == [] and status(page) == "")
+        assert is_quiet()
+        assert turns(page, "bot") == []
+
+    send(page, "silence")
+    until(page, lambda: turns(page, "user") == ["silence"])
+    page.wait_for_timeout(300)
+    page.locator("#message textarea").fill("speech")
+    for _ in range(3):
+        page.locator("#message textarea").press("Shift+Enter")
+    until(page, lambda: turns(page, "bot") == ["You say silence\n\nspeech"])
+    assert _Stub.told[-1]["messages"] == [{"role": "user", "content": "silence\n\nspeech"}]
+    page.locator("#send").click()  # with nothing to send
+    assert is_quiet()
+    assert turns(page, "user") == ["silence\n\nspeech"]
+
+
+def test_a_message_without_an_answer_comes_back(page: Page) -> None:
+    send(page, "fail")
+    until(page, lambda: "no answer" in status(page) and box(page) == "fail")
+    assert turns(page, "user") == []
+    send(page, "break")
+    until(page, lambda: "broke off" in status(page))
+    assert turns(page, "bot") == ["You say break"]
+    assert box(page) == ""
+    send(page, "x" * 100_001)
+    until(page, lambda: "too long" in status(page) and len(box(page)) == 100_001)
+    assert len(_Stub.told) == 2
+    assert "max_tokens" not in _Stub.told[0]  # the server knows its limit
+    page.locator("#settings button").first.click()
+    set_longest(page, 77)
+    send(page, "short")
+    until(page, lambda: len(turns(page, "bot")) == 2)
+    assert _Stub.told[-1]["max_tokens"] == 77
+
+
+def test_a_reload_keeps_all_but_the_key(page: Page) -> None:
+    send(page, "<b>one</b>")
+    until(page, lambda: turns(page, "bot") == ["You say <b>one</b>"])
+    enter_key(page, "secret")
+    page.locator("#system textarea").fill("Be kind.")
+    set_longest(page, 77)
+    send(page, "count")
+    until(page, lambda: len(turns(page, "bot")) == 2 and len(turns(page, "bot")[1]) > 20)
+    page.reload()
+    page.wait_for_selector("#message textarea")
+    until(page, lambda: len(turns(page, "bot")) == 2 and turns(page, "bot")[1].startswith("0 1 2"))
+    assert page.locator("#key input").input_value() == ""
+    assert "secret" not in page.evaluate("JSON.stringify(localStorage)")
+    until(page, lambda: page.locator("#model input").input_value() == "evil")
+    send(page, "two")
+    until(page, lambda: len(turns(page, "bot")) == 3)
+    assert [message["content"] for message in _Stub.told[-1]["messages"][:2]] == ["Be kind.", "<b>one</b>"]
+    assert _Stub.told[-1]["max_tokens"] == 77
+    assert page.locator(".toast-body").count() == 0
+
+
+def test_the_page_is_heard_and_read_in_chinese(page: Page, browser: Any, page_of_stub: str) -> None:
+    assert page.get_by_label("Message", exact=True).count() == 1
+    assert "Shift+Enter" in str(page.locator("#message textarea").get_attribute("placeholder"))
+    assert page.locator("#status").get_attribute("aria-live") == "polite"
+    fold = page.locator("#settings button").first
+    assert fold.get_attribute("aria-expanded") == "false"
+    fold.click()
+    assert fold.get_attribute("aria-expanded") == "true"
+    page.wait_for_timeout(300)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.locator("#key input").press_sequentially("abcdef")
+    page.wait_for_timeout(300)
+    assert asked == []
+    for locale in ("zh-HK", "zh-TW", "zh-Hans-CN"):
+        other, _ = opened(browser, page_of_stub, locale=locale)
+        assert other.locator("#send").inner_text() == "发送"
+        other.context.close()

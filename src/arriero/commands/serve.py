@@ -47,7 +47,8 @@ def run(
         from arriero.serving.ui.process import serve_page
 
         tls = {"ssl_certfile": serve.ssl_certfile, "ssl_keyfile": serve.ssl_keyfile}
-        serve_page(serve.api_url.removesuffix("/").removesuffix("/v1"), serve.host, serve.port, **tls)
+        api = serve.api_url.removesuffix("/").removesuffix("/v1")
+        serve_page(api, serve.host, serve.port, allowed_hosts=serve.allowed_hosts, **tls)
         return 0
     from arriero.serving.hosting import host
 

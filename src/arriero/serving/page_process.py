@@ -39,6 +39,8 @@ class PageProcess:
             "--parent",
             str(os.getpid()),
         ]
+        if options.allowed_hosts:
+            self._arguments += ["--allowed_hosts", *options.allowed_hosts]
         if options.ssl_certfile is not None:
             self._arguments += ["--ssl_certfile", options.ssl_certfile, "--api_certificate", options.ssl_certfile]
         if options.ssl_keyfile is not None:
@@ -53,6 +55,7 @@ class PageProcess:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ARRIERO_API")}
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",  # not with the Python files of the current folder
             "-m",
             "arriero.serving.ui.process",
             *self._arguments,

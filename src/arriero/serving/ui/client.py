@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import ssl
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,17 +81,19 @@ class ApiClient:
                 return [str(model["id"]) for model in answer.json()["data"]]
         except httpx.HTTPError as error:
             raise AnswerError("unreachable") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise AnswerError("failed", "the list of models is not readable") from error
 
     async def chat(
         self, key: str, messages: Sequence[Mapping[str, str]], settings: Mapping[str, Any]
-    ) -> AsyncIterator[Progress]:
+    ) -> AsyncGenerator[Progress]:
         """An answer as it comes. Leave the iteration to stop it.
 
         Raises:
             AnswerError: there is none, or it breaks off.
         """
         body = {**settings, "messages": list(messages), "stream": True, "stream_options": {"include_usage": True}}
-        text, thought, tokens, first = "", "", 0, 0.0
+        text, thought, tokens, first, ended = "", "", 0, 0.0, False
         try:
             async with (
                 self._http(key) as http,
@@ -99,24 +101,65 @@ class ApiClient:
             ):
                 if answer.status_code != 200:
                     _check(answer.status_code, await answer.aread())
-                async for line in answer.aiter_lines():
-                    if not line.startswith("data: ") or line == "data: [DONE]":
-                        continue
-                    chunk = json.loads(line.removeprefix("data: "))
-                    if "error" in chunk:
-                        raise AnswerError("failed", str(chunk["error"].get("message", "")))
-                    if chunk.get("usage"):
-                        tokens = int(chunk["usage"]["completion_tokens"])
-                    for choice in chunk["choices"]:
-                        piece = choice["delta"].get("content") or ""
-                        thinking = choice["delta"].get("reasoning_content") or ""
-                        if piece or thinking:
-                            first = first or time.perf_counter()
-                            text, thought, tokens = text + piece, thought + thinking, tokens + 1
+                async for event in _events(answer.aiter_bytes()):
+                    ended = event == "[DONE]"
+                    if ended:
+                        break
+                    chunk = _chunk(event)
+                    tokens = chunk.tokens or tokens
+                    for piece, thinking in chunk.pieces:
+                        first = first or time.perf_counter()
+                        text, thought, tokens = text + piece, thought + thinking, tokens + 1
                     seconds = time.perf_counter() - first if first else 0.0
                     yield Progress(text, thought, tokens, (tokens - 1) / seconds if seconds > 0 and tokens > 1 else 0.0)
         except httpx.HTTPError as error:
             raise AnswerError("unreachable" if not (text or thought) else "broken_off") from error
+        if not ended:
+            raise AnswerError("broken_off")
+
+
+async def _events(stream: AsyncIterator[bytes]) -> AsyncIterator[str]:
+    """The data of a stream's events. Only a line feed ends a line: JSON may hold U+2028 and its like as they are."""
+    rest = bytearray()
+    async for data in stream:
+        rest += data
+        *lines, rest = rest.split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line[5:].decode("utf-8", "replace").strip(" \r")
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    pieces: list[tuple[str, str]]  # of the answer and of the thought
+    tokens: int | None
+
+
+def _chunk(event: str) -> _Chunk:
+    """What is in one event; whatever else a server sends is passed over.
+
+    Raises:
+        AnswerError: it tells of an error, or is no JSON.
+    """
+    try:
+        chunk = json.loads(event)
+    except ValueError as error:
+        raise AnswerError("failed", "the server's answer is not JSON") from error
+    if not isinstance(chunk, dict):
+        return _Chunk([], None)
+    told = chunk.get("error")
+    if told:
+        raise AnswerError("failed", str(told.get("message", "") if isinstance(told, dict) else told))
+    pieces = []
+    choices = chunk.get("choices")
+    for choice in choices if isinstance(choices, list) else []:
+        delta = choice.get("delta") if isinstance(choice, dict) else None
+        if isinstance(delta, dict):
+            piece, thinking = delta.get("content"), delta.get("reasoning_content")
+            pieces.append((piece if isinstance(piece, str) else "", thinking if isinstance(thinking, str) else ""))
+    usage = chunk.get("usage")
+    tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    return _Chunk([pair for pair in pieces if any(pair)], tokens if isinstance(tokens, int) else None)
 
 
 def _check(status: int, body: bytes) -> None:

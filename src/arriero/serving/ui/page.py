@@ -7,7 +7,9 @@ from typing import Any
 
 import gradio as gr
 
+from arriero.serving.ui.answers import Answers
 from arriero.serving.ui.client import AnswerError, ApiClient, Progress
+from arriero.serving.ui.script import SCRIPT, plain, show
 from arriero.serving.ui.words import CHINESE, ENGLISH, THOUGHT, status
 
 MAX_MESSAGE = 100_000  # characters
@@ -30,36 +32,39 @@ footer { display: none !important; }
   #buttons button { padding: 0.4rem 0 !important; font-size: 0.8rem !important; }
 }
 """
-# Nothing is loaded from elsewhere: a picture in an answer would tell its server what was said. Gradio's scripts are inline.
-POLICY = (
-    "default-src 'self'; img-src 'self' data: blob:; connect-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
-    "style-src 'self' 'unsafe-inline'; font-src 'self' data:; frame-src 'none'; object-src 'none'; base-uri 'self'; "
-    "form-action 'self'"
-)
 # Gradio keeps its `css` to what is inside the page's frame, of which this is the edge.
 EDGE = """.gradio-container, .gradio-container main { padding: 0.5rem !important; }
 @media (max-width: 640px) {
   .gradio-container, .gradio-container main { padding: 0 !important; }
   .gradio-container > .main { padding: 0.5rem !important; }
 }"""
-HEAD = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><style>{EDGE}</style>'
-
-FOLD = "() => { document.querySelector('#folded').classList.toggle('open'); }"
+HEAD = f"<style>{EDGE}</style>{SCRIPT}"
 
 Turns = list[dict[str, Any]]
 
 
 def text_of(content: Any) -> str:
-    """A turn's text; Gradio gives it as a text or as parts."""
-    if isinstance(content, str):
-        return content
+    """The text of a turn of the conversation that the page shows; Gradio gives it as a text or as parts."""
     parts = content if isinstance(content, list) else [content]
-    return "".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
+    return plain("".join(part if isinstance(part, str) else str(part.get("text", "")) for part in parts))
 
 
-def said(history: Turns | None, text: str) -> Turns:
-    """The conversation with the person's next turn."""
-    return [*(history or []), {"role": "user", "content": text}]
+def shown(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn as the page shows it. Of a part Gradio leaves the blanks as they are, of a text alone it does not."""
+    return {**turn, "content": [{"type": "text", "text": show(turn["content"])}]}
+
+
+def messages_of(turns: Turns, system: str) -> list[dict[str, str]]:
+    """The conversation for the API: roles take turns, as many chat templates demand."""
+    messages = [{"role": "system", "content": system}] if system.strip() else []
+    for turn in turns:
+        if is_thought(turn):
+            continue
+        role, text = str(turn["role"]), text_of(turn["content"])
+        if messages and messages[-1]["role"] == role:
+            text = f"{messages.pop()['content']}\n\n{text}"
+        messages.append({"role": role, "content": text})
+    return messages
 
 
 def without_answer(history: Turns | None) -> Turns:
@@ -85,23 +90,27 @@ def answer_of(progress: Progress) -> Turns:
 class Page:
     """The page's behaviour, apart from what it looks like.
 
-    Nothing of a conversation is kept on the server: it lives in the browser's page.
+    Nothing of a conversation is kept on the server: it lives in the browser's page, and in its storage.
     """
 
     def __init__(self, client: ApiClient) -> None:
-        self._client = client
+        self._client, self._answers = client, Answers()
 
     async def models(self, key: str, chosen: str | None) -> tuple[Any, str]:
         """The list of models and a line if there is none."""
         try:
             names = await self._client.models(key)
         except AnswerError as error:
-            return gr.update(), status(error.word, error.detail)
-        return gr.update(choices=names, value=chosen if chosen in names else names[0]), ""
+            return gr.update(), show(status(error.word, error.detail))
+        return gr.update(choices=names, value=chosen if chosen in names else next(iter(names), None)), ""
 
     async def model_list(self, key: str, chosen: str | None) -> Any:
         """The list of models, or the one that was there."""
         return (await self.models(key, chosen))[0]
+
+    async def end(self, request: gr.Request) -> None:
+        """End the answer under way."""
+        self._answers.end(str(request.session_hash))
 
     async def answer(
         self,
@@ -114,38 +123,45 @@ class Page:
         top_k: float,
         repetition_penalty: float,
         max_tokens: float,
-    ) -> AsyncIterator[tuple[Turns, str]]:
-        """The conversation as the answer to its last turn grows, and the line under it."""
+        request: gr.Request,
+    ) -> AsyncIterator[tuple[Any, Any]]:
+        """The conversation as the answer to its last turn grows, and the line under it.
+
+        Args:
+            history: None: nothing was asked.
+        """
         turns = without_answer(history)
         if not turns:
-            yield turns, status("empty")
+            yield gr.skip(), gr.skip()
             return
-        messages = [
-            {"role": str(turn["role"]), "content": text_of(turn["content"])} for turn in turns if not is_thought(turn)
-        ]
-        if system.strip():
-            messages.insert(0, {"role": "system", "content": system})
+        if max(len(text_of(turns[-1]["content"])), len(system)) > MAX_MESSAGE:
+            yield history, status("too_long")
+            return
         settings: dict[str, Any] = {
             "temperature": temperature,
             "top_p": top_p,
             "top_k": int(top_k),
             "repetition_penalty": repetition_penalty,
-            "max_tokens": int(max_tokens),
         }
+        if max_tokens:
+            settings["max_tokens"] = int(max_tokens)
         if model:
             settings["model"] = model
-        answered: Turns = [*turns, {"role": "assistant", "content": ""}]
+        answered = history  # an answer that was there stays if no other comes
+        yield history, ""  # of an event that gives nothing at all Gradio makes an empty conversation
+        pieces = self._client.chat(key, messages_of(turns, system), settings)
         try:
-            async for progress in self._client.chat(key, messages, settings):
-                answered = [*turns, *answer_of(progress)]
+            async for progress in self._answers.until_ended(str(request.session_hash), pieces):
+                if progress.text or progress.thought:
+                    answered = [*turns, *map(shown, answer_of(progress))]
                 yield answered, f"{progress.tokens} tokens, {progress.tokens_per_second:.1f} tokens/s"
         except AnswerError as error:
-            yield answered if answered[-1]["content"] else turns, status(error.word, error.detail)
+            yield answered, show(status(error.word, error.detail))
 
     def build(self) -> tuple[gr.Blocks, gr.I18n]:
         """The page itself, and the words that the browser chooses from."""
         words = gr.I18n(en=ENGLISH, zh=CHINESE, **{"zh-CN": CHINESE, "zh-TW": CHINESE})
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "trigger_mode": "multiple"}
         with gr.Blocks(title="arriero", analytics_enabled=False, fill_width=True) as page:
             conversation = gr.Chatbot(
                 show_label=False,
@@ -160,11 +176,11 @@ class Page:
             )
             line = gr.Markdown("", elem_id="status", sanitize_html=True)
             message = gr.Textbox(
+                label=words("message"),  # for those who hear the page
                 show_label=False,
                 placeholder=words("placeholder"),
                 lines=2,
                 max_lines=8,
-                max_length=MAX_MESSAGE,
                 elem_id="message",
                 autofocus=True,
             )
@@ -178,13 +194,16 @@ class Page:
                 # Not an accordion: what is in a closed one is only made when it opens, and an event's result that comes while
                 # it is made empties what was just typed there.
                 fold = gr.Button(words("settings"), size="sm")
-                fold.click(None, None, None, js=FOLD, **quiet)
+                fold.click(None, None, None, js="() => arriero.fold()", **quiet)
             with gr.Column(elem_id="folded"):
                 with gr.Row():
-                    model = gr.Dropdown([], label=words("model"), elem_id="model", interactive=True)
+                    # Custom: Gradio refuses a value of which it has not just sent the list, as the one kept in the browser.
+                    model = gr.Dropdown(
+                        [], label=words("model"), elem_id="model", interactive=True, allow_custom_value=True
+                    )
                     reload = gr.Button(words("reload"), elem_id="reload", min_width=130, scale=0, size="md")
                 key = gr.Textbox("", label=words("key"), info=words("key_info"), type="password", elem_id="key")
-                system = gr.Textbox("", label=words("system"), lines=2, max_length=MAX_MESSAGE, elem_id="system")
+                system = gr.Textbox("", label=words("system"), lines=2, elem_id="system")
                 sampling = [
                     gr.Slider(0.0, 1.5, 0.95, step=0.05, label=words("temperature"), elem_id="temperature"),
                     gr.Slider(0.05, 1.0, 0.7, step=0.05, label=words("top_p"), elem_id="top_p"),
@@ -192,34 +211,38 @@ class Page:
                     gr.Slider(
                         1.0, 2.0, 1.2, step=0.05, label=words("repetition_penalty"), elem_id="repetition_penalty"
                     ),
-                    gr.Slider(1, 2048, 256, step=1, label=words("max_tokens"), elem_id="max_tokens"),
+                    gr.Slider(0, 2048, 0, step=1, label=words("max_tokens"), elem_id="max_tokens"),
                 ]
-            inputs = [conversation, key, model, system, *sampling]
-            answering = {"fn": self.answer, "inputs": inputs, "outputs": [conversation, line], **quiet}
+            both = [conversation, message]
 
-            def take(history: Turns | None, text: str) -> tuple[Turns, str]:
-                return (said(history, text), "") if text.strip() else (list(history or []), text)
+            def acting(triggers: list[Any], inputs: list[Any], change: str, asks: bool) -> None:
+                """An action on the conversation, see `SCRIPT`: a change in the browser, and then perhaps an answer."""
+                begun = gr.on(triggers, self.end, None, None, js="() => arriero.begin()", queue=False, **quiet)
+                begun.failure(None, None, None, js="() => arriero.leave()", **quiet)
+                last = begun.then(None, None, None, js="() => arriero.hold()", **quiet)
+                last = last.then(None, inputs, inputs, js=change, **quiet)
+                if asks:
+                    asked = [conversation, key, model, system, *sampling]
+                    ask = "(...values) => arriero.ask(...values)"
+                    last = last.then(self.answer, asked, [conversation, line], js=ask, **quiet)
+                    last.failure(None, None, None, js="() => arriero.letGo()", **quiet)
+                    last = last.then(None, both, both, js="(...values) => arriero.giveBack(...values)", **quiet)
+                last.then(None, None, None, js="() => arriero.letGo()", **quiet)
 
-            def back(history: Turns | None) -> tuple[Turns, str]:
-                turns = without_answer(history)
-                return (turns[:-1], text_of(turns[-1]["content"])) if turns else ([], "")
+            acting([send.click, message.submit], both, "(...values) => arriero.take(...values)", True)
+            acting([regenerate.click], [], "() => arriero.takeAgain()", True)
+            acting([roll_back.click], both, "(...values) => arriero.back(...values)", False)
+            acting([clear.click, conversation.clear], [conversation, line], "() => [[], '']", False)
+            stop.click(self.end, None, None, queue=False, **quiet)
 
-            sent = [
-                trigger(take, [conversation, message], [conversation, message], queue=False, **quiet).then(**answering)
-                for trigger in (send.click, message.submit)
-            ]
-            again = regenerate.click(**answering)
-            running = [*sent, again]
-            stop.click(None, None, None, cancels=running, **quiet)
-            for button, change, changed in (
-                (roll_back, back, [conversation, message]),
-                (clear, lambda history: ([], ""), [conversation, line]),
-            ):  # first the end of an answer under way, or its next piece would bring everything back
-                ended = button.click(None, None, None, cancels=running, **quiet)
-                ended.then(change, [conversation], changed, queue=False, **quiet)
+            values: list[Any] = [conversation, system, *sampling]
+            load = f"() => arriero.load({len(values)})"
+            page.load(None, None, values, js=load, **quiet)
+            keep = "(...values) => { arriero.keep(...values); return []; }"
+            gr.on([part.change for part in (model, *values)], None, [model, *values], None, js=keep, **quiet)
             # The line under the conversation, which may by then tell of an answer, is left alone: only the button writes it.
-            listing = {"fn": self.models, "inputs": [key, model], **quiet}
-            page.load(**{**listing, "fn": self.model_list}, outputs=model)
-            key.change(**{**listing, "fn": self.model_list}, outputs=model)
-            reload.click(**listing, outputs=[model, line])
+            listing = {"inputs": [key, model], **quiet}
+            page.load(self.model_list, outputs=model, js="(...values) => arriero.model(...values)", **listing)
+            gr.on([key.blur, key.submit], self.model_list, outputs=model, **listing)
+            reload.click(self.models, outputs=[model, line], **listing)
         return page, words

@@ -7,10 +7,12 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Collection
 
 from arriero.errors import ArrieroError, ConfigError
 
 MAX_TOGETHER = 64  # answers that people in front of pages wait for at once
+MAX_BODY_BYTES = 64 * 2**20  # of a request of the page, which holds a conversation
 
 
 def main() -> int:
@@ -20,6 +22,7 @@ def main() -> int:
     parser.add_argument("--api_certificate")
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--allowed_hosts", nargs="*", default=[])
     parser.add_argument("--ssl_certfile")
     parser.add_argument("--ssl_keyfile")
     parser.add_argument("--parent", type=int)
@@ -32,6 +35,7 @@ def main() -> int:
             options.host,
             options.port,
             api_certificate=options.api_certificate,
+            allowed_hosts=options.allowed_hosts,
             ssl_certfile=options.ssl_certfile,
             ssl_keyfile=options.ssl_keyfile,
         )
@@ -49,6 +53,7 @@ def serve_page(
     port: int,
     *,
     api_certificate: str | None = None,
+    allowed_hosts: Collection[str] = (),
     ssl_certfile: str | None = None,
     ssl_keyfile: str | None = None,
 ) -> None:
@@ -57,6 +62,7 @@ def serve_page(
     Args:
         api: its address, without /v1.
         api_certificate: see `ApiClient`.
+        allowed_hosts: names that requests may be addressed to beside this machine's, see `hosts_for`.
 
     Raises:
         ConfigError: the port is taken.
@@ -67,8 +73,22 @@ def serve_page(
     from arriero.errors import require
 
     gradio = require("gradio", "ui")
+    from starlette.middleware import Middleware
+
+    from arriero.serving.access import Keys, RateLimit
+    from arriero.serving.doors import Doors, hosts_for
     from arriero.serving.ui.client import ApiClient
+    from arriero.serving.ui.head import Head
     from arriero.serving.ui.page import CSS, FONTS, HEAD, Page
+    from arriero.serving.ui.protection import Protection
+
+    doors = Middleware(
+        Doors,
+        keys=Keys({}),
+        rate=RateLimit(0),
+        max_body_bytes=MAX_BODY_BYTES,
+        hosts=hosts_for(host, allowed_hosts),
+    )
 
     page, words = Page(ApiClient(api, api_certificate)).build()
     page.queue(default_concurrency_limit=MAX_TOGETHER, max_size=4 * MAX_TOGETHER)
@@ -88,7 +108,7 @@ def serve_page(
             i18n=words,
             theme=gradio.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"]),  # none from elsewhere
             css=CSS,
-            head=HEAD,
+            app_kwargs={"middleware": [Middleware(Protection), doors, Middleware(Head, text=HEAD)]},
             ssl_certfile=ssl_certfile,
             ssl_keyfile=ssl_keyfile,
             ssl_verify=False,  # of its own question to itself, whether it runs

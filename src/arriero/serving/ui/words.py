@@ -5,7 +5,7 @@ from __future__ import annotations
 ENGLISH = {
     "title": "Chat",
     "message": "Message",
-    "placeholder": "Write a message",
+    "placeholder": "Write a message (Shift+Enter sends it)",
     "send": "Send",
     "stop": "Stop",
     "regenerate": "Regenerate",
@@ -21,12 +21,12 @@ ENGLISH = {
     "top_p": "Top-p",
     "top_k": "Top-k (0: all)",
     "repetition_penalty": "Repetition penalty",
-    "max_tokens": "Longest answer in tokens",
+    "max_tokens": "Longest answer in tokens (0: as the server says)",
 }
 CHINESE = {
     "title": "对话",
     "message": "消息",
-    "placeholder": "输入消息",
+    "placeholder": "输入消息（Shift+Enter 发送）",
     "send": "发送",
     "stop": "停止",
     "regenerate": "重新生成",
@@ -42,7 +42,7 @@ CHINESE = {
     "top_p": "Top-p",
     "top_k": "Top-k（0：全部）",
     "repetition_penalty": "重复惩罚",
-    "max_tokens": "最长回答（token 数）",
+    "max_tokens": "最长回答（token 数，0：由服务器决定）",
 }
 # Over what a model thought; it is made here too.
 THOUGHT = "Thought 思考"
@@ -53,6 +53,7 @@ STATUS = {
     "busy": "The server is busy: try again. 服务器繁忙，请重试。",
     "failed": "There is no answer. 没有得到回答。",
     "broken_off": "The answer broke off. 回答中断了。",
+    "too_long": "The message is too long: at most 100,000 characters. 消息过长，最多 100,000 个字符。",
     "empty": "",
 }
 
