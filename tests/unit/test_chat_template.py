@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from arriero.data import chat_template
-from arriero.data.chat_template import OUTPUT_LIMIT, SOURCE_LIMIT, ChatTemplate, MarkedChat
+from arriero.data import template_process
+from arriero.data.chat_template import SOURCE_LIMIT, ChatTemplate, MarkedChat
+from arriero.data.template_process import OUTPUT_LIMIT
 from arriero.errors import TemplateError
 
 USER = [{"role": "user", "content": "hi"}]
@@ -56,6 +57,20 @@ def test_strftime_now() -> None:
 def test_keys_without_a_value_are_absent() -> None:
     source = "{{ messages[0].tool_calls is defined }}"
     assert render(source, [{"role": "assistant", "content": "", "tool_calls": None}]) == "False"
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_a_thought_has_all_of_its_names(name: str) -> None:
+    """As in transformers 5: gpt-oss reads `thinking`."""
+    source = "{{ messages[0].reasoning_content }}{{ messages[0].thinking }}{{ messages[1].thinking is defined }}"
+    turns = [{"role": "assistant", "content": "a", name: "t"}, {"role": "user", "content": "b"}]
+    assert render(source, turns) == "ttFalse"
+
+
+def test_a_reason_does_not_steer_the_terminal() -> None:
+    with pytest.raises(TemplateError) as caught:
+        render("{{ raise_exception('\x1b]0;title\x07 no\u202e \x9b') }}")
+    assert str(caught.value).endswith("failed: \\x1b]0;title\\x07 no\\u202e \\x9b")
 
 
 def test_text_survives() -> None:
@@ -120,8 +135,8 @@ BOMBS = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_end_quickly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name != "endless loop":  # which shows the limit that users have
-        shorter = functools.partialmethod(chat_template.TemplateWorker.render, seconds=0.4)
-        monkeypatch.setattr(chat_template.TemplateWorker, "render", shorter)
+        shorter = functools.partialmethod(template_process.TemplateWorker.render, seconds=0.4)
+        monkeypatch.setattr(template_process.TemplateWorker, "render", shorter)
     started = time.monotonic()
     with pytest.raises(TemplateError) as caught:
         render(BOMBS[name])
@@ -133,8 +148,8 @@ def test_bombs_end_quickly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_endless_loop_ends_in_any_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    shorter = functools.partialmethod(chat_template.TemplateWorker.render, seconds=0.4)
-    monkeypatch.setattr(chat_template.TemplateWorker, "render", shorter)
+    shorter = functools.partialmethod(template_process.TemplateWorker.render, seconds=0.4)
+    monkeypatch.setattr(template_process.TemplateWorker, "render", shorter)
     caught: list[BaseException] = []
 
     def work() -> None:
@@ -182,7 +197,7 @@ def test_source_limit() -> None:
 
 def test_renderer_knows_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    worker = chat_template.TemplateWorker()
+    worker = template_process.TemplateWorker()
     assert worker.render("{{ 1 }}", {}) == "1"
     process = worker._process
     assert process is not None
@@ -194,7 +209,7 @@ def test_renderer_knows_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_worker_survives_being_killed() -> None:
-    worker = chat_template.TemplateWorker()
+    worker = template_process.TemplateWorker()
     assert worker.render("{{ 1 }}", {}) == "1"
     assert worker._process is not None
     worker._process.kill()
@@ -320,7 +335,7 @@ def test_a_role_cannot_build_a_control_token() -> None:
 
 def test_the_request_is_plain_json() -> None:
     """What crosses to the renderer and back can hold no code."""
-    worker = chat_template.TemplateWorker()
+    worker = template_process.TemplateWorker()
     with pytest.raises(TemplateError, match="JSON"):
         worker.render("x", {"messages": [threading.Lock()]})
     assert json.loads(json.dumps({"text": "x"})) == {"text": worker.render("x", {})}

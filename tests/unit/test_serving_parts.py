@@ -195,6 +195,7 @@ class _Long:
         self.background = SimpleNamespace(engine=SimpleNamespace(runner=SimpleNamespace(vocab_size=2048)))
         self.tokenizer = SimpleNamespace(
             chat_template="",
+            tool_template="",
             has_chat_template=lambda: True,
             chat=lambda messages, **_: [1] * len(messages[0]["content"]),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from arriero.errors import GenerationError
 from arriero.formats.download import resolve_model
 from arriero.models.presets import TINY_RANDOM_LLAMA
 from arriero.serving.openai.answer_reader import AnswerReader, Message
+from arriero.serving.openai.chat import prepare
 from arriero.serving.openai.messages import FunctionSpec, Tool
+from arriero.serving.openai.requests import ChatRequest
 from arriero.serving.openai.thinking import ThoughtTokens, thought_of
 from arriero.serving.openai.tool_format import CHATML, LLAMA3, ToolFormat, structure_with_tools
 from arriero.serving.ui.client import Progress
@@ -111,8 +114,12 @@ def test_tokens_of_thoughts_are_counted() -> None:
         ("{# knows </think> #}a:", {}, "may"),
         ("{# knows </think> #}a:<think>\n", {}, "open"),
         ("{# knows </think> #}a:<think>\n\n</think>\n\n", {}, "none"),
-        ("{# knows </think> #}a:{{ messages[0].content }}", {"goes_on": True}, "none"),
-        ("{# knows </think> #}a:<think>\n", {"goes_on": True}, "open"),
+        ("{# knows </think> #}a:{{ messages[0].content }}", {"continued": "Hello"}, "none"),
+        ("{# knows </think> #}a:<think>\n", {"continued": "x"}, "open"),
+        ("{# knows </think> #}a:<think>\nLet me", {"continued": "<think>\nLet me"}, "open"),
+        ("{# knows </think> #}a:<think>\n\n</think>\n\nLet me", {"continued": "Let me"}, "none"),
+        ("{# knows </think> #}a:<think>a</think> b", {"continued": "<think>a</think> b"}, "none"),
+        ("{# knows </think> #}a:what <think> is", {"continued": "what <think> is"}, "none"),
     ],
 )
 def test_the_prompt_says_where_an_answer_thinks(
@@ -122,6 +129,26 @@ def test_the_prompt_says_where_an_answer_thinks(
     own._template = ChatTemplate(template)
     prompt = own.chat([{"role": "user", "content": "Hello"}])
     assert thought_of(own, prompt, **options) == thought
+
+
+def test_a_thought_of_the_template_for_tools(tokenizer: Tokenizer) -> None:
+    own = load_tokenizer(resolve_model(TINY_RANDOM_LLAMA))
+    own._template, own._tool_template = ChatTemplate("a:"), ChatTemplate("{# knows </think> #}a:")
+    assert thought_of(own, own.encode("a:")) == "may"
+
+
+def test_an_answer_that_goes_on_with_a_thought_begins_within_it(tokenizer: Tokenizer) -> None:
+    own = load_tokenizer(resolve_model(TINY_RANDOM_LLAMA))
+    own._template = ChatTemplate(
+        "{# knows </think> #}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    begun = "<think>\n" + "Let me see, that is a long thought. " * 20
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": begun}]
+    service = SimpleNamespace(tokenizer=own, reasoning=True, room=lambda *_: 8)
+    body = ChatRequest.model_validate({"messages": turns, "continue_final_message": True})
+    assert prepare(service, body).thought == "open"  # type: ignore[arg-type]
+    body = ChatRequest.model_validate({"messages": turns})
+    assert prepare(service, body).thought == "may"  # type: ignore[arg-type]
 
 
 # Forms

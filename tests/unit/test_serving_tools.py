@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from arriero.data.chat_template import ChatTemplate
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.engine.answer import Generation
 from arriero.engine.grammar import GrammarCompiler
@@ -21,9 +22,10 @@ from arriero.models.presets import TINY_RANDOM_LLAMA
 from arriero.serving.api_errors import ApiError
 from arriero.serving.openai.answer_reader import Message
 from arriero.serving.openai.call_reader import CallReader
-from arriero.serving.openai.chat import ChatWork
+from arriero.serving.openai.chat import ChatWork, chat_prompt
 from arriero.serving.openai.fields import JsonObjectFormat
 from arriero.serving.openai.messages import FunctionSpec, Tool
+from arriero.serving.openai.requests import ChatRequest
 from arriero.serving.openai.response_items import Items
 from arriero.serving.openai.response_request import ResponseRequest
 from arriero.serving.openai.responses import ResponseAnswer
@@ -256,3 +258,71 @@ def test_a_template_without_tools_is_taught_them() -> None:
     assert told[3]["content"] == "<tool_response>\nsunny\n</tool_response>"
     assert taught(turns[1:2], TOOLS)[0]["role"] == "system"
     assert turns[0]["content"] == "Be kind."
+
+
+# Mistral's v0.3 (of which only what it refuses matters), Mistral's v0.1 and Gemma's first
+ROLES_IN_TURNS = """
+{%- if messages[0]["role"] == "system" %}{%- set loop_messages = messages[1:] %}
+{%- else %}{%- set loop_messages = messages %}{%- endif %}{% if tools is not none %}{{ tools }}{% endif %}
+{%- for message in loop_messages %}
+    {%- if (message["role"] == "user") != (loop.index0 % 2 == 0) %}
+        {{- raise_exception("After the optional system message, conversation roles must alternate") }}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"""
+NO_SYSTEM = """{% for message in messages %}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}
+[{{ message.role }}]{{ message.content }}{% endfor %}"""
+GEMMA = """{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+{%- for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"""
+
+
+def two_calls(*more: dict[str, Any], **fields: Any) -> ChatRequest:
+    """What a client sends after two calls."""
+    calls = [
+        {"id": f"call0000{i}", "type": "function", "function": {"name": "weather", "arguments": ROME}} for i in (1, 2)
+    ]
+    results = [{"role": "tool", "tool_call_id": f"call0000{i}", "content": f"sunny {i}"} for i in (1, 2)]
+    turns = [{"role": "user", "content": "Rome?"}, {"role": "assistant", "tool_calls": calls}, *results, *more]
+    return ChatRequest.model_validate({"messages": turns, "tools": [tool.model_dump() for tool in TOOLS], **fields})
+
+
+@pytest.mark.parametrize("template", [ROLES_IN_TURNS, NO_SYSTEM, GEMMA])
+def test_templates_that_want_the_roles_in_turns_or_no_system_message(template: str) -> None:
+    own = load_tokenizer(resolve_model(TINY_RANDOM_LLAMA))
+    own._template = ChatTemplate(template)
+
+    def parts(body: ChatRequest) -> list[str]:
+        ids, form = chat_prompt(own, body)
+        assert form is TAUGHT
+        return own.decode(ids, skip_special_tokens=False).strip().split("[user]")
+
+    results = "".join(f"<tool_response>\nsunny {i}\n</tool_response>\n" for i in (1, 2))
+    before, first, second = parts(two_calls())
+    assert second.strip() == results.strip()
+    assert "<tools>" in (before if template is ROLES_IN_TURNS else first)
+    assert "[system]" not in before or template is ROLES_IN_TURNS
+    assert first.partition("[assistant]")[0].strip().endswith("Rome?")
+    assert parts(two_calls({"role": "user", "content": "And?"}))[2].strip() == f"{results}And?"
+    # a system message of the client's own is refused as without tools
+    own_system = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
+    body = two_calls().model_copy(update={"messages": ChatRequest.model_validate({"messages": own_system}).messages})
+    if template is ROLES_IN_TURNS:
+        assert "Be kind.\n\nYou may call" in parts(body)[0]
+    else:
+        with pytest.raises(ApiError, match=r"alternate|System role not supported"):
+            chat_prompt(own, body)
+
+
+def test_the_template_for_tools_says_how_calls_are_written() -> None:
+    """Hermes ships a plain template and one named `tool_use`."""
+    own = load_tokenizer(resolve_model(TINY_RANDOM_LLAMA))
+    own._template, own._tool_template = ChatTemplate("plain"), ChatTemplate(QWEN)
+    body = two_calls()
+    ids, form = chat_prompt(own, body)
+    assert form is CHATML
+    assert own.decode(ids).startswith("<tools>")
+    ids, form = chat_prompt(own, two_calls(tool_choice="none"))
+    assert form is None
+    assert own.decode(ids) == "plain"

@@ -79,7 +79,10 @@ ROWS = [
     ({"instruction": "Say it.", "output": " three "}, " three"),
     ({"instruction": "Say it.", "input": "now", "output": "three\nfour"}, " three\nfour"),
     (seed_row(), SEED_TARGET),
-    ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]}, "Hello there"),
+    (
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]},
+        " Hello there",
+    ),
 ]
 
 
@@ -222,7 +225,7 @@ def test_any_text_fits_or_is_refused(
         return
     target_ids = learned(example)
     prompt = example.input_ids[: len(example.input_ids) - len(target_ids)]
-    assert 1 <= len(target_ids) <= 16
+    assert 1 <= len(target_ids) <= (limit + 16 if sample.only_text else 16)  # a text alone has the room of both
     assert target_ids[-1] == tokenizer.eos_token_id
     assert len(prompt) <= limit
     assert cut == (len(encode_prompt(sample, tokenizer)) > limit)

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arriero.commands.chat_terminal import Stopped, Turns, show_answer, talk, unread_input_dropped
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.chat import ChatOptions
 from arriero.config.compilation import CompilationOptions
 from arriero.config.generation import GenerationOptions
 from arriero.config.kv_cache import KVCacheOptions
 from arriero.config.model import ModelOptions
-from arriero.errors import GenerationError
+from arriero.errors import ConfigError, GenerationError
 
 if TYPE_CHECKING:
     from arriero.engine.engine import Engine
+    from arriero.engine.sampling_params import SamplingParams
 
-HELP = (
-    "Talk to a model, with or without an adapter, or to a bundle. An empty line or Ctrl-D ends; /clear starts afresh."
-)
+HELP = "Talk to a model, with or without an adapter, or to a bundle. /exit or Ctrl-D ends, /clear starts afresh."
 
 OPTIONS: tuple[type, ...] = (
     ModelOptions,
@@ -45,24 +45,39 @@ def run(
     from arriero.engine.sampling_params import params_from_options
 
     params = params_from_options(generation)
-    start: list[dict[str, str]] = [{"role": "system", "content": chat.system}] if chat.system else []
-    with _opened(model, adapter, cache, compilation) as (engine, what):
+    start: Turns = [{"role": "system", "content": chat.system}] if chat.system else []
+    with (
+        unread_input_dropped() if chat.prompt is None else contextlib.nullcontext(),
+        _opened(model, adapter, cache, compilation) as (engine, what),
+    ):
+        if chat.template_variables and not engine.tokenizer.has_chat_template():
+            raise ConfigError(f"--chat_template_kwargs: {what} has no chat template that would read them")
 
-        def answer(turns: list[dict[str, str]]) -> str:
-            pieces = []
-            for piece in engine.stream(_prompt(engine.tokenizer, turns), params):
-                print(piece, end="", flush=True)
-                pieces.append(piece)
-            print()
-            return "".join(pieces)
+        def answer(turns: Turns, stopped: Stopped) -> Iterator[str]:
+            return _pieces(engine, _prompt(engine.tokenizer, turns, chat.template_variables), params, stopped)
 
         if chat.prompt is not None:
-            answer([*start, {"role": "user", "content": chat.prompt}])
-            return 0
-        if sys.stdin.isatty():
-            print(f"{what}. An empty line ends, /clear starts afresh.")
-        _talk(start, answer)
+            show_answer(answer([*start, {"role": "user", "content": chat.prompt}], lambda: False))
+        else:
+            talk(start, answer, what)
     return 0
+
+
+def _pieces(engine: Engine, prompt: list[int], params: SamplingParams, stopped: Stopped) -> Iterator[str]:
+    """The answer to a prompt as it comes. Whether it is to stop is asked between the engine's steps.
+
+    Raises:
+        GenerationError: as `Engine.submit`, or something went wrong with the answer.
+    """
+    answer = engine.submit(prompt, params, streaming=True)
+    try:
+        while answer.finish_reason is None and not stopped():
+            if answer in engine.step():
+                yield answer.new_text
+        if answer.finish_reason == "error":
+            raise GenerationError(answer.error)
+    finally:
+        engine.cancel(answer)
 
 
 @contextmanager
@@ -100,30 +115,9 @@ def _opened_bundle(
     return bundle_engine(bundle, max_running=1, device=model.device), f"{bundle.folder} ({bundle.manifest.kind})"
 
 
-def _talk(start: list[dict[str, str]], answer: Callable[[list[dict[str, str]]], str]) -> None:
-    """A line, an answer, and so on, until there is no line."""
-    turns = list(start)
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        if not line:
-            return
-        if line == "/clear":
-            turns = list(start)
-            continue
-        turns.append({"role": "user", "content": line})
-        try:
-            turns.append({"role": "assistant", "content": answer(turns)})
-        except GenerationError as error:  # the conversation outgrew the context: say so and go on
-            turns.pop()
-            print(f"{error} (/clear starts afresh)")
-
-
-def _prompt(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
+def _prompt(tokenizer: Any, turns: Turns, variables: dict[str, Any]) -> list[int]:
     """The conversation by the model's template; a base model without one continues the plain text."""
     if tokenizer.has_chat_template():
-        ids: list[int] = tokenizer.chat(turns, add_generation_prompt=True)
+        ids: list[int] = tokenizer.chat(turns, add_generation_prompt=True, variables=variables)
         return ids
     return list(tokenizer.encode("\n".join(turn["content"] for turn in turns), add_special_tokens=True))

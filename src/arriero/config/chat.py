@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from arriero.config.option import OptionGroup, option
+from arriero.config.template_variables import parse_variables
 
 
 @dataclass(kw_only=True)
@@ -13,3 +15,19 @@ class ChatOptions(OptionGroup):
 
     system: str | None = option(None, "a system message put before the conversation")
     prompt: str | None = option(None, "answer this one message and leave")
+    chat_template_kwargs: str | None = option(
+        None, 'what the chat template is told, as a JSON object, such as {"enable_thinking": false}'
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.template_variables
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Of `--chat_template_kwargs`.
+
+        Raises:
+            ConfigError: it is no JSON object, or names what is not to be set.
+        """
+        return parse_variables(self.chat_template_kwargs, "--chat_template_kwargs") if self.chat_template_kwargs else {}

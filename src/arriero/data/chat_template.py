@@ -1,152 +1,23 @@
 """Chat templates: a conversation as the one text that a model was trained on.
 
 Templates are Jinja programs that come with a model's files and are not trusted: they are rendered in a sandbox, in a
-process apart that has limits of time, memory and output (see `template_worker`). Nor is the conversation trusted: the
+process apart that has limits of time, memory and output (see `template_process`). Nor is the conversation trusted: the
 names of special tokens in it are marked before rendering, so that they can be told from those the template writes.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import itertools
-import json
-import os
 import re
-import subprocess
-import sys
-import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from arriero.data.template_process import WORKER
 from arriero.errors import TemplateError
 
 SOURCE_LIMIT = 512 * 2**10
-OUTPUT_LIMIT = 8 * 2**20
-CPU_SECONDS = 2.0
-# Only if the worker's own timer fails or does not exist; long, since it also runs while the machine is busy elsewhere.
-WALL_SECONDS = 20.0
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "model")
-# What the worker may know of this process's environment: nothing secret.
-INHERITED_VARIABLES = ("PATH", "TZ", "LANG", "LC_ALL", "SYSTEMROOT")
-
-
-class TemplateWorker:
-    """The process that renders. Started when first needed; started anew after a template made it end."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0
-
-    def render(
-        self,
-        source: str,
-        variables: Mapping[str, Any],
-        seconds: float = CPU_SECONDS,
-        generation_marks: tuple[str, str] | None = None,
-    ) -> str:
-        """The text of a template.
-
-        Args:
-            generation_marks: what is written before and after each `{% generation %}` block.
-
-        Raises:
-            TemplateError: with the bare reason.
-        """
-        request = {
-            "source": source,
-            "variables": variables,
-            "seconds": seconds,
-            "output_limit": OUTPUT_LIMIT,
-            "generation_marks": generation_marks,
-        }
-        try:
-            line = json.dumps(request).encode("ascii") + b"\n"
-        except (TypeError, ValueError, RecursionError) as error:
-            raise TemplateError(f"the messages hold what JSON cannot ({error})") from error
-        with self._lock:
-            answer = self._exchange(line)
-        if not answer:
-            raise TemplateError(f"it ran longer than {seconds:g} s, or used up the renderer's memory")
-        reply = json.loads(answer)
-        if "error" in reply:
-            raise TemplateError(" ".join(str(reply["error"]).split())[:500])
-        text: str = reply["text"]
-        return text
-
-    def close(self) -> None:
-        """End the process."""
-        # After a fork the parent's worker is not ours to end, nor may its pipes be shared.
-        process, self._process = self._process, None
-        if process is None or self._owner != os.getpid():
-            return
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-
-    def _exchange(self, line: bytes) -> bytes:
-        """One request and its answer; b"" if the process died over it."""
-        if self._process is not None and (self._owner != os.getpid() or self._process.poll() is not None):
-            self.close()
-        if self._process is None:
-            self._process = self._start()
-            self._owner = os.getpid()
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        timer = threading.Timer(WALL_SECONDS, process.kill)
-        timer.daemon = True
-        timer.start()
-        try:
-            process.stdin.write(line)
-            process.stdin.flush()
-            answer = process.stdout.readline()
-        except OSError:  # it died while the request was written
-            answer = b""
-        finally:
-            timer.cancel()
-        if not answer.endswith(b"\n"):
-            self.close()
-            return b""
-        return answer
-
-    @staticmethod
-    def _start() -> subprocess.Popen[bytes]:
-        environment = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
-        # -P: this folder must not shadow other modules; the parent's path, so that its jinja2 is found.
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        program = Path(__file__).with_name("template_worker.py")
-        try:
-            return subprocess.Popen(
-                [sys.executable, "-P", str(program)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=environment,
-                # Its own group: Ctrl-C in the terminal is for the parent.
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise TemplateError(f"the renderer cannot be started ({error})") from error
-
-
-_worker = TemplateWorker()
-atexit.register(_worker.close)
-
-
-def _new_lock_after_fork() -> None:
-    # The child may have been forked while another thread held the lock.
-    _worker._lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_lock_after_fork)
 
 
 @dataclass(frozen=True)
@@ -248,7 +119,8 @@ class ChatTemplate:
         """The conversation as text.
 
         Args:
-            messages: {"role", "content"} each; keys whose value is None count as absent.
+            messages: {"role", "content"} each; keys whose value is None count as absent. What was thought is given to the
+                template by all of its names, as in transformers.
             named: bos_token, eos_token ..., which templates write.
             tools: JSON schemas of the functions that the assistant may call.
             generation_marks: what is written before and after each `{% generation %}` block.
@@ -265,13 +137,15 @@ class ChatTemplate:
         given = {
             **(variables or {}),
             **(named or {}),
-            "messages": [{key: value for key, value in m.items() if value is not None} for m in messages],
+            "messages": [
+                _with_thoughts({key: value for key, value in m.items() if value is not None}) for m in messages
+            ],
             "tools": list(tools) if tools else None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return _worker.render(self.source, given, generation_marks=generation_marks)
+            return WORKER.render(self.source, given, generation_marks=generation_marks)
         except TemplateError as error:
             raise TemplateError(f"{self.name}: the chat template failed: {error}") from error
 
@@ -284,6 +158,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         mark_generation: bool = False,
+        mark_answers: bool = False,
         variables: Mapping[str, Any] | None = None,
         continue_final_message: bool = False,
     ) -> MarkedChat:
@@ -291,6 +166,7 @@ class ChatTemplate:
 
         Args:
             mark_generation: mark `{% generation %}` blocks too.
+            mark_answers: mark the assistant's contents in the same way, without the blanks around them.
             continue_final_message: end within the last message, so that the answer goes on with it.
 
         Raises:
@@ -300,8 +176,9 @@ class ChatTemplate:
             self._check_role(message, special_tokens)
         given = [*messages, *(tools or ()), variables or {}]
         held = any(_holds(item, special_tokens) for item in given)
-        marks = _unused_marks(given, self.source, 5) if held or mark_generation or continue_final_message else ()
-        generation = (marks[2], marks[3]) if mark_generation else None
+        marking = mark_generation or mark_answers
+        marks = _unused_marks(given, self.source, 5) if held or marking or continue_final_message else ()
+        generation = (marks[2], marks[3]) if marking else None
         quotes = None
         if held:
             quotes = (marks[0], marks[1])
@@ -310,6 +187,8 @@ class ChatTemplate:
             messages = [_marked(message, names, replacement) for message in messages]
             tools = [_marked(tool, names, replacement) for tool in tools or ()]
             variables = _marked(variables, names, replacement)
+        if mark_answers:
+            messages = [_around_content(message, marks[2], marks[3]) for message in messages]
         if continue_final_message and messages:
             messages = [*messages[:-1], {**messages[-1], "content": f"{messages[-1].get('content') or ''}{marks[4]} "}]
         rendered = self.render(
@@ -317,7 +196,7 @@ class ChatTemplate:
             named=named,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
-            generation_marks=generation,
+            generation_marks=generation if mark_generation else None,
             variables=variables,
         )
         if continue_final_message:
@@ -339,6 +218,14 @@ class ChatTemplate:
         role = message.get("role") if isinstance(message, Mapping) else None
         if isinstance(role, str) and role not in KNOWN_ROLES and any(role in token for token in special_tokens):
             raise TemplateError(f"{self.name}: unknown role {role!r}; the roles are {', '.join(KNOWN_ROLES)}")
+
+
+def _with_thoughts(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose thought templates find as `reasoning_content` and as `thinking` (transformers'
+    `_alias_reasoning_fields`)."""
+    names = ("reasoning_content", "thinking", "reasoning")
+    thought = next((message[name] for name in names if name in message), None)
+    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
 
 
 def _strings(value: Any) -> list[str]:
@@ -363,6 +250,16 @@ def _marked(value: Any, names: re.Pattern[str], replacement: str) -> Any:
     if isinstance(value, list | tuple):
         return [_marked(item, names, replacement) for item in value]
     return value
+
+
+def _around_content(message: Mapping[str, Any], opening: str, closing: str) -> Mapping[str, Any]:
+    content = message.get("content")
+    if message.get("role") != "assistant" or not isinstance(content, str) or not content.strip():
+        return message
+    begin = len(content) - len(content.lstrip())
+    core = content.strip()
+    marked = f"{content[:begin]}{opening}{core}{closing}{content[begin + len(core) :]}"
+    return {**message, "content": marked}
 
 
 def _unused_marks(messages: Sequence[Mapping[str, Any]], source: str, count: int) -> tuple[str, ...]:

@@ -1,10 +1,10 @@
 """Samples as token sequences whose labels are right by construction.
 
-Prompt and answer are tokenised apart and joined as ids, so that a label can neither be lost to nor leak from a merge of
-tokens across the seam. `labels[i]` is the token that position `i` must predict (already shifted), or `IGNORE`.
+A prompt has the ids that it has alone, so that a label can neither be lost to nor leak from a merge of tokens across the
+seam. `labels[i]` is the token that position `i` must predict (already shifted), or `IGNORE`.
 
-Of a conversation the assistant's turns are learned. Where the chat template marks them itself by `{% generation %}` blocks,
-what these hold is learned, in the template's own words; otherwise what stands between a turn's generation prompt and its end.
+Of a conversation the assistant's turns are learned, in the chat template's own words: what its `{% generation %}` blocks
+hold, and of a template without such blocks what stands between a turn's generation prompt and its end (`assistant_turns`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from arriero.data.assistant_turns import TurnFrame
 from arriero.data.samples import Message, Sample
 from arriero.errors import DataError, TemplateError
 
 IGNORE = -100
+THOUGHT_OPENING = "<think>"  # as engine.structure has it, which is above this layer
 
 
 class SFTTokenizer(Protocol):
@@ -31,6 +33,8 @@ class SFTTokenizer(Protocol):
     def has_chat_template(self) -> bool: ...
     @property
     def marks_generation(self) -> bool: ...
+    @property
+    def turn_frame(self) -> TurnFrame: ...
     def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = ...) -> str: ...
     def chat(
         self,
@@ -150,17 +154,16 @@ def fit_sample(sample: Sample, tokenizer: SFTTokenizer, limit: int) -> tuple[Sam
 
 
 def encode_target(sample: Sample, tokenizer: SFTTokenizer, limit: int) -> tuple[list[int], bool]:
-    """The answer and the end-of-sequence token in at most `limit` tokens, the end token always kept."""
+    """The answer without a template and the end-of-sequence token in at most `limit` tokens, the end token always kept."""
     assert sample.target is not None
-    # a chat template ends its generation prompt with a line break; otherwise a space must part prompt and answer
-    closed = _uses_template(sample, tokenizer) or sample.ends_prompt or sample.only_text
+    closed = sample.ends_prompt or sample.only_text  # otherwise a space must part prompt and answer
     text = sample.target.strip() if closed else " " + sample.target.strip()
-    return _ended(tokenizer.encode(text), tokenizer, limit)
+    return _ended(tokenizer.encode(text), _eos(tokenizer), limit)
 
 
-def _ended(ids: list[int], tokenizer: SFTTokenizer, limit: int) -> tuple[list[int], bool]:
+def _ended(ids: list[int], end: int, limit: int) -> tuple[list[int], bool]:
     """An answer's ids and the end token in at most `limit` tokens, and whether the answer was cut."""
-    return [*ids[: limit - 1], _eos(tokenizer)], len(ids) > limit - 1
+    return [*ids[: limit - 1], end], len(ids) > limit - 1
 
 
 def _eos(tokenizer: SFTTokenizer) -> int:
@@ -169,6 +172,12 @@ def _eos(tokenizer: SFTTokenizer) -> int:
             "the tokenizer has no end-of-sequence token: an answer could never end; set eos_token in tokenizer_config.json"
         )
     return tokenizer.eos_token_id
+
+
+def _turn_end(tokenizer: SFTTokenizer) -> int:
+    """The token that ends an answer in the chat template's words."""
+    end = tokenizer.special_tokens.get(tokenizer.turn_frame.end)
+    return _eos(tokenizer) if end is None else end
 
 
 def encode_sample(
@@ -195,17 +204,8 @@ def encode_sample(
     elif not _uses_template(sample, tokenizer):
         answer, target_cut = encode_target(fitted, tokenizer, tgt_length)
         learned = [True] * len(answer)
-    elif tokenizer.marks_generation:
-        prompt, history, answer, learned, target_cut = _marked_by_template(fitted, prompt, tokenizer, tgt_length)
     else:
-        answer, target_cut = (
-            encode_target(fitted, tokenizer, tgt_length)
-            if sample.answer is None
-            else _rendered_answer(fitted, prompt, tokenizer, tgt_length)
-        )
-        learned = [True] * len(answer)
-        if train_on == "all_assistant":
-            _mark_history(fitted, tokenizer, prompt, history)
+        prompt, history, answer, learned, target_cut = _by_template(fitted, prompt, tokenizer, tgt_length)
     if train_on == "last":
         history = [False] * len(prompt)
     ids, learned = prompt + answer, history + learned
@@ -215,59 +215,70 @@ def encode_sample(
 
 def _whole(sample: Sample) -> list[Message]:
     """The conversation with the answer."""
-    return [*_turns(sample), sample.answer or {"role": "assistant", "content": sample.target}]
+    assert sample.target is not None
+    return [*_turns(sample), sample.answer or {"role": "assistant", "content": sample.target.strip()}]
 
 
-def _marked_by_template(
+def _by_template(
     sample: Sample, prompt: list[int], tokenizer: SFTTokenizer, limit: int
 ) -> tuple[list[int], list[bool], list[int], list[bool], bool]:
     """Ids before the answer and which of them are learned, the answer's ids and which of them, whether it was cut.
 
     The answer begins after the generation prompt, or, where the template writes a finished turn otherwise than it begins an
-    open one, with the last block.
+    open one, where the last turn does.
     """
-    ids, learned = tokenizer.chat_with_generation(_whole(sample), tools=sample.tools)
+    own, end_id, start = tokenizer.marks_generation, _turn_end(tokenizer), len(prompt)
+    ids, learned = _conversation(sample, prompt, tokenizer)
     end = max((i + 1 for i, inside in enumerate(learned) if inside), default=0)
-    start = len(prompt)
     if ids[:start] != prompt:
+        thought = "" if own else _thought(sample, prompt, tokenizer)
+        joined = ids[: start - 1] == prompt[:-1]  # the answer's beginning and the prompt's last token are one
+        if not own and (thought or joined):
+            answer, cut = _ended(tokenizer.encode(thought or (sample.target or "").strip()), end_id, limit)
+            return prompt, _history(ids, learned, prompt), answer, [True] * len(answer), cut
         start = max((i for i in range(end) if learned[i] and (i == 0 or not learned[i - 1])), default=0)
+    elif not own and end <= start:  # where the last turn is could not be told, but for where it begins
+        end = next((i + 1 for i in range(len(ids) - 1, start, -1) if ids[i] == end_id), len(ids))
+        learned[start:end] = [True] * (end - start)
     if end <= start:
-        raise DataError(f"{sample.name}: the answer is in no generation block of the chat template: nothing is learned")
-    answer, inside, cut = ids[start:end], learned[start:end], end - start > limit
+        raise DataError(
+            f"{sample.name}: the answer is in no generation block of the chat template: nothing is learned"
+            if own
+            else f"{sample.name}: the chat template does not write the answer where its generation prompt ends, so it cannot "
+            "be found; mark what is learned by {% generation %} blocks in the template"
+        )
+    answer, inside = ids[start:end], learned[start:end]
+    if not own and answer[-1] != end_id:  # a template that ends no turn
+        answer, inside = [*answer, end_id], [*inside, True]
+    cut = len(answer) > limit
     if cut:
-        answer, _ = _ended(answer, tokenizer, limit)
-        inside = [*inside[: limit - 1], True]
+        answer, inside = _ended(answer, end_id, limit)[0], [*inside[: limit - 1], True]
     return ids[:start], learned[:start], answer, inside, cut
 
 
-def _rendered_answer(sample: Sample, prompt: list[int], tokenizer: SFTTokenizer, limit: int) -> tuple[list[int], bool]:
-    """The answer with its tool calls as the template writes them, in at most `limit` tokens, and whether it was cut."""
-    ids = tokenizer.chat(_whole(sample), add_generation_prompt=False, tools=sample.tools)
-    if ids[: len(prompt)] != prompt:
-        raise DataError(
-            f"{sample.name}: the chat template does not write the assistant's turn where its generation prompt ends, so "
-            "the answer's tool calls cannot be found; mark what is learned by {% generation %} blocks in the template"
-        )
-    answer, eos = ids[len(prompt) :], _eos(tokenizer)
-    end = next((i for i in range(len(answer) - 1, -1, -1) if answer[i] == eos), len(answer))
-    return _ended(answer[:end], tokenizer, limit)
+def _conversation(sample: Sample, prompt: list[int], tokenizer: SFTTokenizer) -> tuple[list[int], list[bool]]:
+    """The ids of the whole conversation, and which are the assistant's; none are told where the prompt's end tells it all."""
+    if not tokenizer.marks_generation and not any(message["role"] == "assistant" for message in sample.history):
+        ids = tokenizer.chat(_whole(sample), add_generation_prompt=False, tools=sample.tools)
+        if ids[: len(prompt)] == prompt:
+            return ids, [False] * len(ids)
+    return tokenizer.chat_with_generation(_whole(sample), tools=sample.tools)
 
 
-def _mark_history(sample: Sample, tokenizer: SFTTokenizer, ids: list[int], learned: list[bool]) -> None:
-    """Mark the assistant turns of the history: the ids between a turn's generation prompt and the next turn's start."""
-    for i, message in enumerate(sample.history):
-        if message["role"] != "assistant" or i == 0:  # nothing asks for a first turn
-            continue
-        start = tokenizer.chat(sample.history[:i], add_generation_prompt=True, tools=sample.tools)
-        end = tokenizer.chat(sample.history[: i + 1], add_generation_prompt=False, tools=sample.tools)
-        begin = len(start)
-        if ids[:begin] != start:
-            begin -= 1  # blanks at the turn's beginning can join the prompt's last token; it is learned then
-        if ids[:begin] != start[:begin] or ids[: len(end)] != end:
-            continue  # a template that rewrites earlier turns: there is no such span, only the last answer is learned
-        eos = _eos(tokenizer)
-        stop = next((k + 1 for k in range(len(end) - 1, begin, -1) if end[k] == eos), len(end))
-        learned[begin:stop] = [True] * (stop - begin)
+def _history(ids: list[int], learned: list[bool], prompt: list[int]) -> list[bool]:
+    """Which ids of a prompt are learned, by those of a whole conversation that begins like it."""
+    same = next((i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), min(len(ids), len(prompt)))
+    while same and learned[same - 1]:  # of the answer itself
+        same -= 1
+    return [*learned[:same], *[False] * (len(prompt) - same)]
+
+
+def _thought(sample: Sample, prompt: list[int], tokenizer: SFTTokenizer) -> str:
+    """An answer that thinks first, without the mark at its beginning, if that is what its prompt ends with."""
+    target = (sample.target or "").strip()
+    mark = tokenizer.encode(f"{THOUGHT_OPENING}\n")
+    begins = target.startswith(THOUGHT_OPENING) and prompt[-len(mark) :] == mark
+    return target.removeprefix(THOUGHT_OPENING).lstrip() if begins else ""
 
 
 def check_generation_prompt(tokenizer: SFTTokenizer) -> None:

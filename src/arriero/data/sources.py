@@ -17,7 +17,6 @@ from arriero.data.rows.questions import SQUAD_TASKS, question_from_row, samples_
 from arriero.data.samples import Sample
 from arriero.data.squad import read_squad
 from arriero.errors import ConfigError, DataError, MissingExtraError, require
-from arriero.formats.download import default_cache_dir
 
 SQUAD_ON_HUB = "rajpurkar/squad"
 HUB_SPLITS = {"train": ("train",), "dev": ("validation", "dev", "test")}
@@ -38,8 +37,27 @@ def check_data(dataset_path: str | None, data_name: str | None, task: str | None
 
 def own_squad() -> Path | None:
     """The folder of SQuAD v1.1 in the cache, if someone has put it there."""
-    folder = default_cache_dir() / "data" / "squad"
+    folder = _cache_dir() / "data" / "squad"
     return folder if folder.is_dir() else None
+
+
+def _cache_dir() -> Path:
+    from arriero.formats.download import (
+        default_cache_dir,
+    )  # imports torch, which who reads a file of prompts may not have
+
+    return default_cache_dir()
+
+
+def check_task(task: str | None) -> None:
+    """
+    Raises:
+        ConfigError: a task that there is none of that name.
+    """
+    if task is not None and task not in SQUAD_TASKS:
+        raise ConfigError(
+            f"--task_name {task} is not known: {' or '.join(SQUAD_TASKS)}, or leave it out for jsonl rows"
+        )
 
 
 def load_samples(
@@ -62,10 +80,8 @@ def load_samples(
         ConfigError: if the place does not hold a split.
         DataError: if a row cannot be used.
     """
-    if task is not None and task not in SQUAD_TASKS and data_name is None:
-        raise ConfigError(
-            f"--task_name {task} is not known: {' or '.join(SQUAD_TASKS)}, or leave it out for jsonl rows"
-        )
+    if data_name is None:
+        check_task(task)
     limits = limits or {}
     if data_name is not None:
         rows = {split: _from_hub(data_name, task, split, data_format) for split in splits}
@@ -80,7 +96,14 @@ def load_samples(
     return found
 
 
-def read_samples(path: Path, task: str | None, data_format: str = "auto") -> list[Sample]:
+def name_of_rows(dataset_path: str | None, data_name: str | None, split: str) -> str:
+    """What a line about the rows of a split calls them: their file, or files; of a data set of the Hub, the split's name."""
+    if data_name is not None or dataset_path is None:
+        return split
+    return ", ".join(str(find_splits(part.path, [split])[split]) for part in dataset_parts(dataset_path))
+
+
+def read_samples(path: Path, task: str | None, data_format: str = "auto", *, needs_target: bool = True) -> list[Sample]:
     """Every row of one file.
 
     A `.json` file that holds one object is SQuAD, unless a format is named; otherwise the suffix says whether it is a
@@ -88,25 +111,30 @@ def read_samples(path: Path, task: str | None, data_format: str = "auto") -> lis
 
     Args:
         task: `squad` or `squad_qa` for SQuAD files and rows; None decides by the rows' keys.
+        needs_target: a row without an answer is refused.
 
     Raises:
+        ConfigError: for another task.
         DataError: if the file is missing, malformed or without a row.
     """
+    check_task(task)
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if data_format == "auto" and _is_squad(path):
         samples = samples_of(read_squad(path), task or "squad")
     else:
-        samples = _samples(read_rows(path), task, data_format)
+        samples = _samples(read_rows(path), task, data_format, needs_target)
     if not samples:
-        raise DataError(f"{path}: holds no row to learn from")
+        raise DataError(f"{path}: holds no row{' to learn from' if needs_target else ''}")
     return samples
 
 
-def _samples(rows: Iterable[tuple[str, Any]], task: str | None, data_format: str) -> list[Sample]:
+def _samples(
+    rows: Iterable[tuple[str, Any]], task: str | None, data_format: str, needs_target: bool = True
+) -> list[Sample]:
     if task == "squad_qa":
-        return samples_of((question_from_row(row, where) for where, row in rows), task)
-    return [sample_from_row(row, where, data_format=data_format) for where, row in rows]
+        return samples_of((question_from_row(row, where, needs_target=needs_target) for where, row in rows), task)
+    return [sample_from_row(row, where, data_format=data_format, needs_target=needs_target) for where, row in rows]
 
 
 def _is_squad(path: Path) -> bool:
@@ -124,7 +152,7 @@ def _is_squad(path: Path) -> bool:
     return isinstance(value, dict) and isinstance(value.get("data"), list)
 
 
-def find_splits(dataset_path: str, wanted: Sequence[str]) -> dict[str, Path]:
+def find_splits(dataset_path: str, wanted: Sequence[str], flag: str = "--dataset_path") -> dict[str, Path]:
     """The files of the wanted splits ("train", "dev").
 
     A folder holds `train.json` and `dev.json` (or `.jsonl`, `.csv`, `.tsv`, `.parquet`); a file is the split that is asked
@@ -141,7 +169,8 @@ def find_splits(dataset_path: str, wanted: Sequence[str]) -> dict[str, Path]:
         return {split: dev if split == "dev" else path for split in wanted}
     if not path.is_dir():
         raise ConfigError(
-            f"--dataset_path {dataset_path}: no such file or folder (a Hub data set is named by --data_name)"
+            f"{flag} {dataset_path}: no such file or folder"
+            + (" (a Hub data set is named by --data_name)" if flag == "--dataset_path" else "")
         )
     found: dict[str, Path] = {}
     for split in wanted:
@@ -150,9 +179,7 @@ def find_splits(dataset_path: str, wanted: Sequence[str]) -> dict[str, Path]:
                 found[split] = path / name
                 break
         else:
-            raise ConfigError(
-                f"--dataset_path {dataset_path}: the folder has no {' or '.join(_split_names(split)[:2])}"
-            )
+            raise ConfigError(f"{flag} {dataset_path}: the folder has no {' or '.join(_split_names(split)[:2])}")
     return found
 
 
@@ -168,7 +195,8 @@ def rows_by_source(samples: Sequence[Sample]) -> list[int]:
 
 def _squad(task: str, splits: Sequence[str]) -> dict[str, list[Sample]]:
     folder = own_squad()
-    print(f"data: SQuAD v1.1, {folder or f'{SQUAD_ON_HUB} of the Hub'}")
+    place = folder or f"{SQUAD_ON_HUB} of the Hub"
+    print(f"no data is given: SQuAD v1.1 is taken ({place}); --dataset_path FOLDER names your own", flush=True)
     if folder is not None:
         return {split: read_samples(path, task) for split, path in find_splits(str(folder), splits).items()}
     try:
@@ -180,17 +208,27 @@ def _squad(task: str, splits: Sequence[str]) -> dict[str, list[Sample]]:
 def _no_data(task: str | None) -> str:
     return (
         f"no data: give --dataset_path (a folder with train.json and dev.json), e.g. SQuAD v1.1 with --task_name "
-        f"{task or 'squad'}; without it SQuAD is taken from {default_cache_dir() / 'data' / 'squad'}, or else from the Hub "
+        f"{task or 'squad'}; without it SQuAD is taken from {_cache_dir() / 'data' / 'squad'}, or else from the Hub "
         f"as --data_name {SQUAD_ON_HUB}"
     )
 
 
 def _from_hub(name: str, task: str | None, split: str, data_format: str) -> list[Sample]:
     datasets = require("datasets", "data")
+    reached = _hub_answers(name)
+    before = datasets.config.HF_HUB_OFFLINE
     try:
+        if not reached:  # its own attempts take half a minute
+            datasets.config.HF_HUB_OFFLINE = True
         found = datasets.load_dataset(name)
     except Exception as error:  # the library's own errors share no base class
+        if not reached:
+            raise DataError(
+                f"--data_name {name}: the Hub cannot be reached, and the local cache has no such data set"
+            ) from error
         raise DataError(f"--data_name {name}: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
     for candidate in HUB_SPLITS[split]:
         if candidate in found:
             break
@@ -203,3 +241,16 @@ def _from_hub(name: str, task: str | None, split: str, data_format: str) -> list
     if task in SQUAD_TASKS:
         return samples_of((question_from_row(row, place) for place, row in rows), task)
     return _samples(rows, task, data_format)
+
+
+def _hub_answers(name: str) -> bool:
+    """Whether the Hub can be reached at all, by one question."""
+    from huggingface_hub import HfApi
+
+    from arriero.formats.hub_errors import is_unreachable
+
+    try:
+        HfApi().dataset_info(name, timeout=5)
+    except Exception as error:  # also what the name is not: datasets knows better
+        return not is_unreachable(error)
+    return True

@@ -1,4 +1,4 @@
-"""Renders chat templates in a process of its own: a program that `chat_template.TemplateWorker` runs.
+"""Renders chat templates in a process of its own: a program that `template_process.TemplateWorker` runs.
 
 A template is code that came with a model. Jinja's sandbox keeps it from Python's internals, but not from taking all the
 time or memory there is, and most of what takes them (`'a' * 10**9`, `10**10**10`) runs inside C, where no thread of the

@@ -9,15 +9,17 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from arriero.data.assistant_turns import ANSWER, QUESTION, TurnFrame, find_turns
 from arriero.data.chat_template import ChatTemplate, MarkedChat
 from arriero.data.json_tokenizer import JsonTokenizer
 from arriero.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from arriero.data.stream_decoder import ByteDecoding, StreamDecoder
 from arriero.data.surrogates import all_without_surrogates, without_surrogates
-from arriero.data.tokenizer_files import END_OF_TURN, SIDE_FILES, TokenizerFiles, read_tokenizer_files
+from arriero.data.tokenizer_files import END_OF_TURN, MORE_TEMPLATES, SIDE_FILES, TokenizerFiles, read_tokenizer_files
 from arriero.errors import FormatError, TemplateError
 
 SENTENCEPIECE_NAMES = ("tokenizer.model", "sentencepiece.bpe.model")
@@ -66,6 +68,7 @@ class Tokenizer:
         self.stop_token_ids = self._stop_ids()
         self._prefix, self._suffix = self._framing()
         self._template = ChatTemplate(files.chat_template, str(files.folder)) if files.chat_template else None
+        self._tool_template = ChatTemplate(files.tool_template, str(files.folder)) if files.tool_template else None
 
     def _named_id(self, key: str, id_key: str) -> int | None:
         named = self._files.named.get(key)
@@ -174,12 +177,14 @@ class Tokenizer:
             FormatError: one cannot be read or written, a full disk say.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        for name in SIDE_FILES:
+        more = [path.relative_to(self.folder).as_posix() for path in self.folder.glob(f"{MORE_TEMPLATES}/*.jinja")]
+        for name in (*SIDE_FILES, *sorted(more)):
             source, target = self.folder / name, folder / name
             try:
                 if name in self.replaced_files:
                     target.write_bytes(self.replaced_files[name])
                 elif source.is_file() and not (target.exists() and source.samefile(target)):
+                    target.parent.mkdir(exist_ok=True)
                     shutil.copyfile(source, target)
             except OSError as error:
                 full = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
@@ -193,6 +198,11 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The source of the chat template."""
         return self._template.source if self._template is not None else None
+
+    @property
+    def tool_template(self) -> str | None:
+        """The source of the template for conversations with tools: that named `tool_use`, else the chat template."""
+        return self._tool_template.source if self._tool_template is not None else self.chat_template
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
         """A conversation as the one text that the model was trained on.
@@ -216,7 +226,8 @@ class Tokenizer:
         Args:
             messages: {"role", "content"} each.
             add_generation_prompt: end where the assistant's answer begins.
-            tools: JSON schemas of the functions that the assistant may call.
+            tools: JSON schemas of the functions that the assistant may call; the template `tool_use` is taken for them, if
+                there is one.
             variables: others that the template reads, such as `enable_thinking`.
             continue_final_message: end within the last message, so that the answer goes on with it.
 
@@ -232,17 +243,25 @@ class Tokenizer:
 
     @property
     def marks_generation(self) -> bool:
-        """Whether the chat template says itself what of a conversation is the assistant's."""
-        return self._template is not None and self._template.marks_generation
+        """Whether the chat template (that for tools too) says itself what of a conversation is the assistant's."""
+        templates = [template for template in (self._template, self._tool_template) if template is not None]
+        return self._template is not None and all(template.marks_generation for template in templates)
 
     def chat_with_generation(
         self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> tuple[list[int], list[bool]]:
-        """`chat` of a whole conversation, and of each token whether a `{% generation %}` block of the template wrote it.
+        """`chat` of a whole conversation, and of each token whether it is of the assistant's turns.
 
-        A token that is partly inside a block counts as inside, as in transformers' `return_assistant_tokens_mask`.
+        These are what the template's `{% generation %}` blocks write; a token that is partly inside a block counts as inside,
+        as in transformers' `return_assistant_tokens_mask`. Of a template without such blocks see `assistant_turns`.
         """
-        chat, spans = self._render(messages, False, tools, mark_generation=True).without_generation_marks()
+        if self.marks_generation:
+            chat, spans = self._render(messages, False, tools, mark_generation=True).without_generation_marks()
+        else:
+            chat, spans = self._render(messages, False, tools), []
+            marked, contents = self._render(messages, False, tools, mark_answers=True).without_generation_marks()
+            if marked.text == chat.text:  # a template can look at what the marks hide
+                spans = find_turns(marked, contents, messages, self.turn_frame, self.special_tokens)
         ids: list[int] = []
         mask: list[bool] = []
         span = 0
@@ -253,6 +272,16 @@ class Tokenizer:
                     span += 1
                 mask.append(span < len(spans) and start + end > spans[span][0] and end > begin)
         return ids, mask
+
+    @cached_property
+    def turn_frame(self) -> TurnFrame:
+        """What the template writes around what the assistant says; of one that fails on a plain exchange its end alone."""
+        try:
+            opened, closed = (self._render([QUESTION], way).text for way in (True, False))
+            answered = self._render([QUESTION, ANSWER], False, mark_answers=True)
+        except TemplateError:
+            return TurnFrame("", "" if self.eos_token_id is None else self.id_to_token(self.eos_token_id) or "")
+        return TurnFrame.of(opened, closed, answered, self.special_tokens)
 
     def _pieces(self, chat: MarkedChat) -> Iterator[tuple[list[int], list[tuple[int, int]], int]]:
         """A conversation's control tokens and the texts between them: ids, (start, end) of each within the piece in
@@ -285,7 +314,8 @@ class Tokenizer:
         Args:
             options: of `ChatTemplate.render_marked`.
         """
-        if self._template is None:
+        template = self._tool_template if tools and self._tool_template is not None else self._template
+        if template is None:
             raise TemplateError(
                 f"{self.folder}: this model has no chat template; use an instruct model, or a plain prompt"
             )
@@ -294,7 +324,7 @@ class Tokenizer:
             token = self.id_to_token(own) if own is not None else None
             if token is not None:
                 named.setdefault(key, token)
-        return self._template.render_marked(
+        return template.render_marked(
             all_without_surrogates(list(messages)),
             special_tokens=self.special_tokens,
             named=named,

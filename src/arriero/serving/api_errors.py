@@ -70,9 +70,8 @@ def api_error(error: ArrieroError) -> ApiError:
     if isinstance(error, EngineClosedError):
         return shutting_down()
     if isinstance(error, RefusedError):
-        too_long = (
-            "max_position_embeddings" in message or "blocks of" in message or "of answer are more than" in message
-        )
+        signs = ("max_position_embeddings", "bundle's context", "blocks of", "of answer are more than")
+        too_long = any(sign in message for sign in signs)
         param = "logit_bias" if message.startswith("logit_bias ") else None
         return ApiError(400, message, param=param, code="context_length_exceeded" if too_long else None)
     if isinstance(error, TemplateError):

@@ -14,7 +14,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,10 +107,15 @@ def _encode_by_processes(units: Iterator[Unit], job: EncodingJob, workers: int) 
     # Spawned, not forked: the tokenizers library has threads, and a fork of a process with threads can hang.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(job,))
+
+    def send(unit: Unit) -> Future[Result]:
+        with _begun_whole():
+            return pool.submit(_encode, unit.kind, unit.payload, unit.text_bytes)
+
     try:
         yield from _in_order(
             units,
-            lambda unit: pool.submit(_encode, unit.kind, unit.payload, unit.text_bytes),
+            send,
             lambda future: future.result(),
             UNITS_PER_WORKER * workers,
         )
@@ -121,6 +126,22 @@ def _encode_by_processes(units: Iterator[Unit], job: EncodingJob, workers: int) 
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _begun_whole() -> Iterator[None]:
+    """Within it SIGTERM waits: a process that is begun by half complains that nothing came."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    noted: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: noted.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if noted:
+            signal.raise_signal(signal.SIGTERM)
 
 
 _encoder: Encoder | None = None

@@ -61,19 +61,21 @@ def answers_of(row: Row, where: str) -> tuple[str, ...]:
     return tuple(answer for answer in answers if isinstance(answer, str)) if isinstance(answers, list) else (first,)
 
 
-def question_from_row(row: Any, where: str) -> Question:
+def question_from_row(row: Any, where: str, *, needs_target: bool = True) -> Question:
     """A row with `context`, `question` and `answers` as a question.
 
-    It has no answer if it says `is_impossible`, or if the Hub's {"text": []} is empty, as in its `squad_v2`.
+    It has no answer if it says `is_impossible`, or if the Hub's {"text": []} is empty, as in its `squad_v2`; or if
+    it only asks, and `needs_target` is false.
     """
     if not isinstance(row, dict):
         raise DataError(f"{where}: a JSON object is expected, found {type(row).__name__}")
     answers = row.get("answers")
     impossible = row.get("is_impossible") is True or (isinstance(answers, dict) and answers.get("text") == [])
+    asks = not needs_target and answers is None and row.get("answer") is None
     return Question(
         id=str(row.get("id", where)),
         title=str(row.get("title", "")),
         context=first_text(row, "context", where),
         question=first_text(row, "question", where),
-        answers=() if impossible else answers_of(row, where),
+        answers=() if impossible or asks else answers_of(row, where),
     )

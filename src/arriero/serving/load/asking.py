@@ -18,6 +18,7 @@ from arriero.serving.load.exchange import Endpoint, events
 from arriero.serving.load.prompts import Conversation
 
 MAX_ERROR_BYTES, MAX_ERROR_TEXT = 65536, 160
+MAX_TOKENS = 2**31  # that an answer may be said to have
 
 
 class LoadError(ArrieroError):
@@ -67,7 +68,7 @@ class Outcome:
         began: when it was sent: before the connection is made.
         texts: when parts of the answer came.
         ended: when all of it had come.
-        prompt_tokens, output_tokens: what the server says; None if it does not.
+        prompt_tokens, output_tokens: what the server says; None if it does not, or says what cannot be.
         error: why there is no whole answer; "" if there is one.
     """
 
@@ -136,16 +137,22 @@ async def _read(parts: AsyncIterator[bytes], outcome: Outcome) -> None:
                 outcome.error = f"error in the stream: {_told(piece)}"
                 return
             if isinstance(usage := piece.get("usage"), dict):
-                outcome.prompt_tokens, outcome.output_tokens = (
-                    int(usage["prompt_tokens"]),
-                    int(usage["completion_tokens"]),
+                outcome.prompt_tokens, outcome.output_tokens = map(
+                    _count, (usage.get("prompt_tokens"), usage.get("completion_tokens"))
                 )
             if any(_says(choice) for choice in piece.get("choices") or []):
                 outcome.texts.append(now)
-        except (ValueError, AttributeError, KeyError, TypeError):
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
             outcome.error = "an event of the stream is not OpenAI's"
             return
     outcome.error = "the stream ended without [DONE]"
+
+
+def _count(value: object) -> int | None:
+    """A number of tokens; None where that is none."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    return value if 0 <= value <= MAX_TOKENS else None
 
 
 def _says(choice: dict[str, Any]) -> bool:
@@ -164,7 +171,7 @@ async def _reason(parts: AsyncIterator[bytes]) -> str:
             break
     try:
         return f" {_told(json.loads(body))}"
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         return ""
 
 
@@ -199,5 +206,5 @@ async def first_model(endpoint: Endpoint) -> str:
         if status != 200:
             raise LoadError(f"{where} answers with HTTP {status} {_told(found)}: check --base_url and the key")
         return str(found["data"][0]["id"])
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise LoadError(f"{where} lists no model (HTTP {status}): check --base_url, or name one by --model") from error

@@ -14,7 +14,7 @@ from arriero.engine.answer import Generation
 from arriero.engine.sampling_params import MAX_LOGPROB_VALUES, SamplingParams
 from arriero.engine.structure import Structure, Thought
 from arriero.engine.ticket import Piece
-from arriero.errors import ArrieroError
+from arriero.errors import ArrieroError, TemplateError
 from arriero.serving.api_errors import ApiError, api_error
 from arriero.serving.body import read_body
 from arriero.serving.event_stream import EventStream, results
@@ -59,12 +59,18 @@ def chat_prompt(tokenizer: Tokenizer, body: ChatRequest) -> tuple[list[int], Too
         raise ApiError(400, "this model has no chat template: use /v1/completions", code="no_chat_template")
     messages: list[dict[str, Any]] = [for_template(message) for message in body.messages]
     tools = body.offered
-    form = format_of(tokenizer.chat_template)
-    if not form.native:
-        messages = taught(messages, tools)
+    form = format_of(tokenizer.tool_template if tools else tokenizer.chat_template)
+    described = [specification(tool) for tool in tools] if form.native and tools else None
     try:
-        described = [specification(tool) for tool in tools] if form.native and tools else None
-        return tokenizer.chat(messages, tools=described, **body.template_options), form if tools else None
+        told = messages if form.native else taught(messages, tools)
+        try:
+            prompt = tokenizer.chat(told, tools=described, **body.template_options)
+        except TemplateError:
+            if form.native or not tools:
+                raise
+            told = taught(messages, tools, in_system=False)  # Mistral's first and Gemma's refuse a system message
+            prompt = tokenizer.chat(told, **body.template_options)
+        return prompt, form if tools else None
     except ArrieroError as error:
         raise api_error(error) from error
 
@@ -84,7 +90,8 @@ def prepare(service: Service, body: ChatRequest, length: str | None = None, sour
     structure: Structure | None
     thought: Thought = "none"
     if service.reasoning and not body.has_own_grammar:
-        thought = thought_of(service.tokenizer, prompt, goes_on=bool(body.continue_final_message))
+        continued = for_template(body.messages[-1])["content"] if body.continue_final_message else None
+        thought = thought_of(service.tokenizer, prompt, continued=continued)
     try:
         if form is not None:
             chosen = body.tool_choice

@@ -6,40 +6,21 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from arriero.config.template_variables import (
+    MAX_VARIABLE_INTEGER,
+    MAX_VARIABLE_TEXT,
+    MAX_VARIABLES,
+    VARIABLE_NAME,
+    is_reserved,
+)
 from arriero.serving.body import Closed, disagreement
 
-MAX_VARIABLES = 16
-# What templates are given otherwise, what Jinja itself has, and what `apply_chat_template` of transformers is told.
-RESERVED = frozenset(
-    {
-        "messages",
-        "tools",
-        "documents",
-        "add_generation_prompt",
-        "continue_final_message",
-        "raise_exception",
-        "strftime_now",
-    }
-    | {"range", "dict", "lipsum", "cycler", "joiner", "namespace", "loop", "self", "caller", "varargs", "kwargs"}
-    | {
-        "conversation",
-        "chat_template",
-        "tokenize",
-        "padding",
-        "truncation",
-        "max_length",
-        "return_tensors",
-        "return_dict",
-    }
-    | {"return_assistant_tokens_mask", "tokenizer_kwargs"}
-)
-
-VariableName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")]
+VariableName = Annotated[str, Field(pattern=VARIABLE_NAME)]
 Scalar = (
     bool
-    | Annotated[int, Field(ge=-(2**53), le=2**53)]
+    | Annotated[int, Field(ge=-MAX_VARIABLE_INTEGER, le=MAX_VARIABLE_INTEGER)]
     | Annotated[float, Field(allow_inf_nan=False)]
-    | Annotated[str, Field(max_length=1024)]
+    | Annotated[str, Field(max_length=MAX_VARIABLE_TEXT)]
 )
 
 
@@ -53,7 +34,7 @@ class TemplateFields(Closed):
     @model_validator(mode="after")
     def _template_agrees(self) -> TemplateFields:
         for name in self.chat_template_kwargs or ():
-            if name in RESERVED or name.endswith(("_token", "_tokens")):
+            if is_reserved(name):
                 raise disagreement("chat_template_kwargs", f"{name!r} is not for requests to set")
         if self.add_generation_prompt and self.continue_final_message:
             raise disagreement(

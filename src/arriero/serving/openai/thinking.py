@@ -12,18 +12,21 @@ from arriero.engine.structure import THOUGHT_CLOSING, THOUGHT_OPENING, Thought
 TAIL = 16  # tokens of a prompt's end in which a thought can begin or end
 
 
-def thought_of(tokenizer: Tokenizer, prompt: Sequence[int], *, goes_on: bool = False) -> Thought:
+def thought_of(tokenizer: Tokenizer, prompt: Sequence[int], *, continued: str | None = None) -> Thought:
     """Where an answer to this prompt thinks.
 
     Args:
-        goes_on: the answer goes on with a message that is in the prompt.
+        continued: the message in the prompt with which the answer goes on.
     """
-    if THOUGHT_CLOSING not in (tokenizer.chat_template or ""):
+    if not any(THOUGHT_CLOSING in (source or "") for source in (tokenizer.chat_template, tokenizer.tool_template)):
         return "none"
     end = tokenizer.decode(prompt[-TAIL:], skip_special_tokens=False).rstrip()
     if end.endswith(THOUGHT_OPENING):
         return "open"
-    return "none" if goes_on or end.endswith(THOUGHT_CLOSING) else "may"
+    if continued is not None:
+        within = continued.lstrip().startswith(THOUGHT_OPENING) and THOUGHT_CLOSING not in continued
+        return "open" if within else "none"
+    return "none" if end.endswith(THOUGHT_CLOSING) else "may"
 
 
 @dataclass(frozen=True)

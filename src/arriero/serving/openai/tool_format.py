@@ -72,9 +72,15 @@ def specification(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def taught(messages: Sequence[dict[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:
+def taught(
+    messages: Sequence[dict[str, Any]], tools: Sequence[Tool], *, in_system: bool = True
+) -> list[dict[str, Any]]:
     """A conversation for a template without tools: they are described in the system message, and what they answered is said
-    by the user."""
+    by the user, in one turn with what follows of it.
+
+    Args:
+        in_system: false for a template that refuses a system message: the user's first turn describes them.
+    """
     lines = "\n".join(json.dumps(specification(tool), ensure_ascii=False) for tool in tools)
     described = (
         "You may call one or more functions to assist with the user query. Their signatures are within <tools></tools>:\n"
@@ -83,6 +89,7 @@ def taught(messages: Sequence[dict[str, Any]], tools: Sequence[Tool]) -> list[di
         '<tool_call>\n{"name": "NAME", "arguments": {...}}\n</tool_call>'
     )
     told: list[dict[str, Any]] = []
+    after_result = False
     for message in messages:
         plain: dict[str, Any] = {"role": message["role"], "content": message["content"]}
         if "reasoning_content" in message:
@@ -93,8 +100,18 @@ def taught(messages: Sequence[dict[str, Any]], tools: Sequence[Tool]) -> list[di
             plain["content"] = "\n".join([part for part in (plain["content"], *written) if part])
         if message["role"] == "tool":
             plain = {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
-        told.append(plain)
+        if after_result and plain["role"] == "user":  # some templates want the roles in turns
+            told[-1]["content"] += f"\n{plain['content']}"
+        else:
+            told.append(plain)
+        after_result = message["role"] == "tool"
     if not tools:
+        return told
+    if not in_system:
+        first = next((turn for turn in told if turn["role"] == "user"), None)
+        if first is None:
+            return [{"role": "user", "content": described}, *told]
+        first["content"] = f"{described}\n\n{first['content']}"
         return told
     if told and told[0]["role"] == "system":
         told[0]["content"] = f"{told[0]['content']}\n\n{described}"
