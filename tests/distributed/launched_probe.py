@@ -106,6 +106,18 @@ def probe(what: str) -> int:
         time.sleep(1)  # writing a checkpoint: a second signal would be noticed here
         Path(f"caught.{RANK}").write_text(json.dumps(caught))
         raise RunStopped("stopped after step 3", 130 if caught[0] == signal.SIGINT else 0)
+    elif what == "fails_at_start":  # before it has met the others
+        if RANK == 1:
+            raise ConfigError("no such model")
+        join()
+    elif what == "stop_together":  # as training does: a signal to one of them stops all, in order
+        caught = []
+        signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))
+        Path(f"ready.{RANK}").touch()
+        while not caught and not Path("caught").exists():
+            time.sleep(0.05)
+        Path("caught").touch()
+        raise RunStopped("stopped after step 3", 0)
     elif what == "sleep":
         Path(f"ready.{RANK}").write_text(str(os.getpid()))
         time.sleep(100)

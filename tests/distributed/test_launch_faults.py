@@ -162,7 +162,7 @@ def test_a_verb_that_does_not_listen_to_a_signal_is_ended_by_it(start: Start, tm
     wait_for(tmp_path / "ready.0", tmp_path / "ready.1")
     launcher.send_signal(signal.SIGTERM)
     code, _, err = end(launcher)
-    assert (code, err) == (143, ["a warning of rank 0"])
+    assert (code, err) == (143, ["a warning of rank 0", "arriero: asked to end (SIGTERM)"])
 
 
 def test_a_killed_launcher_leaves_no_process(start: Start, tmp_path: Path) -> None:
@@ -216,6 +216,55 @@ def test_an_error_on_one_machine_ends_the_other(start: Start) -> None:
     code, _, err = end(first)
     assert code == 2
     assert err[-1].startswith("arriero [rank 0]: another process of this run ended or does not answer")
+
+
+def test_a_machine_that_fails_at_the_start_ends_the_others_within_seconds(start: Start) -> None:
+    place = {"fewest": 2, "most": 2, "address": "127.0.0.1", "port": free_port()}
+    first, second = (
+        start("fails_at_start", processes=1, max_restarts=2, meeting={**place, "machine": m}) for m in (0, 1)
+    )
+    code, _, err = end(second)
+    assert (code, err[-1]) == (2, "arriero [rank 1]: no such model")
+    before = time.monotonic()
+    code, _, err = end(first)
+    assert (code, err[-1]) == (2, "arriero: machine 1 has ended this run: its launcher says why")
+    assert time.monotonic() - before < 15
+
+
+@pytest.mark.parametrize(
+    ("lost", "name"), [(0, "machine 0 (127.0.0.1)"), pytest.param(1, "machine 1", marks=pytest.mark.peers)]
+)
+def test_a_stop_that_a_lost_machine_caused_is_no_good_end(start: Start, tmp_path: Path, lost: int, name: str) -> None:
+    place = {"fewest": 2, "most": 2, "address": "127.0.0.1", "port": free_port()}
+    launchers = [start("stop_together", processes=1, max_restarts=2, meeting={**place, "machine": m}) for m in (0, 1)]
+    wait_for(tmp_path / "ready.0", tmp_path / "ready.1")
+    launchers[lost].kill()
+    code, _, err = end(launchers[1 - lost])
+    assert (code, err[-1]) == (2, f"arriero: {name} is gone or was told to end (stopped after step 3)")
+
+
+def test_two_machines_that_are_both_told_to_stop_end_well(start: Start, tmp_path: Path) -> None:
+    """Though the second hears of it after its process has stopped."""
+    place = {"fewest": 2, "most": 2, "address": "127.0.0.1", "port": free_port()}
+    launchers = [start("stop_together", processes=1, meeting={**place, "machine": m}) for m in (0, 1)]
+    wait_for(tmp_path / "ready.0", tmp_path / "ready.1")
+    launchers[0].terminate()
+    time.sleep(1.0)
+    launchers[1].terminate()
+    ended = [end(launcher) for launcher in launchers]
+    assert [(code, err[-1]) for code, _, err in ended] == [(0, "arriero: stopped after step 3")] * 2
+
+
+def test_a_wait_for_other_machines_is_told_and_can_be_ended(start: Start) -> None:
+    place = {"fewest": 2, "most": 2, "address": "127.0.0.1", "port": free_port()}
+    second = start("meet", processes=1, meeting={**place, "machine": 1})
+    first = start("meet", processes=1, meeting={**place, "port": free_port(), "machine": 0})
+    assert second.stderr.readline() == f"arriero: waiting for machine 0 at 127.0.0.1:{place['port']}\n"
+    second.terminate()
+    assert end(second) == (143, [], ["arriero: asked to end (SIGTERM)"])
+    assert first.stderr.readline() == "arriero: 1 of 2 machines are here; waiting for the others\n"
+    first.terminate()
+    assert end(first) == (143, [], ["arriero: asked to end (SIGTERM)"])
 
 
 @pytest.mark.peers  # the rendezvous waits 30 s for more machines

@@ -286,6 +286,33 @@ def test_data_that_one_rank_does_not_have(
     assert err[-1].startswith(f"arriero [rank 1]: {line}")
 
 
+@pytest.mark.peers  # tests/unit/test_run_facts.py has what is compared
+def test_weights_that_one_rank_does_not_have(work: Path, tmp_path: Path, launch: Launch) -> None:
+    """The second machine's folder has another model under the same name."""
+    shutil.copytree(work / "model", tmp_path / "model")
+    (tmp_path / "data").symlink_to(work / "data")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 2
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    command = training(str(work / "weights"))
+    code, err = two_machines(launch, [command, command], [work, tmp_path])
+    assert code == 2
+    assert err[-1].startswith("arriero [rank 1]: rank 1 has another model.safetensors of the model (")
+
+
+@pytest.mark.peers  # tests/unit/test_run_folder.py has the look
+def test_a_run_folder_that_one_rank_does_not_see(work: Path, tmp_path: Path, launch: Launch) -> None:
+    for name in ("model", "data"):
+        (tmp_path / name).symlink_to(work / name)
+    command = training("unshared")
+    code, err = two_machines(launch, [command, command], [work, tmp_path])
+    assert code == 2
+    assert err[-1] == (
+        "arriero [rank 1]: --output_dir unshared on the machine of rank 1 is not the folder that rank 0 has there: "
+        "name one that all machines share"
+    )
+
+
 def test_more_ranks_than_rows(work: Path, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--max_steps", "2", "--do_eval", "--sharding", "stage3")
     code, _, err = end(launch("--nproc_per_node", "2", *training("few", *options, data="one")))

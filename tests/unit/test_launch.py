@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -11,16 +12,20 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
 from arriero import cli
+from arriero.commands import launch as launch_command
 from arriero.commands.launch import LaunchOptions, check_command, check_gpus, command_line, environment
 from arriero.commands.table import ONE_PROCESS
 from arriero.config.checkpoint import CheckpointOptions
+from arriero.config.layout import Layout
+from arriero.config.optimization import OptimizationOptions
 from arriero.config.parser import parse
 from arriero.errors import ArrieroError, ConfigError, PeerError, RunStopped
 from arriero.parallel.launching.report import Report, report_of
-from arriero.parallel.launching.resuming import resume_if_restarted
-from arriero.parallel.processes import silence_limit
+from arriero.parallel.launching.resuming import accumulate_for_absent_machines, resume_if_restarted
+from arriero.parallel.processes import silence_limit, start
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -35,7 +40,7 @@ def test_everything_behind_the_verb_is_passed_on() -> None:
     options = launch("--gpus", "0,1", "--log_dir", "logs", "serve", "--gpus", "7", "--config", "a.yaml", "-h")
     assert options.command == ["serve", "--gpus", "7", "--config", "a.yaml", "-h"]
     assert (options.gpus, options.log_dir, options.processes) == ("0,1", "logs", 2)
-    assert command_line(options) == [sys.executable, "-m", "arriero", *options.command]
+    assert command_line(options) == [sys.executable, "-P", "-m", "arriero", *options.command]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +60,11 @@ def test_how_many(argv: list[str], processes: int, machines: tuple[int, int], si
     assert (options.processes, options.machines, options.single) == (processes, machines, single)
 
 
+def test_gpus_by_name() -> None:
+    names = "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6,MIG-GPU-8932f937/1/0"
+    assert launch("--gpus", names, "serve").gpus == names
+
+
 def test_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -72,6 +82,8 @@ def test_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (("--gpus", "0,0", "serve"), "--gpus"),
         (("--gpus", "0,,1", "serve"), "--gpus"),
+        (("--gpus", "a,b", "serve"), "give numbers from 0 on"),
+        (("--gpus", "0,-1", "serve"), "give numbers from 0 on"),
         (("--gpus", "0,1", "--nproc_per_node", "3", "serve"), "--nproc_per_node"),
         (("--master", "host", "serve"), "--master"),
         (("--master", "h:70000", "serve"), "--master"),
@@ -136,6 +148,28 @@ def test_a_timeout_that_is_no_number_of_seconds(text: str, monkeypatch: pytest.M
     assert silence_limit() == timedelta(seconds=1.5)
 
 
+@pytest.mark.parametrize(
+    ("size", "rank", "message"),
+    [
+        ("abc", "0", "WORLD_SIZE is 'abc': give a number, or unset it"),
+        ("0", None, "WORLD_SIZE is 0: give the number of processes, or unset it"),
+        ("2", None, "WORLD_SIZE is 2 and RANK is not set: start by arriero launch, or unset WORLD_SIZE"),
+        ("2", "one", "RANK is 'one': give a number, or unset it"),
+        ("2", "5", "RANK is 5 and WORLD_SIZE 2: ranks go from 0 to 1"),
+    ],
+)
+def test_a_place_that_cannot_be(size: str, rank: str | None, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(ConfigError) as caught:
+        start(Layout(dp_replicate=2), torch.device("cpu"))
+    assert str(caught.value) == message
+    # a launcher says it anew
+    check_command(launch("--nproc_per_node", "2", "evaluate", "--model_name_or_path", "m", "--tasks", "t"))
+
+
 def test_help_of_the_launched_command(arriero: Run) -> None:
     assert arriero("launch", "--gpus", "0,1", "serve", "--help").stdout == arriero("serve", "--help").stdout
 
@@ -149,7 +183,7 @@ def test_one_process_with_and_without_a_log(arriero: Run, tmp_path: Path) -> Non
 
 
 def test_an_error_of_one_process_with_a_log(arriero: Run, tmp_path: Path) -> None:
-    result = arriero("launch", "--log_dir", "logs", "merge", "--lora_path", "none", "--output_path", "out")
+    result = arriero("launch", "--log_dir", "logs", "merge", "m", "--lora_path", "none", "--output_path", "out")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("arriero: ")
     assert result.stderr == (tmp_path / "logs" / "workerlog.0").read_text(encoding="utf-8")
@@ -235,6 +269,48 @@ def test_what_a_restarted_run_goes_on_from(
     assert (options.resume_from_checkpoint, options.overwrite_output_dir) == expected
 
 
+def test_layers_that_do_not_fill_the_stages_are_told_before_the_data_is_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    monkeypatch.setenv("RANK", "0")
+    options = ("--model_name_or_path", "llama-7b", "--output_dir", "x", "--pipeline_parallel_degree", "64")
+    for verb in (("pretrain", "--input_dir", "none"), ("finetune", "--dataset_path", "none")):
+        assert cli.main([*verb, *options]) == 2
+        assert "the model's 32 layers do not fill 64 pipeline stages" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("here", "given", "expected"), [(4, 3, 3), (2, 3, 6), (3, 3, 4), (1, 1, 4), (3, 1, None)])
+def test_fewer_machines_accumulate_more(
+    here: int, given: int, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step has the rows of 4 processes, however many of them are here."""
+    monkeypatch.setenv("ARRIERO_MOST_PROCESSES", "4")
+    monkeypatch.setenv("WORLD_SIZE", str(here))
+    monkeypatch.setenv("RANK", "0")
+    options = OptimizationOptions(gradient_accumulation_steps=given)
+    if expected is None:
+        with pytest.raises(ConfigError, match=r"--gradient_accumulation_steps 1: .* give a multiple of 3"):
+            accumulate_for_absent_machines(options)
+        return
+    accumulate_for_absent_machines(options)
+    assert options.gradient_accumulation_steps == expected
+
+
+def test_machines_that_come_and_go_must_share_out_a_step() -> None:
+    verb = ("pretrain", "--output_dir", "x", "--model_name_or_path", "m", "--input_dir", "d")
+    place = ("--master", "h:1", "--nproc_per_node", "2")
+    for machines in ("1:2", "2:2", "2"):
+        check_command(launch("--nnodes", machines, *place, *verb))
+    check_command(launch("--nnodes", "1:3", *place, *verb, "--gradient_accumulation_steps", "4"))
+    with pytest.raises(
+        ConfigError, match=r"--nnodes 2:3: .* --gradient_accumulation_steps a multiple of 2 \(it is 1\)"
+    ):
+        check_command(launch("--nnodes", "2:3", *place, *verb))
+    with pytest.raises(ConfigError, match="this run has 2"):
+        check_command(launch("--nnodes", "1:2", *place, *verb, "--tensor_parallel_degree", "4"))
+
+
 def test_the_command_line_goes_on_after_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str | None] = []
 
@@ -253,8 +329,6 @@ def test_the_command_line_goes_on_after_a_restart(tmp_path: Path, monkeypatch: p
 
 
 def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     check_gpus(launch("--gpus", "0,3", "serve"))
@@ -262,3 +336,40 @@ def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         check_gpus(launch("--gpus", "3,4,5", "serve"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     check_gpus(launch("--gpus", "4,5,6,7", "serve"))
+
+
+def test_no_python_file_of_the_current_folder_takes_part(tmp_path: Path) -> None:
+    """Anybody may have put one beside the data; a folder `arriero` is nobody's fault."""
+    for name in ("yaml.py", "psutil.py", "arriero/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise SystemExit('run')\n")
+    source = Path(__file__).parents[2] / "src"
+    command = [sys.executable, "-P", "-m", "arriero", "launch", "--gpus", "0", "completion", "fish"]
+    variables = {**os.environ, "PYTHONPATH": str(source)}
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("# fish completion of arriero")
+    for path in source.rglob("*.py"):
+        for behind in path.read_text(encoding="utf-8").split("sys.executable,")[1:]:
+            assert behind.split()[0] == '"-P",', path
+
+
+def test_the_launcher_is_as_quiet_as_its_processes_and_says_that_it_was_told_to_end(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """torch's C++ side reads its level when it is imported; until the agent listens a signal is told all the same."""
+    levels: list[str | None] = []
+
+    def first_import(options: LaunchOptions) -> None:
+        levels.append(os.environ.get("TORCH_CPP_LOG_LEVEL"))
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "INFO")
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL")
+    monkeypatch.setattr(launch_command, "check_gpus", first_import)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        launch_command.run(launch("--nproc_per_node", "2", "evaluate", "--model_name_or_path", "m", "--tasks", "t"))
+    assert (ended.value.code, levels) == (143, ["ERROR"])
+    assert capfd.readouterr().err == "arriero: asked to end (SIGTERM)\n"
+    assert signal.getsignal(signal.SIGTERM) == before

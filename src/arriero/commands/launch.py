@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
 import os
+import re
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from arriero.commands.table import ONE_PROCESS, VERBS, Verb, load_verb
-from arriero.config.option import REQUIRED, OptionGroup, option
+from arriero.config.optimization import OptimizationOptions
+from arriero.config.option import REQUIRED, OptionGroup, option, option_table
 from arriero.config.parallel import ParallelOptions
-from arriero.config.parser import HelpRequested, option_table, parse
+from arriero.config.parser import HelpRequested, parse
 from arriero.errors import ConfigError
 
 HELP = (
     "Start a command on several processes, one for each GPU, here or on several machines. With --log_dir, every process "
     "writes its output to a file there: workerlog.0, workerlog.1, ... The error of the process that failed first is shown."
 )
+
+_DEVICE = re.compile(r"(GPU|MIG)-[\w/-]+")  # what CUDA_VISIBLE_DEVICES takes besides numbers
 
 
 @dataclass(kw_only=True)
@@ -53,6 +63,10 @@ class LaunchOptions(OptionGroup):
             words = self.gpus.replace(" ", "").split(",")
             if not all(words) or len(set(words)) < len(words):
                 raise ConfigError(f'--gpus is {self.gpus!r}: list each GPU once, e.g. --gpus "0,1"')
+            if not all(word.isdecimal() or _DEVICE.fullmatch(word) for word in words):
+                raise ConfigError(
+                    f'--gpus is {self.gpus!r}: give numbers from 0 on, e.g. --gpus "0,1", or names (GPU-..., MIG-...)'
+                )
             if self.nproc_per_node is not None and self.nproc_per_node != len(words):
                 raise ConfigError(
                     f"--nproc_per_node {self.nproc_per_node} and --gpus {self.gpus} ({len(words)} GPUs) disagree: "
@@ -107,8 +121,8 @@ OPTIONS: tuple[type, ...] = (LaunchOptions,)
 
 
 def command_line(launch: LaunchOptions) -> list[str]:
-    """What every process runs: arriero itself."""
-    return [sys.executable, "-m", "arriero", *launch.command]
+    """What every process runs: arriero itself; no Python file of the current folder takes part (-P)."""
+    return [sys.executable, "-P", "-m", "arriero", *launch.command]
 
 
 def environment(launch: LaunchOptions) -> dict[str, str]:
@@ -144,8 +158,22 @@ def check_command(launch: LaunchOptions) -> None:
         raise ConfigError(f"{name} runs in one process and {asked} asks for several: name one GPU, e.g. --gpus 0")
     fewest, most = launch.machines
     for group in groups:
-        if isinstance(group, ParallelOptions) and fewest == most:
-            group.layout(launch.processes * most)
+        for machines in range(fewest, most + 1):
+            if isinstance(group, ParallelOptions):
+                group.layout(launch.processes * machines)
+        if isinstance(group, OptimizationOptions) and fewest < most:
+            _check_accumulation(launch, group.gradient_accumulation_steps)
+
+
+def _check_accumulation(launch: LaunchOptions, given: int) -> None:
+    """Raises ConfigError where a step of all machines is not shared out evenly by fewer."""
+    fewest, most = launch.machines
+    needed = math.lcm(*(count // math.gcd(most, count) for count in range(fewest, most + 1)))
+    if given % needed:
+        raise ConfigError(
+            f"--nnodes {launch.nnodes}: a step of {most} machines is not shared out evenly by every number of them from "
+            f"{fewest} on: make --gradient_accumulation_steps a multiple of {needed} (it is {given})"
+        )
 
 
 def _check_order(verb: Verb, arguments: list[str]) -> None:
@@ -189,6 +217,12 @@ def run(launch: LaunchOptions) -> int:
             log_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--log_dir {log_dir}: {error.strerror}: name a folder that can be written") from error
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of the launcher too, before it imports torch
+    with _one_line_at_sigterm():
+        return _start(launch, variables, log_dir)
+
+
+def _start(launch: LaunchOptions, variables: dict[str, str], log_dir: Path | None) -> int:
     check_gpus(launch)
     from arriero.parallel.launching import agent
     from arriero.parallel.launching.rendezvous import Meeting
@@ -213,6 +247,24 @@ def run(launch: LaunchOptions) -> int:
             log_dir=log_dir,
         )
     )
+
+
+@contextlib.contextmanager
+def _one_line_at_sigterm() -> Iterator[None]:
+    """A block that ends with a line at SIGTERM: importing torch takes seconds, and then the agent listens."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        os.write(2, b"arriero: asked to end (SIGTERM)\n")
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _become(line: list[str], variables: dict[str, str]) -> NoReturn:

@@ -108,6 +108,11 @@ class ParallelOptions(OptionGroup):
         """
         model = self.tensor_parallel_degree * self.pipeline_parallel_degree * self.context_parallel_degree
         shard, replicas = self.sharding_parallel_degree, self.data_parallel_degree
+        if shard > 1 and not self.sharding_stage:
+            raise ConfigError(
+                f"--sharding_parallel_degree {shard} needs --sharding, which names what is shared out: add --sharding stage2, "
+                "or drop the first"
+            )
         fixed = model * max(shard, 1) * max(replicas, 1)
         left, rest = divmod(world_size, fixed)
         if rest or not left:

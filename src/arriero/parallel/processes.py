@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from arriero.config.launched import launched_rank
+from arriero.config.launched import launched_size as launched_size
 from arriero.config.layout import AXES, Coordinates, Layout
 from arriero.errors import ArrieroError, ConfigError, PeerError
 
@@ -21,11 +23,6 @@ T = TypeVar("T")
 TIMEOUT_VARIABLE = "ARRIERO_TIMEOUT"  # seconds without an answer after which a process gives its peers up
 DEFAULT_TIMEOUT = 600.0
 PATIENCE = timedelta(hours=12)
-
-
-def launched_size() -> int:
-    """How many processes the launcher started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass
@@ -207,11 +204,12 @@ def start(layout: Layout, device: torch.device) -> Processes:
     """Join the other processes that the launcher started.
 
     Raises:
-        ConfigError: if they cannot be reached.
+        ConfigError: if they cannot be reached, or the launcher's variables do not say which of them this is.
     """
-    if launched_size() == 1:
+    size = launched_size()
+    if size == 1:
         return Processes(layout)
-    rank = int(os.environ["RANK"])
+    rank = launched_rank(size)
     timeout = silence_limit()
     if device.type == "cuda":
         torch.cuda.set_device(device)

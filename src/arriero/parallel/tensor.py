@@ -102,19 +102,23 @@ class TensorParallel:
         return slots
 
 
+_DEGREE = "--tensor_parallel_degree, in predict and serve the number of processes"
+
+
 def check_heads(config: LlamaConfig, tp: int) -> None:
     """Raises ConfigError where the heads cannot be shared out, with the nearest degree that can."""
     if chunk(config.vocab_size, tp, tp - 1)[1] < 1:
         raise ConfigError(
-            f"--tensor_parallel_degree {tp} leaves a process nothing of a vocabulary of {config.vocab_size}: lower it"
+            f"a tensor-parallel degree of {tp} leaves a process nothing of a vocabulary of {config.vocab_size}: lower it "
+            f"({_DEGREE})"
         )
     valid = possible_degrees(config)
     if tp not in valid:
         nearest = min(valid, key=lambda degree: (abs(degree - tp), degree))
         raise ConfigError(
-            f"--tensor_parallel_degree {tp} does not share out {config.num_attention_heads} heads with "
+            f"a tensor-parallel degree of {tp} does not share out {config.num_attention_heads} heads with "
             f"{config.num_key_value_heads} key-value heads evenly: the nearest that does is {nearest} "
-            f"(possible: {', '.join(map(str, valid))})"
+            f"(possible: {', '.join(map(str, valid))}; {_DEGREE})"
         )
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import islice
+from pathlib import Path
 
 from arriero.data.batch import Batch, LazyBatches
 from arriero.data.steps import DataShare, share_out
+from arriero.errors import TrainingError
+from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.processes import Processes
 from arriero.training.execution import Execution, Sums
+from arriero.training.precision import NOTHING, first_non_finite_parameter
 
 
 def evaluate_loss(
@@ -39,3 +44,27 @@ def evaluate_loss(
     layers.model.train(was_training)
     loss, count, *statistics = processes.sum([total.loss, total.count, *total.statistics])
     return layers.objective.evaluation(loss, count, statistics)
+
+
+def check_finite(model: LlamaForCausalLM, folder: Path, loss: float, processes: Processes) -> None:
+    """Refuse to tell a score of stored weights that is no number.
+
+    Args:
+        folder: where the weights are from.
+
+    Raises:
+        TrainingError: naming the first weight that is no number, or the number format that overflows.
+    """
+    if math.isfinite(loss):
+        return
+    told = processes.exchange(first_non_finite_parameter(model))  # each holds its own part of the model
+    culprit = next((found for found in told if found != NOTHING), None)
+    if culprit is not None:
+        raise TrainingError(
+            f"{folder}: {culprit} has values that are infinite or no numbers, so the loss is {loss}: "
+            "take an earlier checkpoint, or fetch the model again"
+        )
+    raise TrainingError(
+        f"{folder}: the loss of these rows is {loss} though every weight is finite: it overflows in "
+        f"{str(next(model.parameters()).dtype).removeprefix('torch.')}; try --dtype bfloat16 or float32"
+    )

@@ -46,15 +46,13 @@ from arriero.training.run import (
     build_precision,
     build_trainer,
     check_run,
-    final_metrics,
     joined,
-    save_weights,
     set_seed,
     share_out,
     train,
-    write_results,
 )
 from arriero.training.run_folder import MERGED, RunFolder
+from arriero.training.run_results import final_metrics, save_weights, write_results
 from arriero.training.weights import AdapterWeights
 
 
@@ -252,7 +250,7 @@ def _finetune(
     elif folder.resume:
         load_checkpoint(folder.resume, weights, processes=processes)
     if not processes.any(signals.received is not None):  # it may have reached some of them only
-        results |= final_metrics(trainer, options, evaluate)
+        results |= final_metrics(trainer, options, evaluate, loaded.model, folder.resume or loaded.folder, processes)
     if optim.do_train:
         save_final(loaded, weights, options, folder.path, processes)
     write_results(folder.path, results, processes, trained=optim.do_train)

@@ -9,6 +9,7 @@ positions, since only those are projected.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +20,7 @@ from arriero.engine.machine_peak import matrix_product_flops
 from arriero.models.llama import LlamaForCausalLM
 from arriero.quantization.linear import linear_layers
 
-# Dense peaks in TFLOP/s from the vendors' data sheets, by a part of the device name: (fp32, bf16 / fp16 on tensor cores).
+# Dense peaks in TFLOP/s from the vendors' data sheets, by words of the device name: (fp32, bf16 / fp16 on tensor cores).
 # fp32 is true fp32: torch does not use TF32 unless it is told to.
 DEVICE_PEAKS = {
     "H200": (67.0, 989.0),
@@ -32,6 +33,29 @@ DEVICE_PEAKS = {
     "V100": (15.7, 125.0),
     "T4": (8.1, 65.0),
 }
+# What a device's name may say besides without being another device: "Laptop", "NVL" or "MIG 1g.10gb" make it one.
+_PLAIN_WORDS = re.compile(r"nvidia|tesla|geforce|gpu|(pcie|sxm\d?|hbm\d?e?)")
+_SIZE = re.compile(r"\b([1-9]\d{0,3})\s*gi?b\b")
+
+
+def known_device(name: str) -> tuple[str, int | None] | None:
+    """The name in `DEVICE_PEAKS` that a device's name, or a user's word for it, stands for; None for any other device.
+
+    Args:
+        name: such as "NVIDIA A100-SXM4-40GB", "h100" or "rtx4090".
+
+    Returns:
+        That name, and the GB of memory where `name` says them.
+    """
+    text = re.sub(r"[-_\s]+", " ", name.lower())
+    size = _SIZE.search(text)
+    words = set(_SIZE.sub("", text).split())
+    for known in sorted(DEVICE_PEAKS, key=len, reverse=True):
+        parts = known.lower().split()
+        for wanted in (set(parts), {"".join(parts)}):
+            if wanted <= words and all(_PLAIN_WORDS.fullmatch(word) for word in words - wanted):
+                return known, int(size[1]) if size else None
+    return None
 
 
 @dataclass(frozen=True)
@@ -91,7 +115,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     half = dtype in (torch.float16, torch.bfloat16)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for part, (single, low) in DEVICE_PEAKS.items():
-            if part in name:
-                return (low if half else single) * 1e12, f"{name} data sheet"
+        found = known_device(name)
+        if found is not None:
+            return DEVICE_PEAKS[found[0]][half] * 1e12, f"{name} data sheet"
     return matrix_product_flops(device, dtype), "measured matrix product"

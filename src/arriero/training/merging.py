@@ -17,6 +17,7 @@ from arriero.config.model import ModelOptions
 from arriero.engine.loading import load, model_folder
 from arriero.errors import ConfigError, FormatError
 from arriero.formats import hf, peft
+from arriero.formats.download import published_name
 from arriero.formats.quantized import plain
 from arriero.formats.shard_merging import merge_shards
 from arriero.formats.staging import check_target
@@ -72,7 +73,7 @@ def _merge_adapter(model: ModelOptions, lora_path: str, merge: MergeOptions) -> 
     target = Path(merge.output_path)
     config, state, notes = _adapter_of(lora_path, merge)
     if merge.output_kind == "adapter":
-        peft.save_adapter(target, state, to_peft(config, model.model_name_or_path))
+        peft.save_adapter(target, state, to_peft(config, published_name(model.model_name_or_path)))
         return [*notes, f"adapter of rank {config.rank}: {target}", *_keep_rounding(lora_path, target)]
     loaded = load(model)
     notes += _dequantize(loaded.model)

@@ -45,15 +45,13 @@ from arriero.training.run import (
     build_precision,
     build_trainer,
     check_run,
-    final_metrics,
     joined,
-    save_weights,
     set_seed,
     share_out,
     train,
-    write_results,
 )
 from arriero.training.run_folder import RunFolder
+from arriero.training.run_results import final_metrics, save_weights, write_results
 from arriero.training.weights import FullWeights
 
 VOCABULARY_MULTIPLE = 128  # a fresh model's embedding is as large as suits matrix units
@@ -281,7 +279,7 @@ def _pretrain(
     elif folder.resume:
         load_checkpoint(folder.resume, weights, processes=processes)
     if not processes.any(signals.received is not None):  # it may have reached some of them only
-        results |= final_metrics(trainer, options, validate)
+        results |= final_metrics(trainer, options, validate, loaded.model, folder.resume or loaded.folder, processes)
         if test is not None:
             scores = {f"test_{key}": value for key, value in test().items()}
             print("test | " + " | ".join(f"{key} {value:.4f}" for key, value in scores.items()))

@@ -1,4 +1,4 @@
-"""What every training run is built of, whatever it trains on: precision, trainer, callbacks, the end."""
+"""What every training run is built of, whatever it trains on: precision, trainer, callbacks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, Self, get_type_hints
 import numpy as np
 import torch
 
+from arriero.config.adapter import AdapterOptions
 from arriero.config.checkpoint import CheckpointOptions
 from arriero.config.files import effective, write_config
 from arriero.config.logging import LoggingOptions
@@ -20,27 +21,30 @@ from arriero.config.model import ModelOptions
 from arriero.config.optimization import OptimizationOptions
 from arriero.config.parallel import ParallelOptions
 from arriero.config.precision import PrecisionOptions
+from arriero.config.pretraining import PretrainModelOptions
+from arriero.config.rules.groups import find
 from arriero.data.steps import StepSource
 from arriero.data.tokenizer import Tokenizer
 from arriero.engine.loading import LoadedModel, pick_device
-from arriero.errors import ConfigError, RunStopped, TrainingError
-from arriero.formats.shard_writer import write_own_shard
+from arriero.errors import ConfigError, RunStopped
+from arriero.formats.download import model_config
 from arriero.models.attention import document_kernel
 from arriero.models.fp8_linear import check_device
 from arriero.models.llama import LlamaForCausalLM
-from arriero.output_file import json_text
+from arriero.models.presets import match_preset
 from arriero.parallel.eight_bits import describe_fp8
+from arriero.parallel.launching.resuming import accumulate_for_absent_machines
 from arriero.parallel.materialize import Values, materialize
-from arriero.parallel.parallelize import parallelize
+from arriero.parallel.parallelize import check_layout, parallelize
 from arriero.parallel.processes import Processes, launched_size, start, stop
-from arriero.training.agreement import check_same
+from arriero.training.agreement import check_same, check_same_weights
 from arriero.training.callbacks.anomalies import Anomalies
 from arriero.training.callbacks.checkpointing import Checkpointing
 from arriero.training.callbacks.early_stopping import EarlyStopping
 from arriero.training.callbacks.evaluation import Evaluation
 from arriero.training.callbacks.neftune import Neftune
 from arriero.training.callbacks.profiling import Profiling
-from arriero.training.callbacks.progress import Averages, Console, duration
+from arriero.training.callbacks.progress import Averages, Console, counted, duration
 from arriero.training.callbacks.records import JsonLines, LossPlot
 from arriero.training.callbacks.stop_signals import StopSignals
 from arriero.training.callbacks.text_samples import TextSamples, read_prompts
@@ -52,10 +56,9 @@ from arriero.training.objectives.objective import Objective
 from arriero.training.optimizer import Optimizer
 from arriero.training.precision import Precision
 from arriero.training.run_facts import facts_of
-from arriero.training.run_folder import SHARDED, RunFolder
+from arriero.training.run_folder import RunFolder
 from arriero.training.schedule import Schedule
 from arriero.training.trainer import Callback, Trainer
-from arriero.training.weights import FullWeights
 
 Evaluate = Callable[[], dict[str, float]]
 OWN = frozenset({"device"})  # options in which processes may differ
@@ -92,7 +95,8 @@ def check_run(verb: str, options: RunOptions, metrics: Sequence[str]) -> None:
     Raises:
         ConfigError: one line, naming the option and the way out.
     """
-    options.parallel.layout(launched_size())  # refuses what cannot be
+    _check_degrees(options)
+    accumulate_for_absent_machines(options.optimization)
     best = options.checkpoint.metric_for_best_model
     judged = options.checkpoint.load_best_model_at_end or options.checkpoint.early_stopping_patience is not None
     if judged and best is not None and best.removeprefix("eval_") not in metrics:
@@ -101,6 +105,16 @@ def check_run(verb: str, options: RunOptions, metrics: Sequence[str]) -> None:
         read_prompts(options.logging.sample_prompts)
     if options.precision.fp8_products:
         check_device(pick_device(options.model.device))
+
+
+def _check_degrees(options: RunOptions) -> None:
+    """Refuse a layout that the processes or the model do not have: that of a folder or a named one, before data is read."""
+    layout = options.parallel.layout(launched_size())
+    given = options.model
+    config = given.config_name if isinstance(given, PretrainModelOptions) and not given.continue_training else None
+    name = config or given.model_name_or_path
+    if layout.size > 1 and (Path(name).expanduser().is_dir() or match_preset(name)):
+        check_layout(model_config(name), layout)
 
 
 @contextlib.contextmanager
@@ -145,8 +159,16 @@ def share_out(
     Args:
         values: where the weights come from; None in a lone process, whose model has them.
         tokens: of a row.
+
+    Raises:
+        ConfigError: the files of the weights are not the same everywhere.
     """
     precision = options.precision
+    adapter, given = find(options.groups, AdapterOptions), options.model
+    fresh = isinstance(given, PretrainModelOptions) and not given.continue_training
+    check_same_weights(
+        processes, None if fresh else loaded.folder, (adapter.lora_path or adapter.prefix_path) if adapter else None
+    )
     parallelize(
         loaded.model,
         processes,
@@ -215,6 +237,7 @@ def build_trainer(
         seed=optim.seed,
         skip_steps=skip_steps,
         facts=facts_of(optim.optim, base, quantize_base),
+        accumulation=optim.gradient_accumulation_steps,
         callbacks=callbacks,
     )
 
@@ -292,7 +315,6 @@ def train(trainer: Trainer, options: RunOptions, folder: RunFolder, signals: Sto
     Raises:
         RunStopped: if a signal ended it early.
     """
-    optim = options.optimization
     if folder.resume:
         trainer.resume(folder.resume)
         print(f"resumed from {folder.resume} at step {trainer.state.step}")
@@ -302,18 +324,11 @@ def train(trainer: Trainer, options: RunOptions, folder: RunFolder, signals: Sto
     with trainer.processes.together():
         if trainer.processes.first:
             write_config(folder.path / "config.yaml", options.groups)
-    kernel = document_kernel(trainer.device, trainer.precision.dtype, trainer.model.config.head_dim)
-    if not options.model.use_flash_attention:
-        kernel = "written out"
-    print(f"kernels: attention {kernel}; RMSNorm {'torch' if options.model.use_fused_rms_norm else 'written out'}")
-    data = trainer.processes.layout.data
-    rows = f"{optim.per_device_train_batch_size} x {optim.gradient_accumulation_steps}" + (
-        f" x {data}" if data > 1 else ""
-    )
-    print(
-        f"{trainer.total_steps} steps of {rows} rows, "
-        f"{trainer.precision}, {trainer.device}, {torch.get_num_threads()} threads"
-    )
+    begun_at = trainer.state.step
+    if begun_at == trainer.total_steps:
+        print(f"{folder.resume} is complete already: {begun_at} of {counted(trainer.total_steps, 'step')}")
+    else:
+        _tell_plan(trainer, options)
     on_cpu = trainer.device.type == "cpu"
     with freed_memory_kept() if on_cpu and not options.precision.recompute else contextlib.nullcontext():
         state = trainer.train()
@@ -323,7 +338,8 @@ def train(trainer: Trainer, options: RunOptions, folder: RunFolder, signals: Sto
             "--resume_from_checkpoint auto goes on",
             signals.exit_code,
         )
-    print(f"trained {state.step} steps in {duration(state.seconds)}, {state.tokens:,} tokens")
+    if state.step > begun_at:
+        print(f"trained {counted(state.step, 'step')} in {duration(state.seconds)}, {counted(state.tokens, 'token')}")
     return {
         "train_steps": state.step,
         "train_seconds": state.seconds,
@@ -332,46 +348,18 @@ def train(trainer: Trainer, options: RunOptions, folder: RunFolder, signals: Sto
     }
 
 
-def final_metrics(trainer: Trainer | None, options: RunOptions, evaluate: Evaluate | None) -> dict[str, float]:
-    """The scores of the final weights; those of the last evaluation if they are of the same weights."""
-    if evaluate is None:
-        return {}
-    if (
-        trainer is not None
-        and trainer.metrics_step == trainer.state.step
-        and not options.checkpoint.load_best_model_at_end
-    ):
-        return trainer.metrics
-    return {f"eval_{key}": value for key, value in evaluate().items()}
-
-
-def save_weights(weights: WeightStore, folder: Path, processes: Processes, *, sharded: bool = False) -> None:
-    """The final weights into the run folder, and if wanted once more in `sharded/`, each process's own in a file.
-
-    Raises:
-        TrainingError: if they cannot be written.
-    """
-    try:
-        weights.write(folder, weights.parts(), processes)
-        layout, at = processes.layout, processes.at
-        if sharded and isinstance(weights, FullWeights) and layout.tp * layout.pp > 1:
-            # Cut from the folder just written, so that every layout has one way: FSDP shares out the local tensors too.
-            names, degrees = weights.parts().keys(), (layout.tp, layout.pp)
-            first = at.dp_replicate == at.dp_shard == at.cp == 0
-            write_own_shard(folder, folder / SHARDED, names, degrees, (at.tp, at.pp), processes, writes=first)
-            print(f"shards: {folder / 'sharded'}")
-    except OSError as error:
-        raise TrainingError(
-            f"{folder}: the final model could not be written ({error.strerror}); the checkpoints are intact"
-        ) from error
-
-
-def write_results(folder: Path, results: dict[str, Any], processes: Processes, *, trained: bool) -> None:
-    """Into `all_results.json`, or `eval_results.json` if the run only scored."""
-    if not processes.first:
-        return
-    path = folder / f"{'all' if trained else 'eval'}_results.json"
-    try:
-        path.write_text(json_text(results), encoding="utf-8")
-    except OSError as error:
-        raise TrainingError(f"{path}: cannot be written ({error.strerror}); the final model is intact") from error
+def _tell_plan(trainer: Trainer, options: RunOptions) -> None:
+    """What is about to run: kernels, steps, precision, device."""
+    optim = options.optimization
+    kernel = document_kernel(trainer.device, trainer.precision.dtype, trainer.model.config.head_dim)
+    if not options.model.use_flash_attention:
+        kernel = "written out"
+    print(f"kernels: attention {kernel}; RMSNorm {'torch' if options.model.use_fused_rms_norm else 'written out'}")
+    data = trainer.processes.layout.data
+    rows = f"{optim.per_device_train_batch_size} x {optim.gradient_accumulation_steps}" + (
+        f" x {data}" if data > 1 else ""
+    )
+    print(
+        f"{counted(trainer.total_steps, 'step')} of {rows} rows, "
+        f"{trainer.precision}, {trainer.device}, {counted(torch.get_num_threads(), 'thread')}"
+    )

@@ -6,7 +6,9 @@ import contextlib
 import fcntl
 import os
 import re
+import secrets
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from arriero.parallel.processes import Processes
 from arriero.training.checkpoint import checkpoint_step, list_checkpoints, verify
 
 LOCK = ".lock"
+SEEN_SECONDS = 10.0  # until which a file that one machine has written is seen by the others
 MERGED, SHARDED = "merged", "sharded"  # other forms of the final model, in folders of their own
 # Of an earlier run, beside its checkpoints.
 RESULTS = (
@@ -39,7 +42,8 @@ class RunFolder:
         resume: the checkpoint to go on from, None to start afresh.
 
     Raises:
-        ConfigError: if it is in use by another run, or holds something and neither overwriting nor resuming was asked for.
+        ConfigError: if it is in use by another run, holds something and neither overwriting nor resuming was asked for, or is
+            not one folder for all processes.
         PeerError: in the other processes then.
     """
 
@@ -49,18 +53,25 @@ class RunFolder:
         self._overwrite = options.overwrite_output_dir
         self._lock: int | None = None
         self._made: list[Path] = []  # folders that were not there, the innermost first
-        self.processes.by_first(lambda: self._claim(options))
+        token = self.processes.by_first(lambda: self._claim(options))
         try:
+            self._check_shared(token)
             if options.resume_from_checkpoint == "auto":
                 self.resume = newest_checkpoint(self.path, self.processes)
+                if self.resume is None:
+                    print(f"no checkpoint in {self.path}: the run starts anew", flush=True)
             else:
                 self.resume = Path(options.resume_from_checkpoint) if options.resume_from_checkpoint else None
         except BaseException:
             self._release()
             raise
 
-    def _claim(self, options: CheckpointOptions) -> None:
-        """Make the folder this run's."""
+    def _claim(self, options: CheckpointOptions) -> str:
+        """Make the folder this run's.
+
+        Returns:
+            What its lock holds.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"--output_dir {self.path} is a file: name a folder")
         explicit = options.resume_from_checkpoint not in (None, "auto")
@@ -77,6 +88,27 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"--output_dir {self.path}: cannot be written ({error.strerror})") from error
         self._remove_leftovers()
+        return os.pread(self._lock, 64, 0).decode("ascii")
+
+    def _check_shared(self, token: str) -> None:
+        """Refuse a folder that only the machine of rank 0 sees: checkpoints are written by all processes."""
+        if self.processes.alone:
+            return
+        with self.processes.together():
+            deadline = time.monotonic() + SEEN_SECONDS
+            while self._token() != token:
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"--output_dir {self.path} on the machine of rank {self.processes.rank} is not the folder that rank 0 "
+                        "has there: name one that all machines share"
+                    )
+                time.sleep(0.2)
+
+    def _token(self) -> str:
+        try:
+            return (self.path / LOCK).read_text(encoding="ascii", errors="replace")
+        except OSError:
+            return ""
 
     def _acquire(self) -> int:
         """The kernel drops the lock with the process, however it ends: it can never be stale."""
@@ -90,7 +122,7 @@ class RunFolder:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                owner = os.pread(lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
+                owner = os.pread(lock, 32, 0).decode("ascii", "replace").partition("\n")[0] or "unknown"
                 os.close(lock)
                 raise ConfigError(
                     f"--output_dir {self.path} is in use by another run (process {owner}): name another folder, "
@@ -100,7 +132,9 @@ class RunFolder:
                 break
             os.close(lock)
         os.truncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode("ascii"), 0)
+        os.pwrite(lock, f"{os.getpid()}\n{secrets.token_hex(8)}\n".encode("ascii"), 0)
+        with contextlib.suppress(OSError):
+            os.fsync(lock)  # other machines read it
         return lock
 
     def _is_there(self, lock: int) -> bool:

@@ -18,17 +18,16 @@ from arriero.config.parallel import ParallelOptions
 from arriero.data.batch import packed_batches
 from arriero.data.samples import Sample
 from arriero.data.sft import encode_all
-from arriero.data.sources import check_data, load_samples
+from arriero.data.sources import check_data, load_samples, name_of_rows
 from arriero.engine.loading import LoadedModel, load_for_inference, pick_device
 from arriero.engine.sampling_params import SamplingParams
-from arriero.errors import TrainingError
 from arriero.output_file import check_folder, json_text
 from arriero.parallel.processes import Processes, launched_size, start, stop
-from arriero.training.evaluation import evaluate_loss
+from arriero.training.evaluation import check_finite, evaluate_loss
 from arriero.training.execution import build_execution
 from arriero.training.finetuning import may_share_prefixes
 from arriero.training.generation_metrics import Answer, generate_answers, references_of, score
-from arriero.training.precision import NOTHING, Precision, first_non_finite_parameter
+from arriero.training.precision import Precision
 from arriero.training.run import heard_once
 
 SQUAD_ANSWER_TOKENS = 32  # an extracted span is short
@@ -117,36 +116,23 @@ def _loss(
     processes: Processes,
 ) -> dict[str, float]:
     examples, report = encode_all(samples, loaded.tokenizer, data.src_length, data.tgt_length, train_on=data.train_on)
-    print(f"dev: {report}")
+    print(f"{name_of_rows(data.dataset_path, data.data_name, 'dev')}: {report}")
     precision = Precision(next(loaded.model.parameters()).dtype, "O2", loaded.device)
     rows = math.ceil(len(samples) / processes.layout.data)
     with tqdm(total=rows, unit="row", desc="loss", leave=False, disable=not processes.first) as bar:
         share = may_share_prefixes(loaded, processes)
         batches = packed_batches(examples, evaluation.per_device_eval_batch_size, share_prefixes=share)
         metrics = evaluate_loss(build_execution(loaded.model, precision, loaded.device), batches, bar.update)
-    _check_finite(loaded, metrics["loss"], processes)
+    check_finite(loaded.model, loaded.folder, metrics["loss"], processes)
     return metrics
 
 
-def _check_finite(loaded: LoadedModel, loss: float, processes: Processes) -> None:
-    if math.isfinite(loss):
-        return
-    told = processes.exchange(first_non_finite_parameter(loaded.model))  # each holds its own part of the model
-    culprit = next((found for found in told if found != NOTHING), None)
-    if culprit is not None:
-        raise TrainingError(
-            f"{loaded.folder}: {culprit} has values that are infinite or no numbers, so the loss is {loss}: "
-            "take an earlier checkpoint, or fetch the model again"
-        )
-    raise TrainingError(
-        f"{loaded.folder}: the loss of these rows is {loss} though every weight is finite: it overflows in "
-        f"{str(next(loaded.model.parameters()).dtype).removeprefix('torch.')}; try --dtype bfloat16 or float32"
-    )
-
-
 def _write(folder: Path, metrics: dict[str, float], answers: Sequence[Answer]) -> None:
+    """The scores, and the answers if there are any: those that an earlier scoring left stay where this one generated none."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "eval_results.json").write_text(json_text(metrics), encoding="utf-8")
+    if not answers:
+        return
     with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
         for answer in answers:
             row = {"id": answer.sample.id, "prompt": answer.sample.prompt, "output": answer.text}

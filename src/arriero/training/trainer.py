@@ -92,6 +92,7 @@ class Trainer:
         objective: what is made smaller.
         processes: all that train together; every one of them runs this loop in step with the others.
         skip_steps: numbers (from 0) of steps that pass without training on their data.
+        accumulation: micro-batches of each process in a step.
         facts: what a checkpoint that is resumed must have in common with this run, of `run_facts`.
         max_grad_norm: gradient norm above which gradients are scaled down; 0 turns clipping off.
         run_folder: where callbacks write.
@@ -112,6 +113,7 @@ class Trainer:
     processes: Processes = field(default_factory=Processes)
     skip_steps: frozenset[int] = frozenset()
     facts: dict[str, str] = field(default_factory=dict)
+    accumulation: int = 1
     callbacks: list[Callback] = field(default_factory=list)
     state: TrainState = field(default_factory=TrainState)
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation, and the step it was made at
@@ -151,7 +153,8 @@ class Trainer:
         if changed:
             raise TrainingError(
                 f"{checkpoint} was trained on other data: {', '.join(changed)[:500]}: "
-                "give the same data, batch, seed and length of the run, or start anew in another --output_dir"
+                f"give the same data, batch{self._accumulation_of(then, here)}, seed and length of the run, or start anew in "
+                "another --output_dir"
             )
         if state.step > self.total_steps:
             raise TrainingError(
@@ -165,6 +168,13 @@ class Trainer:
         state.total_steps, state.facts = self.total_steps, self.facts
         self.state = state
         restore_random_state(generators)
+
+    def _accumulation_of(self, then: dict[str, Any], here: dict[str, Any]) -> str:
+        """The option that makes the steps of this run as large as a checkpoint's, where other processes share them out."""
+        rows, own = then.get("rows_per_step"), here.get("rows_per_step")
+        if not isinstance(rows, int) or not isinstance(own, int) or rows == own or rows * self.accumulation % own:
+            return ""
+        return f" (--gradient_accumulation_steps {rows * self.accumulation // own})"
 
     def train(self) -> TrainState:
         """Run to the last step."""

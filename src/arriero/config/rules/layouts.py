@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from arriero.config.adapter import AdapterOptions
 from arriero.config.checkpoint import CheckpointOptions
+from arriero.config.launched import launched_size
 from arriero.config.parallel import ParallelOptions
 from arriero.config.planning import PlanOptions
 from arriero.config.precision import PrecisionOptions
@@ -18,7 +18,7 @@ from arriero.errors import ConfigError
 def parallel_rule(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
     """Options of a layout that this run does not have."""
     parallel, checkpoint = find(groups, ParallelOptions), find(groups, CheckpointOptions)
-    if parallel is None or find(groups, PlanOptions) is not None:  # a plan may be of other machines
+    if parallel is None:
         return
     tensor, stages = parallel.tensor_parallel_degree, parallel.pipeline_parallel_degree
     precision = find(groups, PrecisionOptions)
@@ -27,6 +27,8 @@ def parallel_rule(groups: Sequence[Any], given: frozenset[str], warnings: list[s
             f"--torch_compile and --pipeline_schedule {parallel.pipeline_schedule} do not go together: it runs backward passes "
             "in two parts, and compiled layers have one; choose 1f1b or interleaved, or drop the first"
         )
+    if find(groups, PlanOptions) is not None:  # what follows is about the processes that there are
+        return
     if parallel.context_parallel_degree == 1 and changed(parallel, "context_parallel_method", given):
         warnings.append("--context_parallel_method has no effect without --context_parallel_degree above 1")
     if stages == 1:
@@ -52,8 +54,8 @@ def parallel_rule(groups: Sequence[Any], given: frozenset[str], warnings: list[s
 
 
 def _data_parallel(parallel: ParallelOptions, given: frozenset[str], warnings: list[str]) -> None:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # of the launcher
     try:
+        processes = launched_size()
         layout = parallel.layout(processes)
     except ConfigError:  # refused when the run starts: a command line may be read for another machine
         return

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,13 +25,18 @@ from torch.distributed.elastic.agent.server.api import (
 )
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 
-from arriero.errors import ConfigError
+from arriero.errors import ConfigError, PeerError
+from arriero.parallel.launching.other_machines import OtherMachines
 from arriero.parallel.launching.rank_group import GRACE_SECONDS, POLL_SECONDS, Ending, RankGroup
 from arriero.parallel.launching.rank_process import RankProcess
-from arriero.parallel.launching.rendezvous import Meeting
-from arriero.parallel.launching.resuming import LAUNCHED, RESTART
+from arriero.parallel.launching.rendezvous import QUIET_SECONDS, Meeting, NumberedMachines, say
+from arriero.parallel.launching.report import Report
+from arriero.parallel.launching.resuming import LAUNCHED, MOST, RESTART
 
 _EXIT_BY_SIGNAL = 128
+_ELSEWHERE_SECONDS = (
+    5.0  # after another machine has ended the run: the processes here may end by themselves and say more
+)
 # What the launcher passes on, as what.
 _SIGNALS = {
     signal.SIGINT: signal.SIGINT,
@@ -75,7 +82,7 @@ def launch(job: Job) -> int:
                 if agent.ending is None or not isinstance(error, RendezvousClosedError):
                     raise _no_meeting(job.meeting, error) from error
             finally:
-                agent.handler.shutdown()
+                agent.leave()
     ending = agent.ending or Ending()
     if ending.report is not None and ending.report.message:
         rank = None if ending.report.stopped else ending.rank
@@ -108,6 +115,9 @@ class Agent(SimpleElasticAgent):
         self.scratch = scratch
         self.ending: Ending | None = None
         self.group: RankGroup | None = None
+        self.others: OtherMachines | None = None
+        self.told = False  # by a signal
+        self.judging = False  # whether a signal that comes now still counts
         self.starts = 0
         self.launched = time.time()
 
@@ -128,12 +138,32 @@ class Agent(SimpleElasticAgent):
                 signal.signal(number, handler)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.told = True
         if self.group is not None and self.group.ending is None:
             self.group.send(_SIGNALS[signal.Signals(number)])
-        elif number == signal.SIGINT:
+        elif number == signal.SIGINT and not self.judging:
             raise KeyboardInterrupt
-        else:
+        elif not self.judging:
+            os.write(2, f"arriero: asked to end ({signal.Signals(number).name})\n".encode())
             raise SystemExit(_EXIT_BY_SIGNAL + number)
+
+    def leave(self) -> None:
+        """Close the meeting, and let the other machines know if this one ends the run before its time."""
+        if self.others is not None and (self.ending is None or self.ending.report is not None):
+            self.others.tell_end()
+        self.handler.shutdown()
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        self.others = None
+        meeting = self.job.meeting
+        timer = threading.Timer(QUIET_SECONDS, say, [f"waiting for the other machines at {meeting.place}"])
+        timer.daemon = True
+        if not isinstance(self.handler, NumberedMachines):  # those tell it themselves
+            timer.start()
+        try:
+            super()._rendezvous(worker_group)
+        finally:
+            timer.cancel()
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self.starts += 1
@@ -157,6 +187,8 @@ class Agent(SimpleElasticAgent):
                 RESTART: str(restart),
                 LAUNCHED: str(self.launched),
             }
+            if self.job.meeting.fewest < self.job.meeting.most:
+                variables[MOST] = str(self.job.processes * self.job.meeting.most)
             if self.job.meeting.on_loopback:
                 for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                     variables.setdefault(name, _loopback_interface())
@@ -172,6 +204,14 @@ class Agent(SimpleElasticAgent):
                     shown=worker.global_rank == 0,
                 )
             )
+        machines = worker_group.group_world_size or 1
+        if machines > 1:
+            self.others = OtherMachines(
+                worker_group.store,  # type: ignore[arg-type]
+                worker_group.group_rank or 0,
+                machines,
+                str(worker_group.master_addr),
+            )
         alone = worker_group.workers[0].world_size == 1
         self.group = RankGroup(ranks, alone)
         self.group.start()
@@ -186,6 +226,10 @@ class Agent(SimpleElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         assert self.group is not None
         ending = self.group.poll()
+        if self.others is not None and ending is None:
+            ending = self._ended_elsewhere(self.group, self.others)
+        elif self.others is not None and ending is not None:
+            ending = self._judged(ending, self.others)
         if ending is None:
             return RunResult(state=WorkerState.HEALTHY)
         self.ending = ending
@@ -203,6 +247,32 @@ class Agent(SimpleElasticAgent):
                 flush=True,
             )
         return RunResult(state=WorkerState.FAILED)
+
+    def _ended_elsewhere(self, group: RankGroup, others: OtherMachines) -> Ending | None:
+        """How the processes here ended because another machine has ended the run; None if none has."""
+        by = others.has_ended(_ELSEWHERE_SECONDS, GRACE_SECONDS)
+        if by is None or group.told:
+            return None
+        self._remaining_restarts = 0
+        ending = group.cut_short()
+        if ending.report is not None and ending.report.failed:
+            return ending
+        return _because_of(f"{by} has ended this run: its launcher says why")
+
+    def _judged(self, ending: Ending, others: OtherMachines) -> Ending:
+        """An ending; no good one if the processes stopped in order because another machine was lost, or told to stop."""
+        if ending.report is None or not ending.report.stopped or self.told:
+            return ending
+        self.judging = True
+        try:
+            missing = others.missing(lambda: self.told)
+        finally:
+            self.judging = False
+        if missing is None:
+            return ending
+        if self.job.meeting.fewest == self.job.meeting.most:
+            self._remaining_restarts = 0
+        return _because_of(f"{missing} is gone or was told to end ({ending.report.message})")
 
     def _exit_barrier(self) -> None:
         """Wait for the other machines, which may need what this one holds; not after a stop: one may be gone at once."""
@@ -228,6 +298,10 @@ class Agent(SimpleElasticAgent):
     def _shutdown(self, *_: object, **__: object) -> None:
         if self.group is not None:
             self.group.stop()
+
+
+def _because_of(message: str) -> Ending:
+    return Ending(None, Report(time=time.time(), message=message, exit_code=PeerError.exit_code, of_peer=True))
 
 
 def _no_meeting(meeting: Meeting, error: RendezvousError) -> ConfigError:

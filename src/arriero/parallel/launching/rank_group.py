@@ -91,6 +91,19 @@ class RankGroup:
         self._close()
         return self.ending
 
+    @property
+    def told(self) -> bool:
+        """Whether a signal was passed on."""
+        return self._told is not None
+
+    def cut_short(self) -> Ending:
+        """End all that run because the run has ended elsewhere."""
+        if self.ending is None:
+            self._dismiss()
+            self.ending = self._find_ending()
+            self._close()
+        return self.ending
+
     def stop(self, patience: float = _DISMISS_SECONDS) -> None:
         """End all that run; to be called however things went. After `patience` seconds they are killed."""
         if self.ending is None:

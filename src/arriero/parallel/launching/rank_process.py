@@ -120,7 +120,8 @@ class RankProcess:
             )
         number = -code
         if number in self.signals:
-            return Report(time=ended, message="", exit_code=128 + number, stopped=True)
+            asked = f"asked to end ({signal.Signals(number).name})"
+            return Report(time=ended, message=asked, exit_code=128 + number, stopped=True)
         message = f"killed by {signal.Signals(number).name}"
         if number == signal.SIGKILL:
             message += " (out of memory?)"

@@ -6,6 +6,7 @@ import errno
 import ipaddress
 import os
 import socket
+import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,6 +29,24 @@ LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 29500  # torchrun's
 _MEETING_SECONDS = 900.0  # torchrun's
 _STORE_TIMEOUT = timedelta(seconds=60)
+QUIET_SECONDS = 5.0  # a longer wait is told
+
+
+def say(line: str) -> None:
+    """A line of the launcher itself."""
+    print(f"arriero: {line}", file=sys.stderr, flush=True)
+
+
+class _Wait:
+    """A wait that is told once it is long."""
+
+    def __init__(self) -> None:
+        self.since, self.said = time.monotonic(), ""
+
+    def tell(self, line: str) -> None:
+        if line != self.said and time.monotonic() - self.since >= QUIET_SECONDS:
+            self.said = line
+            say(line)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,12 +145,14 @@ class NumberedMachines(RendezvousHandler):
             if self.machine == 0:
                 self._round_store = self._listen(0)
                 store.set(f"{self.round} port", str(self._round_store.port))
+            wait = _Wait()
             present = store.add(self._present(self.round), 1)
             while present < self.meeting.most:
                 if self.is_closed():
                     raise RendezvousClosedError
                 if time.monotonic() > deadline:
                     raise RendezvousTimeoutError(f"{present} of {self.meeting.most} machines are there")
+                wait.tell(f"{present} of {self.meeting.most} machines are here; waiting for the others")
                 time.sleep(0.1)
                 present = store.add(self._present(self.round), 0)
             port = int(store.get(f"{self.round} port"))
@@ -202,6 +223,7 @@ class NumberedMachines(RendezvousHandler):
 
     def _connect(self, port: int, deadline: float) -> TCPStore:
         """The store in machine 0."""
+        wait = _Wait()
         while True:  # Python's own attempts, so that a signal ends the wait
             try:
                 socket.create_connection((self.host, port), timeout=5).close()
@@ -209,6 +231,7 @@ class NumberedMachines(RendezvousHandler):
             except OSError as error:
                 if time.monotonic() > deadline:
                     raise RendezvousConnectionError(f"{self.host}:{port}: {error.strerror or error}") from error
+                wait.tell(f"waiting for machine 0 at {self.host}:{port}")
                 time.sleep(0.2)
         return TCPStore(self.host, port, None, False, _STORE_TIMEOUT, wait_for_workers=False)
 

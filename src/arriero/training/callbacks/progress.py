@@ -36,6 +36,8 @@ class Averages(Callback):
         self.peak = 0.0
 
     def on_train_begin(self, trainer: Trainer) -> None:
+        if trainer.state.step >= trainer.total_steps:  # nothing will be measured
+            return
         one, source = peak_flops(trainer.device, trainer.precision.dtype)
         size = trainer.processes.size
         self.peak = one * size
@@ -83,6 +85,16 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def counted(number: int, noun: str) -> str:
+    """1 -> "1 step", 1000 -> "1,000 steps"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def format_scores(scores: dict[str, float]) -> str:
+    """The metrics of an evaluation, as every line about one shows them."""
+    return " | ".join(f"{key} {value:.4f}" for key, value in scores.items() if key.startswith("eval_"))
+
+
 def format_record(record: dict[str, float], total_steps: int) -> str:
     """The log line of a training or evaluation record."""
     if "learning_rate" in record and "loss" not in record:
@@ -97,8 +109,7 @@ def format_record(record: dict[str, float], total_steps: int) -> str:
         if "reward_accuracy" in record:
             line += f" | reward accuracy {record['reward_accuracy']:.2f}, margin {record['reward_margin']:+.3f}"
         return line + (f" | {int(record['skipped_steps'])} skipped (fp16 overflow)" if record["skipped_steps"] else "")
-    metrics = " | ".join(f"{key} {value:.4f}" for key, value in record.items() if key.startswith("eval_"))
-    return f"step {int(record['step'])} | {metrics}"
+    return f"step {int(record['step'])} | {format_scores(record)}"
 
 
 class Console(Callback):

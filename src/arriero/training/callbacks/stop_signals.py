@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -13,16 +14,21 @@ from arriero.training.trainer import Callback, StepRecord, Trainer
 SIGNALS = {signal.SIGTERM: 0, signal.SIGUSR1: 0, signal.SIGINT: 130}
 
 
+AGAIN_SECONDS = 1.0  # the same signal within them is one: the kernel tells a launcher's death more than once
+
+
 class StopSignals(Callback):
     """After SIGTERM, SIGUSR1 or Ctrl-C the step in progress is finished, a checkpoint is written, and the run ends.
 
-    It belongs before `Checkpointing`. A second signal of the same kind ends the process at once. As a context, it listens from
-    the first step until the context ends, so that what is saved after the last step is saved too.
+    It belongs before `Checkpointing`. A second signal of the same kind, `AGAIN_SECONDS` later or more, ends the process at
+    once. As a context, it listens from the first step until the context ends, so that what is saved after the last step is
+    saved too.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.before: dict[signal.Signals, Any] = {}
+        self.noted: dict[int, float] = {}  # when each kind came first
 
     def __enter__(self) -> StopSignals:
         return self
@@ -42,7 +48,9 @@ class StopSignals(Callback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        signal.signal(number, self.before[self.received])
+        if time.monotonic() - self.noted.setdefault(number, time.monotonic()) >= AGAIN_SECONDS:
+            signal.signal(number, self.before[self.received])
+            signal.raise_signal(number)
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
         if trainer.state.step == trainer.total_steps:

@@ -15,6 +15,7 @@ from arriero.config.adapter import AdapterOptions
 from arriero.engine.loading import LoadedModel, with_adapter
 from arriero.errors import ConfigError
 from arriero.formats import peft
+from arriero.formats.download import published_name
 from arriero.formats.parts import Placement
 from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.materialize import Values
@@ -64,7 +65,7 @@ def lora_weights(loaded: LoadedModel, options: FinetuneOptions) -> tuple[Adapter
         f"{kind}: rank {config.rank} on {len(names)} layers, {trained:,} trained parameters "
         f"({trained / total:.2%} of {total:,})"
     )
-    return AdapterWeights(loaded.model, config, options.model.model_name_or_path), values
+    return AdapterWeights(loaded.model, config, published_name(options.model.model_name_or_path)), values
 
 
 def tell_options(adapter: AdapterOptions, config: LoRAConfig) -> None:

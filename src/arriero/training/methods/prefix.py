@@ -15,6 +15,7 @@ from arriero.adapters.prefix_files import StoredPrefix, open_prefix, whole_state
 from arriero.config.rules.methods import check_projection
 from arriero.engine.loading import LoadedModel
 from arriero.errors import ConfigError
+from arriero.formats.download import published_name
 from arriero.formats.parts import Placement
 from arriero.parallel.materialize import Values
 from arriero.training.finetune_options import FinetuneOptions
@@ -61,4 +62,4 @@ def prefix_weights(loaded: LoadedModel, options: FinetuneOptions) -> tuple[Prefi
         f"prefix: {config.length} keys and values a layer{size}, {trained:,} trained parameters "
         f"({trained / total:.2%} of {total:,})"
     )
-    return PrefixWeights(loaded.model, config, base_model), values
+    return PrefixWeights(loaded.model, config, published_name(base_model)), values

@@ -71,7 +71,7 @@ def dry_run(facts: ModelFacts, setup: TrainingSetup, ranks: list[int]) -> list[R
         "dtype": setup.weight_dtype,
         "sequence": setup.sequence,
     }
-    command = [sys.executable, "-m", __name__]
+    command = [sys.executable, "-P", "-m", __name__]  # not with the Python files of the current folder
     players = []
     for rank in ranks:
         player = subprocess.Popen(

@@ -10,9 +10,10 @@ import torch
 
 from arriero.engine.machine_memory import container_limit
 from arriero.errors import ConfigError
-from arriero.training.flops import DEVICE_PEAKS, peak_flops
+from arriero.training.flops import DEVICE_PEAKS, known_device, peak_flops
 
-# Bytes by the names of DEVICE_PEAKS, from the same data sheets; where a GPU is sold in several sizes, the largest.
+# Bytes by the names of DEVICE_PEAKS, from the same data sheets; where a GPU is sold in several sizes, the largest, unless its
+# name says another.
 DEVICE_MEMORY = {
     "H200": 141e9,
     "H100 PCIe": 80e9,
@@ -24,6 +25,10 @@ DEVICE_MEMORY = {
     "V100": 32e9,
     "T4": 16e9,
 }
+# Those whose matrix units know fp16 and no bf16, which is computed as fp32 is.
+WITHOUT_BF16 = ("V100", "T4")
+# Those that multiply 8-bit floats: of compute capability 8.9 or more.
+WITH_FP8 = ("H200", "H100 PCIe", "H100", "L40S", "RTX 4090")
 # Share of the peak that training reaches where nothing is known. GPU: Llama 3 reports 38 to 43 % (arXiv:2407.21783, table 4).
 # CPU: this package reached 61 to 86 % of its measured matrix product (README).
 DEFAULT_UTILIZATION = {"cuda": 0.4, "cpu": 0.7}
@@ -90,7 +95,7 @@ def find_links(gpu: str | None, in_node: float | None, between: float | None) ->
     Args:
         in_node, between: GB/s that were given, taken as they are; data sheets' figures are lowered to what is reached.
     """
-    sheet = DEVICE_LINKS.get(find_gpu(gpu)) if gpu is not None else None
+    sheet = DEVICE_LINKS.get(find_gpu(gpu)[0]) if gpu is not None else None
     if sheet is None and (in_node is None or between is None):
         return None
     known = [
@@ -118,17 +123,17 @@ class Machine:
     flops_source: str
 
 
-def find_gpu(name: str) -> str:
-    """The name in `DEVICE_PEAKS` that a user's word stands for.
+def find_gpu(name: str) -> tuple[str, int | None]:
+    """The name in `DEVICE_PEAKS` that a user's word stands for, and the GB of memory where it says them.
 
     Raises:
-        ConfigError: none does.
+        ConfigError: it stands for none.
     """
-    word = name.strip().lower()
-    for known in sorted(DEVICE_PEAKS, key=len, reverse=True):
-        if known.lower() in word or word == known.lower().replace(" ", ""):
-            return known
-    raise ConfigError(f"--gpu {name!r} is not known: known are {', '.join(DEVICE_PEAKS)}; or give --memory and --flops")
+    found = known_device(name)
+    if found is None:
+        known = ", ".join(DEVICE_PEAKS)
+        raise ConfigError(f"--gpu {name!r} is not known: known are {known}; or give --memory and --flops in its place")
+    return found
 
 
 def find_machine(
@@ -143,10 +148,12 @@ def find_machine(
     Raises:
         ConfigError: the memory of a GPU is asked for on a machine that has none; an unknown `gpu`.
     """
-    known = find_gpu(gpu) if gpu is not None else None
+    known, size = find_gpu(gpu) if gpu is not None else (None, None)
     here = device == "cpu" or torch.cuda.is_available()
     sheet = f"{known} data sheet"
-    found = (memory, "given") if memory is not None else (int(DEVICE_MEMORY[known]), sheet) if known else None
+    found = (memory, "given") if memory is not None else None
+    if found is None and known is not None:
+        found = (size * 10**9, f"{known} of {size} GB") if size is not None else (int(DEVICE_MEMORY[known]), sheet)
     if found is None and not here:
         raise ConfigError(
             "--device gpu: this machine has no GPU: say which one is meant with --gpu NAME, or --memory SIZE"
@@ -155,8 +162,10 @@ def find_machine(
     if flops is not None:
         return Machine(amount, source, flops, "given")
     if known is not None:
-        half = compute_dtype != "float32"
-        return Machine(amount, source, DEVICE_PEAKS[known][half] * 1e12, sheet)
+        emulated = compute_dtype == "bfloat16" and known in WITHOUT_BF16
+        half = compute_dtype != "float32" and not emulated
+        told = f"{sheet}: fp32, for it has no units for bf16; --fp16 has" if emulated else sheet
+        return Machine(amount, source, DEVICE_PEAKS[known][half] * 1e12, told)
     if not here:
         return Machine(amount, source, None, "not known: give --gpu or --flops")
     peak, measured = peak_flops(torch.device(device), getattr(torch, compute_dtype))
