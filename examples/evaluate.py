@@ -4,6 +4,8 @@ import sys
 
 import arriero
 
+if len(sys.argv) < 3:
+    sys.exit(f"usage: python {sys.argv[0]} DATA MODEL [MODEL ...]")
 data, *names = sys.argv[1:]
 print(f"{'model':40} {'loss':>8} {'ppl':>10} {'accuracy':>8}")
 for name in names:

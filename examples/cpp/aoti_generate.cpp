@@ -18,6 +18,7 @@
 #include <iostream>
 #include <sstream>
 
+#include "arguments.h"
 #include "json.h"
 
 using torch::Tensor;
@@ -68,9 +69,6 @@ std::vector<Tensor> map_weights(const std::string& path) {
 int main(int count, char** arguments) try {
   if (count < 4) throw std::runtime_error("usage: aoti_generate BUNDLE COUNT TOKEN...");
   const std::string folder = arguments[1];
-  const int64_t wanted = std::stoll(arguments[2]);
-  std::vector<int64_t> tokens;
-  for (int i = 3; i < count; ++i) tokens.push_back(std::stoll(arguments[i]));
 
   c10::InferenceMode no_gradients;
   const Json manifest = read_json(folder + "/manifest.json");
@@ -78,10 +76,15 @@ int main(int count, char** arguments) try {
   const Json& config = manifest.at("config");
   const int64_t context = manifest.at("context").integer(), layers = config.at("num_hidden_layers").integer();
   const int64_t heads = config.at("num_key_value_heads").integer(), head_dim = config.at("head_dim").integer();
-  if (static_cast<int64_t>(tokens.size()) + wanted > context) throw std::runtime_error("too many tokens for the context");
+  int64_t wanted = 0;
+  std::vector<int64_t> tokens = prompt_tokens(count, arguments, config.at("vocab_size").integer(), context, wanted);
 
   const std::string package = folder + "/" + manifest.at("graph").string;
   AOTIModelPackageLoader step(package, "step"), decode(package, "decode_1");
+  // What a program was compiled for; it does not look at the shapes of its inputs.
+  for (auto* program : {&step, &decode})
+    if (program->get_metadata()["arriero_context"] != std::to_string(context))
+      throw std::runtime_error(package + ": is not compiled for the context of the manifest, " + std::to_string(context));
   const std::vector<Tensor> weights = map_weights(folder + "/weights.safetensors");
   // Keys and values of one sequence; zeros, since nothing that is read may be no number.
   std::vector<Tensor> caches, row;
@@ -117,5 +120,5 @@ int main(int count, char** arguments) try {
   return 0;
 } catch (const std::exception& error) {
   std::cerr << "aoti_generate: " << error.what() << std::endl;
-  return 1;
+  return 2;
 }

@@ -14,6 +14,8 @@
 #include <utility>
 #include <vector>
 
+#include "arguments.h"
+
 namespace {
 
 const OrtApi* const api = OrtGetApiBase()->GetApi(ORT_API_VERSION);
@@ -82,9 +84,6 @@ int main(int count, char** arguments) try {
   if (count < 4) throw std::runtime_error("usage: onnx_generate BUNDLE COUNT TOKEN...");
   if (api == nullptr) throw std::runtime_error("the library is older than the header that this was built with");
   const std::string graph = std::string(arguments[1]) + "/model.onnx";
-  const int64_t wanted = std::stoll(arguments[2]);
-  std::vector<int64_t> tokens;
-  for (int i = 3; i < count; ++i) tokens.push_back(std::stoll(arguments[i]));
 
   OrtEnv* environment = nullptr;
   OrtSessionOptions* options = nullptr;
@@ -111,7 +110,8 @@ int main(int count, char** arguments) try {
     present.push_back("present" + found.name.substr(std::string("past_key_values").size()));
   }
   const int64_t vocabulary = port(session, 0, false).shape[1];
-  if (static_cast<int64_t>(tokens.size()) + wanted > context) throw std::runtime_error("too many tokens for the context");
+  int64_t wanted = 0;
+  std::vector<int64_t> tokens = prompt_tokens(count, arguments, vocabulary, context, wanted);
 
   std::vector<const char*> input_names = {
       "input_ids", "query_lengths", "seqlens_k", "total_sequence_length", "logits_at"};
@@ -154,5 +154,5 @@ int main(int count, char** arguments) try {
   return 0;
 } catch (const std::exception& error) {
   std::cerr << "onnx_generate: " << error.what() << std::endl;
-  return 1;
+  return 2;
 }

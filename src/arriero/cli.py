@@ -1,7 +1,7 @@
 """The `arriero` command: finds the verb, parses its options, runs it, and turns errors into one line and an exit code.
 
-Exit codes: 0 done; 1 a defect of arriero; 2 something the user can mend; 130 interrupted; 141 the reader of
-the output left; 143 asked to end (SIGTERM).
+Exit codes: 0 done; 1 a defect of arriero, or a server that answered nothing (`bench serve`); 2 something the user can mend;
+130 interrupted; 141 the reader of the output left; 143 asked to end (SIGTERM).
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ _EXIT_DEFECT = 1
 _EXIT_INTERRUPTED = 130
 _EXIT_BROKEN_PIPE = 141
 _EXIT_TERMINATED = 143
-# Verbs that write beside their output's place first: at SIGTERM they remove that. Runs have an answer of their own.
-_TIDY = ("convert", "merge", "quantize", "export", "download")
+# Verbs that write beside their output's place first, or have processes of their own: at SIGTERM they remove the one and end the
+# other. Runs have an answer of their own.
+_TIDY = ("convert", "merge", "quantize", "export", "download", "preprocess")
 
 
 class _Terminated(BaseException):

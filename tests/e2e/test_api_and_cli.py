@@ -111,6 +111,19 @@ def test_answers_are_those_of_predict_and_chat(model: arriero.Model, in_process:
     assert "".join(model.stream(turns, max_new_tokens=9)) == model.chat(turns, max_new_tokens=9)
 
 
+def test_what_asks_for_draws_is_drawn(model: arriero.Model) -> None:
+    """In all the ways to ask, and of `n` answers too."""
+    greedy = model.generate(TEXT, max_new_tokens=12).text
+    drawn = {model.generate(TEXT, max_new_tokens=12, temperature=1.0, seed=seed).text for seed in range(4)}
+    assert len(drawn - {greedy}) >= 3
+    for more in ({"temperature": 0.8}, {"top_p": 0.95}, {"n": 1, "best_of": 2}):
+        params = [arriero.SamplingParams(max_new_tokens=12, seed=seed, **more) for seed in (0, 4, 8)]  # type: ignore[arg-type]
+        assert len({model.generate(TEXT, one).text for one in params}) > 1
+    several = model.generate(TEXT, arriero.SamplingParams(max_new_tokens=12, n=3, seed=0))
+    assert len({several.text, *(one.text for one in several.alternatives)}) == 3
+    assert model.generate(TEXT, arriero.SamplingParams(max_new_tokens=12, seed=3)).text == greedy
+
+
 def test_greedy_tokens_are_those_of_transformers(model: arriero.Model, reference: Any) -> None:
     ids = model.encode(TEXT)
     expected = reference.generate(
@@ -130,6 +143,13 @@ def test_wrong_prompts(model: arriero.Model) -> None:
             model.generate(wrong)  # type: ignore[call-overload]
     with pytest.raises(arriero.DataError, match="no token"):
         model.logits([])
+    for wrong in (None, 3, {"role": "user"}, [], [1, 2], ["a"]):
+        with pytest.raises(arriero.DataError, match="chat takes a text or a conversation"):
+            model.chat(wrong)  # type: ignore[arg-type]
+    for call in (model.logits, model.stream, model.perplexity):
+        for several in (["The", "b"], [[1, 2], [3]]):
+            with pytest.raises(arriero.DataError, match="one prompt is taken here, not several"):
+                call(several)  # type: ignore[operator]
     for data in (b"mule", bytearray(b"mule"), memoryview(b"mule"), [b"mule"]):
         with pytest.raises(arriero.DataError, match=r"not (bytes|bytearray|memoryview); \.decode\(\) makes it a text"):
             model.generate(data)  # type: ignore[arg-type]
@@ -193,12 +213,19 @@ def test_a_model_with_broken_weights_has_no_score(rows: Path, in_process: Call, 
     assert result.returncode == 2
     assert f"arriero: {folder}: parameter {name} has values that are infinite or no numbers" in result.stderr
     assert list((tmp_path / "scores").iterdir()) == []
-    # only scored by a run: its file is JSON all the same
-    scored = ("--do_train", "no", "--do_eval", "--output_dir", "run")
-    assert in_process("finetune", "--model_name_or_path", str(folder), *options[:4], *scored).returncode == 0
-    text = (tmp_path / "run/eval_results.json").read_text()
-    assert "NaN" not in text
-    assert json.loads(text)["eval_loss"] is None
+    scored = in_process(
+        "finetune",
+        "--model_name_or_path",
+        str(folder),
+        *options[:4],
+        "--do_train",
+        "no",
+        "--do_eval",
+        "--output_dir",
+        "run",
+    )
+    assert scored.returncode == 2
+    assert f"parameter {name} has values that are infinite or no numbers" in scored.stderr
     # every weight is finite, what is computed from them is not
     loaded = arriero.load(TINY, device="cpu", dtype="float32")
     with torch.no_grad():
@@ -223,10 +250,12 @@ def test_merged_and_saved_models_compute_the_same(tuned: arriero.Run, in_process
         with torch.no_grad():
             logits = theirs(torch.tensor([loaded.encode(TEXT)])).logits[0]
         torch.testing.assert_close(loaded.logits(TEXT), logits, rtol=1e-4, atol=1e-4)
-    halves = load_file(loaded.save(tmp_path / "half", dtype="bfloat16") / "model.safetensors")
+    halves = load_file(loaded.save(tmp_path / "half", dtype="bf16") / "model.safetensors")
     assert {tensor.dtype for tensor in halves.values()} == {torch.bfloat16}
     with pytest.raises(arriero.ConfigError, match="not empty"):
         loaded.save(saved)
+    with pytest.raises(arriero.FormatError, match="is a model and no bundle: make one with `arriero export"):
+        arriero.load_bundle(saved)
 
 
 def test_prefixes(rows: Path, tmp_path: Path) -> None:

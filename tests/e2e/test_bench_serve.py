@@ -70,13 +70,15 @@ class _Scripted(BaseHTTPRequestHandler):
             self._event({"choices": [{"index": 0, "delta": {"content": "wörter "}}]}, split=part == 1)
         if fault == "error":
             self._event({"error": {"message": "out of memory", "code": "internal_error"}})
+        elif fault == "deep":
+            self._raw(b"data: " + b"[" * 200_000 + b"\n\n")
         elif fault == "cut":
             self.close_connection = True
             return
         else:
             self._event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
             if body.get("stream_options") == {"include_usage": True} and server.counts:
-                self._event({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": TOKENS}})
+                self._event({"choices": [], "usage": server.usage})
             self._raw(b": a comment\r\n\r\ndata: [DONE]\n\n")
         self.wfile.write(b"0\r\n\r\n")
 
@@ -102,6 +104,7 @@ def scripted() -> Iterator[Any]:
     server.request_queue_size, server.daemon_threads = 64, True
     server.lock, server.bodies, server.times, server.keys = threading.Lock(), [], [], set()
     server.faults, server.counts = [], True
+    server.usage = {"prompt_tokens": 7, "completion_tokens": TOKENS}
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -167,12 +170,49 @@ def test_failures_are_counted_by_their_kind(in_process: Run, scripted: Any, tmp_
     assert "the server does not say how many tokens" in found.stdout
 
 
+def test_a_load_without_an_answer_is_no_success(in_process: Run, scripted: Any, tmp_path: Path) -> None:
+    scripted.faults = ["deep"]
+    place = tmp_path / "load.json"
+    given = ("bench", "serve", "--base_url", scripted.url, "--num_requests", "3", "--output_file", str(place))
+    found = in_process(*given, "--rates", "0", "50")
+    assert found.returncode == 1
+    assert found.stderr == f"arriero: none of 6 requests was answered by {scripted.url}: see above why\n"
+    rates = json.loads(place.read_text())["rates"]
+    assert [rate["errors"] for rate in rates] == 2 * [{"an event of the stream is not OpenAI's": 3}]
+    scripted.bodies, scripted.faults = [], ["deep", ""]
+    assert in_process(*given, "--rates", "0").returncode == 0
+
+
+@pytest.mark.parametrize("count", [-174, float("inf"), 1.5, True, "7", 10**400, None])
+def test_a_count_of_tokens_that_cannot_be_is_none(in_process: Run, scripted: Any, count: object) -> None:
+    scripted.usage = {"prompt_tokens": 7, "completion_tokens": count}
+    found = in_process("bench", "serve", "--base_url", scripted.url, "--rates", "0", "--num_requests", "1")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert "the server does not say how many tokens" in found.stdout
+
+
+def test_keys_are_taken_from_between_spaces(in_process: Run, scripted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ("bench", "serve", "--base_url", f" {scripted.url}/", "--rates", "0", "--num_requests", "1")
+    monkeypatch.setenv("ARRIERO_API_KEY", " \n")
+    monkeypatch.setenv("OPENAI_API_KEY", "abc\n")
+    assert in_process(*given).returncode == 0
+    assert scripted.keys == {"Bearer abc"}
+    for key, place in (("éé", "--api_key"), ("a\nHost: b", "--api_key"), (" ", "$ARRIERO_API_KEY")):
+        monkeypatch.setenv("ARRIERO_API_KEY", "a\x7fb")
+        found = in_process(*given, "--api_key", key)
+        assert (found.returncode, found.stdout) == (2, "")
+        assert found.stderr == f"arriero: {place}: a key is printable ASCII in one line, and this one is not\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("serve", "decode"), "measure them one after the other"),
         (("serve", "--base_url", "ftp://x/v1"), "--base_url 'ftp://x/v1': write"),
         (("serve", "--base_url", "http://127.0.0.1:99999/v1"), "write http://HOST:PORT/v1"),
+        (("serve", "--base_url", "http://[::1/v1"), "--base_url 'http://[::1/v1': write http://HOST:PORT/v1"),
+        (("serve", "--base_url", f"http://{'a' * 70}/v1"), "write http://HOST:PORT/v1"),
+        (("serve", "--base_url", "http://127.0.0.1/a b/v1"), "write http://HOST:PORT/v1"),
         (("serve", "--goodput", "ttft:soon"), "--goodput 'ttft:soon': write"),
         (("serve", "--goodput", "speed:5"), "--goodput 'speed:5': write"),
         (("serve", "--rates", "-1"), "--rates is -1"),
@@ -195,6 +235,19 @@ def test_options_of_the_other_half_are_told(in_process: Run, scripted: Any, caps
     assert "--model_name_or_path has no effect in bench serve: --model names" in found.stderr
     parse(bench.OPTIONS, ["decode", "--ignore_eos"], "arriero bench")
     assert "--ignore_eos has no effect without bench serve" in capsys.readouterr().err
+
+
+def test_options_of_other_workloads_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--shared_length", "7", "--prompt_lengths", "9", "--context_length", "8", "--max_running", "3"]
+    given += ["--model_name_or_path", "mine"]
+    parse(bench.OPTIONS, ["decode", *given, "--src_length", "7"], "arriero bench")
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "--prompt_lengths, --max_running, --shared_length, --context_length have no effect in bench decode" in told
+    parse(bench.OPTIONS, ["prefill", "mixed", *given[-2:], "--batch_sizes", "3"], "arriero bench")
+    assert "--batch_sizes has no effect in bench prefill mixed" in capsys.readouterr().err
+    parse(bench.OPTIONS, [*given, "--batch_sizes", "3"], "arriero bench")
+    assert capsys.readouterr().err == ""
 
 
 def test_arrivals_are_a_poisson_process() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
-from twin_models import their_model
+from twin_models import VOCAB, their_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "cpp"
 PROMPT, NEW_TOKENS = [1, 5, 9, 2, 33, 4], 40
@@ -52,8 +52,17 @@ def assert_same_tokens(program: Path, bundle: Path, theirs: Any, **variables: st
     )
     assert [int(word) for word in told.stdout.split()] == wanted[0].tolist()
     assert "tokens/s" in told.stderr
-    refused = subprocess.run([*command[:2], "1000", "1"], capture_output=True, text=True, check=False, env=variables)
-    assert (refused.returncode, "too many tokens" in refused.stderr) == (1, True)
+    for given, words in (
+        (["1000", "1"], "too many tokens for the context, 96"),
+        (["2", "99999"], f"TOKEN 99999: a whole number from 0 to {VOCAB - 1} is expected"),
+        (["2", "-1"], "TOKEN -1: a whole number from 0"),
+        (["2", "x"], "TOKEN x: a whole number from 0"),
+        (["2.5", "1"], "COUNT 2.5: a whole number from 0"),
+    ):
+        refused = subprocess.run([*command[:2], *given], capture_output=True, text=True, check=False, env=variables)
+        assert refused.returncode == 2
+        assert refused.stderr == f"{program.name}: {words}{refused.stderr.partition(words)[2]}"
+        assert refused.stderr.count("\n") == 1
 
 
 def test_aoti_generate(tmp_path: Path) -> None:
@@ -63,6 +72,12 @@ def test_aoti_generate(tmp_path: Path) -> None:
     bundle = export_aoti(tmp_path / "hf", tmp_path / "bundle", decode_rows=(1,))
     program = built(tmp_path / "build", "aoti_generate", f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}")
     assert_same_tokens(program, bundle.folder, theirs)
+    manifest = bundle.folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"context": 96', '"context": 95'))
+    command = [str(program), str(bundle.folder), "2", "1"]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False, env={})
+    assert refused.returncode == 2
+    assert "is not compiled for the context of the manifest, 95" in refused.stderr
 
 
 @pytest.mark.skipif(HEADERS is None, reason="needs $ONNXRUNTIME_INCLUDE, the folder of onnxruntime_c_api.h")

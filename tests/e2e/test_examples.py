@@ -73,6 +73,11 @@ def test_convert_and_export(example: Example, tmp_path: Path) -> None:
     assert (tmp_path / "made/bf16/model.safetensors").stat().st_size < (folder / "model.safetensors").stat().st_size
     answer = arriero.load_bundle(tmp_path / "made/bundle").generate("The sky is", max_new_tokens=12)
     assert "\n".join(lines).endswith(answer.text)
+    with pytest.raises(SystemExit, match="made/bf16 holds a model already"):
+        example("convert_and_export.py", str(folder), str(tmp_path / "made"))
+    for name in ("convert_and_export.py", "evaluate.py"):
+        with pytest.raises(SystemExit, match=rf"usage: python .*{name} "):
+            example(name)
 
 
 def test_openai_client(example: Example) -> None:

@@ -331,6 +331,7 @@ def test_a_bundle_that_is_not_as_it_was_written(bundle: Path, in_process: Call, 
     ("arguments", "text"),
     [
         (["infer", "--model_dir", "nowhere"], "nowhere: holds no bundle, nor is there one in nowhere/llama"),
+        (["infer", "--model_dir", "MODEL"], "is a model and no bundle: make one with `arriero export --model_path"),
         (["infer", "--model_dir", "BUNDLE", "--device", "gpu"], "is made for cpu; leave it out"),
         (["infer", "--model_dir", "BUNDLE", "--max_new_tokens", "640"], "prompt 0: the prompt has"),
         (["infer", "--model_dir", "BUNDLE", "--data_file", "none.jsonl"], "none.jsonl"),
@@ -360,6 +361,11 @@ def test_a_bundle_that_is_not_as_it_was_written(bundle: Path, in_process: Call, 
             "--block_size is not for --format gguf",
         ),
         (["export", "--model_path", "MODEL", "--format", "vulkan"], "vulkan"),
+        (
+            ["export", "--model_path", "MODEL", "--output_path", "q/x.gguf", "--format", "gguf"],
+            "name a folder, such as q/x; the file alone is made by `arriero convert ",
+        ),
+        (["export", "--model_path", "MODEL", "--output_path", "x.ONNX"], "a bundle is a folder"),
     ],
     ids=lambda value: " ".join(value[3:]) if isinstance(value, list) else "",
 )
@@ -373,7 +379,7 @@ def test_what_cannot_be_is_one_line(
     assert told.returncode == 2, told.stdout
     assert text in told.stderr
     assert len([line for line in told.stderr.splitlines() if "warning" not in line]) == 1
-    assert not (tmp_path / "inference").exists()
+    assert not any((tmp_path / place).exists() for place in ("inference", "q", "x.ONNX"))
     assert [path.name for path in (tmp_path / "used").iterdir()] == ["mine.txt"]
 
 

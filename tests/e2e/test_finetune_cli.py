@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
@@ -301,6 +302,68 @@ def test_quickstart_from_end_to_end_and_a_second_time(work: Path, cli: Command) 
     assert [a["question"] for a in before["answers"]] == [a["question"] for a in after["answers"]]
     stamps = {path: path.stat().st_mtime_ns for path in (work / "quick").rglob("*") if path.is_file()}
     oracle(work / "quick" / "model")
+    hint = next(line for line in first.splitlines() if line.startswith("  all weights"))
+    options = [word.replace("runs/full", "shown") for word in hint.partition(" finetune ")[2].split()]
+    shown = cli("finetune", *options, "--preview", "1")
+    assert "warning" not in shown.stderr, "a command that is suggested has nothing in it that does nothing"
     second = cli(*arguments).stdout
     assert second.count("done already") == 4
     assert {path: path.stat().st_mtime_ns for path in (work / "quick").rglob("*") if path.is_file()} == stamps
+
+
+def test_quickstart_leaves_a_folder_of_the_users_alone(work: Path, refused: Callable[..., str]) -> None:
+    write_rows(work / "mine" / "train.jsonl", ROWS)
+    message = refused("quickstart", "--model_name_or_path", "tiny-random-llama", "--output_dir", "mine")
+    assert "--output_dir mine holds other files (train.jsonl): name a new or empty folder" in message
+    assert [path.name for path in (work / "mine").iterdir()] == ["train.jsonl"]
+    assert "is a file" in refused("quickstart", "--output_dir", "mine/train.jsonl")
+
+
+def test_scores_at_the_end_are_printed(work: Path, cli: Command) -> None:
+    short = ("--model_name_or_path", TINY, "--dataset_path", "data", "--max_steps", "1", "--lora", "--do_eval")
+    result = cli("finetune", *short, "--evaluation_strategy", "no", "--output_dir", "scored", "--report_to", "none")
+    stored = json.loads((work / "scored" / "all_results.json").read_text())
+    assert f"final weights | eval_loss {stored['eval_loss']:.4f} | eval_ppl" in result.stdout
+    assert "\n1 step of 8 x 1 rows" in result.stdout
+    assert "trained 1 step in " in result.stdout
+    assert "1 threads" not in result.stdout
+    only = cli("finetune", *TRAINING, "--do_train", "no", "--load_best_model_at_end", "no", "--output_dir", "only")
+    assert only.stdout.count("final weights | eval_loss") == 1
+    often = cli("finetune", *short, "--output_dir", "often", "--report_to", "none")
+    assert "final weights" not in often.stdout, "the last evaluation was of these weights"
+
+
+def test_weights_that_are_no_numbers_are_named_without_training_too(
+    full: Path, work: Path, refused: Callable[..., str]
+) -> None:
+    shutil.copytree(full, work / "broken", ignore=shutil.ignore_patterns("checkpoint-*", "*.jsonl", "*.yaml"))
+    tensors = load_file(work / "broken" / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, work / "broken" / "model.safetensors", {"format": "pt"})
+    data = ("--model_name_or_path", "broken", "--dataset_path", "data")
+    for verb in (("finetune", "--do_eval", "--do_train", "no", "--output_dir", "unscored"), ("evaluate",)):
+        message = refused(*verb, *data)
+        assert "broken: parameter model.norm.weight has values that are infinite or no numbers" in message
+    assert not (work / "unscored" / "eval_results.json").exists()
+
+
+def test_a_run_that_is_complete_is_not_said_to_train(full: Path, work: Path, cli: Command) -> None:
+    shutil.copytree(full, work / "complete")
+    before = (work / "complete" / "model.safetensors").read_bytes()
+    result = cli("finetune", *TRAINING, "--output_dir", "complete", "--resume_from_checkpoint", "auto")
+    assert "complete/checkpoint-6 is complete already: 6 of 6 steps" in result.stdout
+    for wrong in ("trained 6", "kernels:", "MFU", "no checkpoint in"):
+        assert wrong not in result.stdout
+    assert (work / "complete" / "model.safetensors").read_bytes() == before
+
+
+def test_only_generated_answers_are_written(work: Path, cli: Command) -> None:
+    common = ("evaluate", "--model_name_or_path", TINY, "--dataset_path", "data/dev.jsonl", "--output_dir", "answers")
+    result = cli(*common)
+    assert "\ndata/dev.jsonl: 5 rows, " in "\n" + result.stdout, "the file, not the part of a folder that it stands for"
+    assert sorted(path.name for path in (work / "answers").iterdir()) == ["eval_results.json"]
+    cli(*common, "--eval_with_do_generation", "--max_new_tokens", "3")
+    written = (work / "answers" / "predictions.jsonl").read_bytes()
+    assert written.count(b"\n") == 5
+    cli(*common)
+    assert (work / "answers" / "predictions.jsonl").read_bytes() == written

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "fixtures"))
 from hub_server import HubServer, sha256
 
 from arriero.cli import main
-from arriero.formats.download import resolve_model
+from arriero.data.tokenizer import load_tokenizer
+from arriero.formats.download import resolve_model, resolve_tokenizer
 from arriero.formats.hf import load_model
 from arriero.formats.receipt import RECEIPT
 
@@ -325,6 +326,56 @@ def test_other_kinds_of_repository(hub: HubServer, call: Call, model_files: dict
     hub.add("some/adapter", {**adapter, "README.md": b""})
     folder = folder_of(call("download", "some/adapter"))
     assert {path.name for path in folder.iterdir()} == {*adapter}
+
+
+def test_the_cache_serves_a_folder_without_the_hub(
+    hub: HubServer, call: Call, model_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    plain = tmp_path / "plain"
+    command = ("download", "some/model", "--output_dir", str(plain))
+    assert "is not in the local cache" in line_of(call(*command, offline=True))
+    folder_of(call("download", "some/model"))
+    for more in ({"offline": True}, {"endpoint": "http://127.0.0.1:9"}):
+        assert folder_of(call(*command, **more)) == plain
+        found = {path.name: path.read_bytes() for path in plain.iterdir()}
+        assert found == {**model_files, "LICENSE": b"a licence"}
+        assert not any(path.is_symlink() for path in plain.iterdir())
+        load_model(plain)
+        (plain / "model.safetensors").write_bytes(b"another")
+    one = ("download", "some/model", "--file", "config.json", "--output_dir", str(tmp_path / "one"))
+    assert folder_of(call(*one, offline=True)).read_bytes() == model_files["config.json"]
+    assert os.listdir(tmp_path / "one") == ["config.json"]
+
+
+def test_a_file_is_no_folder_to_download_into(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for more in ([], ["--file", "config.json"]):
+        line = line_of(call("download", "some/model", "--output_dir", str(tmp_path / "file"), *more))
+        assert f"{tmp_path / 'file'}: is a file, and a folder is to be written" in line
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["../evil.safetensors", "..\\evil.safetensors", "a/../../evil.safetensors"])
+def test_names_that_lead_out_of_the_folder(name: str, hub: HubServer, call: Call, tmp_path: Path) -> None:
+    files = hub.repositories["some/model"].files
+    hub.add("some/evil", {**files, name: b"x"})
+    line = line_of(call("download", "some/evil", "--file", name))
+    assert f"--file {name!r} leads out of its folder" in line
+    if "/" not in name:  # those in folders are not wanted
+        assert "leads out of its folder" in line_of(call("download", "some/evil"))
+        assert "leads out" in line_of(call("download", "some/evil", "--output_dir", str(tmp_path / "plain")))
+    assert not [path for path in tmp_path.rglob("*") if "evil.safetensors" in path.name]
+
+
+def test_templates_with_names_come_too(hub: HubServer, call: Call, model_files: dict[str, bytes]) -> None:
+    more = {"additional_chat_templates/tool_use.jinja": b"tools", "chat_template.jinja": b"plain"}
+    other = {"onnx/config.json": b"{}", "additional_chat_templates/config.json": b"{}", "x/tool_use.jinja": b""}
+    hub.add("some/tools", {**model_files, **more, **other})
+    for folder in (folder_of(call("download", "some/tools")), resolve_tokenizer("some/tools")):
+        found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        assert found == {*model_files, *more}
+        assert load_tokenizer(folder).tool_template == "tools"
+    assert folder_of(call("download", "some/tools", offline=True)) == folder
 
 
 # Upload

@@ -354,6 +354,17 @@ def test_hostile_folders(tmp_path: Path, refused: Look) -> None:
     assert "is a zip archive; unpack it" in refused(tmp_path / "x.zip")
 
 
+def test_what_is_not_known_is_told_what_is(tmp_path: Path, refused: Look) -> None:
+    (tmp_path / "config.yaml").write_text("lora: true\n")
+    assert f"is a file of options for --config; to look at a run name its folder: {tmp_path}" in refused(
+        tmp_path / "config.yaml"
+    )
+    (tmp_path / "notes.txt").write_text("hello")
+    said = refused(tmp_path / "notes.txt")
+    assert "read are folders of Hugging Face, PaddleNLP and Meta, GGUF files, adapters" in said
+    assert "docs/" not in said
+
+
 def test_numbers_in_words() -> None:
     assert [size_text(n) for n in (0, 999, 1000, 45056, 999_600, 13_476_831_232)] == [
         *("0 B", "999 B", "1 kB", "45.1 kB", "1 MB", "13.5 GB"),

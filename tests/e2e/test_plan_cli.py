@@ -159,6 +159,27 @@ def test_a_layout_is_planned(arriero: Command, tmp_path: Path) -> None:
     assert "tp, 3 devices" in lines
 
 
+@pytest.mark.parametrize(("gpu", "tera"), [("V100", 15.7), ("T4", 8.1), ("A100", 312.0)])
+def test_bf16_is_as_fast_as_the_gpu_has_it(gpu: str, tera: float, capsys: pytest.CaptureFixture[str]) -> None:
+    """V100 and T4 have matrix units for fp16 alone."""
+    given = ["plan", "--model_name_or_path", "smollm2-135m", "--gpu", gpu]
+    assert main([*given, "--bf16"]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "peak of a device" in line]
+    assert f"{tera:g} TFLOP/s" in line or f"{tera:.1f} TFLOP/s" in line
+    assert ("it has no units for bf16; --fp16 has" in line) == (gpu != "A100")
+    assert main([*given, "--fp16"]) == 0
+    assert "no units" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("gpu", "code"), [("A100", 2), ("A10", 2), ("L40S", 0)])
+def test_fp8_is_refused_as_the_gpu_would(gpu: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model_name_or_path", "smollm2-135m", "--gpu", gpu, "--bf16", "--fp8"]) == code
+    refused = (
+        f"--fp8 needs an H100, an RTX 40 or a newer NVIDIA GPU (compute capability 8.9), and --gpu is {gpu}: drop it"
+    )
+    assert (refused in capsys.readouterr().err) == (code == 2)
+
+
 def test_a_search_lists_layouts_and_the_options_of_the_first(capsys: pytest.CaptureFixture[str]) -> None:
     given = [
         "--model_name_or_path",
@@ -238,7 +259,7 @@ def test_too_large_a_model_says_by_how_much_and_what_helps(capsys: pytest.Captur
         (["--model_name_or_path", "lama-7b"], "did you mean"),
         (["--config_name", "/no/such/folder"], "no such folder"),
         (["--config_name", str(ROOT / "pyproject.toml")], "is a file"),
-        (["--max_seq_length", "0"], "--max_seq_length is 0: it must be at least 1"),
+        (["--max_seq_length", "-1"], "--max_seq_length is -1: it must be at least 0"),
         (["--per_device_train_batch_size", "-4"], "must be at least 1"),
         (["--num_tokens", "-1"], "--num_tokens is -1.0: it must be more than 0"),
         (["--flops", "0"], "must be more than 0"),
@@ -248,9 +269,30 @@ def test_too_large_a_model_says_by_how_much_and_what_helps(capsys: pytest.Captur
         (["--gpu", "H100", "--device", "cpu"], "drop one of them"),
         (["--tensor_parallel_degree", "2"], "--tensor_parallel_degree 2 needs"),
         ([*SMALL, "--num_devices", "2", "--tensor_parallel_degree", "2"], "the nearest that does is"),
+        (
+            [
+                *SMALL,
+                "--num_devices",
+                "2",
+                "--pipeline_parallel_degree",
+                "2",
+                "--pipeline_schedule",
+                "zbv",
+                "--torch_compile",
+            ],
+            "--torch_compile and --pipeline_schedule zbv do not go together",
+        ),
         ([*SMALL, "--num_devices", "64", "--pipeline_parallel_degree", "64"], "at most 30 are possible"),
         ([*SMALL, "--num_devices", "6", "--search", "--dry_run"], "take a layout from the first"),
         ([*SMALL, "--search"], "give --num_devices"),
+        (
+            [*SMALL, "--num_devices", "8", "--search", "--tensor_parallel_degree", "2"],
+            "--tensor_parallel_degree 2 and --search: the search chooses the degrees itself",
+        ),
+        (
+            [*SMALL, "--num_devices", "8", "--search", "--data_parallel_degree", "4"],
+            "the search chooses the degrees itself",
+        ),
         ([*SMALL, "--num_devices", "8", "--search"], "--search needs the speed of devices and links"),
         ([*SMALL, "--num_devices", "8", "--bandwidth_in_node", "100"], "both bandwidths are needed"),
         ([*SMALL, "--num_devices", "8", "--bandwidth_in_node", "0"], "must be more than 0"),

@@ -156,6 +156,25 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(script: Path, tmp_pat
     assert not journal.parent.exists()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sigterm_ends_it_as_ctrl_c_does(script: Path, tmp_path: Path, workers: int) -> None:
+    write_documents(tmp_path / "x.jsonl", 3)
+    given = [sys.executable, str(script), *command(tmp_path / "x.jsonl", tmp_path / "c", "--workers", str(workers))]
+    journal = tmp_path / ".c.partial" / "journal"
+    with subprocess.Popen(given, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (journal.is_file() and journal.stat().st_size):
+            time.sleep(0.005)
+        workers_of_it = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        told = process.communicate(timeout=60)[1]
+    assert process.returncode == 143
+    assert told.splitlines()[-1] == "arriero: asked to end (SIGTERM)"
+    assert "resource_tracker" not in told
+    _, alive = psutil.wait_procs(workers_of_it, timeout=20)
+    assert not alive
+    assert journal.stat().st_size  # to go on from
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_input(script: Path, tmp_path: Path) -> None:
     watched = script.with_name("small_units--peak.py")

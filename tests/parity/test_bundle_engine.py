@@ -26,6 +26,7 @@ from arriero.engine.export_source import export_source, prefix_array, stored_bit
 from arriero.engine.runner import TorchRunner
 from arriero.engine.sampling_params import SamplingParams
 from arriero.engine.structure import Structure
+from arriero.engine.ticket import RefusedError
 from arriero.engine.work import Work
 from arriero.errors import ConfigError, FormatError, GenerationError
 from arriero.export.block_weights import BlockFormat, quantize
@@ -36,6 +37,7 @@ from arriero.export.onnx_session import OnnxSession
 from arriero.export.prefix_file import PREFIX, read_prefix
 from arriero.formats.hf import load_model
 from arriero.quantization.qat import QatSettings
+from arriero.serving.api_errors import api_error
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
 from byte_models import VOCABULARY, likeliest, save_byte_model
@@ -235,8 +237,9 @@ def test_slots_that_memory_has_no_room_for(
 
 def test_what_does_not_fit_is_refused(bundle: Bundle) -> None:
     engine = bundle_engine(bundle, 1, threads=1)
-    with pytest.raises(GenerationError, match="together more than max_position_embeddings, 160"):
+    with pytest.raises(GenerationError, match="together more than the bundle's context, 160;") as told:
         engine.submit([1] * 150, replace(GREEDY, max_new_tokens=11))
+    assert api_error(RefusedError(str(told.value))).code == "context_length_exceeded"
     with pytest.raises(GenerationError, match="there is no adapter 'mine': this engine has none at all"):
         engine.submit([1], GREEDY, adapter="mine")
     assert not engine.unfinished

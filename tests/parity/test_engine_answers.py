@@ -87,7 +87,7 @@ def test_each_of_several_answers_is_that_of_a_request_of_its_own(
         for one, seed in zip(each, (2**64 - 2, 2**64 - 1, 0), strict=True):  # seeds go on from 0
             assert (one.token_ids, one.text) == drawn_alone(tokenizer, tuple(prompt), seed)
     assert engine.scheduler.preemptions > 0 or "tokens" not in settings
-    greedy = engine.generate(PROMPTS[:3], SamplingParams(max_new_tokens=NEW, n=2))
+    greedy = engine.generate(PROMPTS[:3], SamplingParams(max_new_tokens=NEW, n=2, do_sample=False))
     for prompt, answer in zip(PROMPTS, greedy, strict=False):
         assert answer.token_ids == answer.alternatives[0].token_ids == their_answer("llama", tuple(prompt))[0]
     engine.blocks.check([])
@@ -149,7 +149,7 @@ def test_the_likelihood_of_prompts_is_that_of_one_forward_pass(
     engine.scheduler.max_step_scores = scores
     # twice, so that the cache knows all of it; among others that take it from there
     for _ in range(2):
-        params = [SamplingParams(max_new_tokens=NEW, prompt_logprobs=top, n=2) for top in (0, 3)]
+        params = [SamplingParams(max_new_tokens=NEW, prompt_logprobs=top, n=2, do_sample=False) for top in (0, 3)]
         plain = SamplingParams(max_new_tokens=NEW)
         answers = engine.generate(
             [*PROMPTS, *PROMPTS], [*[params[i % 2] for i in range(len(PROMPTS))], *[plain] * len(PROMPTS)]

@@ -107,7 +107,7 @@ def transformers_scores(params: SamplingParams, history: Tensor, prompt: int, eo
     if params.repetition_penalty != 1.0:
         chain.append(hf.RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
     chain.append(hf.MinNewTokensLengthLogitsProcessor(prompt, params.min_new_tokens, eos))
-    chain.append(hf.TemperatureLogitsWarper(params.temperature))
+    chain.append(hf.TemperatureLogitsWarper(params.divisor))
     if params.top_k:
         chain.append(hf.TopKLogitsWarper(params.top_k))
     if params.top_p < 1.0:

@@ -401,6 +401,29 @@ def test_chat_equals(kind: str, add_generation_prompt: bool, pairs: Pairs) -> No
     assert tried >= 3
 
 
+@pytest.mark.parametrize("files", ["list", "jinja"])
+def test_chat_with_tools_equals(files: str, tmp_path: Path) -> None:
+    """A template named `tool_use`, in Hermes' form and in that of transformers' save_pretrained."""
+    first = BUILDERS["qwen"](tmp_path / "list")
+    path = first / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    turn = "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.thinking }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    named = {"tool_use": "<tools>{{ tools | tojson }}</tools>" + turn, "rag": "rag", "default": turn}
+    config["chat_template"] = [{"name": name, "template": text} for name, text in named.items()]
+    path.write_text(json.dumps(config))
+    folder = tmp_path / files
+    if files == "jinja":
+        transformers.AutoTokenizer.from_pretrained(first).save_pretrained(folder)
+        assert (folder / "additional_chat_templates" / "tool_use.jinja").is_file()
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    tool = {"type": "function", "function": {"name": "f", "description": "é", "parameters": {"type": "object"}}}
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a", "reasoning_content": "t"}]
+    for tools in (None, [tool]):
+        ids = theirs.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
+        assert ours.chat(messages, tools=tools) == ids
+        assert ("<tools>" in ours.decode(ids)) == (tools is not None)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_chat_content_cannot_hold_control_tokens(kind: str, pairs: Pairs) -> None:
     ours, _ = pairs(kind)

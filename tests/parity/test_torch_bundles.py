@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,17 @@ def test_compiled_programs(tmp_path: Path, layers: int) -> None:
     older = f"{major}.{int(minor) - 1}.0"
     assert f"is made for torch {older}, and {torch.__version__} is installed" in edited(versions={"torch": older})
     assert "run on cpu or cuda" in edited(device="tpu")
+
+    def unfit(**changes: Any) -> str:
+        """What is said of programs that would read beyond their inputs, and so end the process."""
+        with pytest.raises(FormatError) as told:
+            open_runner(replace(bundle, manifest=replace(bundle.manifest, **changes)), slots=2)
+        return str(told.value)
+
+    assert "is compiled for a context of 96, and the manifest says 4096; export it again" in unfit(context=4096)
+    assert "is compiled for a context of 96, and the manifest says 90" in unfit(context=90)
+    heads = {"num_key_value_heads": 2 * bundle.manifest.config["num_key_value_heads"]}
+    assert "is compiled for another model than the manifest" in unfit(config={**bundle.manifest.config, **heads})
 
 
 @pytest.mark.slow

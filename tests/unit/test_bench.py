@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from arriero.engine.benchmark.peer import PeerRun, peer
 from arriero.engine.benchmark.record import Comparison, Latency, Peak, Record, shared_work
 from arriero.engine.benchmark.rounds import measure
 from arriero.engine.benchmark.work_cost import Piece, WorkCost
-from arriero.engine.benchmark.workloads import Prompts, make_jobs
+from arriero.engine.benchmark.workloads import Prompts, cuts, make_jobs
 from arriero.engine.runner import TorchRunner
 from arriero.engine.scheduler import Scheduler
 from arriero.engine.torch_sampling import TorchSampler
@@ -313,6 +314,28 @@ def test_jobs_fit_every_context(tokenizer: Tokenizer, context: int) -> None:
         shared = next(made for made in jobs if made.workload == "shared_prefix")
         assert len({tuple(prompt[:512]) for prompt in shared.prompts}) == 1
         assert len({tuple(prompt[512:]) for prompt in shared.prompts}) == 32
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"workloads": ["decode"], "src_length": 4000}, ["--src_length 4000 to 576"]),
+        ({"workloads": ["decode"], "max_new_tokens": 700}, ["--max_new_tokens 700 to 639"]),
+        ({"workloads": ["prefill"], "prompt_lengths": [10, 640]}, ["--prompt_lengths 640 to 639"]),
+        ({"workloads": ["shared_prefix"], "shared_length": 620}, ["--shared_length 620 to 616"]),
+        ({"workloads": ["long_context"], "context_length": 5000}, ["--context_length 5000 to 640"]),
+        ({"workloads": ["long_context"], "context_length": 100, "max_new_tokens": 100}, ["--max_new_tokens 100 to 99"]),
+        ({"workloads": ["long_context"], "src_length": 4000}, []),
+        ({"src_length": 576, "prompt_lengths": [639], "shared_length": 616, "context_length": 640}, []),
+    ],
+)
+def test_lengths_that_are_cut_are_told(tokenizer: Tokenizer, given: dict[str, Any], told: list[str]) -> None:
+    options = BenchOptions(**given)
+    assert cuts(options, 640) == told
+    cases = [made.case for made in make_jobs(options, Prompts.of(tokenizer, 2048, 640, 3))]
+    sizes = [[int(size) for size in re.findall(r"\d+", case)] for case in cases]
+    for room in (int(words.rpartition(" ")[2]) for words in told):
+        assert any(room in found or room == sum(found) for found in sizes)
 
 
 def test_nothing_is_preempted_in_the_room_of_a_job(model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,24 @@ def test_it_opens_as_written(bundle: Path) -> None:
     assert (opened.manifest.config, opened.manifest.context) == ({"vocab_size": 61}, 64)
     assert set(opened.manifest.files) == {"model.onnx", "weights.bin", "config.json"}
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]  # nothing temporary is left
+
+
+def test_what_a_killed_export_left_is_removed(tmp_path: Path, installed: Callable[[str], None]) -> None:
+    place = tmp_path / "bundle"
+    killed = (
+        "import os, sys\nfrom arriero.export.bundle import new_bundle\n"
+        "with new_bundle(sys.argv[1]) as staging:\n    (staging / 'weights.bin').touch()\n    os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", killed, str(place)], check=False)
+    assert done.returncode == -9
+    other = tmp_path / ".bundle-2.abcdefgh.tmp"  # of another place
+    other.mkdir()
+    with new_bundle(place) as alive:
+        for folder in tmp_path.iterdir():
+            os.utime(folder, (0, 0))
+        write(place)
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([other.name, alive.name, "bundle"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "bundle"]
 
 
 def test_the_hashes_are_those_of_sha256sum(bundle: Path) -> None:

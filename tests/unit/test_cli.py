@@ -16,8 +16,7 @@ import arriero as package
 from arriero import cli
 from arriero.commands.table import ONE_PROCESS, VERBS, load_verb
 from arriero.config.help_page import format_help
-from arriero.config.option import OptionGroup, specs_of, title
-from arriero.config.parser import option_table
+from arriero.config.option import OptionGroup, option_table, specs_of, title
 from arriero.errors import ArrieroError, DataError
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

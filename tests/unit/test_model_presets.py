@@ -90,8 +90,12 @@ def test_names_aliases_and_hub_ids(name: str, found: str) -> None:
 def test_unknown_names() -> None:
     with pytest.raises(ConfigError, match=r"by the name 'smolm2-135m': did you mean smollm2-135m"):
         find_preset("smolm2-135m")
-    with pytest.raises(ConfigError, match="known are facebook/llama-7b, "):
+    with pytest.raises(
+        ConfigError, match=r"zzz: no such folder here, and .* known are smollm2-135m-instruct and .*README"
+    ):
         find_preset("zzzzzzzzzzzzzzz")
+    with pytest.raises(ConfigError, match=r"^models/mine/: no such folder here$"):
+        find_preset("models/mine/")
     assert match_preset("gpt2") is None
 
 

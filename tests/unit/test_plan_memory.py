@@ -20,6 +20,7 @@ from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 from arriero.models.presets import find_preset
 from arriero.quantization.linear import linear_layers
+from arriero.training import flops
 from arriero.training.optimizer import Optimizer
 from arriero.training.planning.fitting import largest, largest_batch, levers, longest_sequence
 from arriero.training.planning.machine import find_gpu, find_machine
@@ -41,6 +42,7 @@ from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.activation_checkpointing import apply_activation_checkpointing
 from arriero.training.loss import linear_cross_entropy
+from arriero.training import flops
 from arriero.training.optimizer import Optimizer
 from arriero.training.planning.setup import Method
 from arriero.training.precision import Precision
@@ -300,13 +302,60 @@ def test_scores_are_kept_only_without_a_fused_kernel() -> None:
     assert training_memory(model_facts(grouped), replace(fp32, device="cpu")).kinds["activations"] < scores
 
 
+@pytest.mark.parametrize(
+    ("name", "known", "size"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100", 80),
+        ("NVIDIA H100 PCIe", "H100 PCIe", None),
+        ("NVIDIA H200", "H200", None),
+        ("NVIDIA A100-SXM4-40GB", "A100", 40),
+        ("NVIDIA A100 80GB PCIe", "A100", 80),
+        ("Tesla V100-PCIE-16GB", "V100", 16),
+        ("Tesla V100-SXM2-32GB", "V100", 32),
+        ("Tesla T4", "T4", None),
+        ("NVIDIA L40S", "L40S", None),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090", None),
+        ("A100 40 GB", "A100", 40),
+        ("h100pcie", "H100 PCIe", None),
+    ],
+)
+def test_gpu_names_as_torch_tells_them(
+    name: str, known: str, size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert find_gpu(name) == (known, size)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    flops.peak_flops.cache_clear()
+    peak, source = flops.peak_flops(torch.device("cuda"), torch.bfloat16)
+    assert (peak, source) == (flops.DEVICE_PEAKS[known][1] * 1e12, f"{name} data sheet")
+    flops.peak_flops.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["A1000", "T400", "H1000", "A10G", "Tesla V100S-PCIE-32GB", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 NVL"]
+    + ["NVIDIA H100 80GB HBM3 MIG 1g.10gb", "80GB", "NVIDIA"],
+)
+def test_another_gpu_is_not_taken_for_a_known_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=rf"--gpu '{name}' is not known: known are H200, .*, T4; or give --memory"):
+        find_gpu(name)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(flops, "matrix_product_flops", lambda device, dtype: 1.0)
+    flops.peak_flops.cache_clear()
+    assert flops.peak_flops(torch.device("cuda"), torch.bfloat16) == (1.0, "measured matrix product")
+    flops.peak_flops.cache_clear()
+
+
 def test_gpus_by_name() -> None:
-    assert find_gpu("h100") == "H100"
-    assert find_gpu("NVIDIA A100-SXM4-80GB") == "A100"
-    assert find_gpu("rtx4090") == "RTX 4090"
-    assert find_gpu("NVIDIA A10") == "A10"
+    assert find_gpu("h100") == ("H100", None)
+    assert find_gpu("NVIDIA A100-SXM4-80GB") == ("A100", 80)
+    assert find_gpu("rtx4090") == ("RTX 4090", None)
+    assert find_gpu("NVIDIA A10") == ("A10", None)
     with pytest.raises(ConfigError, match="known are H200"):
         find_gpu("Z9")
     machine = find_machine("cuda", "bfloat16", gpu="A100", memory=None, flops=None)
     assert (machine.memory, machine.flops) == (80_000_000_000, 312e12)
+    smaller = find_machine("cuda", "bfloat16", gpu="Tesla V100-PCIE-16GB", memory=None, flops=None)
+    assert (smaller.memory, smaller.memory_source) == (16_000_000_000, "V100 of 16 GB")
+    given = find_machine("cuda", "bfloat16", gpu="A100 40GB", memory=30, flops=None)
+    assert (given.memory, given.memory_source) == (30, "given")
     assert set(ITEM_BYTES) == {"float32", "bfloat16", "float16"}

@@ -91,7 +91,7 @@ def alone(model: LlamaForCausalLM, tokenizer: Tokenizer) -> list[list[int]]:
 BAD_VALUES: list[tuple[str, Any]] = [
     *[("max_new_tokens", value) for value in (0, -1, 1.0, "5", True, None, 2**31)],
     *[("min_new_tokens", value) for value in (-1, 17, 0.5)],
-    *[("temperature", value) for value in (-0.1, math.nan, math.inf, -math.inf, "1", None, 1e7, 10**400)],
+    *[("temperature", value) for value in (-0.1, math.nan, math.inf, -math.inf, "1", 1e7, 10**400)],
     *[("top_k", value) for value in (-1, 2.5, math.nan, 2**31, True)],
     *[("top_p", value) for value in (0.0, -1.0, 1.1, math.nan, math.inf, "0.5")],
     *[("min_p", value) for value in (-0.1, 1.1, math.nan)],
@@ -103,7 +103,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     *[("n", value) for value in (0, -1, 129, 1.5, None, True)],
     *[("best_of", value) for value in (0, 129, 2.5)],
     *[("seed", value) for value in (-1, 2**64, 0.5, "0")],
-    *[("do_sample", value) for value in (1, "false", None)],
+    *[("do_sample", value) for value in (1, "false")],
     *[("ignore_eos", value) for value in (0, "false")],
     *[("stop_token_ids", value) for value in ((-1,), (1.5,), ("a",), (True,), 7, range(2000), [0] * 1025)],
     *[("stop_strings", value) for value in ("stop", ("",), (1,), (None,), ("x",) * 65, ("x" * 257,))],

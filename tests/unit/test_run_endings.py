@@ -94,6 +94,23 @@ def test_a_signal_after_the_last_step_does_not_kill_what_is_saved(asynchronous: 
     assert (tmp_path / "checkpoint-6" / "manifest.json").is_file()
 
 
+def test_a_signal_that_comes_twice_at_once_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel tells a launcher's death; one that comes later ends the process, here by the handler that was before."""
+    clock = [100.0]
+    monkeypatch.setattr("arriero.training.callbacks.stop_signals.time.monotonic", lambda: clock[0])
+    ended: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))
+    try:
+        with StopSignals() as signals:
+            signals.on_train_begin(make_trainer(tmp_path))
+            for seconds, expected in ((0.0, []), (0.9, []), (1.1, [signal.SIGTERM])):
+                clock[0] = 100.0 + seconds
+                signal.raise_signal(signal.SIGTERM)
+                assert (signals.received, ended) == (signal.SIGTERM, expected)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_weights_that_were_not_scored_are_not_the_best(tmp_path: Path) -> None:
     with StopSignals() as signals:
         stop = At(3, lambda: os.kill(os.getpid(), signal.SIGUSR1))
@@ -112,6 +129,17 @@ def test_the_best_of_another_folder_is_forgotten(tmp_path: Path) -> None:
     second.resume(tmp_path / "a" / "checkpoint-4")
     second.train()
     assert second.state.best_checkpoint == "checkpoint-6"
+
+
+def test_steps_of_another_size_are_refused_with_the_option_that_mends_it(tmp_path: Path) -> None:
+    make_trainer(tmp_path, Checkpointing("steps", 2), steps=2).train()
+    for rows, hint in ((2, "batch (--gradient_accumulation_steps 2), seed"), (3, "batch, seed")):
+        fewer = make_trainer(tmp_path)
+        fewer.state.data = FinetuningSteps([], StepOrder(16, rows, 1, 3)).fingerprint()
+        with pytest.raises(TrainingError) as caught:
+            fewer.resume(tmp_path / "checkpoint-2")
+        assert f"rows_per_step was 4 and is {rows}" in str(caught.value)
+        assert hint in str(caught.value)
 
 
 def test_a_lost_best_checkpoint_costs_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from arriero.cli import main
-from arriero.formats import hf
+from arriero.errors import ConfigError
+from arriero.formats import fingerprint, hf
 from arriero.formats.tiny_model import tiny_tokenizer_files
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
+from arriero.parallel.processes import Processes
+from arriero.training.agreement import check_same_weights
 
 CONFIG = LlamaConfig(
     vocab_size=2048,
@@ -145,3 +150,47 @@ def test_weights_that_are_no_numbers_are_not_quantized(
     if kind in ("int8", "nf4"):
         assert finetuned(tmp_path / "broken", tmp_path / "run", "--lora", "--quantize_base", kind) == 2
         assert "up_proj.weight has values that are" in capsys.readouterr().err
+
+
+class Asked(Processes):
+    """Rank 1 of two, to which rank 0 has said something."""
+
+    def __init__(self, first: dict[str, str]) -> None:
+        super().__init__(rank=1)
+        self.answer = first
+
+    @property
+    def alone(self) -> bool:
+        return False
+
+    def exchange(self, value: Any) -> list[Any]:
+        return [self.answer, value]
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "sampled"])
+def test_weights_that_one_rank_does_not_have(
+    whole: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy is the same; one with another number in any one tensor, or another config.json, is not."""
+    if not whole:
+        monkeypatch.setattr(fingerprint, "WHOLE_BYTES", 0)
+    first = fingerprint.model_files(base)
+    said = {f"{name} of the model": value for name, value in first.items()}
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    check_same_weights(Asked(said), other)
+    weights = load_file(base / "model.safetensors")
+    for name in weights:
+        changed = {**weights, name: weights[name].clone()}
+        changed[name].view(-1)[-1] += 1
+        save_file(changed, other / "model.safetensors", {"format": "pt"})
+        with pytest.raises(
+            ConfigError, match=r"rank 1 has another model\.safetensors of the model \(\w+\) than rank 0"
+        ):
+            check_same_weights(Asked(said), other)
+    shutil.copy(base / "model.safetensors", other)
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 1e-3}))
+    with pytest.raises(ConfigError, match=r"another config\.json of the model"):
+        check_same_weights(Asked(said), other)
+    check_same_weights(Processes(), other)

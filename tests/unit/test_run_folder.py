@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -16,6 +17,8 @@ from arriero.cli import main
 from arriero.config.checkpoint import CheckpointOptions
 from arriero.errors import ConfigError, FormatError
 from arriero.formats.receipt import sha256_of
+from arriero.parallel.processes import Processes
+from arriero.training import run_folder
 from arriero.training.run_folder import LOCK, RunFolder
 
 HOLDER = """
@@ -169,6 +172,7 @@ def test_auto_takes_the_newest_whole_one(tmp_path: Path, capsys: pytest.CaptureF
     run = tmp_path / "run"
     with folder(run, resume_from_checkpoint="auto") as fresh:
         assert fresh.resume is None
+    assert capsys.readouterr().out == f"no checkpoint in {run}: the run starts anew\n"
     for step in (9, 10, 100, 11):
         checkpoint(run, step)
     (run / "checkpoint-100" / "model.safetensors").write_bytes(b"Weights")  # as long as before
@@ -245,3 +249,25 @@ def test_refused_commands_leave_no_folder(tmp_path: Path, capsys: pytest.Capture
     assert main(["finetune", "--dataset_path", str(rows), *flags]) == 2
     assert capsys.readouterr().err
     assert names(tmp_path) == ["model", "rows.jsonl"]
+
+
+def test_a_folder_that_another_machine_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Second(Processes):
+        """Rank 1 of two, to which rank 0 has said what is in its lock."""
+
+        alone = False  # type: ignore[assignment]
+        together = staticmethod(contextlib.nullcontext)  # type: ignore[assignment]
+
+        def by_first(self, work: Any) -> Any:
+            return lock
+
+    monkeypatch.setattr(run_folder, "SEEN_SECONDS", 0.3)
+    options = CheckpointOptions(output_dir=str(tmp_path / "run"), resume_from_checkpoint="none-is-read")
+    with RunFolder(CheckpointOptions(output_dir=str(tmp_path / "run"))):
+        lock = (tmp_path / "run" / LOCK).read_text()
+        with RunFolder(options, Second(rank=1)) as shared:
+            assert shared.path == tmp_path / "run"
+        for there in ("", f"{os.getpid()}\n0123456789abcdef\n"):
+            (tmp_path / "run" / LOCK).write_text(there)
+            with pytest.raises(ConfigError, match=r"on the machine of rank 1 is not the folder that rank 0 has there"):
+                RunFolder(options, Second(rank=1))

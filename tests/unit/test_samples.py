@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from arriero.commands.prompt_rows import read_prompts
 from arriero.data.row_files import read_json
 from arriero.data.rows.formats import sample_from_row
 from arriero.data.rows.questions import QA_SYSTEM
@@ -197,3 +198,22 @@ def test_unknown_tasks_are_refused(tmp_path: Path) -> None:
         load_samples(str(tmp_path), None, "sqaud", ["train"])
     with pytest.raises(ConfigError, match="squad or squad_qa"):
         load_samples(None, None, "sqaud", ["train"])
+
+
+def test_predict_reads_what_evaluate_reads(tmp_path: Path) -> None:
+    path = tmp_path / "dev.json"
+    answers = [{"text": "Ann", "answer_start": 0}]
+    question = {"id": "1", "question": "Who sang?", "answers": answers}
+    path.write_text(json.dumps({"data": [{"title": "t", "paragraphs": [{"context": "Ann sang.", "qas": [question]}]}]}))
+    for task in (None, "squad", "squad_qa"):
+        for given in (path, tmp_path):
+            assert read_prompts(str(given), task) == read_samples(path, task)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"context": "Ann sang.", "question": "Who sang?"}) + "\n")
+    (asked,) = read_prompts(str(rows), "squad_qa")
+    assert asked.prompt == read_samples(path, "squad_qa")[0].prompt
+    with pytest.raises(ConfigError, match="--task_name sqad is not known"):
+        read_prompts(str(rows), "sqad")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"--data_file .*empty: the folder has no dev\.json"):
+        read_prompts(str(tmp_path / "empty"))

@@ -111,6 +111,30 @@ def test_without_a_seed_answers_differ(sampler: Sampler[Any]) -> None:
     assert draws[0] != draws[1]
 
 
+@pytest.mark.parametrize(
+    ("settings", "drawn"),
+    [
+        ({}, False),
+        ({"seed": 3}, False),
+        ({"temperature": 1.0}, True),
+        ({"temperature": 0.8, "seed": 3}, True),
+        ({"top_p": 0.9}, True),
+        ({"top_k": 5}, True),
+        ({"min_p": 0.1}, True),
+        ({"n": 3}, True),
+        ({"best_of": 3}, True),
+        ({"top_p": 1.0, "top_k": 0, "min_p": 0.0}, False),
+        ({"temperature": 0.0, "top_p": 0.9, "n": 3}, False),
+        ({"temperature": 0.8, "do_sample": False, "n": 3}, False),
+        ({"do_sample": True}, True),
+    ],
+)
+def test_what_asks_for_draws(settings: dict[str, Any], drawn: bool) -> None:
+    params = SamplingParams(**settings)
+    assert params.greedy is not drawn
+    assert all(params.of_candidate(i).greedy is not drawn for i in range(params.candidates))
+
+
 def test_temperature_zero_is_greedy(sampler: Sampler[Any]) -> None:
     logits = torch.randn(1, 50)
     row = rows_for(sampler, [SamplingParams(do_sample=True, temperature=0.0)])

@@ -58,3 +58,33 @@ def test_a_missing_split_or_data_set_is_one_line(tmp_path: Path) -> None:
         load_samples(None, str(folder), "chat", ["train", "dev"])
     with pytest.raises(DataError, match="--data_name"):
         load_samples(None, str(tmp_path / "nothing"), "chat", ["train"])
+
+
+def test_without_data_or_network_it_is_said_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """datasets asks six times and waits between."""
+    import datasets
+
+    class ConnectError(Exception):
+        """As the HTTP libraries call it."""
+
+    asked: list[bool] = []
+
+    def load_dataset(name: str) -> None:
+        asked.append(datasets.config.HF_HUB_OFFLINE)
+        raise ConnectionError("not in the cache")
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectError
+
+    monkeypatch.setenv("ARRIERO_HOME", str(tmp_path))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    with pytest.raises(ConfigError, match=r"give --dataset_path .*the Hub cannot be reached, and the local"):
+        load_samples(None, None, None, ["train"])
+    assert asked == [True]
+    assert datasets.config.HF_HUB_OFFLINE is False
+    said = "no data is given: SQuAD v1.1 is taken (rajpurkar/squad of the Hub); --dataset_path FOLDER names your own\n"
+    assert capsys.readouterr().out == said

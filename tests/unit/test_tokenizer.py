@@ -29,6 +29,7 @@ def vocabulary(*special: str) -> tokenizers.Tokenizer:
 
 
 def folder_with(path: Path, *special: str, **files: Any) -> Path:
+    path.mkdir(exist_ok=True)
     vocabulary(*special).save(str(path / "tokenizer.json"))
     for name, content in files.items():
         (path / f"{name}.json").write_text(json.dumps(content))
@@ -120,6 +121,38 @@ def test_templates_from_every_place(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path).render_chat([{"role": "user", "content": ""}]) == "B"
     (tmp_path / "chat_template.jinja").write_text("C")
     assert load_tokenizer(tmp_path).render_chat([{"role": "user", "content": ""}]) == "C"
+
+
+TOOL = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def test_a_template_for_tools_is_taken_for_tools(tmp_path: Path) -> None:
+    hello = [{"role": "user", "content": "hi"}]
+    named = [{"name": "tool_use", "template": "the fox"}, {"name": "default", "template": "the"}]
+    listed = load_tokenizer(folder_with(tmp_path / "list", tokenizer_config={"chat_template": named}))
+    folder = folder_with(tmp_path / "files")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "chat_template.jinja").write_text("the")
+    (folder / "additional_chat_templates/tool_use.jinja").write_text("the fox")
+    (folder / "additional_chat_templates/rag.jinja").write_text("rag")
+    load_tokenizer(folder).save(tmp_path / "saved")
+    assert (tmp_path / "saved/additional_chat_templates/rag.jinja").read_text() == "rag"
+    for tokenizer in (listed, load_tokenizer(folder), load_tokenizer(tmp_path / "saved")):
+        assert tokenizer.chat(hello) == tokenizer.chat(hello, tools=[]) == tokenizer.encode("the")
+        assert tokenizer.chat(hello, tools=TOOL) == tokenizer.encode("the fox")
+        assert (tokenizer.chat_template, tokenizer.tool_template) == ("the", "the fox")
+    (folder / "additional_chat_templates/tool_use.jinja").unlink()
+    alone = load_tokenizer(folder)
+    assert alone.chat(hello, tools=TOOL) == alone.encode("the")
+    assert alone.tool_template == "the"
+
+
+def test_blocks_of_the_assistant_count_where_all_templates_have_them(tmp_path: Path) -> None:
+    marks = "{% generation %}the{% endgeneration %}"
+    for other, expected in (("the", False), (marks, True)):
+        named = [{"name": "tool_use", "template": other}, {"name": "default", "template": marks}]
+        tokenizer = load_tokenizer(folder_with(tmp_path, tokenizer_config={"chat_template": named}))
+        assert tokenizer.marks_generation is expected
 
 
 def test_no_template(tmp_path: Path) -> None:

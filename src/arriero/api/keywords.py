@@ -40,7 +40,7 @@ class GenerationGroup(TypedDict, total=False):
     max_new_tokens: int
     min_new_tokens: int
     do_sample: bool | None
-    temperature: float
+    temperature: float | None
     top_k: int
     top_p: float
     min_p: float
@@ -386,7 +386,7 @@ class ConvertGroup(TypedDict, total=False):
     """Conversion."""
 
     to: Literal["auto", "hf", "gguf", "paddle", "meta", "quantized", "model", "peft"]
-    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    dtype: Literal["auto", "float32", "float16", "bfloat16", "fp32", "fp16", "bf16"]
     gguf_type: Literal[
         "auto",
         "f32",

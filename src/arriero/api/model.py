@@ -77,7 +77,7 @@ class Model(TextModel):
 
         from arriero.engine.request import check_ids
 
-        ids = self.encode(prompt)
+        ids = self.encode_one(prompt)
         if not ids:
             raise DataError("the prompt has no token: give at least one, such as bos")
         check_ids(ids, self.config.vocab_size)
@@ -110,7 +110,7 @@ class Model(TextModel):
             raise ConfigError(f"window is {window}: it must be at least 2, a token and the one after it")
         if window > self.context:
             raise ConfigError(f"window is {window}: {self._too_long}; give a smaller one")
-        ids = self.encode(text)
+        ids = self.encode_one(text)
         if len(ids) < 2:
             raise DataError(f"the text has {len(ids)} tokens: perplexity needs at least 2")
         check_ids(ids, self.config.vocab_size)

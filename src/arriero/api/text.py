@@ -68,6 +68,16 @@ class TextModel:
             )
         return list(cast("Sequence[int]", prompt))
 
+    def encode_one(self, prompt: Prompt) -> list[int]:
+        """`encode`, where several prompts cannot be taken.
+
+        Raises:
+            DataError: several are given, or what `encode` refuses.
+        """
+        if isinstance(prompt, list | tuple) and prompt and not is_one(prompt):
+            raise DataError("one prompt is taken here, not several: ask for one after the other, or call generate")
+        return self.encode(prompt)
+
     @overload  # a str is a sequence of str too: here it is one prompt
     def generate(  # type: ignore[overload-overlap]
         self,
@@ -95,7 +105,7 @@ class TextModel:
             ConfigError: an option that is unknown or out of range.
         """
         own = self._params(params, options)
-        if _is_one(prompt):
+        if is_one(prompt):
             return self._engine.generate([self.encode(cast("Prompt", prompt))], own)[0]
         ids = [self.encode(one) for one in cast("Sequence[Prompt]", prompt)]
         seed = own.seed
@@ -110,7 +120,7 @@ class TextModel:
         Raises:
             GenerationError, ConfigError: as `generate`, at once.
         """
-        return self._engine.stream(self.encode(prompt), self._params(params, options))
+        return self._engine.stream(self.encode_one(prompt), self._params(params, options))
 
     def chat(
         self,
@@ -128,6 +138,12 @@ class TextModel:
             GenerationError, ConfigError: as `generate`.
         """
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        if not isinstance(turns, list | tuple) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
+            what = "an empty one" if isinstance(turns, list | tuple) and not turns else type(messages).__name__
+            raise DataError(
+                f"chat takes a text or a conversation ([{{'role': 'user', 'content': '...'}}, ...]), not {what}; generate "
+                "takes lists of prompts and token ids"
+            )
         return self._engine.generate([self.tokenizer.chat(turns)], self._params(params, options))[0].text
 
     def _params(self, params: SamplingParams | None, options: GenerateKeywords) -> SamplingParams:
@@ -141,7 +157,7 @@ class TextModel:
         return params
 
 
-def _is_one(prompt: Prompt | Sequence[Prompt]) -> bool:
+def is_one(prompt: Prompt | Sequence[Prompt]) -> bool:
     return not isinstance(prompt, list | tuple) or (len(prompt) > 0 and isinstance(prompt[0], int | Mapping))
 
 

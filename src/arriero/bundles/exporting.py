@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     Exporter = Callable[[ExportOptions, AdapterPathOptions, Path | ModelSource], Bundle]
 
+_FILES = (".gguf", ".onnx", ".pt2")  # how names of files end, within bundles and elsewhere
+
 
 def export_bundle(export: ExportOptions, adapter: AdapterPathOptions) -> Bundle:
     """Export and check the bundle against the model.
@@ -26,9 +28,22 @@ def export_bundle(export: ExportOptions, adapter: AdapterPathOptions) -> Bundle:
     """
     from arriero.engine.export_source import export_source
 
+    _check_place(export)
     options = ModelOptions(model_name_or_path=export.model_name_or_path, device="cpu", cache_dir=export.cache_dir)
     with export_source(options, adapter) as model:
         return EXPORTERS[export.format](export, adapter, model)
+
+
+def _check_place(export: ExportOptions) -> None:
+    """Refuse the name of a file, of which a folder would be made."""
+    place = Path(export.output_path)
+    if place.suffix.lower() not in _FILES or place.is_dir():
+        return
+    alone = f"; the file alone is made by `arriero convert {export.model_name_or_path} {place} --to gguf`"
+    raise ConfigError(
+        f"--output_path {place}: a bundle is a folder, and this is the name of a file: name a folder, such as "
+        f"{place.with_suffix('')}{alone if place.suffix.lower() == '.gguf' else ''}"
+    )
 
 
 def _export_onnx(export: ExportOptions, adapter: AdapterPathOptions, model: Path | ModelSource) -> Bundle:

@@ -24,7 +24,7 @@ def bundle_folder(model_dir: str, prefix: str) -> Path:
     Raises:
         FormatError: there is none.
     """
-    from arriero.export.bundle import MANIFEST
+    from arriero.export.bundle import MANIFEST, refuse_model
 
     folder = Path(model_dir).expanduser()
     named = folder / prefix
@@ -32,6 +32,7 @@ def bundle_folder(model_dir: str, prefix: str) -> Path:
         return named
     if (folder / MANIFEST).exists():
         return folder
+    refuse_model(folder)
     raise FormatError(
         f"{folder}: holds no bundle, nor is there one in {named} (--model_prefix {prefix}); arriero export --output_path "
         f"{named} writes it"

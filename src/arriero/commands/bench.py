@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -60,7 +61,7 @@ def run(
     from arriero.engine.benchmark.peer import peer
     from arriero.engine.benchmark.rounds import measure
     from arriero.engine.benchmark.work_cost import WorkCost
-    from arriero.engine.benchmark.workloads import Prompts, make_jobs
+    from arriero.engine.benchmark.workloads import Prompts, cuts, make_jobs
     from arriero.engine.loading import load_for_inference
     from arriero.engine.runner import TorchRunner, cache_block_size
 
@@ -71,6 +72,12 @@ def run(
     cost = WorkCost.of(loaded.model, cache.kv_cache_dtype)
     prompts = Prompts.of(loaded.tokenizer, loaded.model.config.vocab_size, loaded.model.context, bench.seed)
     jobs = make_jobs(bench, prompts)
+    if cut := cuts(bench, prompts.context):
+        print(
+            f"arriero: warning: the model's context of {prompts.context} cuts {', '.join(cut)}",
+            file=sys.stderr,
+            flush=True,
+        )
     peak = _peak(loaded)
     block_size = cache_block_size(loaded.model)
     useful = max(job.running_tokens(loaded.model.model.prefix_length, block_size) for job in jobs)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from arriero.commands.terminal import without_controls
 from arriero.config.infer import BundleGenerationOptions, InferOptions
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def run(infer: InferOptions, generation: BundleGenerationOptions) -> int:
     from arriero.engine.sampling_params import params_from_options
     from arriero.export.bundle import open_bundle
 
-    samples = read_prompts(infer.data_file)
+    samples = read_prompts(infer.data_file, infer.task_name, infer.data_format)
     if infer.predict_file:
         check_predict_file(infer.predict_file, infer.data_file)
     start = time.perf_counter()
@@ -69,10 +70,10 @@ def _stream(
     """Print answers as they come."""
     answers = []
     for sample, prompt, own in zip(samples, prompts, params, strict=True):
-        print(sample.prompt)
+        print(without_controls(sample.prompt))
         pieces = []
         for piece in engine.stream(prompt, own):
-            print(piece, end="", flush=True)
+            print(without_controls(piece), end="", flush=True)
             pieces.append(piece)
         print("\n" + "-" * 20)
         answers.append("".join(pieces).strip())

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from arriero.config.adapter import AdapterOptions
 from arriero.config.hub import HubOptions
 from arriero.config.logging import LoggingOptions
-from arriero.config.parallel import ParallelOptions
+from arriero.config.option import specs_of
+from arriero.config.parallel import DEGREES, ParallelOptions
 from arriero.config.planning import (
     PlanCheckpointOptions,
     PlanCorpusOptions,
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from arriero.training.planning.setup import ModelFacts, TrainingSetup
 
 HELP = (
-    "Tell what a training run would need and what fits. Takes every option of pretrain, so that a run's file can be planned "
-    "as it is (--config run.yaml); those that change neither memory nor time have no effect."
+    "Tell what a training run would need and what fits. Takes every option of pretrain, and the file of a run of pretrain or "
+    "finetune as it is (--config run.yaml); options that change neither memory nor time have no effect."
 )
 
 OPTIONS: tuple[type, ...] = (
@@ -61,11 +62,20 @@ def run(
 ) -> int:
     """Print the plan; a run that does not fit is an error that says what helps."""
     _refuse(model, adapter, quantization, plan)
+    if plan.search:
+        _refuse_degrees(parallel)
     from arriero.errors import ConfigError, FormatError
     from arriero.formats.download import model_config
     from arriero.formats.safe_tensors import parse_size
     from arriero.parallel.tensor import check_heads
-    from arriero.training.planning.machine import COMPUTING_UTILIZATION, DEFAULT_UTILIZATION, find_links, find_machine
+    from arriero.training.planning.machine import (
+        COMPUTING_UTILIZATION,
+        DEFAULT_UTILIZATION,
+        WITH_FP8,
+        find_gpu,
+        find_links,
+        find_machine,
+    )
     from arriero.training.planning.report import as_dictionary, as_text, make_plan, too_much
     from arriero.training.planning.setup import model_facts
 
@@ -78,6 +88,10 @@ def run(
     setup = _setup(plan, model, corpus, optimization, precision, parallel)
     check_heads(config, setup.layout.tp)
     facts = model_facts(config, **_method(config, adapter, quantization))
+    if plan.gpu is not None and precision.fp8_products and find_gpu(plan.gpu)[0] not in WITH_FP8:
+        raise ConfigError(
+            f"--fp8 needs an H100, an RTX 40 or a newer NVIDIA GPU (compute capability 8.9), and --gpu is {plan.gpu}: drop it"
+        )
     machine = find_machine(setup.device, setup.compute_dtype, gpu=plan.gpu, memory=memory, flops=plan.flops)
     links = find_links(plan.gpu, plan.bandwidth_in_node, plan.bandwidth_between_nodes)
     utilization = plan.mfu or DEFAULT_UTILIZATION[setup.device]
@@ -160,6 +174,22 @@ def _refuse(
     for name in ("lora_path", "prefix_path"):
         if getattr(adapter, name):
             raise ConfigError(f"--{name} is not read by plan: describe it by the options that it was made with")
+
+
+def _refuse_degrees(parallel: ParallelOptions) -> None:
+    """What a search chooses itself."""
+    from arriero.errors import ConfigError
+
+    for name in DEGREES:
+        degree, usual = (
+            getattr(parallel, name),
+            next(spec.default for spec in specs_of(type(parallel)) if spec.name == name),
+        )
+        if degree != usual:
+            raise ConfigError(
+                f"--{name} {degree} and --search: the search chooses the degrees itself; drop one of them (without --search "
+                "that layout is planned)"
+            )
 
 
 def _method(config: LlamaConfig, adapter: AdapterOptions, quantization: QuantizationOptions) -> dict[str, Any]:

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from arriero.data.samples import Sample
     from arriero.engine.structure import Structure
 
-HELP = (
-    "Answer every row of a jsonl file (src, instruction, context or messages) with a model, or a model and its adapter."
-)
+HELP = "Answer every row of a file (src, instruction, context or messages, SQuAD) with a model, or a model and its adapter."
 
 OPTIONS: tuple[type, ...] = (
     ModelOptions,
@@ -73,7 +71,7 @@ def run(
             f"start {needed} (arriero launch --nproc_per_node {needed}), or change it"
         )
     structure = _structure(predict.json_schema)
-    samples = read_prompts(predict.data_file)
+    samples = read_prompts(predict.data_file, predict.task_name, predict.data_format)
     check_predict_file(predict.predict_file, predict.data_file)
     processes = start(Layout(pp=stages, tp=size // stages), pick_device(model.device))
     loaded = load_for_inference(model, adapter, processes)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arriero.errors import DataError
+from arriero.commands.terminal import without_controls
 from arriero.output_file import check_place, write_file
 
 if TYPE_CHECKING:
@@ -21,26 +21,26 @@ _CONTEXT = (
 _ANSWERS = ("linebacker", "five")  # the answers whose questions PaddleNLP's example asks for
 
 
-def read_prompts(data_file: str | None) -> list[Sample]:
-    """The rows of a file; without one the built-in prompts.
+def read_prompts(data_file: str | None, task: str | None = None, data_format: str = "auto") -> list[Sample]:
+    """The rows of a file, as `evaluate` reads them, or of the dev split of a folder; without one the built-in prompts.
 
     Raises:
+        ConfigError: a folder without that split, or a task that is not known.
         DataError: a file that cannot be read, or holds no row; a row that is none.
     """
-    from arriero.data.row_files import read_rows
-    from arriero.data.rows.formats import sample_from_row
     from arriero.data.samples import Sample
+    from arriero.data.sources import find_splits, read_samples
 
     if data_file is None:
         return [Sample(f"answer: {answer} context: ", _CONTEXT, "", None, ends_prompt=True) for answer in _ANSWERS]
-    samples = [sample_from_row(row, where, needs_target=False) for where, row in read_rows(Path(data_file))]
-    if not samples:
-        raise DataError(f"{data_file}: holds no row")
-    return samples
+    path = Path(data_file).expanduser()
+    if path.is_dir():
+        path = find_splits(str(path), ["dev"], "--data_file")["dev"]
+    return read_samples(path, task, data_format, needs_target=False)
 
 
 def print_answer(sample: Sample, answer: str) -> None:
-    print(f"{sample.prompt}\n{answer}\n" + "-" * 20)
+    print(without_controls(f"{sample.prompt}\n{answer}\n") + "-" * 20)
 
 
 def check_predict_file(predict_file: str, data_file: str | None) -> None:

@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from arriero.config.quickstart import QuickstartOptions
+from arriero.errors import ConfigError
+from arriero.output_file import check_folder
 
 HELP = "Fine-tune a real model on this machine, see its score rise on questions it has not seen, and talk to it."
 
 OPTIONS: tuple[type, ...] = (QuickstartOptions,)
 
 SRC_LENGTH, ANSWER_TOKENS = 512, 24
+BEFORE = "before"  # the result that is written first
 EXAMPLES = 3
 
 
@@ -29,7 +32,8 @@ def run(options: QuickstartOptions) -> int:
     """Score, fine-tune, score again, merge."""
     started = time.monotonic()
     folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder, "--output_dir")
+    _check_own(folder)
     data = (
         Path(options.dataset_path)
         if options.dataset_path
@@ -43,7 +47,7 @@ def run(options: QuickstartOptions) -> int:
     print(f"{options.model_name_or_path}: {model}")
 
     _headline(2, "its score on questions it has not seen, before")
-    before = _score(options, model, None, data, folder / "before.json")
+    before = _score(options, model, None, data, folder / f"{BEFORE}.json")
 
     _headline(3, "LoRA fine-tuning")
     adapter = folder / "adapter"
@@ -65,6 +69,20 @@ def run(options: QuickstartOptions) -> int:
     _hints(model, adapter, merged, data)
     print(f"\ndone in {_minutes(time.monotonic() - started)}; everything is in {folder}")
     return 0
+
+
+def _check_own(folder: Path) -> None:
+    """Refuse a folder of the user's: what this verb writes there it also deletes, as a merge that was interrupted.
+
+    Raises:
+        ConfigError: it holds files, and an earlier quickstart's first result is not among them.
+    """
+    found = sorted(path.name for path in folder.iterdir() if path.name != f"{BEFORE}.partial")
+    if found and not (folder / f"{BEFORE}.json").is_file():
+        raise ConfigError(
+            f"--output_dir {folder} holds other files ({found[0]}): name a new or empty folder, or that of an earlier "
+            "quickstart"
+        )
 
 
 def _headline(number: int, text: str) -> None:
@@ -160,7 +178,10 @@ def _finetune(options: QuickstartOptions, model: Path, data: Path, adapter: Path
         quantization=QuantizationOptions(),
         parallel=ParallelOptions(),
         checkpoint=CheckpointOptions(
-            output_dir=str(adapter), resume_from_checkpoint="auto", save_steps=20, save_total_limit=1
+            output_dir=str(adapter),
+            resume_from_checkpoint="auto" if adapter.exists() else None,
+            save_steps=20,
+            save_total_limit=1,
         ),
         logging=LoggingOptions(logging_steps=5, report_to=["none"], disable_tqdm=options.disable_tqdm),
     )

@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from arriero.config.adapter import AdapterOptions, AdapterPathOptions
+from arriero.config.bench import BenchOptions
 from arriero.config.checkpoint import CheckpointOptions
 from arriero.config.data import DataOptions, RowOptions
 from arriero.config.evaluation import EvaluateOptions, RowScoreOptions
+from arriero.config.export import ExportOptions
 from arriero.config.generation import GenerationOptions
 from arriero.config.logging import LoggingOptions
 from arriero.config.merging import MergeOptions
@@ -36,12 +39,13 @@ from arriero.config.rules.methods import (
 from arriero.errors import ConfigError
 
 
-def check(groups: Sequence[Any], given: frozenset[str] = frozenset()) -> list[str]:
+def check(groups: Sequence[Any], given: frozenset[str] = frozenset(), typed: frozenset[str] = frozenset()) -> list[str]:
     """Refuse impossible combinations of options and settle defaults that depend on another group.
 
     Args:
         groups: the instances of one command.
         given: names of the options that the user set himself, on the command line or in a file.
+        typed: those of them that stand on the command line, or in the call of a function.
 
     Returns:
         Warnings, one line each, about given options that have no effect here.
@@ -50,18 +54,29 @@ def check(groups: Sequence[Any], given: frozenset[str] = frozenset()) -> list[st
         ConfigError: naming both options and the way out.
     """
     warnings: list[str] = []
+    _without_effect(groups, given, typed, warnings)
     for rule in _RULES:
         rule(groups, given, warnings)
     return warnings
 
 
-def _without_effect(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
-    """A given option whose `only_with` options are all off."""
+def _without_effect(groups: Sequence[Any], given: frozenset[str], typed: frozenset[str], warnings: list[str]) -> None:
+    """A given option whose `only_with` options are all off.
+
+    Of a small trained part it is refused: the run would train all weights. What a file says is not told where the command
+    line switches off what it is for.
+    """
     values = {spec.name: getattr(group, spec.name) for group in groups for spec in specs_of(type(group))}
     for group in groups:
         for spec in specs_of(type(group)):
             switches = [name for name in spec.only_with if name in values]
-            if switches and not any(values[name] for name in switches) and changed(group, spec.name, given):
+            if not switches or any(values[name] for name in switches):
+                continue
+            on, off = spec.name in typed, any(name in typed for name in switches)
+            if on and not off and values[spec.name] is not False and set(switches) <= {"lora", "prefix_tuning"}:
+                wanted = " or --".join(switches)
+                raise ConfigError(f"--{spec.name} is for --{wanted}: add it, or leave --{spec.name} out")
+            if changed(group, spec.name, given) and (on or not off):
                 warnings.append(f"--{spec.name} has no effect without --{' or --'.join(switches)}")
 
 
@@ -184,13 +199,48 @@ def _precision(groups: Sequence[Any], given: frozenset[str], warnings: list[str]
         raise ConfigError(f"--dtype {model.dtype} and --{flag} ask for different number formats: drop one of them")
 
 
+def _model_given(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
+    """Nothing names a model: the default is said, or asked for by name where it is a folder that is not there."""
+    if given & {"model_name_or_path", "model", "config_name"}:
+        return
+    export, model, bench = find(groups, ExportOptions), find(groups, ModelOptions), find(groups, BenchOptions)
+    adapter = find(groups, AdapterPathOptions)
+    for name in ("lora_path", "prefix_path"):
+        if (path := getattr(adapter, name, None)) is not None and find(groups, PlanOptions) is None:
+            raise ConfigError(
+                f"--{name} {path}: no model is given, and no adapter_config.json there names one: add --model_name_or_path"
+            )
+    if export is not None and not Path(export.model_name_or_path).exists():
+        raise ConfigError(
+            f"no model is given, and {export.model_name_or_path}, PaddleNLP's default, is not here: name one by --model_path"
+        )
+    if (
+        model is None
+        or find(groups, PlanOptions) is not None
+        or (bench is not None and "serve" in bench.workloads)
+        or "api_url" in given
+    ):
+        return
+    warnings.append(f"no model is given: {model.model_name_or_path} is taken; --model_name_or_path names another")
+
+
 def _sampling(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
     generation = find(groups, GenerationOptions)
     if generation is None or generation.do_sample:
         return
-    for name in ("temperature", "top_k", "top_p", "min_p"):
-        if changed(generation, name, given) and not (name == "top_k" and generation.top_k == 1):
-            warnings.append(f"--{name} has no effect with --do_sample no")
+    if generation.temperature == 0.0:
+        why = "with --temperature 0"
+    elif "do_sample" in given:
+        why = "with --do_sample no"
+    else:
+        why = "where nothing is drawn: add --do_sample, --temperature, --top_k, --top_p or --min_p"
+    meant = {
+        "temperature": generation.temperature == 0.0,
+        "top_k": generation.top_k == 1,
+    }  # these say greedy themselves
+    for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
+        if changed(generation, name, given) and not meant.get(name):
+            warnings.append(f"--{name} has no effect {why}")
 
 
 def _padding(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
@@ -277,7 +327,6 @@ def _corpus(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -
 
 
 _RULES: tuple[Callable[[Sequence[Any], frozenset[str], list[str]], None], ...] = (
-    _without_effect,
     _evaluation,
     _schedule,
     _regularized,
@@ -297,4 +346,5 @@ _RULES: tuple[Callable[[Sequence[Any], frozenset[str], list[str]], None], ...] =
     _quantize_scores,
     parallel_rule,
     bench_rule,
+    _model_given,
 )

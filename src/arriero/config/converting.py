@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from arriero.config.model import DTYPES
 from arriero.config.option import REQUIRED, OptionGroup, option
 
 GGUF_TYPES = (
@@ -47,7 +48,7 @@ class ConvertOptions(OptionGroup):
     dtype: str = option(
         "auto",
         "type of the weights written; auto: as they are, float32 of a quantised model",
-        ("auto", "float32", "bfloat16", "float16"),
+        tuple(DTYPES),
     )
     gguf_type: str = option(
         "auto",
@@ -71,3 +72,7 @@ class ConvertOptions(OptionGroup):
     cache_dir: str | None = option(
         None, "where downloaded models are kept (default: $ARRIERO_HOME or ~/.cache/arriero)"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.dtype = DTYPES[self.dtype]

@@ -68,26 +68,36 @@ def _part(item: str) -> DataPart:
         return DataPart(item)
 
 
+TASK_HELP = "how rows become prompt and answer: squad (question generation, as the seed), squad_qa (question answering)"
+FORMAT_HELP = (
+    "what rows are; auto: by their keys. alpaca: instruction rows as turns of a chat, or in Alpaca's words where the model has "
+    "no chat template"
+)
+
+
+def check_row_kind(task_name: str | None, data_format: str) -> None:
+    """
+    Raises:
+        ConfigError: the two contradict each other.
+    """
+    if task_name == "squad_qa" and data_format != "auto":
+        raise ConfigError(
+            f"--task_name squad_qa and --data_format {data_format} both say what rows are: drop the second"
+        )
+
+
 @dataclass(kw_only=True)
 class RowOptions(OptionGroup):
     """Data."""
 
-    task_name: str | None = option(
-        None,
-        "how rows become prompt and answer: squad (question generation, as the seed), squad_qa (question answering)",
-    )
+    task_name: str | None = option(None, TASK_HELP)
     data_name: str | None = option(None, "a data set by its Hub id; --task_name must be given too")
     dataset_path: str | None = option(
         None,
         "your own data: a file (.json, .jsonl, .csv, .tsv, .parquet), or a folder with train.json and dev.json (or so); "
         "several with commas between them are mixed, PATH:WEIGHT,PATH:WEIGHT in these shares",
     )
-    data_format: str = option(
-        "auto",
-        "what rows are; auto: by their keys. alpaca: instruction rows as turns of a chat, or in Alpaca's words where the "
-        "model has no chat template",
-        DATA_FORMATS,
-    )
+    data_format: str = option("auto", FORMAT_HELP, DATA_FORMATS)
     train_on: str = option(
         "all_assistant",
         "what of a conversation is learned: all_assistant: every turn of the assistant; last: its last one",
@@ -109,10 +119,7 @@ class RowOptions(OptionGroup):
             )
         if self.data_name is not None and self.dataset_path is not None:
             raise ConfigError("--data_name and --dataset_path both name the data: give one of them")
-        if self.task_name == "squad_qa" and self.data_format != "auto":
-            raise ConfigError(
-                f"--task_name squad_qa and --data_format {self.data_format} both say what rows are: drop the second"
-            )
+        check_row_kind(self.task_name, self.data_format)
         if self.dataset_path is not None:
             dataset_parts(self.dataset_path)
 

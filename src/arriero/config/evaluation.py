@@ -38,5 +38,5 @@ class EvaluateOptions(RowScoreOptions):
         False, "put each question as a turn of a chat, by the model's template", only_with="tasks"
     )
     output_dir: str | None = option(
-        None, "folder for the scores (eval_results.json) and the answers (predictions.jsonl)"
+        None, "folder for the scores (eval_results.json) and, where answers are generated, those (predictions.jsonl)"
     )

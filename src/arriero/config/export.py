@@ -21,6 +21,7 @@ class ExportOptions(OptionGroup):
         "checkpoints/",
         "the model: a folder or .gguf file of any format, a named model or a Hub id",
         aliases=("model_path",),
+        alone=True,
     )
     output_path: str = option(
         "inference/llama", "folder of the bundle; arriero infer finds it by --model_dir and prefix"

@@ -43,7 +43,10 @@ def metavar(spec: OptionSpec) -> str:
 
 def usage(prog: str, specs: Sequence[OptionSpec]) -> str:
     """The line that says what a command takes."""
-    parts = [f"usage: {prog}", "[RUN.yaml]" if not any(spec.positional for spec in specs) else "", "[options]"]
+    parts = [f"usage: {prog}"]
+    if not any(spec.positional for spec in specs):
+        parts += ["[MODEL]" if any(spec.alone for spec in specs) else "", "[RUN.yaml]"]
+    parts.append("[options]")
     for spec in specs:
         if spec.positional:
             word = spec.name.upper() + (" ..." if spec.is_list else "")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from arriero.config.generation import GenerationOptions
+from arriero.config.generation import GenerationOptions, PromptOptions
 from arriero.config.model import device_name
-from arriero.config.option import REQUIRED, OptionGroup, option
+from arriero.config.option import REQUIRED, option
 
 
 @dataclass(kw_only=True)
-class InferOptions(OptionGroup):
+class InferOptions(PromptOptions):
     """Inference."""
 
     model_dir: str = option(REQUIRED, "folder of the bundle, or the one that it is in")
@@ -18,9 +18,6 @@ class InferOptions(OptionGroup):
     device: str = option("auto", "auto, cpu, gpu or cuda:N; it must be what the bundle is made for")
     num_threads: int | None = option(None, "of a computation on a CPU (default: all cores of this process)", minimum=1)
     src_length: int = option(1024, "longest prompt in tokens; a longer one is cut, counted and reported", minimum=1)
-    data_file: str | None = option(
-        None, "jsonl rows to answer (src, instruction, context or messages); without it, the two built-in prompts"
-    )
     predict_file: str | None = option(
         None, "also write the answers there, one JSON line each", aliases=("output_file",)
     )

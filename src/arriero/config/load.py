@@ -13,6 +13,18 @@ APIS = ("chat", "completions")
 OBJECTIVES = ("ttft", "tpot", "e2el")
 
 
+def _is_base(text: str) -> bool:
+    """Whether a text is the address of an API, which HTTP can be asked with as it is."""
+    try:
+        address = urlsplit(text)
+        usable = address.scheme in ("http", "https") and bool(address.hostname) and address.port != 0
+        str(address.hostname).encode("idna")
+    except ValueError:
+        return False
+    plain = text.isascii() and text.isprintable() and " " not in text
+    return usable and plain and not (address.query or address.fragment or address.username)
+
+
 @dataclass(kw_only=True)
 class LoadOptions(OptionGroup):
     """Load (bench serve)."""
@@ -56,12 +68,8 @@ class LoadOptions(OptionGroup):
         if not self.rates:
             raise ConfigError("--rates is empty: give at least one")
         self.rates = list(dict.fromkeys(self.rates))
-        address = urlsplit(self.base_url)
-        try:
-            usable = address.scheme in ("http", "https") and bool(address.hostname) and address.port != 0
-        except ValueError:
-            usable = False
-        if not usable or address.query or address.fragment or address.username:
+        self.base_url = self.base_url.strip()
+        if not _is_base(self.base_url):
             raise ConfigError(f"--base_url {self.base_url[:100]!r}: write http://HOST:PORT/v1 or https://HOST/v1")
         self.base_url = self.base_url.rstrip("/")
         self.objectives()

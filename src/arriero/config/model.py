@@ -23,7 +23,9 @@ class ModelOptions(OptionGroup):
     """Model."""
 
     model_name_or_path: str = option(
-        "facebook/llama-7b", "a folder with config.json and weights, a named model, or a Hugging Face Hub id"
+        "facebook/llama-7b",
+        "a folder with config.json and weights, a named model, or a Hugging Face Hub id",
+        alone=True,
     )
     tokenizer_name_or_path: str | None = option(None, "the tokenizer's folder or name, if not the model's own")
     dtype: str = option(

@@ -40,6 +40,7 @@ class _Metadata:
     above: float | None
     below: float | None
     positional: bool
+    alone: bool
     remainder: bool
     split: bool
     only_with: tuple[str, ...]
@@ -57,6 +58,7 @@ def option(
     above: float | None = None,
     below: float | None = None,
     positional: bool = False,
+    alone: bool = False,
     remainder: bool = False,
     split: bool = True,
     only_with: str | Sequence[str] = (),
@@ -71,6 +73,7 @@ def option(
         aliases: other names that mean the same.
         minimum, maximum: inclusive bounds of a number; `above`, `below`: exclusive ones.
         positional: given by its place on the command line (as well as by `--name`).
+        alone: may stand without its name too, in a verb that has no positional options.
         remainder: a positional list that takes everything that follows, options included.
         split: whether an item of a list option is split at commas and blanks (`--x a,b` = `--x a b`).
         only_with: names of options of which one must be on for this one to have any effect; else a warning is printed.
@@ -85,6 +88,7 @@ def option(
         above=above,
         below=below,
         positional=positional,
+        alone=alone,
         remainder=remainder,
         split=split,
         only_with=(only_with,) if isinstance(only_with, str) else tuple(only_with),
@@ -119,6 +123,7 @@ class OptionSpec:
     above: float | None = None
     below: float | None = None
     positional: bool = False
+    alone: bool = False
     remainder: bool = False
     split: bool = True
     only_with: tuple[str, ...] = ()
@@ -195,6 +200,23 @@ def _read_specs(group: type) -> tuple[OptionSpec, ...]:
             )
         )
     return tuple(specs)
+
+
+def option_table(groups: Sequence[type]) -> dict[str, OptionSpec]:
+    """Every name an option of these groups may be called by.
+
+    Where an alias of one option is the name of another, the name wins.
+    """
+    table: dict[str, OptionSpec] = {}
+    for group in groups:
+        for spec in specs_of(group):
+            if spec.name in table:
+                raise ValueError(f"{spec.name} is an option of {table[spec.name].group.__name__} and {group.__name__}")
+            table[spec.name] = spec
+    for spec in list(table.values()):
+        for alias in spec.aliases:
+            table.setdefault(alias, spec)
+    return table
 
 
 def title(group: type) -> str:

@@ -15,38 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from arriero.config import compatibility
-from arriero.config.option import OptionSpec, check_values, specs_of
-from arriero.config.values import FALSE_WORDS, KIND_NAMES, TRUE_WORDS, convert, nearest, show
+from arriero.config.adapter import AdapterPathOptions
+from arriero.config.elsewhere import hint as hint_elsewhere
+from arriero.config.elsewhere import training_option
+from arriero.config.option import OptionSpec, check_values, option_table, specs_of
+from arriero.config.values import FALSE_WORDS, KIND_NAMES, TRUE_WORDS, convert, show
 from arriero.errors import ConfigError
 
 _BOOL_WORDS = TRUE_WORDS | FALSE_WORDS
 _CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
-# What a verb or function has no option for, and what to do in its place.
-_ELSEWHERE = {
-    ("arriero quantize", "lora_path"): "join the adapter with its base first, by `arriero merge --lora_path ...`",
-    ("arriero.quantize", "lora_path"): "join the adapter with its base first, by arriero.merge",
-}
+_NAMES_SHOWN = 6
 
 
 class HelpRequested(Exception):
     """The user asked for the help page of a verb."""
-
-
-def option_table(groups: Sequence[type]) -> dict[str, OptionSpec]:
-    """Every name an option of these groups may be called by.
-
-    Where an alias of one option is the name of another, the name wins.
-    """
-    table: dict[str, OptionSpec] = {}
-    for group in groups:
-        for spec in specs_of(group):
-            if spec.name in table:
-                raise ValueError(f"{spec.name} is an option of {table[spec.name].group.__name__} and {group.__name__}")
-            table[spec.name] = spec
-    for spec in list(table.values()):
-        for alias in spec.aliases:
-            table.setdefault(alias, spec)
-    return table
 
 
 def _is_flag(token: str) -> bool:
@@ -68,6 +50,8 @@ class _Scanner:
         self.prog = prog
         self.takes_positionals = any(spec.positional for spec in table.values())
         self.takes_remainder = any(spec.remainder for spec in table.values())
+        alone = next((spec for spec in table.values() if spec.alone), None)
+        self.alone = None if self.takes_positionals else alone
         self.flags: dict[str, Any] = {}
         self.config_files: list[str] = []
         self.positionals: list[str] = []
@@ -100,6 +84,8 @@ class _Scanner:
                 self.tokens = []
         elif token.lower().endswith(_CONFIG_SUFFIXES):
             self.config_files.append(token)
+        elif self.alone is not None and not self.positionals and not token.startswith("-"):
+            self.positionals.append(token)
         else:
             kind = "unknown option" if token.startswith("-") and len(token) > 1 else "unexpected argument"
             raise ConfigError(f"{kind} {show(token)}: options are given as --name value; see {self.prog} --help")
@@ -115,10 +101,8 @@ class _Scanner:
             return
         spec = self.table.get(name)
         if spec is None:
-            suggestion = nearest(name, [*self.table, "config", "help", "debug"])
-            hint = f"did you mean --{suggestion}?" if suggestion else f"see {self.prog} --help"
-            hint = _ELSEWHERE.get((self.prog, name), hint)
-            raise ConfigError(f"unknown option --{written[:80]}: {hint}")
+            hint = hint_elsewhere(name, [*self.table, "config", "help", "debug"], self.prog, "--")
+            raise ConfigError(f"unknown option --{written[:80]}: {hint or f'see {self.prog} --help'}")
         value: Any = attached
         if not equals and spec.is_list:
             value = list(iter(self._next_value, None))
@@ -144,39 +128,64 @@ class _Scanner:
     def _place_positionals(self) -> None:
         """Give the arguments without a name to the positional options that have no value yet, in order."""
         waiting = self.positionals
+        twice = ""
         for name, spec in self.table.items():
-            if name != spec.name or not spec.positional or not waiting or name in self.flags:
+            if name != spec.name or not (spec.positional or spec is self.alone) or not waiting:
+                continue
+            if name in self.flags:
+                twice = f"--{name} {show(self.flags[name])} is given too, and stands for the same; give one"
                 continue
             if spec.is_list:
                 self.flags[name], waiting = waiting, []
             else:
                 self.flags[name], waiting = waiting[0], waiting[1:]
         if waiting:
-            raise ConfigError(f"unexpected argument {show(waiting[0])}: see {self.prog} --help")
+            raise ConfigError(f"unexpected argument {show(waiting[0])}: {twice or f'see {self.prog} --help'}")
 
 
-def _from_file(path: str, table: dict[str, OptionSpec]) -> dict[str, Any]:
+def _from_file(
+    path: str, table: dict[str, OptionSpec], prog: str, notes: list[str], *, of_training: bool
+) -> dict[str, Any]:
+    """The values of a file.
+
+    Args:
+        notes: get a line about what is ignored.
+        of_training: it may be a file of a run: what only training needs is ignored.
+    """
     from arriero.config.files import read_config  # PyYAML is imported only when a file is given
 
-    return _named(read_config(path), table, path, show_key=lambda key: f"{path}: {key}")
+    given = read_config(path)
+    if of_training:
+        named = {key: key.replace("-", "_") for key in given}
+        ignored = [key for key, name in named.items() if name not in table and training_option(name) is not None]
+        if ignored:
+            more = f" and {len(ignored) - _NAMES_SHOWN} more" if len(ignored) > _NAMES_SHOWN else ""
+            notes.append(f"{path}: ignored, being of training alone: {', '.join(ignored[:_NAMES_SHOWN])}{more}")
+        given = {key: value for key, value in given.items() if key not in ignored and not _unset(named[key], value)}
+    return _named(given, table, path, prog, show_key=lambda key: f"{path}: {key}")
+
+
+def _unset(name: str, value: Any) -> bool:
+    """Whether a file of a run has no value for an option of training that needs none."""
+    spec = training_option(name)
+    return value is None and spec is not None and spec.optional
 
 
 def _named(
-    given: Mapping[str, Any], table: dict[str, OptionSpec], source: str, show_key: Callable[[str], str]
+    given: Mapping[str, Any], table: dict[str, OptionSpec], source: str, command: str, show_key: Callable[[str], str]
 ) -> dict[str, Any]:
     """The typed values of options that a file or a call names.
 
     Args:
         source: the file or function, for messages; `show_key` names a key in it.
+        command: the verb or function.
     """
     values: dict[str, Any] = {}
     for key, value in given.items():
         name = key.replace("-", "_")
         spec = table.get(name)
         if spec is None:
-            suggestion = nearest(name, list(table))
-            hint = f"did you mean {suggestion}?" if suggestion else "no option of this command has that name"
-            hint = _ELSEWHERE.get((source, name), hint)
+            hint = hint_elsewhere(name, table, command) or "no option of this command has that name"
             raise ConfigError(f"{source}: unknown key {show(key)}: {hint}")
         if spec.name in values:
             raise ConfigError(f"{source}: {key} and {spec.name} are the same option: give one")
@@ -203,13 +212,20 @@ def parse(groups: Sequence[type], argv: Sequence[str], prog: str, *, warn: bool 
     scanner = _Scanner(argv, table, prog)
     scanner.scan()
     values: dict[str, Any] = {}
+    notes: list[str] = []
+    of_training = any(getattr(group, "TAKES_FILES_OF_TRAINING", False) for group in groups)
     for path in scanner.config_files:
-        values.update(_from_file(path, table))
+        values.update(_from_file(path, table, prog, notes, of_training=of_training))
     for name, raw in scanner.flags.items():
         spec = table[name]
         where = name.upper() if spec.positional else f"--{name}"
-        values[name] = raw if spec.remainder else convert(spec, raw, where)
-    return _build(groups, values, f"see {prog} --help", warn=warn)
+        try:
+            values[name] = raw if spec.remainder else convert(spec, raw, where)
+        except ConfigError as error:
+            if not (spec.positional and spec.choices and "model_name_or_path" in table):
+                raise
+            raise ConfigError(f"{error}; a model is named by --model_name_or_path") from None
+    return _build(groups, values, frozenset(scanner.flags), f"see {prog} --help", notes, warn=warn)
 
 
 def from_keywords(groups: Sequence[type], keywords: Mapping[str, Any], function: str) -> tuple[Any, ...]:
@@ -225,8 +241,8 @@ def from_keywords(groups: Sequence[type], keywords: Mapping[str, Any], function:
     """
     table = option_table(groups)
     plain = {name: _without_paths(value) for name, value in keywords.items()}
-    values = _named(plain, table, function, show_key=lambda key: f"{function}({key}=...)")
-    return _build(groups, values, f"they are keyword arguments of {function}", warn=True)
+    values = _named(plain, table, function, function, show_key=lambda key: f"{function}({key}=...)")
+    return _build(groups, values, frozenset(values), f"they are keyword arguments of {function}", [], warn=True)
 
 
 def _without_paths(value: Any) -> Any:
@@ -235,9 +251,33 @@ def _without_paths(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _build(groups: Sequence[type], values: dict[str, Any], hint: str, *, warn: bool) -> tuple[Any, ...]:
-    """The instances of groups with values that have their options' types."""
+def _take_base_of_adapter(groups: Sequence[type], values: dict[str, Any], notes: list[str]) -> None:
+    """An adapter without a model: the model is the one that it was trained on."""
+    named = {"model_name_or_path", "model"} & values.keys()
+    if named or not any(issubclass(group, AdapterPathOptions) for group in groups):
+        return
+    name = next((name for name in ("lora_path", "prefix_path") if values.get(name)), None)
+    if name is None or "model_name_or_path" not in option_table(groups):
+        return
+    from arriero.config.adapter_base import stored_base
+
+    base = stored_base(f"--{name}", values[name])
+    if base is not None:
+        values["model_name_or_path"] = base
+        notes.append(f"no model is given: {base} is taken, which {values[name]} names as its base")
+
+
+def _build(
+    groups: Sequence[type], values: dict[str, Any], typed: frozenset[str], hint: str, notes: list[str], *, warn: bool
+) -> tuple[Any, ...]:
+    """The instances of groups with values that have their options' types.
+
+    Args:
+        typed: see `compatibility.check`.
+        notes: are printed with the warnings.
+    """
     specs = [spec for group in groups for spec in specs_of(group)]
+    _take_base_of_adapter(groups, values, notes)
     for spec in specs:
         if spec.required and spec.unless and values.get(spec.unless) is not None:
             values.setdefault(spec.name, ".")
@@ -255,7 +295,7 @@ def _build(groups: Sequence[type], values: dict[str, Any], hint: str, *, warn: b
         instance = group(**{spec.name: values[spec.name] for spec in specs_of(group) if spec.name in values})
         check_values(instance)
         instances.append(instance)
-    for warning in compatibility.check(instances, given=frozenset(values)):
+    for warning in (*notes, *compatibility.check(instances, given=frozenset(values), typed=typed)):
         if warn:
             print(f"arriero: warning: {warning}", file=sys.stderr)
     return tuple(instances)

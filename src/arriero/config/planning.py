@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from arriero.config.checkpoint import CheckpointOptions
+from arriero.config.data import DataOptions
 from arriero.config.option import OptionGroup, option
 from arriero.config.pretraining import CorpusOptions, PretrainModelOptions, PretrainOptimizationOptions
 from arriero.errors import ConfigError
+
+DEFAULT_LENGTH = 2048
 
 
 @dataclass(kw_only=True)
@@ -23,7 +27,9 @@ class PlanOptions(OptionGroup):
         minimum=1,
     )
     search: bool = option(
-        False, "list the fastest layouts of --num_devices that fit, for as many rows a step as without degrees"
+        False,
+        "list the fastest layouts of --num_devices that fit, for as many rows a step as without degrees; it chooses every "
+        "degree itself, and takes none",
     )
     dry_run: bool = option(False, "build the real program of some of the ranks and print the shapes that they hold")
     bandwidth_in_node: float | None = option(
@@ -68,7 +74,9 @@ class PlanModelOptions(PretrainModelOptions):
     """Model."""
 
     model_name_or_path: str = option(
-        "facebook/llama-7b", "folder with a config.json, named model or Hub id; of that, only config.json is fetched"
+        "facebook/llama-7b",
+        "folder with a config.json, named model or Hub id; of that, only config.json is fetched",
+        alone=True,
     )
 
 
@@ -76,8 +84,24 @@ class PlanModelOptions(PretrainModelOptions):
 class PlanCorpusOptions(CorpusOptions):
     """Corpus."""
 
+    TAKES_FILES_OF_TRAINING: ClassVar[bool] = True
+
     input_dir: list[str] = option([], "as in pretrain; the corpus is not looked at", split=False)
-    max_seq_length: int = option(2048, "tokens of one sample", minimum=1)
+    max_seq_length: int = option(
+        0, "tokens of one sample; 0: 2048, or of finetune src_length + tgt_length where one of them is given", minimum=0
+    )
+    src_length: int | None = option(None, "of finetune: longest prompt in tokens", minimum=1)
+    tgt_length: int | None = option(None, "of finetune: longest answer in tokens", minimum=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.src_length is None and self.tgt_length is None:
+            self.max_seq_length = self.max_seq_length or DEFAULT_LENGTH
+            return
+        rows = DataOptions(max_seq_length=self.max_seq_length or None)
+        rows.src_length = self.src_length or rows.src_length
+        rows.tgt_length = self.tgt_length or rows.tgt_length
+        self.max_seq_length = rows.sequence_length
 
 
 @dataclass(kw_only=True)

@@ -19,7 +19,9 @@ class PretrainModelOptions(ModelOptions):
     """Model."""
 
     model_name_or_path: str = option(
-        TINY_MODEL, "folder, named model or Hub id: its configuration, and with --continue_training its weights"
+        TINY_MODEL,
+        "folder, named model or Hub id: its configuration, and with --continue_training its weights",
+        alone=True,
     )
     model_type: str = option("llama", "the seed's word for the one architecture there is", ("llama",))
     config_name: str | None = option(

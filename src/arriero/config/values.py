@@ -36,7 +36,7 @@ def show(value: Any) -> str:
 
 def nearest(word: str, known: list[str]) -> str | None:
     """The known name most like a word, or None if nothing is near."""
-    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
     return matches[0] if matches else None
 
 

@@ -116,9 +116,12 @@ class Engine:
         context = runner.context + runner.prefix_length
         if len(prompt) + params.max_new_tokens > context - prefix:
             less = f" less a prefix of {prefix}" if prefix else ""
+            limit = getattr(
+                runner, "context_name", "max_position_embeddings"
+            )  # a bundle's may be less than its model's
             raise GenerationError(
                 f"the prompt has {len(prompt)} tokens and max_new_tokens is {params.max_new_tokens}: together more than "
-                f"max_position_embeddings, {context}{less}; shorten one of them"
+                f"{limit}, {context}{less}; shorten one of them"
             )
         params.check_prompt(len(prompt))
         grammar = self.grammars.compile(params.structure).start() if params.structure is not None else None

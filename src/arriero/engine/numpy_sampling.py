@@ -133,7 +133,7 @@ def _draw(scores: Floats, greatest: np.float32, row: SamplingRow[npt.NDArray[Any
     """A token, by inverting the cumulative distribution at a random number."""
     params = row.params
     # Less the maximum, so that a tiny temperature makes the others -inf and not the greatest one inf.
-    scores = (scores - greatest) / np.float32(params.temperature)
+    scores = (scores - greatest) / np.float32(params.divisor)
     if params.top_k > 0:
         scores = top_k(scores, params.top_k)
     if params.top_p < 1.0:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from arriero.config.generation import GenerationOptions
+from arriero.config.generation import GenerationOptions, asks_for_draws
 from arriero.engine.structure import Structure
 from arriero.errors import GenerationError
 
@@ -32,7 +32,7 @@ class SamplingParams:
     Attributes:
         max_new_tokens: at most so many tokens.
         min_new_tokens: no stop token or stop string counts before so many tokens.
-        temperature: logits are divided by it; 0 means greedy.
+        temperature: logits are divided by it; 0 means greedy, None 1.
         top_k: draw among the k likeliest tokens; 0 means all.
         top_p: draw among the likeliest tokens that together have this probability (https://arxiv.org/abs/1904.09751).
         min_p: drop tokens below this share of the likeliest one's probability (https://arxiv.org/abs/2407.01082).
@@ -41,7 +41,7 @@ class SamplingParams:
         presence_penalty: taken from the logit of each token that the answer has already.
         logit_bias: added to the logits of tokens, by id.
         do_sample: draw at random; false means the likeliest token always, and temperature, top-k, top-p and min-p have no
-            effect.
+            effect. None: draw if temperature (but 0), top-k, top-p or min-p is set, or several answers are asked for.
         stop_token_ids: tokens that end the answer, besides the tokenizer's own.
         stop_strings: texts that end the answer; neither they nor what follows them is part of it.
         seed: the answer is a function of prompt, parameters and seed, whatever else is generated beside it.
@@ -49,7 +49,7 @@ class SamplingParams:
         logprobs: with each token its log-probability, as the model gives it before any of the above, and those of the so many
             likeliest; None: without.
         prompt_logprobs: the same for each token of the prompt but the first, before which there is nothing; None: without.
-        n: so many answers. The one with index i is drawn with seed + i, so greedy ones are all alike.
+        n: so many answers. The one with index i is drawn with seed + i; greedy ones are all alike.
         best_of: so many answers are generated, and the n with the highest log-probability per token are given, the best
             first, as in the OpenAI API. It is the model's own, as in `logprobs`. None: n.
         structure: the form that the answer must have; None: any. It ends the answer where nothing can follow, and stop tokens
@@ -61,7 +61,7 @@ class SamplingParams:
 
     max_new_tokens: int = 256
     min_new_tokens: int = 0
-    temperature: float = 1.0
+    temperature: float | None = None
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
@@ -69,7 +69,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    do_sample: bool = False
+    do_sample: bool | None = None
     stop_token_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     seed: int | None = None
@@ -89,7 +89,8 @@ class SamplingParams:
         self._check_integer("max_new_tokens", 1)
         self._check_integer("min_new_tokens", 0)
         self._check("min_new_tokens", self.min_new_tokens <= self.max_new_tokens, "from 0 to max_new_tokens")
-        self._check_number("temperature", 0.0, MAX_TEMPERATURE)
+        if self.temperature is not None:
+            self._check_number("temperature", 0.0, MAX_TEMPERATURE)
         self._check_integer("top_k", 0)
         self._check_number("top_p", 0.0, 1.0)
         self._check("top_p", self.top_p > 0.0, "above 0 and at most 1")
@@ -97,8 +98,8 @@ class SamplingParams:
         self._check_number("repetition_penalty", MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
         self._check_number("frequency_penalty", -2.0, 2.0)
         self._check_number("presence_penalty", -2.0, 2.0)
-        for name in ("do_sample", "ignore_eos"):
-            self._check(name, isinstance(getattr(self, name), bool), "true or false")
+        self._check("do_sample", self.do_sample is None or isinstance(self.do_sample, bool), "true, false or None")
+        self._check("ignore_eos", isinstance(self.ignore_eos, bool), "true or false")
         for name in ("logprobs", "prompt_logprobs"):
             self._check_integer(name, 0, MAX_LOGPROBS, optional=True)
         self._check_integer("n", 1, MAX_ANSWERS)
@@ -148,7 +149,16 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
-        return not self.do_sample or self.temperature < MIN_TEMPERATURE
+        if self.divisor < MIN_TEMPERATURE:
+            return True
+        if self.do_sample is not None:
+            return not self.do_sample
+        return self.candidates == 1 and not asks_for_draws(self.temperature, self.top_k, self.top_p, self.min_p)
+
+    @property
+    def divisor(self) -> float:
+        """The temperature that logits are divided by."""
+        return 1.0 if self.temperature is None else self.temperature
 
     @property
     def candidates(self) -> int:
@@ -168,6 +178,7 @@ class SamplingParams:
             self,
             n=1,
             best_of=None,
+            do_sample=not self.greedy,  # of all of them: one alone may ask for no draws
             seed=None if self.seed is None else (self.seed + index) % 2**64,
             logprobs=0 if self.selects and self.logprobs is None else self.logprobs,
             prompt_logprobs=self.prompt_logprobs if index == 0 else None,
@@ -219,7 +230,7 @@ def params_from_options(options: GenerationOptions) -> SamplingParams:
     return SamplingParams(
         max_new_tokens=options.max_new_tokens,
         min_new_tokens=options.min_new_tokens,
-        do_sample=bool(options.do_sample),
+        do_sample=options.do_sample,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,

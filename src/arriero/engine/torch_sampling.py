@@ -182,7 +182,7 @@ def _structured(scores: Tensor, rows: Sequence[Row]) -> Tensor:
 def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:
     """One token a row by inverting the cumulative distribution at one random number of the row's own."""
     # Less the maximum, so that a tiny temperature makes the others -inf and not the greatest one inf.
-    scores = (scores - scores.amax(dim=-1, keepdim=True)) / _column([row.params.temperature for row in rows], scores)
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / _column([row.params.divisor for row in rows], scores)
     scores = _on_rows(
         scores,
         rows,

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from torch.nn.attention import sdpa_kernel
 
 from arriero.errors import ConfigError, FormatError
-from arriero.export.aoti_runner import STEP, decode_name, open_runner
+from arriero.export.aoti_runner import STEP, decode_name, open_runner, program_notes
 from arriero.export.bundle import Bundle
 from arriero.export.prefix_file import PrefixArray
 from arriero.export.processor import needed_isa
@@ -67,8 +67,10 @@ def export_aoti(
         programs = {STEP: trace_step(config, context, weights, made)}
         if made.device.type == "cpu":  # on a GPU one token of each is best computed as any number of them
             programs |= {decode_name(rows): trace_decode(config, context, weights, rows) for rows in decode_rows}
+        shape = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+        notes = program_notes(shape, config.vocab_size, context, weights, made)
         with sdpa_kernel(made.kernels):
-            _compile(programs, path)
+            _compile(programs, path, notes)
         if made.device.type == "cuda":
             check_loads(path, made.device)
 
@@ -116,8 +118,11 @@ def check_loads(package: Path, device: torch.device) -> None:
         )
 
 
-def _compile(programs: Mapping[str, ExportedProgram], path: Path) -> None:
+def _compile(programs: Mapping[str, ExportedProgram], path: Path, notes: Mapping[str, str]) -> None:
     """Compile programs, and put the libraries into one package.
+
+    Args:
+        notes: what each says of itself.
 
     Raises:
         FormatError: when the compiler fails.
@@ -145,7 +150,8 @@ def _compile(programs: Mapping[str, ExportedProgram], path: Path) -> None:
             assert program.example_inputs is not None
             arguments, named = program.example_inputs
             try:
-                written = aot_compile(program.module(check_guards=False), arguments, named, options=options)
+                own = options | {"aot_inductor.metadata": dict(notes)}  # torch adds to it
+                written = aot_compile(program.module(check_guards=False), arguments, named, options=own)
             except RuntimeError as error:
                 failed = name, error
                 break

@@ -154,8 +154,25 @@ def read_bundle(folder: str | Path) -> Bundle:
     folder = Path(folder)
     if not folder.is_dir():
         raise FormatError(f"{folder}: is not a folder; a bundle is one (see `arriero export --help`)")
+    refuse_model(folder)
     values = read_json_object(folder / MANIFEST, "a bundle has one; was the export interrupted?")
     return Bundle(folder, _read_manifest(values, folder / MANIFEST))
+
+
+def refuse_model(folder: Path) -> None:
+    """
+    Raises:
+        FormatError: the folder is a model's, which a bundle can be made of.
+    """
+    if (
+        not (folder / MANIFEST).exists()
+        and (folder / "config.json").is_file()
+        and any(folder.glob("model*.safetensors"))
+    ):
+        raise FormatError(
+            f"{folder}: is a model and no bundle: make one with `arriero export --model_path {folder} --output_path "
+            f"inference/llama`, or ask the model itself with `arriero chat {folder}`"
+        )
 
 
 def _read_manifest(values: dict[str, Any], path: Path) -> Manifest:

@@ -137,8 +137,10 @@ class SlotRunner:
         reuses: False: no slot serves two sequences. What prompts begin with is copied here, without the engine's cache.
         recalled: of each work of the last run, how many of its tokens were so.
         library, device: of the logits.
+        context_name: what a sequence that is too long is told to be longer than.
     """
 
+    context_name = "the bundle's context"
     reuses = False
     adapters = None
 

@@ -239,4 +239,9 @@ def file_type(path: Path, start: bytes) -> tuple[str, str]:
         return "is a file of rows, not of a model", "arriero finetune and evaluate read it as --dataset_path"
     if name.endswith(".json") or start.lstrip()[:1] == b"{":
         return "is JSON", f"name its folder: {folder}"
-    return "is no model, adapter or corpus that is known", "see docs/formats.md for what is"
+    if name.endswith((".yaml", ".yml")):
+        return "is a file of options for --config", f"to look at a run name its folder: {folder}"
+    return (
+        "is no model, adapter or corpus that is known",
+        "read are folders of Hugging Face, PaddleNLP and Meta, GGUF files, adapters, tokenizers, corpora and files of tensors",
+    )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arriero.config.model import DTYPES as NAMES
 from arriero.errors import FormatError
 from arriero.formats.parts import Part
 from arriero.formats.quantized import MARKS, QuantizedFolder, is_quantized, plain
@@ -52,14 +53,15 @@ _SHOWN = 5
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A floating-point dtype by its name ("bfloat16"); None stays None.
+    """A floating-point dtype by its name ("bfloat16", "bf16"); None stays None.
 
     Raises:
         FormatError: for another name.
     """
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
-    found = DTYPES.get(dtype.removeprefix("torch."))
+    name = dtype.removeprefix("torch.")
+    found = DTYPES.get(NAMES.get(name, name))
     if found is None:
         raise FormatError(f"the dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Iterable
 from typing import Any
 
 from arriero.errors import ConfigError
@@ -14,16 +16,41 @@ def check_compiler(wanted: str, instead: str) -> None:
         instead: what can be done without, as a command.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it cannot be run.
     """
+    from torch._inductor import config
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
         get_cpp_compiler()
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
+        named = config.cpp.cxx if isinstance(config.cpp.cxx, list | tuple) else (config.cpp.cxx,)
+        failure = _failure(name for name in named if isinstance(name, str))
+        if failure is not None:
+            raise ConfigError(
+                f"{wanted} needs a C++ compiler, and {failure}: repair it, name another one in $CXX, or {instead}"
+            ) from error
         raise ConfigError(
             f"{wanted} needs a C++ compiler, and there is none: install g++ (or name one in $CXX), or {instead}"
         ) from error
+
+
+def _failure(names: Iterable[str]) -> str | None:
+    """What the first of these compilers that is there says when it is asked for its version; None if none is."""
+    for name in names:
+        try:
+            done = subprocess.run(
+                [name, "--version"], stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=30
+            )
+        except FileNotFoundError:
+            continue
+        except (OSError, subprocess.TimeoutExpired) as error:
+            reason = getattr(error, "strerror", None) or "no answer within 30 s"
+        else:
+            told = (done.stderr.strip() or done.stdout.strip()).decode(errors="replace").splitlines()
+            reason = told[0][:200] if told else f"exit code {done.returncode}"
+        return f"{name} fails ({reason})"
+    return None
 
 
 def vector_isa() -> Any:

@@ -279,11 +279,14 @@ def find_preset(name: str) -> Preset:
     """The preset of a name, an alias or a Hub id, in any case.
 
     Raises:
-        ConfigError: no such preset; it names the nearest ones.
+        ConfigError: no such preset, nor a folder; it names the nearest ones.
     """
     preset = match_preset(name)
     if preset is not None:
         return preset
     nearest = list(dict.fromkeys(_NAMES[near].name for near in difflib.get_close_matches(name.lower(), _NAMES, 6, 0.5)))
-    hint = f"did you mean {' or '.join(nearest[:3])}?" if nearest else f"known are {', '.join(PRESETS)}"
-    raise ConfigError(f"no model is known by the name {name!r}: {hint}")
+    if name.endswith("/"):
+        raise ConfigError(f"{name}: no such folder here")
+    known = f"known are smollm2-135m-instruct and {len(PRESETS) - 1} others (README, Models); a Hub id is owner/name"
+    hint = f"did you mean {' or '.join(nearest[:3])}?" if nearest else known
+    raise ConfigError(f"{name}: no such folder here, and no model is known by the name {name!r}: {hint}")

@@ -229,7 +229,7 @@ class Nf4Weights(WeightScheme):
         if in_features % self.block_size:
             raise ConfigError(
                 f"nf4 blocks of {self.block_size} do not divide the {in_features} inputs of a layer: "
-                "give a --group_size that does"
+                "use int8 (--quantize_base int8, --quant_type int8), or of quantize a --group_size that does"
             )
         return {
             "weight": ((out_features, in_features // 2), torch.uint8),

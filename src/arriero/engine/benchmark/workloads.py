@@ -117,6 +117,30 @@ def long_context(options: BenchOptions, prompts: Prompts) -> list[Job]:
     return [Job("long_context", f"{whole - new} in, {new} out", [prompts.draw(whole - new)], [new], 1)]
 
 
+def cuts(options: BenchOptions, context: int) -> list[str]:
+    """Options, in words, that these workloads cut to what the model's context has room for; none that is as by default."""
+    usual, new = BenchOptions(), options.max_new_tokens
+    chosen = set(options.workloads)
+    whole = min(options.context_length, context)
+    beside = {
+        name: max(1, context - length) for name, length in (("answer", new), ("short", min(new, SHARED_NEW_TOKENS)))
+    }
+    found = []
+    if chosen & {"decode", "mixed"} and options.src_length != usual.src_length:
+        found.append(("src_length", options.src_length, beside["answer"]))
+    if "prefill" in chosen and options.prompt_lengths != usual.prompt_lengths:
+        found.append(("prompt_lengths", max(options.prompt_lengths), context - 1))
+    if "shared_prefix" in chosen and options.shared_length != usual.shared_length:
+        found.append(("shared_length", options.shared_length, max(1, beside["short"] - SHARED_OWN_TOKENS)))
+    if "long_context" in chosen and options.context_length != usual.context_length:
+        found.append(("context_length", options.context_length, context))
+    if chosen & {"decode", "mixed"} and new != usual.max_new_tokens:
+        found.append(("max_new_tokens", new, context - 1))
+    elif "long_context" in chosen and new != usual.max_new_tokens:
+        found.append(("max_new_tokens", new, whole - 1))
+    return [f"--{name} {given} to {room}" for name, given, room in found if given > room]
+
+
 _MAKERS: dict[str, Callable[[BenchOptions, Prompts], list[Job]]] = {
     "decode": decode,
     "prefill": prefill,
