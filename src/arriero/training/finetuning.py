@@ -47,6 +47,7 @@ from arriero.training.run import (
     build_trainer,
     check_run,
     joined,
+    same_weights,
     set_seed,
     share_out,
     train,
@@ -216,6 +217,7 @@ def _finetune(
     if not processes.alone:
         known_by = {split: _known_by(rows) for split, rows in examples.items()}
         check_same_data(processes, known_by if preferred is None else preferred.fingerprints())
+    same_weights(loaded, options, processes)
     share_out(loaded, options, processes, values, data.sequence_length)
     evaluate = None
     if preferred is not None:

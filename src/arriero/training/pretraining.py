@@ -46,6 +46,7 @@ from arriero.training.run import (
     build_trainer,
     check_run,
     joined,
+    same_weights,
     set_seed,
     share_out,
     train,
@@ -235,6 +236,7 @@ def _pretrain(
             print(f"frozen by --freeze: {freeze(loaded.model, optim.freeze):,} parameters")
     if not processes.alone:
         check_same_data(processes, {part: _known_by(dataset) for part, dataset in datasets.items()})
+    same_weights(loaded, options, processes)
     share_out(loaded, options, processes, loaded.values, corpus.max_seq_length)
     set_seed(optim.seed)
     precision = build_precision(options.precision, loaded.device)

@@ -151,6 +151,19 @@ def joined(options: RunOptions) -> Iterator[Processes]:
         stop(processes)
 
 
+def same_weights(loaded: LoadedModel, options: RunOptions, processes: Processes) -> None:
+    """Refuse processes that read other files of the model, or of the adapter that is trained on.
+
+    Raises:
+        ConfigError, PeerError, FormatError: as `check_same_weights`.
+    """
+    adapter, given = find(options.groups, AdapterOptions), options.model
+    fresh = isinstance(given, PretrainModelOptions) and not given.continue_training
+    check_same_weights(
+        processes, None if fresh else loaded.folder, (adapter.lora_path or adapter.prefix_path) if adapter else None
+    )
+
+
 def share_out(
     loaded: LoadedModel, options: RunOptions, processes: Processes, values: Values | None, tokens: int
 ) -> None:
@@ -159,16 +172,8 @@ def share_out(
     Args:
         values: where the weights come from; None in a lone process, whose model has them.
         tokens: of a row.
-
-    Raises:
-        ConfigError: the files of the weights are not the same everywhere.
     """
     precision = options.precision
-    adapter, given = find(options.groups, AdapterOptions), options.model
-    fresh = isinstance(given, PretrainModelOptions) and not given.continue_training
-    check_same_weights(
-        processes, None if fresh else loaded.folder, (adapter.lora_path or adapter.prefix_path) if adapter else None
-    )
     parallelize(
         loaded.model,
         processes,
