@@ -232,6 +232,7 @@ def test_sharding_has_an_effect_in_several_processes_only(
     told = [line for line in warnings_of(COMMANDS[0], capsys) if line.startswith("--sharding")]
     assert told == ["--sharding has no effect in one process: arriero launch starts several"]
     monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "0")
     assert [line for line in warnings_of(COMMANDS[0], capsys) if line.startswith("--sharding")] == []
     whole = [*COMMANDS[0], "--tensor_parallel_degree", "8"]
     assert [line for line in warnings_of(whole, capsys) if line.startswith("--sharding")] == [

@@ -238,7 +238,7 @@ def test_resume_before_the_first_real_step(tmp_path: Path) -> None:
 def test_resume_refuses_other_data(tmp_path: Path) -> None:
     make_trainer(tmp_path, Records(stop=1), Checkpointing("steps", 1)).train()
     for changes in ({"rows": make_rows(9)}, {"micro": 1}, {"seed": 2}):
-        with pytest.raises(TrainingError, match="same data, batch, seed"):
+        with pytest.raises(TrainingError, match=r"same data, batch.*, seed"):
             make_trainer(tmp_path, **changes).resume(tmp_path / "checkpoint-1")
     with pytest.raises(FormatError, match="master is missing"):
         make_trainer(tmp_path, dtype=torch.bfloat16, level="O2").resume(tmp_path / "checkpoint-1")

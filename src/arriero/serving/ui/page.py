@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from arriero.serving.ui.client import AnswerError, ApiClient, Progress
 from arriero.serving.ui.script import SCRIPT, plain, show
 from arriero.serving.ui.words import CHINESE, ENGLISH, THOUGHT, status
 
+TELL_SECONDS = 0.05  # a browser that draws each token of a fast model hears no click for seconds
 MAX_MESSAGE = 100_000  # characters
 FONTS = ["system-ui", "Segoe UI", "Roboto", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]
 CSS = """
@@ -150,11 +152,17 @@ class Page:
         answered = history  # an answer that was there stays if no other comes
         yield history, ""  # of an event that gives nothing at all Gradio makes an empty conversation
         pieces = self._client.chat(key, messages_of(turns, system), settings)
+        line, told = "", 0.0
         try:
             async for progress in self._answers.until_ended(str(request.session_hash), pieces):
                 if progress.text or progress.thought:
                     answered = [*turns, *map(shown, answer_of(progress))]
-                yield answered, f"{progress.tokens} tokens, {progress.tokens_per_second:.1f} tokens/s"
+                line = f"{progress.tokens} tokens, {progress.tokens_per_second:.1f} tokens/s"
+                if time.monotonic() - told >= TELL_SECONDS:
+                    told = time.monotonic()
+                    yield answered, line
+            if line:
+                yield answered, line
         except AnswerError as error:
             yield answered, show(status(error.word, error.detail))
 
