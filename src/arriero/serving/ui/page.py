@@ -31,7 +31,7 @@ footer { display: none !important; }
   #conversation .message-wrap { padding: 0.25rem !important; }
   #conversation .message-wrap .message-row { margin: 0.25rem !important; max-width: none !important; }
   #buttons { gap: 0.25rem !important; }
-  #buttons button { padding: 0.4rem 0 !important; font-size: 0.8rem !important; }
+  #buttons button { padding: 0.4rem 0 !important; font-size: 0.66rem !important; font-weight: 500 !important; }
 }
 """
 # Gradio keeps its `css` to what is inside the page's frame, of which this is the edge.
