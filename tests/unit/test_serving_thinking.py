@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from followed import follows
 
 from arriero.data.chat_template import ChatTemplate
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
@@ -154,16 +158,6 @@ def test_an_answer_that_goes_on_with_a_thought_begins_within_it(tokenizer: Token
 # Forms
 
 
-def allows(compiler: GrammarCompiler, tokenizer: Tokenizer, structure: Structure, text: str) -> str:
-    """Whether the text is a beginning of an answer, or a whole one."""
-    state = compiler.compile(structure).start()
-    for token in tokenizer.encode(text):
-        if not state.allowed[token]:
-            return "no"
-        state.advance(token)
-    return "whole" if state.accepting else "part"
-
-
 FORMS = {
     "json": Structure("json_object"),
     "schema": Structure("json_schema", '{"type": "object", "properties": {"a": {"type": "integer"}}}'),
@@ -176,11 +170,11 @@ FORMS = {
 @pytest.mark.parametrize(
     ("text", "none", "may", "opened"),
     [
-        ('{"a": 1}', "whole", "whole", "part"),
+        ('{"a": 1}', "whole", "whole", "beginning"),
         ('<think>\nIs {"b"} a/b "right"? <tool_call></think>\n\n{"a": 1}', "no", "whole", "whole"),
         ('so</think>\n\n{"a": 1}', "no", "no", "whole"),
-        ("<think>so", "no", "part", "part"),
-        ("<think>so</think>", "no", "part", "part"),
+        ("<think>so", "no", "beginning", "beginning"),
+        ("<think>so</think>", "no", "beginning", "beginning"),
         ("<think>so</think>maybe", "no", "no", "no"),
         ('<think>so</think>{"a": 1}</think>', "no", "no", "no"),
     ],
@@ -190,7 +184,7 @@ def test_a_form_is_of_what_comes_after_the_thought(
 ) -> None:
     for thought, wanted in (("none", none), ("may", may), ("open", opened)):
         structure = Structure(form.kind, form.source, thought)  # type: ignore[arg-type]
-        assert allows(compiler, tokenizer, structure, text) == wanted, thought
+        assert follows(compiler, tokenizer, structure, text) == wanted, thought
 
 
 @pytest.mark.parametrize("form", [CHATML, LLAMA3], ids=["chatml", "llama3"])
@@ -203,15 +197,15 @@ def test_tools_are_called_after_the_thought(
 
     def found(text: str, thought: Thought) -> str:
         structure = structure_with_tools(form, [tool], required=required, parallel=True, thought=thought)
-        return allows(compiler, tokenizer, structure, text)
+        return follows(compiler, tokenizer, structure, text)
 
     text = "no" if required else "whole"
-    assert [found(call, thought) for thought in ("none", "may", "open")] == ["whole", "whole", "part"]
+    assert [found(call, thought) for thought in ("none", "may", "open")] == ["whole", "whole", "beginning"]
     for thinks in (f"<think>I write {call[:14]} x {call}?</think>\n\n", "<think></think>"):
         assert found(thinks + call, "may") == found(thinks.removeprefix("<think>") + call, "open") == "whole"
         assert found(f"{thinks}Hello", "may") == found(f"{thinks}Hello", "open") == text
     assert found("Hello", "may") == text
-    assert found("<think>Hello", "may") == found("Hello", "open") == "part"
+    assert found("<think>Hello", "may") == found("Hello", "open") == "beginning"
 
 
 def test_an_unknown_thought_is_refused() -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from followed import follows
 
 from arriero.data.chat_template import ChatTemplate
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
@@ -68,14 +73,8 @@ def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
 
 
 def allows(compiler: GrammarCompiler, tokenizer: Tokenizer, text: str, form: ToolFormat, **options: Any) -> str:
-    """Whether an answer may be this text ("whole"), may begin so ("beginning"), or may not ("no")."""
     asked = {"required": False, "parallel": True, **options}
-    state = compiler.compile(structure_with_tools(form, TOOLS, **asked)).start()
-    for token in tokenizer.encode(text):
-        if not state.allowed[token]:
-            return "no"
-        state.advance(token)
-    return "whole" if state.accepting else "beginning"
+    return follows(compiler, tokenizer, structure_with_tools(form, TOOLS, **asked), text)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from arriero.config.adapter import AdapterOptions, AdapterPathOptions
-from arriero.config.checkpoint import CheckpointOptions
+from arriero.config.adapter import AdapterPathOptions
 from arriero.config.compilation import CompilationOptions
 from arriero.config.converting import ConvertOptions
 from arriero.config.data import DataOptions
@@ -14,42 +13,15 @@ from arriero.config.evaluation import EvaluateOptions
 from arriero.config.export import ExportOptions
 from arriero.config.generation import GenerationOptions
 from arriero.config.kv_cache import KVCacheOptions
-from arriero.config.logging import LoggingOptions
 from arriero.config.merging import MergeOptions
 from arriero.config.model import ModelOptions
-from arriero.config.optimization import OptimizationOptions
 from arriero.config.parallel import ParallelOptions
 from arriero.config.parser import from_keywords
-from arriero.config.precision import PrecisionOptions
-from arriero.config.preference import PreferenceOptions
 from arriero.config.preprocessing import PreprocessOptions
-from arriero.config.pretraining import CorpusOptions, PretrainModelOptions, PretrainOptimizationOptions
-from arriero.config.quantization import QuantizationOptions, QuantizeOptions
-from arriero.config.vocabulary import VocabularyOptions
+from arriero.config.quantization import QuantizeOptions
+from arriero.config.training import FINETUNE, PRETRAIN
 from arriero.errors import ConfigError
 
-FINETUNE: tuple[type, ...] = (
-    ModelOptions,
-    DataOptions,
-    OptimizationOptions,
-    PrecisionOptions,
-    AdapterOptions,
-    QuantizationOptions,
-    PreferenceOptions,
-    VocabularyOptions,
-    ParallelOptions,
-    CheckpointOptions,
-    LoggingOptions,
-)
-PRETRAIN: tuple[type, ...] = (
-    PretrainModelOptions,
-    CorpusOptions,
-    PretrainOptimizationOptions,
-    PrecisionOptions,
-    ParallelOptions,
-    CheckpointOptions,
-    LoggingOptions,
-)
 EVALUATE: tuple[type, ...] = (
     ModelOptions,
     AdapterPathOptions,

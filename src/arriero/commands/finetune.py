@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from arriero.api.groups import FINETUNE
 from arriero.commands.hub_push import check_push, push
 from arriero.config.adapter import AdapterOptions
 from arriero.config.checkpoint import CheckpointOptions
@@ -18,6 +17,7 @@ from arriero.config.parallel import ParallelOptions
 from arriero.config.precision import PrecisionOptions
 from arriero.config.preference import PreferenceOptions
 from arriero.config.quantization import QuantizationOptions
+from arriero.config.training import FINETUNE
 from arriero.config.vocabulary import VocabularyOptions
 
 HELP = "Fine-tune a model on questions and answers, instructions or conversations: all weights, or LoRA with --lora."

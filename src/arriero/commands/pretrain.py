@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from arriero.api.groups import PRETRAIN
 from arriero.commands.hub_push import check_push, push
 from arriero.config.checkpoint import CheckpointOptions
 from arriero.config.hub import HubOptions
@@ -12,6 +11,7 @@ from arriero.config.logging import LoggingOptions
 from arriero.config.parallel import ParallelOptions
 from arriero.config.precision import PrecisionOptions
 from arriero.config.pretraining import CorpusOptions, PretrainModelOptions, PretrainOptimizationOptions
+from arriero.config.training import PRETRAIN
 
 HELP = "Train a model on a token corpus, from random weights or from those of a model."
 

@@ -5,20 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import cache
 
-from arriero.config.adapter import AdapterOptions
-from arriero.config.checkpoint import CheckpointOptions
-from arriero.config.data import DataOptions, PreviewOptions
+from arriero.config.data import PreviewOptions
 from arriero.config.hub import HubOptions
-from arriero.config.logging import LoggingOptions
-from arriero.config.optimization import OptimizationOptions
+from arriero.config.model import ModelOptions
 from arriero.config.option import OptionSpec, option_table
-from arriero.config.parallel import ParallelOptions
-from arriero.config.precision import PrecisionOptions
-from arriero.config.preference import PreferenceOptions
-from arriero.config.pretraining import CorpusOptions, PretrainModelOptions, PretrainOptimizationOptions
-from arriero.config.quantization import QuantizationOptions
+from arriero.config.training import FINETUNE, PRETRAIN
 from arriero.config.values import nearest
-from arriero.config.vocabulary import VocabularyOptions
 
 # Names of transformers, PEFT and TRL, and of other programs, for options that have another one here: the first that there is.
 _RENAMED: Mapping[str, tuple[str, ...]] = {
@@ -70,24 +62,8 @@ _OF_RESULTS = frozenset(
     f"arriero {verb}" for verb in ("evaluate", "predict", "chat", "serve", "bench", "merge", "export")
 )
 _TRAINING: tuple[tuple[str, tuple[type, ...]], ...] = (
-    (
-        "finetune",
-        (
-            DataOptions,
-            PreviewOptions,
-            OptimizationOptions,
-            PrecisionOptions,
-            AdapterOptions,
-            QuantizationOptions,
-            PreferenceOptions,
-            VocabularyOptions,
-            ParallelOptions,
-            CheckpointOptions,
-            LoggingOptions,
-            HubOptions,
-        ),
-    ),
-    ("pretrain", (PretrainModelOptions, CorpusOptions, PretrainOptimizationOptions)),
+    ("finetune", (*(group for group in FINETUNE if group is not ModelOptions), PreviewOptions, HubOptions)),
+    ("pretrain", tuple(group for group in PRETRAIN if group not in FINETUNE)),
 )
 
 

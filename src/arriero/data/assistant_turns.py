@@ -18,6 +18,7 @@ from arriero.data.chat_template import MarkedChat
 QUESTION: Mapping[str, Any] = {"role": "user", "content": "question"}
 ANSWER: Mapping[str, Any] = {"role": "assistant", "content": "answer"}
 HIDDEN = "\uffff"
+THOUGHT_OPENING, THOUGHT_CLOSING = "<think>", "</think>"  # around what a model thinks before it answers
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from arriero.data.assistant_turns import TurnFrame
+from arriero.data.assistant_turns import THOUGHT_OPENING, TurnFrame
 from arriero.data.samples import Message, Sample
 from arriero.errors import DataError, TemplateError
 
 IGNORE = -100
-THOUGHT_OPENING = "<think>"  # as engine.structure has it, which is above this layer
 
 
 class SFTTokenizer(Protocol):

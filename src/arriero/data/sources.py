@@ -42,9 +42,8 @@ def own_squad() -> Path | None:
 
 
 def _cache_dir() -> Path:
-    from arriero.formats.download import (
-        default_cache_dir,
-    )  # imports torch, which who reads a file of prompts may not have
+    # it imports torch, which who reads a file of prompts may not have
+    from arriero.formats.download import default_cache_dir
 
     return default_cache_dir()
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from arriero.data.assistant_turns import THOUGHT_CLOSING, THOUGHT_OPENING
 from arriero.errors import GenerationError
 
 StructureKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
 # Where an answer thinks first: nowhere, in a thought that its prompt has begun, in one that it may begin itself.
 Thought = Literal["none", "open", "may"]
-THOUGHT_OPENING, THOUGHT_CLOSING = "<think>", "</think>"
 
 # At most so much between two parts of a JSON text: a model must not be able to go on with blanks for ever.
 JSON_BLANKS = r"[\x20\x0A\x0D\x09]{1,32}"

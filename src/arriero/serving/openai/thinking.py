@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from arriero.data.assistant_turns import THOUGHT_CLOSING, THOUGHT_OPENING
 from arriero.data.tokenizer import Tokenizer
-from arriero.engine.structure import THOUGHT_CLOSING, THOUGHT_OPENING, Thought
+from arriero.engine.structure import Thought
 
 TAIL = 16  # tokens of a prompt's end in which a thought can begin or end
 

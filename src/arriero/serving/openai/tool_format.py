@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from arriero.engine.structure import JSON_BLANKS, THOUGHT_OPENING, Structure, Thought, thought_rules
+from arriero.data.assistant_turns import THOUGHT_OPENING
+from arriero.engine.structure import JSON_BLANKS, Structure, Thought, thought_rules
 from arriero.serving.api_errors import ApiError
 from arriero.serving.openai.fields import JsonObjectFormat, JsonSchemaFormat, TextFormat
 from arriero.serving.openai.messages import Tool
