@@ -194,7 +194,9 @@ def test_responses_of_a_model_whose_prompts_begin_a_thought(thinker: Path, tmp_p
         form = {"format": {"type": "json_schema", "name": "a", "schema": {"enum": ["yes"]}}}
         cut = client.responses.create(**settings, text=form)
         assert [item.type for item in cut.output] == ["reasoning"]  # the thought comes first
-        seed = httpx.post(f"{server.url}/api/chat", json={"context": "Hello", "max_length": 12}, timeout=60).json()
+        seed = httpx.post(
+            f"{server.url}/api/chat", json={"context": "Hello", "max_length": 12, "temperature": 0}, timeout=60
+        ).json()
         assert seed["result"]["response"]["utterance"] == "invalid response"  # nothing was said yet
     with Served("--reasoning_format", "none", model=str(folder)) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0)
