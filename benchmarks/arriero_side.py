@@ -14,6 +14,7 @@ from arriero.data.sft import Example
 from arriero.data.steps import FinetuningSteps
 from arriero.formats import hf
 from arriero.models.config import LlamaConfig
+from arriero.models.products import fast_products
 from arriero.parallel.parallelize import parallelize
 from arriero.parallel.processes import Processes
 from arriero.quantization.choice import scheme_for
@@ -62,5 +63,6 @@ def train(
         device=cpu,
     )
     network.train()
-    with contextlib.nullcontext() if recompute else freed_memory_kept():  # as every training run on a CPU does
+    kept = contextlib.nullcontext() if recompute else freed_memory_kept()
+    with kept, fast_products():  # as every training run on a CPU does
         return [trainer.step() for _ in range(steps)]

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from arriero.engine.machine_peak import matrix_product_flops, read_bandwidth
+from arriero.engine.machine_peak import read_bandwidth
 from arriero.models.packed_linear import PackedLinear, has_kernels
 
 SIZE, ROUNDS = 1024, 10
@@ -29,7 +29,7 @@ class Peaks:
     """The best of some rounds.
 
     Attributes:
-        mkl: FLOP/s of `torch.mm`, as training calls it.
+        mkl: FLOP/s of `torch.mm`, as training calls it on most processors.
         onednn: FLOP/s of oneDNN with weights in its own layout, as the engine calls it; that of `mkl` where it is not there.
         copy: bytes a second that are copied, each read once and written once: the bytes of one side.
         read: bytes a second that a sum reads.
@@ -81,9 +81,9 @@ def copy_bandwidth() -> float:
 
 def measure_here() -> Peaks:
     """With the threads that this process has."""
-    cpu = torch.device("cpu")
-    mkl = matrix_product_flops(cpu, torch.float32)
-    return Peaks(mkl, onednn_flops() or mkl, copy_bandwidth(), read_bandwidth(cpu))
+    a = torch.linspace(0.0, 1.0, SIZE * SIZE).view(SIZE, SIZE)
+    mkl = 2.0 * SIZE**3 / _least(lambda: a @ a)
+    return Peaks(mkl, onednn_flops() or mkl, copy_bandwidth(), read_bandwidth(torch.device("cpu")))
 
 
 def measure(threads: int) -> Peaks:

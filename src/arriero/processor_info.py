@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 _CPU_INFO = Path("/proc/cpuinfo")
+_ZEN_5 = 26  # its "cpu family"
 
 
 def model_name() -> str:
@@ -13,8 +14,18 @@ def model_name() -> str:
     return _field("model name")
 
 
+def vendor() -> str:
+    """As x86's processors tell it, "GenuineIntel" or "AuthenticAMD"; "" where the system does not."""
+    return _field("vendor_id")
+
+
 def is_intel() -> bool:
-    return _field("vendor_id") == "GenuineIntel"
+    return vendor() == "GenuineIntel"
+
+
+def has_units_that_mkl_leaves() -> bool:
+    """Whether this is AMD's Zen 5 or a later one, whose 512-bit units compute twice what MKL asks of AMD's processors."""
+    return vendor() == "AuthenticAMD" and "avx512f" in features() and int(_field("cpu family") or 0) >= _ZEN_5
 
 
 def features() -> frozenset[str]:

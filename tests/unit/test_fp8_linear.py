@@ -16,6 +16,7 @@ from arriero.models import fp8_linear
 from arriero.models.config import LlamaConfig
 from arriero.models.fp8_linear import Fp8Linear, check_device, fp8_product
 from arriero.models.llama import LlamaForCausalLM
+from arriero.models.products import Linear
 from arriero.parallel.activation_checkpointing import apply_activation_checkpointing
 from arriero.parallel.eight_bits import apply_fp8, describe_fp8, is_fp8
 from arriero.parallel.parallelize import parallelize
@@ -210,7 +211,7 @@ def test_matrices_of_decoder_layers_and_nothing_else() -> None:
     assert {name.rpartition(".")[2] for name, module in made.named_modules() if is_fp8(module)} == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     }  # fmt: skip
-    assert type(made.lm_head) is nn.Linear
+    assert type(made.lm_head) is Linear
     assert describe_fp8(made) == "fp8: the products of 14 matrices"
 
 
@@ -220,7 +221,7 @@ def test_a_size_that_is_no_multiple_of_16_stays_as_it_is_and_is_told() -> None:
     assert describe_fp8(made) == (
         "fp8: the products of 8 matrices; not down_proj, gate_proj, up_proj, whose sizes are no multiples of 16"
     )
-    assert type(made.get_submodule("model.layers.0.mlp.up_proj")) is nn.Linear
+    assert type(made.get_submodule("model.layers.0.mlp.up_proj")) is Linear
     with pytest.raises(ConfigError, match=r"--fp8: no matrix .*q_proj is 32 x 24"):
         apply_fp8(model(hidden_size=24, intermediate_size=44))
 

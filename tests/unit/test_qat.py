@@ -20,6 +20,7 @@ from arriero.data.steps import FinetuningSteps
 from arriero.errors import ConfigError, FormatError
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
+from arriero.models.products import Linear
 from arriero.parallel.processes import Processes
 from arriero.quantization.linear import QuantizedLinear
 from arriero.quantization.qat import RANGES_FILE, SETTINGS_FILE, QatSettings, is_range, read_settings
@@ -175,7 +176,7 @@ def test_rounds_the_layers_of_the_decoder_only() -> None:
     assert len(names) == LAYERS
     assert all(name.startswith("model.layers.") for name in names)
     assert {name for name, _ in model.named_parameters()} - before == {f"{name}.input_range" for name in names}
-    assert type(model.lm_head) is nn.Linear
+    assert type(model.lm_head) is Linear
     assert inputs_of_layers(model) == {32, 48}
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from arriero.adapters.lora_config import LoRAConfig
 from arriero.models.fp8_linear import forward_product, fp8_product, input_gradient, scaled_gradient
+from arriero.models.products import linear, product
 from arriero.quantization.linear import QuantizedLinear, quantized_product, stored_tensors
 from arriero.quantization.schemes import WeightScheme
 
@@ -90,7 +91,7 @@ class LoRALinear(nn.Module):
         if self.fp8 and self.training:
             return fp8_product(x, self.weight, bias)
         if self.scheme is None:
-            return F.linear(x, self.weight, bias)
+            return linear(x, self.weight, bias)
         return quantized_product(x, self.scheme, stored_tensors(self, self.scheme), bias)
 
     def base_weight(self) -> Tensor:
@@ -140,7 +141,7 @@ class _AdaptedLinear(torch.autograd.Function):
             kept.append(scale)  # of the weight
             y = y if bias is None else y + bias.to(y.dtype)
         else:
-            y = F.linear(x, weight, bias)
+            y = linear(x, weight, bias)
         y.addmm_(low.to(y.dtype), lora_b.t().to(y.dtype), alpha=scaling)
         ctx.save_for_backward(*kept)
         ctx.scaling, ctx.has_bias = scaling, bias is not None
@@ -165,9 +166,9 @@ def _adapted_gradients(ctx, grad):  # type: ignore[no-untyped-def]
         if scale:
             grad_x = input_gradient(scaled_gradient(grad), weight, scale[0], len(grad), grad.dtype)
         else:
-            grad_x = grad @ weight.to(grad.dtype)
+            grad_x = product(grad, weight.to(grad.dtype))
         grad_x.addmm_(grad_low.to(grad.dtype), lora_a.to(grad.dtype))
         grad_x = grad_x.to(x.dtype)
-    grad_weight = (grad.t() @ x.to(grad.dtype)).to(weight.dtype) if needs_weight else None
+    grad_weight = product(grad.t(), x.to(grad.dtype)).to(weight.dtype) if needs_weight else None
     grad_bias = grad.sum(0) if ctx.has_bias and needs_bias else None
     return grad_x, grad_weight, grad_bias, grad_a, grad_b

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from arriero.adapters.dora import MAGNITUDE
 from arriero.adapters.lora_config import LoRAConfig
 from arriero.errors import ConfigError
+from arriero.models.products import is_plain_linear
 from arriero.quantization.linear import QuantizedLinear
 
 # Of so few rows the products of several adapters are joined: each row then meets all of their ranks, its own are kept.
@@ -110,7 +111,7 @@ def _shift(base: Tensor | None, own: Tensor | None, factor: Tensor | None, devic
 
 def _weight(base: nn.Module, layer: str) -> Tensor:
     """(out, in), fp32."""
-    if type(base) is nn.Linear:
+    if is_plain_linear(base):
         return base.weight.float()
     if isinstance(base, QuantizedLinear):
         return base.dequantized(torch.float32)

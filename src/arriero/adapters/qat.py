@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from arriero.adapters.lora import LoRALinear
 from arriero.errors import ConfigError
+from arriero.models.products import is_plain_linear
 from arriero.models.uncompiled import uncompiled
 from arriero.quantization.fake_quant import greatest_input, input_scale, rounded_product, sum_of_weights, weight_scales
 from arriero.quantization.linear import QuantizedLinear
@@ -146,7 +147,7 @@ def apply_qat(model: nn.Module, settings: QatSettings, *, column_parts: int = 1)
     """
     rounding, names = Rounding(), []
     for name, module in list(_linear_layers(model)):
-        if type(module) not in (nn.Linear, LoRALinear) or getattr(module, "scheme", None) is not None:
+        if not (is_plain_linear(module) or type(module) is LoRALinear) or getattr(module, "scheme", None) is not None:
             kind = type(module).__name__
             raise ConfigError(f"--qat cannot round {name} ({kind}): it needs exact weights, or plain LoRA beside them")
         cut = name.rpartition(".")[2] in ("o_proj", "down_proj")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from arriero.models.packed_linear import BF16_PRODUCTS
+from arriero.models.products import fast_products, product
 from arriero.processor_info import features, model_name
 
 # Linux' names of what multiplies numbers of a type, on x86 and on ARM.
@@ -16,16 +17,18 @@ _HALF_PRODUCTS = {torch.bfloat16: BF16_PRODUCTS, torch.float16: {"amx_fp16", "av
 
 
 def matrix_product_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product, the best of some; in fp32 on a CPU that has no instructions for products of `dtype`.
+    """FLOP/s of a square matrix product, as training calls it, the best of some.
 
-    Such a CPU emulates them: their own peak would flatter what is computed by them.
+    In fp32 on a CPU that has no instructions for products of `dtype`: it emulates them, and their own peak would flatter what
+    is computed by them.
     """
     size, rounds = (1024, 10) if device.type == "cpu" else (4096, 20)
     if device.type == "cpu" and not _HALF_PRODUCTS.get(dtype, set()) & features():
         dtype = torch.float32
     # no random numbers: a resumed run must find the generators as they were
     a = torch.linspace(0.0, 1.0, size * size, device=device, dtype=dtype).view(size, size)
-    return 2.0 * size**3 / _least_seconds(lambda: a @ a, device, rounds)
+    with fast_products(one_shape=True):
+        return 2.0 * size**3 / _least_seconds(lambda: product(a, a), device, rounds)
 
 
 def read_bandwidth(device: torch.device) -> float:

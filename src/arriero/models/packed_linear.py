@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arriero.processor_info import features, is_intel
+from arriero.models.products import is_plain_linear
+from arriero.processor_info import features, has_units_that_mkl_leaves, is_intel
 
-# oneDNN also takes weights in the ordinary layout: it then copies each part of them while it computes, which many rows pay for.
+# oneDNN also takes weights in the ordinary layout: it then copies each part of them while it computes, which many rows pay for,
+# and on processors whose units MKL leaves unused any number of them.
 MANY_ROWS = 32
 # Its kernels for fewer rows read the weights at three quarters of the speed (docs/performance.md).
 FEW_ROWS = 4
@@ -62,7 +64,7 @@ def _prefers_mkl() -> bool:
 def is_plain(*layers: nn.Module) -> bool:
     """Whether these are linear layers and nothing more, all of one number format, so that they can be computed as one."""
     return (
-        all(type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks for layer in layers)
+        all(is_plain_linear(x) and not x._forward_hooks and not x._forward_pre_hooks for x in layers)
         and len({(layer.weight.dtype, layer.weight.device) for layer in layers}) == 1
     )
 
@@ -89,6 +91,8 @@ class PackedLinear:
         weights = [layer.weight for layer in layers]
         self._kernels = has_kernels(weights[0].device, weights[0].dtype)
         self._copied = copy and self._kernels
+        left = weights[0].dtype == torch.float32 and has_units_that_mkl_leaves()
+        self._least_rows = 1 if left else MANY_ROWS
         if self._copied:
             self._weight = torch.ops.mkldnn._reorder_linear_weight(_joined(weights), None)
         else:
@@ -106,7 +110,7 @@ class PackedLinear:
         """Whether for an input of so many rows what follows the product is best computed with it."""
         if self._copied:
             return not is_for_mkl(len(x), x.dtype)
-        return self._kernels and len(x) >= MANY_ROWS
+        return self._kernels and len(x) >= (MANY_ROWS if torch.compiler.is_compiling() else self._least_rows)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The product."""

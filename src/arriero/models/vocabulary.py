@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from arriero.models.llama import LlamaForCausalLM
+from arriero.models.products import Linear
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -20,7 +21,7 @@ def resize_vocabulary(model: LlamaForCausalLM, rows: int) -> None:
     model.config = replace(model.config, vocab_size=rows)
     old, width = model.model.embed_tokens.weight, model.config.hidden_size
     with torch.device("meta"):  # without drawing values
-        embedding, head = nn.Embedding(rows, width), nn.Linear(width, rows, bias=False)
+        embedding, head = nn.Embedding(rows, width), Linear(width, rows, bias=False)
     model.model.embed_tokens, model.lm_head = embedding.to(old.dtype), head.to(old.dtype)
     for module in (model.model.embed_tokens, model.lm_head):
         module.to_empty(device=old.device).train(model.training).requires_grad_(old.requires_grad)

@@ -21,6 +21,7 @@ from arriero.adapters.dora import DoRALinear
 from arriero.adapters.lora import LoRALinear
 from arriero.adapters.qat import RoundingLinear
 from arriero.errors import ConfigError
+from arriero.models import products
 from arriero.models.config import LlamaConfig
 from arriero.models.fp8_linear import Fp8Linear
 from arriero.models.llama import DecoderLayer, LlamaForCausalLM
@@ -227,7 +228,7 @@ def _without_bias(linear: nn.Module) -> Callable[[Tensor], Tensor]:
         if isinstance(linear, LoRALinear | RoundingLinear | QuantizedLinear | Fp8Linear):
             return linear.product(x, None)
         assert isinstance(linear, nn.Linear)
-        return F.linear(x, linear.weight)
+        return products.linear(x, linear.weight)
 
     return forward
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
+from arriero.models.products import linear, product
 from arriero.models.uncompiled import uncompiled
 from arriero.quantization.integers import IntegerScheme, absmax_scales, at_least_fp32, dequantize, quantize
 from arriero.quantization.linear import rounded
@@ -125,7 +125,7 @@ class _RoundedProduct(torch.autograd.Function):
             x, _ = rounded(x, input_scale(input_range))
         with torch.autocast(x.device.type, enabled=False):
             factor = rounded_weight(total, scales, scheme).to(x.dtype)
-            return F.linear(x, factor, None if bias is None else bias.to(x.dtype))
+            return linear(x, factor, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -143,7 +143,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_range = grad_weight = grad_a = grad_b = grad_bias = None
     if needs_x or needs_range:
         total = rounded_weight(sum_of_weights(weight, lora_a, lora_b, ctx.scaling), scales, ctx.scheme)
-        grad_x = grad @ total.to(x.dtype)
+        grad_x = product(grad, total.to(x.dtype))
         del total
         if inside is not None:
             if needs_range:
@@ -151,7 +151,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             grad_x = grad_x * inside
     tokens, values = grad.flatten(0, -2), values.flatten(0, -2)
     if needs_weight:
-        grad_weight = (tokens.t() @ values).to(weight.dtype)
+        grad_weight = product(tokens.t(), values).to(weight.dtype)
     if needs_a or needs_b:
         wide, values = tokens.to(lora_a.dtype), values.to(lora_a.dtype)
         grad_b = (wide.t() @ (values @ lora_a.t())).mul_(ctx.scaling)

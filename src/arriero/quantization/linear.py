@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from arriero.errors import ConfigError, FormatError
 from arriero.models.config import LlamaConfig
+from arriero.models.products import linear, product
 from arriero.models.weight_shapes import weight_shapes
 from arriero.quantization.integers import at_least_fp32
 from arriero.quantization.schemes import WeightScheme
@@ -130,7 +130,7 @@ class _QuantizedProduct(torch.autograd.Function):
             x, inside = rounded(x, tensors.get("input_scale"))
         weight = scheme.dequantize(tensors, x.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+            y = linear(x, weight, None if bias is None else bias.to(x.dtype))
         ctx.save_for_backward(*stored, *(() if inside is None else (inside,)))
         ctx.scheme, ctx.dtype = scheme, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -145,7 +145,7 @@ class _QuantizedProduct(torch.autograd.Function):
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             with torch.autocast(grad.device.type, enabled=False):
-                grad_x = grad.to(ctx.dtype) @ ctx.scheme.dequantize(tensors, ctx.dtype)
+                grad_x = product(grad.to(ctx.dtype), ctx.scheme.dequantize(tensors, ctx.dtype))
             if len(saved) > len(names):
                 grad_x = grad_x * saved[-1]
         if ctx.needs_input_grad[1]:

@@ -11,6 +11,7 @@ from arriero.data.batch import Batch, LazyBatches
 from arriero.data.steps import DataShare, share_out
 from arriero.errors import TrainingError
 from arriero.models.llama import LlamaForCausalLM
+from arriero.models.products import fast_products
 from arriero.parallel.processes import Processes
 from arriero.training.execution import Execution, Sums
 from arriero.training.precision import NOTHING, first_non_finite_parameter
@@ -37,10 +38,11 @@ def evaluate_loss(
     was_training = layers.model.training
     layers.model.eval()
     own = share_out(batches, share)
-    while group := list(islice(own, execution.batches_at_once)):
-        total += execution.score(group)
-        if on_rows:
-            on_rows(sum(batch.rows for batch in group))
+    with fast_products():
+        while group := list(islice(own, execution.batches_at_once)):
+            total += execution.score(group)
+            if on_rows:
+                on_rows(sum(batch.rows for batch in group))
     layers.model.train(was_training)
     loss, count, *statistics = processes.sum([total.loss, total.count, *total.statistics])
     return layers.objective.evaluation(loss, count, statistics)

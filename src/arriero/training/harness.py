@@ -30,6 +30,7 @@ from arriero.engine.loading import LoadedModel
 from arriero.engine.sampling_params import SamplingParams
 from arriero.engine.shared_generation import generate_shared
 from arriero.errors import ArrieroError, ConfigError, DataError, GenerationError, TemplateError
+from arriero.models.products import fast_products
 from arriero.parallel.generation import for_generation
 from arriero.parallel.parallelize import Parallel
 from arriero.parallel.processes import Processes
@@ -155,6 +156,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         quiet = quiet or not processes.first
         with (
             processes.together(),
+            fast_products(),
             tqdm(total=sum(map(len, batches)), unit="row", desc="loglikelihood", leave=False, disable=quiet) as bar,
         ):
             for first in range(0, len(batches), copies):

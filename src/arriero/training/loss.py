@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
 from arriero.data.sft import IGNORE
+from arriero.models.products import linear, product
 
 # fp16 sums over rows reach its greatest number, 65,504; a chunk's sum is added up in fp32
 FP16_CHUNK = 4096
@@ -106,7 +106,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, targets.numel(), chunk):
             part = rows[start : start + chunk].to(compute)
             target = targets[start : start + chunk].unsqueeze(1)
-            logits = F.linear(part, head).to(wide)
+            logits = linear(part, head).to(wide)
             inside: Tensor | None = None
             if shared:
                 local = target - vocabulary_part.start
@@ -138,7 +138,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad.scatter_add_(1, target, at_target if inside is None else at_target * inside)
                 low = grad.to(compute)
                 if grad_rows is not None:
-                    grad_rows[start : start + chunk] = low @ head
+                    grad_rows[start : start + chunk] = product(low, head)
                 if grad_weight is not None:
                     if compute == wide:
                         grad_weight.addmm_(low.t(), part, beta=0.0 if start == 0 else 1.0)  # beta 0: not even read

@@ -32,6 +32,7 @@ from arriero.models.attention import document_kernel
 from arriero.models.fp8_linear import check_device
 from arriero.models.llama import LlamaForCausalLM
 from arriero.models.presets import match_preset
+from arriero.models.products import fast_products
 from arriero.parallel.eight_bits import describe_fp8
 from arriero.parallel.launching.resuming import accumulate_for_absent_machines
 from arriero.parallel.materialize import Values, materialize
@@ -335,7 +336,8 @@ def train(trainer: Trainer, options: RunOptions, folder: RunFolder, signals: Sto
     else:
         _tell_plan(trainer, options)
     on_cpu = trainer.device.type == "cpu"
-    with freed_memory_kept() if on_cpu and not options.precision.recompute else contextlib.nullcontext():
+    kept = freed_memory_kept() if on_cpu and not options.precision.recompute else contextlib.nullcontext()
+    with kept, fast_products():
         state = trainer.train()
     if signals.received and state.step < trainer.total_steps and not trainer.stopped_early:
         raise RunStopped(

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from arriero.data.sft import IGNORE
+from arriero.models.products import linear, product
 from arriero.training.loss import CHUNK_ELEMENTS, VocabularyPart
 
 
@@ -50,7 +50,7 @@ class _LinearLogProbabilities(torch.autograd.Function):
         at_target = torch.empty(count, 1, dtype=wide, device=rows.device)
         for start in range(0, count, chunk):
             run = slice(start, start + chunk)
-            logits = F.linear(rows[run].to(compute), head).to(wide)
+            logits = linear(rows[run].to(compute), head).to(wide)
             local, inside = _local(targets[run], first, weight.shape[0])
             at_target[run] = logits.gather(1, local) * inside
             log_sums[run] = logits.logsumexp(1, keepdim=True)
@@ -72,12 +72,12 @@ class _LinearLogProbabilities(torch.autograd.Function):
             run = slice(start, start + ctx.chunk)
             part = rows[run].to(ctx.compute)
             # d log p(target) / d logits = one at the target - softmax
-            at_logits = F.linear(part, head).to(wide).sub_(log_sums[run]).exp_().neg_()
+            at_logits = linear(part, head).to(wide).sub_(log_sums[run]).exp_().neg_()
             local, inside = _local(targets[run], ctx.first, weight.shape[0])
             at_logits.scatter_add_(1, local, inside.to(at_logits.dtype))
             low = at_logits.mul_(grad[run].unsqueeze(1)).to(ctx.compute)
             if grad_rows is not None:
-                grad_rows[run] = low @ head
+                grad_rows[run] = product(low, head)
             if grad_weight is not None:
                 grad_weight += low.t() @ part
         return (

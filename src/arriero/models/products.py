@@ -1,0 +1,138 @@
+"""Matrix products of training and scoring on a CPU, by whichever of torch's two libraries is faster there.
+
+torch multiplies fp32 matrices by MKL, which keeps to 256-bit instructions on AMD's processors. oneDNN, which torch has too but
+calls for other formats only, uses 512-bit ones. Where these are computed at once, on Zen 5 and later, it is 2.3 times as fast
+(docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arriero.processor_info import has_units_that_mkl_leaves
+
+# Multiplications from which oneDNN gains more than its call costs.
+LEAST = 1 << 24
+# It compiles kernels for each shape of a product, 0.5 to 1.3 MiB of them. A step calls it with about 25 shapes; where the next
+# step has other ones, compiling them anew costs nothing that can be measured.
+KEPT_SHAPES = 32
+# oneDNN's own, and that of torch's calls of it; each is read with the first call.
+_LIMITS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+
+_PLAIN = (Tensor, nn.Parameter)
+_active = False
+
+
+class Linear(nn.Linear):
+    """torch's own layer with `linear` for its product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return linear(x, self.weight, self.bias)
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether this is a linear layer and nothing more."""
+    return type(module) in (nn.Linear, Linear)
+
+
+@contextlib.contextmanager
+def fast_products(*, one_shape: bool = False) -> Iterator[None]:
+    """Inside, the functions of this module call oneDNN where it is faster. No effect on other processors.
+
+    With its first use the compiled kernels that this process keeps are limited, where the environment has no other number.
+
+    Args:
+        one_shape: there is nothing to limit.
+    """
+    global _active
+    if not _is_faster():
+        yield
+        return
+    for name in () if one_shape else _LIMITS:
+        os.environ.setdefault(name, str(KEPT_SHAPES))
+    before, _active = _active, True
+    try:
+        yield
+    finally:
+        _active = before
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`: (..., in), (out, in), (out,) -> (..., out)."""
+    if _active and _is_suited(x.numel() // weight.shape[1], x, weight) and not torch.is_autocast_enabled("cpu"):
+        y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return y
+    return F.linear(x, weight, bias)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of (..., k) and (k, n), without gradients of its own: for what is a gradient, or asks for none."""
+    if _active and _is_suited(a.numel() // len(b), a, b):
+        y: Tensor = _onednn(a, b.t(), None)
+        return y
+    return a @ b
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        y: Tensor = _onednn(x, weight, bias)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = gradients
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        return (
+            product(grad, weight) if ctx.needs_input_grad[0] else None,
+            product(rows.t(), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None,
+            rows.sum(0) if ctx.needs_input_grad[2] else None,
+        )
+
+
+@torch.library.custom_op("arriero::onednn_product", mutates_args=())
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x weight^T + bias``; an operator of its own, which the compiler leaves as it is.
+
+    oneDNN reads a weight in rows or in columns without gaps; of any other it computes number by number, 2,000 times as slowly.
+    """
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return y
+
+
+@_onednn.register_fake
+def _shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+def _is_suited(rows: int, a: Tensor, b: Tensor) -> bool:
+    """Whether oneDNN can be called for a product of so many rows with a matrix, and the product is large enough."""
+    return (
+        rows * b.numel() >= LEAST
+        and a.dtype == b.dtype == torch.float32
+        and a.device.type == b.device.type == "cpu"
+        and type(a) in _PLAIN
+        and type(b) in _PLAIN
+    )
+
+
+@cache
+def _is_faster() -> bool:
+    return (
+        has_units_that_mkl_leaves()
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
