@@ -170,6 +170,7 @@ CASES = {
     "roofline": Case("roofline", (), 5),
     "growth": Case("growth", (), 6),
 }  # fmt: skip
+OWN_TABLES = ("roofline", "growth")  # those have one in the document, which `--write` makes
 
 
 def genai_model(model: Path, folder: Path) -> Path:
@@ -192,8 +193,10 @@ def genai_model(model: Path, folder: Path) -> Path:
     return folder
 
 
-def more_options(name: str, case: Case, scratch: Path, there: dict[str, bool]) -> list[str]:
+def more_options(name: str, case: Case, scratch: Path, there: dict[str, bool], write: bool) -> list[str]:
     """What can only be said here: folders, and the peers that are there."""
+    if write and name in OWN_TABLES:
+        return ["--write"]
     if name == "train15m":
         from small_model import save_small
 
@@ -227,7 +230,7 @@ def missing(name: str, case: Case, there: dict[str, bool]) -> list[Record]:
     ]
 
 
-def run(name: str, case: Case, scratch: Path, there: dict[str, bool]) -> list[Record]:
+def run(name: str, case: Case, scratch: Path, there: dict[str, bool], write: bool) -> list[Record]:
     """Run a case and read what it found; a failure is a record too."""
     found, target = missing(name, case, there), scratch / f"{name}.jsonl"
     if any(not there[peer] for peer in case.peers):
@@ -235,7 +238,7 @@ def run(name: str, case: Case, scratch: Path, there: dict[str, bool]) -> list[Re
     log = LOGS / f"{name}.log"
     log.unlink(missing_ok=True)
     try:
-        options = more_options(name, case, scratch, there)
+        options = more_options(name, case, scratch, there, write)
         command = [sys.executable, str(HERE / f"{case.program}.py"), *case.options, *options, "--json", str(target)]
         with log.open("w", encoding="utf-8") as output:
             output.write(" ".join(command) + "\n")
@@ -294,7 +297,9 @@ def main() -> None:
     parser.add_argument("--install", action="store_true", help="make the environments of missing peers first")
     parser.add_argument("--install-genai", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON lines are added to it")
-    parser.add_argument("--write", action="store_true", help="the table goes into docs/performance.md too")
+    parser.add_argument(
+        "--write", action="store_true", help="the tables go into docs/performance.md too, with their pictures"
+    )
     given = parser.parse_args()
     if given.install_genai:
         make_environment(GENAI, GENAI_PACKAGES)
@@ -318,7 +323,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=LOGS) as scratch:
             for name, case in chosen.items():
                 start = time.monotonic()
-                found = run(name, case, Path(scratch), there)
+                found = run(name, case, Path(scratch), there, given.write)
                 records.write(given.results, found)
                 print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
                 print("\n".join(map(goals.row, found)), flush=True)
