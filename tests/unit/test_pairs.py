@@ -49,6 +49,17 @@ def tokenizer(folder: Path) -> Tokenizer:
         ({"prompt": [USER], "chosen": "Yes", "rejected": "No"}, True),
         ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, True),
         ({"prompt": "Hi", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, True),  # UltraFeedback
+        ({"prompt": "Hi", "chosen": GOOD, "rejected": BAD}, True),
+        ({"instruction": "Hi", "input": "", "chosen": "Yes", "rejected": "No"}, True),  # LLaMA-Factory
+        (
+            {
+                "conversations": [{"from": "human", "value": "Hi"}],
+                "chosen": {"from": "gpt", "value": "Yes"},
+                "rejected": {"from": "gpt", "value": "No"},
+            },
+            True,
+        ),
+        ({"messages": [USER], "chosen": GOOD, "rejected": BAD}, True),
         ({"src": "Hi", "response": ["Yes", "No"], "sort": [1, 0]}, True),
         ({"src": ["Hi"], "tgt": [], "response": [["No"], ["Yes"]], "sort": [0, 1]}, True),
         ({"src": ["Hi"], "tgt": "", "response": ["No", "Yes"], "sort": [-1.5, 2.5]}, True),
@@ -59,6 +70,25 @@ def test_every_form_of_a_pair(row: dict[str, Any], chat: bool) -> None:
     assert (pair.chosen.target, pair.rejected.target) == ("Yes", "No")
     for sample in (pair.chosen, pair.rejected):
         assert (sample.prompt, sample.history, sample.chat, sample.where) == ("Hi", (), chat, "f:7")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi", "chosen": "Yes", "rejected": "No"},
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+        {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"instruction": "Hi", "chosen": "Yes", "rejected": "No"},
+        {"conversations": [{"from": "human", "value": "Hi"}], "chosen": "Yes", "rejected": "No"},
+        {"src": "Hi", "response": ["Yes", "No"], "sort": [1, 0]},
+    ],
+)
+def test_a_system_beside_a_pair_goes_before_it(row: dict[str, Any]) -> None:
+    pair = pair_from_row({**row, "system": "Be brief."}, "f:1")
+    for sample, answer in ((pair.chosen, "Yes"), (pair.rejected, "No")):
+        assert (sample.history, sample.prompt, sample.target, sample.chat) == (
+            ({"role": "system", "content": "Be brief."},), "Hi", answer, True,
+        )  # fmt: skip
 
 
 def test_earlier_turns_are_history() -> None:
@@ -78,7 +108,24 @@ def test_earlier_turns_are_history() -> None:
         ({"prompt": "a", "completion": "b"}, "'chosen' and 'rejected' are needed"),
         ({"prompt": "a", "chosen": "b"}, "'rejected' is missing"),
         ({"prompt": "a", "chosen": None, "rejected": "b"}, "'chosen' is missing"),
-        ({"chosen": "a", "rejected": "b"}, "'prompt' must be a string"),
+        ({"chosen": "a", "rejected": "b"}, "has no 'prompt'; it has chosen, rejected"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "'prompt' must be a string or a list of turns, found a number"),
+        (
+            {"prompt": "a", "completion": "b", "label": True},
+            "'label' judges a single one, for KTO, which is not supported",
+        ),
+        (
+            {"instruction": "a", "chosen": {"from": "gpt"}, "rejected": "b"},
+            "must be a string, as 'instruction' is, found an obj",
+        ),
+        (
+            {"prompt": [{"role": "system", "content": "x"}, USER], "chosen": "b", "rejected": "c", "system": "y"},
+            "'system' and the system turn differ",
+        ),
+        (
+            {"prompt": [USER], "chosen": [{**GOOD, "weight": 0}], "rejected": [BAD]},
+            "'chosen' ends with a turn that is not to be learned",
+        ),
         ({"prompt": "a", "chosen": 1, "rejected": "b"}, "'chosen' must be a string"),
         ({"prompt": [USER], "chosen": [USER], "rejected": [BAD]}, "'chosen': the last turn must be the assistant's"),
         ({"prompt": [], "chosen": [GOOD], "rejected": [BAD]}, "a 'user' turn is expected"),

@@ -227,7 +227,7 @@ def test_empty_and_long_answers_are_counted(tokenizer: Tokenizer) -> None:
     examples, report = encode_all(samples, tokenizer, 32, 8)
     assert (report.empty_target, report.truncated_target, report.rows) == (1, 1, 3)
     assert examples[1].label_count == 8
-    assert "1 answers cut to fit tgt_length; 1 answers are empty" in str(report)
+    assert "1 answers cut to fit tgt_length; warning: 1 rows have an empty answer" in str(report)
 
 
 def test_a_prompt_that_cannot_fit_is_named_with_its_line(tokenizer: Tokenizer) -> None:
@@ -300,7 +300,7 @@ def test_csv_and_tsv_rows(tmp_path: Path) -> None:
         (b"src,tgt\na,b,c\n", r":2: 3 fields, the header names 2"),
         (b"src,src\na,b\n", r":1: the first line must name every column"),
         (b"src,\na,b\n", r":1: the first line must name every column"),
-        (b"src,tgt\na,\xff\n", r"not a table in UTF-8"),
+        (b"src,tgt\na,\xff\n", r"train.csv: line 2 byte 3 of it is no UTF-8 text; save the file as UTF-8"),
         (b'src,tgt\na,"b" c\n', r":2: not readable as a table"),
         (b"src,tgt\n", r"holds no row"),
         (b"", r"holds no row"),
@@ -358,14 +358,14 @@ def test_an_array_of_pairs_and_halves_of_surrogates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'[{"src": "a", "tgt": "b"}, 3]', r"\[1\]: a JSON object is expected, found int"),
+        (b'[{"src": "a", "tgt": "b"}, 3]', r"\[1\]: a JSON object is expected, found a number"),
         (b'[{"src": "a", "tgt": "b"}, {"src": "a"}]', r"\[1\]: has no 'tgt'"),
         (b'[{"src": "a", "tgt": "b"},]', r"\[1\]: not JSON \(Expecting value: line 1 column 27"),
         (b'[{"src": "a", "tgt": "b"},\n {"src": a}]', r"\[1\]: not JSON \(Expecting value: line 2 column 10"),
         (b'\n[{"src": "a", "tgt": "b"}\n', r"\[0\]: not followed by , or \] \(line 3 column 1\)"),
         (b'[{"src": "a", "tgt": "b"} {"src"', r"\[0\]: not followed by , or \] \(line 1 column 27\)"),
         (b'[{"src": "a", "tgt": "b"}]\n[]', r": more follows the array's end \(line 2 column 1\)"),
-        (b'[{"src": "\xff"}]', r": not UTF-8 text"),
+        (b'[{"src": "a"},\n {"src": "\xff"}]', r": line 2 byte 11 of it is no UTF-8 text; save the file as UTF-8"),
         (b"[" * 100_000, r"\[0\]: not JSON"),
         (b"[", r"\[0\]: not JSON"),
         (b"[ ]", r": holds no row to learn from"),

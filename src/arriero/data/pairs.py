@@ -19,7 +19,7 @@ from arriero.data.batch import MIN_SHARED_TOKENS, Batch, LazyBatches, PairedRows
 from arriero.data.order import StepOrder
 from arriero.data.row_files import read_rows
 from arriero.data.rows.preferences import PairSample, pair_from_row
-from arriero.data.sft import Example, SFTTokenizer, encode_sample
+from arriero.data.sft import Example, SFTTokenizer, encode_sample, is_empty
 from arriero.data.sources import find_splits
 from arriero.data.steps import DataShare, OrderedSteps
 from arriero.errors import DataError
@@ -45,6 +45,7 @@ class PairReport:
     truncated_context: int = 0
     truncated_target: int = 0
     equal: int = 0
+    empty: int = 0
     tokens: int = 0
     longest: int = 0
 
@@ -56,6 +57,8 @@ class PairReport:
             text += f"; {self.truncated_target:,} answers cut to fit tgt_length"
         if self.equal:
             text += f"; warning: {self.equal:,} pairs have two equal answers, of which nothing can be preferred"
+        if self.empty:
+            text += f"; warning: {self.empty:,} pairs have an empty answer"
         return text
 
 
@@ -111,6 +114,7 @@ def encode_pairs(
             report.longest = max(report.longest, row.length)
             report.truncated_target += target_cut
         report.truncated_context += context_cut  # the prompt of both
+        report.empty += any(is_empty(answer) for answer in (sample.chosen, sample.rejected))
         report.equal += rows[0].input_ids == rows[1].input_ids
         pairs.append(Pair(*rows))
         report.pairs += 1

@@ -19,9 +19,10 @@ PARQUET_ROWS = 512
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".json", ".jsonl", *DELIMITERS, ".parquet")
 # Columns of a table that hold lists: in CSV they are JSON text
-LIST_COLUMNS = ("messages", "conversations", "instances", "tools", "answers")
+LIST_COLUMNS = ("messages", "conversations", "instances", "tools", "answers", "history")
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
+_NO_UTF8 = "of it is no UTF-8 text; save the file as UTF-8"
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -43,7 +44,7 @@ def read_json(path: Path) -> Iterator[tuple[str, Any]]:
     object.
 
     Raises:
-        DataError: naming the line or the element that is not JSON.
+        DataError: naming the line or the element that is not JSON, or the byte that is no UTF-8.
     """
     try:
         with path.open("rb") as file:  # opened once, for it may be a pipe
@@ -57,8 +58,9 @@ def read_json(path: Path) -> Iterator[tuple[str, Any]]:
                 if len(line) > MAX_ROW_BYTES:
                     raise DataError(f"{where}: a row of more than {MAX_ROW_BYTES} bytes, the most that are read")
                 if line.strip():
+                    text = utf8_text(line, path, number)
                     try:
-                        yield where, _value(line)
+                        yield where, _value(text, line)
                     except (ValueError, RecursionError) as error:
                         hint = "" if begun else "; rows are JSON objects, one a line, or one JSON array of objects"
                         raise DataError(f"{where}: not JSON ({error}){hint}") from error
@@ -80,11 +82,26 @@ def _array(file: BinaryIO, start: bytes, path: Path) -> str:
             f"{path}: a JSON array of more than {MAX_ARRAY_BYTES} bytes, the most that are read; write an object a line "
             "(JSON lines), which has no such limit"
         )
+    return utf8_text(content, path)
+
+
+def utf8_text(content: bytes, path: Path, line: int = 1) -> str:
+    """The text of UTF-8, without a byte order mark; half a pair of surrogates passes: it is mended in the row.
+
+    Args:
+        line: the number of the first one, for messages.
+
+    Raises:
+        DataError: naming the line and the byte that is none.
+    """
+    unmarked = content.removeprefix(codecs.BOM_UTF8)
     try:
-        # half a pair in bytes passes, as in a line; it is mended in the row
-        return content.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogatepass")
+        return unmarked.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error})") from error
+        wrong = error.start + len(content) - len(unmarked)
+        line += content.count(b"\n", 0, wrong)
+        byte = wrong - content.rfind(b"\n", 0, wrong)
+        raise DataError(f"{path}: line {line} byte {byte} {_NO_UTF8}") from error
 
 
 def _elements(text: str, path: Path) -> Iterator[tuple[str, Any]]:
@@ -126,8 +143,8 @@ def _place(text: str, at: int) -> str:
     return f"line {text.count(chr(10), 0, at) + 1} column {at - text.rfind(chr(10), 0, at)}"
 
 
-def _value(line: bytes) -> Any:
-    value = json.loads(line)
+def _value(text: str, line: bytes) -> Any:
+    value = json.loads(text)
     if b"\\u" in line or b"\xed" in line:  # how half a pair is written; one that is none costs a look at each text
         return all_without_surrogates(value)
     return value
@@ -142,7 +159,7 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, 
     csv.field_size_limit(MAX_ROW_BYTES)
     try:
         # utf-8-sig: spreadsheets write a byte order mark, which must not become part of the first name
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.reader(_bounded_lines(file, path), delimiter=delimiter, strict=True)
             names: list[str] = []
             try:
@@ -158,19 +175,22 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, 
                         yield where, {name: _field(name, text) for name, text in zip(names, fields, strict=True)}
             except csv.Error as error:
                 raise DataError(f"{path}:{reader.line_num}: not readable as a table ({error})") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not a table in UTF-8 ({error})") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _bounded_lines(file: TextIO, path: Path) -> Iterator[str]:
-    """The lines of a file, none of them longer than a row may be."""
+    """The lines of a file, none of them longer than a row may be, all of them UTF-8: other bytes came in as surrogates."""
     number = 0
     while line := file.readline(MAX_ROW_BYTES + 1):
         number += 1
         if len(line) > MAX_ROW_BYTES:
             raise DataError(f"{path}:{number}: a line of more than {MAX_ROW_BYTES} characters")
+        try:
+            line.encode()
+        except UnicodeEncodeError as error:
+            byte = len(line[: error.start].encode()) + 1
+            raise DataError(f"{path}: line {number} byte {byte} {_NO_UTF8}") from error
         yield line
 
 

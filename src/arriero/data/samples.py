@@ -34,6 +34,7 @@ class Sample:
         references: answers that count as right when a metric is computed.
         source: number of the data set it is from, where several are mixed.
         where: file and line, for messages.
+        told: the format that the row's keys told; "" where --data_format named it.
     """
 
     before: str
@@ -51,6 +52,7 @@ class Sample:
     id: str = ""
     source: int = 0
     where: str = ""
+    told: str = field(default="", compare=False)
 
     @property
     def prompt(self) -> str:

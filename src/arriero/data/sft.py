@@ -11,13 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Protocol
+from weakref import WeakSet
 
-from arriero.data.assistant_turns import THOUGHT_OPENING, TurnFrame
+from arriero.data.assistant_turns import THOUGHT_OPENING, UNLEARNED, TurnFrame, is_learned, unmarked
+from arriero.data.rows.report import EncodingReport
 from arriero.data.samples import Message, Sample
 from arriero.errors import DataError, TemplateError
 
 IGNORE = -100
+BARE_FORMATS = ("instruction", "prompt")  # text, though a chat may be meant
+_hinted: WeakSet[SFTTokenizer] = WeakSet()
 
 
 class SFTTokenizer(Protocol):
@@ -69,47 +74,24 @@ class Example:
         return sum(label != IGNORE for label in self.labels)
 
 
-@dataclass
-class EncodingReport:
-    """What happened to the rows: nothing is cut or dropped without being counted here."""
-
-    rows: int = 0
-    truncated_context: int = 0
-    truncated_target: int = 0
-    empty_target: int = 0
-    tokens: int = 0
-    label_tokens: int = 0
-    longest: int = 0
-
-    def __str__(self) -> str:
-        text = f"{self.rows:,} rows, {self.tokens:,} tokens ({self.label_tokens:,} learned), longest {self.longest:,}"
-        if self.truncated_context:
-            text += f"; {self.truncated_context:,} contexts cut to fit src_length"
-        if self.truncated_target:
-            text += f"; {self.truncated_target:,} answers cut to fit tgt_length"
-        if self.empty_target:
-            text += f"; {self.empty_target:,} answers are empty: only their end is learned"
-        return text
-
-
 def _uses_template(sample: Sample, tokenizer: SFTTokenizer) -> bool:
     return sample.chat and tokenizer.has_chat_template()
 
 
 def _turns(sample: Sample) -> list[Message]:
-    """The conversation up to the answer."""
-    return [*sample.history, {**sample.turn, "content": sample.prompt}]
+    """The conversation up to the answer, as the template gets it."""
+    return [*map(unmarked, sample.history), {**sample.turn, "content": sample.prompt}]
 
 
 def encode_prompt(sample: Sample, tokenizer: SFTTokenizer) -> list[int]:
     """Token ids of the whole prompt, nothing cut."""
     if _uses_template(sample, tokenizer):
         return tokenizer.chat(_turns(sample), add_generation_prompt=True, tools=sample.tools)
-    if sample.tools or sample.answer is not None or sample.turn["role"] != "user":
+    if sample.tools or _more_than_text(sample) or sample.turn["role"] != "user":
         raise DataError(f"{sample.name} has tool calls, which only a model with a chat template for them can read")
     history = "".join(f"{message['content']}\n\n" for message in sample.history)
-    before, after = sample.plain or (sample.before, sample.after)
-    ids = tokenizer.encode(history + before + sample.context + after, add_special_tokens=True)
+    before, after = sample.plain or (history + sample.before, sample.after)
+    ids = tokenizer.encode(before + sample.context + after, add_special_tokens=True)
     return [*ids, _eos(tokenizer)] if sample.ends_prompt else ids
 
 
@@ -182,7 +164,7 @@ def _turn_end(tokenizer: SFTTokenizer) -> int:
 def encode_sample(
     sample: Sample, tokenizer: SFTTokenizer, src_length: int, tgt_length: int, *, train_on: str = "all_assistant"
 ) -> tuple[Example, bool, bool]:
-    """One training row: prompt (not learned) then answer (learned).
+    """One training row: prompt (not learned) then answer (learned, unless it is marked `UNLEARNED`).
 
     Args:
         train_on: `all_assistant`: earlier assistant turns of a conversation are learned too; `last`: only the answer.
@@ -207,15 +189,69 @@ def encode_sample(
         prompt, history, answer, learned, target_cut = _by_template(fitted, prompt, tokenizer, tgt_length)
     if train_on == "last":
         history = [False] * len(prompt)
+    elif any(history) and not all(map(is_learned, [*sample.history, sample.answer or {}])):
+        wanted = _wanted(fitted, tokenizer)
+        history = [own and wanted[place] for place, own in enumerate(history)]
+    if sample.answer is not None and not is_learned(sample.answer):
+        learned = [False] * len(answer)
     ids, learned = prompt + answer, history + learned
     labels = [ids[i + 1] if learned[i + 1] else IGNORE for i in range(len(ids) - 1)] + [IGNORE]
     return Example(ids, labels), fitted is not sample, target_cut
 
 
+def _more_than_text(sample: Sample) -> bool:
+    """Whether the answer is a turn with more than its text (calls of tools)."""
+    return sample.answer is not None and not {"role", "content"} >= unmarked(sample.answer).keys()
+
+
+def is_empty(sample: Sample) -> bool:
+    """Whether the answer says nothing."""
+    return not (sample.target or "").strip() and not _more_than_text(sample)
+
+
 def _whole(sample: Sample) -> list[Message]:
-    """The conversation with the answer."""
+    """The conversation with the answer, as the template gets it."""
     assert sample.target is not None
-    return [*_turns(sample), sample.answer or {"role": "assistant", "content": sample.target.strip()}]
+    if sample.answer is not None and _more_than_text(sample):
+        return [*_turns(sample), unmarked(sample.answer)]
+    return [*_turns(sample), {"role": "assistant", "content": sample.target.strip()}]
+
+
+def _wanted(sample: Sample, tokenizer: SFTTokenizer) -> list[bool]:
+    """Of each token of a conversation, whether it is of an assistant turn that is to be learned.
+
+    Where the template marks what the assistant says, a turn's tokens are those that the conversation up to the next such turn
+    has more than that up to it.
+
+    Raises:
+        DataError: the template writes an earlier turn otherwise when others follow it, so they cannot be told apart.
+    """
+    turns, tools = _whole(sample), sample.tools
+    given = [*sample.history, turns[-2], sample.answer or turns[-1]]
+    ids, said = tokenizer.chat_with_generation(turns, tools=tools)
+    if not tokenizer.marks_generation:
+        marked = [turn if is_learned(mark) else {**turn, **UNLEARNED} for turn, mark in zip(turns, given, strict=True)]
+        same, wanted = tokenizer.chat_with_generation(marked, tools=tools)
+        if same == ids:
+            return wanted
+    else:
+        places = [place for place, own in enumerate(said) if own]
+        wanted, done = list(said), 0
+        own_turns = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
+        for number, following in pairwise([*own_turns, len(turns)]):
+            part, own = tokenizer.chat_with_generation(turns[:following], tools=tools)
+            spoken = [token for token, inside in zip(part, own, strict=True) if inside]
+            if spoken != [ids[place] for place in places[: len(spoken)]]:
+                break
+            for place in [] if is_learned(given[number]) else places[done : len(spoken)]:
+                wanted[place] = False
+            done = len(spoken)
+        else:
+            return wanted
+    raise DataError(
+        f"{sample.name}: the chat template writes an earlier turn otherwise when others follow it, so those of 'weight' 0 or "
+        "'train' false cannot be found: give --train_on last, which learns the last one only"
+    )
 
 
 def _by_template(
@@ -331,7 +367,11 @@ def encode_all(
             raise TemplateError(f"{sample.name}: {error}") from error
         examples.append(example)
         report.rows += 1
-        report.empty_target += not (sample.target or "").strip() and sample.answer is None
+        report.empty_target += is_empty(sample)
+        report.unlearned += example.label_count == 0
+        if sample.told:
+            report.formats[sample.told] += 1
+            report.bare += sample.told in BARE_FORMATS and not sample.chat
         report.truncated_context += context_cut
         report.truncated_target += target_cut
         report.tokens += example.length
@@ -343,4 +383,7 @@ def encode_all(
         raise DataError("the data set holds no row")
     if report.label_tokens == 0:
         raise DataError("every label is masked: no row has an answer token to learn from")
+    if report.bare and tokenizer.has_chat_template() and tokenizer not in _hinted:
+        _hinted.add(tokenizer)
+        print(report.hint)
     return examples, report

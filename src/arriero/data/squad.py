@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arriero.data.row_files import utf8_text
 from arriero.errors import DataError
 
 NO_ANSWER = "unanswerable"
@@ -44,8 +45,8 @@ def read_squad(path: Path) -> Iterator[Question]:
         DataError: if the file is not JSON or not of that format; the place is named.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        document = json.loads(utf8_text(path.read_bytes(), path))
+    except (OSError, json.JSONDecodeError) as error:
         raise DataError(f"{path}: not a readable JSON file ({error})") from error
     if not isinstance(document, dict) or not isinstance(document.get("data"), list):
         raise DataError(
@@ -53,6 +54,11 @@ def read_squad(path: Path) -> Iterator[Question]:
         )
     for a, article in enumerate(document["data"]):
         where = f"{path}: data[{a}]"
+        if isinstance(article, dict) and article.keys() - {"title"} and "paragraphs" not in article:
+            raise DataError(
+                f"{where} has no 'paragraphs', as SQuAD has, but {', '.join(map(str, article))[:200]}: if 'data' holds your "
+                "rows, write its list alone into the file, [...]"
+            )
         for p, paragraph in enumerate(_get(article, "paragraphs", list, where)):
             there = f"{where}.paragraphs[{p}]"
             context = _get(paragraph, "context", str, there)
@@ -72,7 +78,7 @@ def read_squad(path: Path) -> Iterator[Question]:
 
 def _get(value: Any, key: str, kind: type, where: str) -> Any:
     if not isinstance(value, dict) or not isinstance(value.get(key), kind):
-        raise DataError(f"{where}: no {kind.__name__} '{key}': SQuAD JSON is expected")
+        raise DataError(f"{where}: no {'list' if kind is list else 'string'} '{key}': SQuAD JSON is expected")
     return value[key]
 
 

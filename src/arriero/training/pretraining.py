@@ -170,7 +170,6 @@ def load_or_make(options: PretrainOptions, tokenizer: Tokenizer, processes: Proc
 
     choose_kernels(model, given)
     check_vocabulary(tokenizer, model)
-    print(f"a new model of {config.num_parameters():,} parameters, vocabulary {config.vocab_size:,}")
     return LoadedModel(model, tokenizer, tokenizer.folder, device, values)
 
 
@@ -232,6 +231,9 @@ def _pretrain(
         tokenizer = find_tokenizer(options.model)
         datasets = load_data(options, tokenizer, processes.layout.data)
         loaded = load_or_make(options, tokenizer, processes)
+        if not options.model.continue_training:
+            config, kind = loaded.model.config, "model" if folder.resume else "new model"
+            print(f"a {kind} of {config.num_parameters():,} parameters, vocabulary {config.vocab_size:,}")
         if optim.freeze:
             print(f"frozen by --freeze: {freeze(loaded.model, optim.freeze):,} parameters")
     if not processes.alone:

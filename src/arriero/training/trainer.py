@@ -134,8 +134,11 @@ class Trainer:
         """Passes over the data done so far."""
         return self.state.step / self.data.steps_per_epoch
 
-    def resume(self, checkpoint: Path) -> None:
+    def resume(self, checkpoint: Path) -> int:
         """Go on from a checkpoint as if the run had never stopped.
+
+        Returns:
+            The step at which that run was to end.
 
         Raises:
             FormatError: if the checkpoint is damaged or of another run.
@@ -163,11 +166,13 @@ class Trainer:
             )
         if checkpoint.parent.resolve() != self.run_folder.resolve():  # its best checkpoint is not here
             state.best_metric = state.best_checkpoint = None
+        planned = state.total_steps
         self.optimizer.load(optimizer)
         self.precision.load(state.scaler)
         state.total_steps, state.facts = self.total_steps, self.facts
         self.state = state
         restore_random_state(generators)
+        return planned
 
     def _accumulation_of(self, then: dict[str, Any], here: dict[str, Any]) -> str:
         """The option that makes the steps of this run as large as a checkpoint's, where other processes share them out."""

@@ -6,6 +6,8 @@ import json
 import re
 from dataclasses import dataclass
 
+from arriero.data.rows.values import kind_of
+
 _SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]»]*(?=\s)|[。！？]+[”’」』）]*|\n")
 _NO_UTF8 = "is no UTF-8 text; mend it, or give --errors replace"
 
@@ -68,28 +70,16 @@ def _from_json_lines(payload: bytes, json_key: str, replace: bool) -> tuple[list
         except (ValueError, RecursionError) as error:
             raise RefusedDocument(number, f"is not JSON ({str(error).splitlines()[0][:200]})") from error
         if not isinstance(row, dict):
-            raise RefusedDocument(number, f"is no JSON object but {_kind(row)}")
+            raise RefusedDocument(number, f"is no JSON object but {kind_of(row)}")
         if json_key not in row:
             keys = ", ".join(sorted(row))[:200] or "none"
             raise RefusedDocument(number, f"has no field {json_key!r}; its fields: {keys}; name one by --json_key")
         text = row[json_key]
         if not isinstance(text, str):
-            raise RefusedDocument(number, f"has {_kind(text)} and no text under {json_key!r}; see --json_key")
+            raise RefusedDocument(number, f"has {kind_of(text)} and no text under {json_key!r}; see --json_key")
         texts.append(text)
         replaced.append(changed)
     return texts, replaced
-
-
-def _kind(value: object) -> str:
-    names = {
-        list: "a list",
-        dict: "an object",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        str: "a text",
-    }
-    return names.get(type(value), "null")
 
 
 def _decode(content: bytes, line: int, replace: bool) -> tuple[str, bool]:

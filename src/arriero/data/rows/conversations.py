@@ -1,6 +1,8 @@
 """Conversations: OpenAI's `messages` with tool calls, and ShareGPT's `conversations`.
 
 Both become turns {"role", "content", ...} of the roles that chat templates know. The last assistant turn is the answer.
+Assistant turns of `weight` 0 (OpenAI) or `train` false (axolotl) are marked `UNLEARNED`. A `system` beside the turns goes
+before them.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from arriero.data.rows.values import Row, optional_text
+from arriero.data.assistant_turns import UNLEARNED, unmarked
+from arriero.data.rows.values import Row, kind_of, optional_text
 from arriero.data.samples import Message, Sample
 from arriero.errors import DataError
 
@@ -26,20 +29,42 @@ SHAREGPT_ROLES = {
 
 
 def messages_row(row: Row, where: str, needs_target: bool) -> Sample:
-    """`messages`, and `tools` if any."""
-    return conversation(turns_of(row["messages"], "messages", where), row.get("tools"), where, needs_target)
+    """`messages`, with `system` and `tools` beside it where given."""
+    turns = with_system(turns_of(row["messages"], "messages", where), row, where)
+    return conversation(turns, row.get("tools"), where, needs_target)
 
 
 def sharegpt_row(row: Row, where: str, needs_target: bool) -> Sample:
-    """`conversations` of {"from", "value"}, with `system` and `tools` beside it where given."""
-    key = "conversations"
-    items = row[key]
+    """`conversations` of {"from", "value"} (or `role` and `content`), with `system` and `tools` beside it where given."""
+    items = row["conversations"]
     if not isinstance(items, list) or not items:
-        raise DataError(f"{where}: '{key}' must be a list of turns")
-    if isinstance(items[0], dict) and "role" in items[0]:
-        return conversation(turns_of(items, key, where), row.get("tools"), where, needs_target)
+        raise DataError(f"{where}: 'conversations' must be a list of turns")
+    turns = with_system(any_turns(items, "conversations", where), row, where)
+    return conversation(turns, row.get("tools"), where, needs_target)
+
+
+def with_system(turns: list[Message], row: Row, where: str) -> list[Message]:
+    """Turns, after the row's `system` where it has one and they do not begin with it.
+
+    Raises:
+        DataError: both say something, and not the same.
+    """
     system = optional_text(row, "system", where)
-    turns: list[Message] = [{"role": "system", "content": system}] if system else []
+    own = [turn["content"].strip() for turn in turns if turn["role"] == "system"]
+    if own and system.strip() and system.strip() != own[0]:
+        raise DataError(f"{where}: 'system' and the system turn differ: leave one of them out")
+    return turns if own or not system.strip() else [{"role": "system", "content": system}, *turns]
+
+
+def any_turns(items: list[Any], key: str, where: str) -> list[Message]:
+    """Checked turns of a list in OpenAI's or ShareGPT's form, as the first of them is.
+
+    Raises:
+        DataError: naming the turn.
+    """
+    if not items or not isinstance(items[0], dict) or not {"from", "value"} & items[0].keys():
+        return turns_of(items, key, where)
+    turns: list[Message] = []
     for i, item in enumerate(items):
         place = f"{where}: {key}[{i}]"
         if (
@@ -57,7 +82,9 @@ def sharegpt_row(row: Row, where: str, needs_target: bool) -> Sample:
             turns.append({"role": role, "content": "", "tool_calls": _tool_calls(calls, place)})
         else:
             turns.append({"role": role, "content": item["value"]})
-    return conversation(turns, row.get("tools"), where, needs_target)
+        if role == "assistant":
+            turns[-1] = {**turns[-1], **_mark(item, place)}
+    return turns
 
 
 def turns_of(messages: Any, key: str, where: str) -> list[Message]:
@@ -86,7 +113,20 @@ def _turn(message: Any, place: str) -> Message:
     extra = {name: message[name] for name in TURN_KEYS if isinstance(message.get(name), str)}
     if calls:
         extra["tool_calls"] = _tool_calls(calls, place)
-    return {"role": role, "content": content or "", **extra}
+    if role == "assistant":
+        extra |= _mark(message, place)
+    # OpenAI's newer name for the same, which few templates know; the server does so too
+    return {"role": "system" if role == "developer" else role, "content": content or "", **extra}
+
+
+def _mark(turn: Row, place: str) -> Message:
+    """`UNLEARNED`, if the assistant's turn says so: `weight` 0, or `train` false."""
+    weight, train = turn.get("weight"), turn.get("train")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise DataError(f"{place}: 'weight' must be 0 (the turn is not learned) or 1, found {weight!r:.40}")
+    if train is not None and not isinstance(train, bool):
+        raise DataError(f"{place}: 'train' must be true or false, found {train!r:.40}")
+    return UNLEARNED if weight == 0 or train is False else {}
 
 
 def _content(content: Any, place: str) -> str | None:
@@ -114,7 +154,7 @@ def _tool_calls(calls: Any, place: str) -> list[dict[str, Any]]:
         if isinstance(arguments, str):
             arguments = _parsed(arguments, f"{there}: 'arguments'")
         if not isinstance(arguments, dict):
-            raise DataError(f"{there}: 'arguments' must be a JSON object, found {type(arguments).__name__}")
+            raise DataError(f"{there}: 'arguments' must be a JSON object, found {kind_of(arguments)}")
         known = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         made.append({**known, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return made
@@ -139,12 +179,12 @@ def _tools(tools: Any, where: str) -> tuple[Message, ...]:
 
 
 def conversation(turns: Sequence[Message], tools: Any, where: str, needs_target: bool) -> Sample:
-    """Turns as a sample whose answer is the last assistant turn.
+    """Turns as a sample whose answer is the last assistant turn. Where no answer is needed, no turn is marked `UNLEARNED`.
 
     Raises:
         DataError: there is no answer where one is needed, or nothing that asks for it.
     """
-    turns = list(turns)
+    turns = list(turns) if needs_target else [unmarked(turn) for turn in turns]
     answer = turns.pop() if turns and turns[-1]["role"] == "assistant" else None
     if answer is None and needs_target:
         raise DataError(f"{where}: the last turn must be the assistant's, it is what is learned")

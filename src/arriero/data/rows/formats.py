@@ -7,8 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 from arriero.data.rows.conversations import messages_row, sharegpt_row
-from arriero.data.rows.prompts import alpaca_row, context_row, instruction_row, prompt_row, src_row, text_row
-from arriero.data.rows.values import Row
+from arriero.data.rows.preferences import KTO_KEYS, is_pair, is_true_or_false
+from arriero.data.rows.prompts import (
+    alpaca_row,
+    context_row,
+    instruction_row,
+    is_dolly,
+    prompt_row,
+    src_row,
+    text_row,
+)
+from arriero.data.rows.values import Row, keys_of, kind_of
 from arriero.data.samples import Sample
 from arriero.errors import DataError
 
@@ -39,11 +48,40 @@ def sample_from_row(row: Any, where: str, *, data_format: str = "auto", needs_ta
         DataError: naming `where` and what is missing.
     """
     if not isinstance(row, dict):
-        raise DataError(f"{where}: a JSON object is expected, found {type(row).__name__}")
-    for name, (key, reader) in FORMATS.items():
-        if data_format in ("auto", name) and key in row:
-            return replace(reader(row, where, needs_target), where=where)
-    wanted = [key for name, (key, _) in FORMATS.items() if data_format in ("auto", name)]
-    raise DataError(
-        f"{where}: none of the keys {', '.join(dict.fromkeys(wanted))}: found {', '.join(map(str, row)) or 'nothing'}"
-    )
+        raise DataError(f"{where}: a JSON object is expected, found {kind_of(row)}")
+    name = data_format if data_format != "auto" else _told(row)
+    key, reader = FORMATS.get(name, ("", None))
+    pair = f"{where}: a pair of answers, one better than the other: --preference dpo (or ipo, simpo, orpo) learns from these"
+    if reader is None or key not in row or (name == "src" and is_pair(row)):
+        wanted = [key for key, _ in FORMATS.values()] if data_format == "auto" else [key]
+        raise DataError(
+            pair
+            if is_pair(row)
+            else f"{where}: none of the keys {', '.join(dict.fromkeys(wanted))}: found {keys_of(row)}"
+            + ("; if 'data' holds your rows, write its list alone into the file, [...]" if "data" in row else "")
+        )
+    if needs_target and name != "text":
+        _refuse_judged(row, where)
+    try:
+        sample = reader(row, where, needs_target)
+    except DataError as error:
+        if is_pair(row):  # some have an answer beside the pair, which can be learned
+            raise DataError(pair) from error
+        raise
+    return replace(sample, where=where, told=name if data_format == "auto" else "")
+
+
+def _told(row: Row) -> str:
+    """The format that a row's keys tell, "" if they tell none."""
+    names = (name for name, (key, _) in FORMATS.items() if key in row)
+    return next((name for name in names if name != "context" or not is_dolly(row)), "")
+
+
+def _refuse_judged(row: Row, where: str) -> None:
+    """Refuse an answer that is judged good or bad: a bad one would be learned like a good one."""
+    for key in KTO_KEYS:
+        if is_true_or_false(row.get(key)):
+            raise DataError(
+                f"{where}: '{key}' says whether the answer is good, as in rows for KTO, which is not supported: keep the rows "
+                f"where it is true, and remove the key '{key}'"
+            )

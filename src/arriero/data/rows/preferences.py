@@ -2,6 +2,8 @@
 
 - TRL's: `prompt`, `chosen`, `rejected`; texts, or lists of turns. Without `prompt`, `chosen` and `rejected` are whole
   conversations that differ in their last turn.
+- LLaMA-Factory's: `instruction` (and `input`, `system`, `history`) or `conversations` in the place of `prompt`; the answers
+  texts or one turn each.
 - PaddleNLP's: `src` and `tgt`, the user's turns and the answers between them; `response`, two answers; `sort`, their
   scores, of which the greater is better.
 """
@@ -11,10 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from arriero.data.rows.conversations import conversation, turns_of
-from arriero.data.rows.values import Row
+from arriero.data.assistant_turns import is_learned
+from arriero.data.rows.conversations import any_turns, conversation, turns_of, with_system
+from arriero.data.rows.prompts import alpaca_row
+from arriero.data.rows.values import Row, keys_of, kind_of, optional_text
 from arriero.data.samples import Message, Sample
 from arriero.errors import DataError
+
+KTO_KEYS = ("label", "kto_tag")  # TRL's and LLaMA-Factory's names for whether the one answer of a row is good
+ALPACA_KEYS = ("instruction", "input", "context", "system", "history")
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,16 @@ class PairSample:
         return (self.chosen.target, self.chosen.answer) == (self.rejected.target, self.rejected.answer)
 
 
+def is_pair(row: Row) -> bool:
+    """Whether a row holds two answers, as TRL or as PaddleNLP has them."""
+    return {"chosen", "rejected"} <= row.keys() or ("sort" in row and isinstance(row.get("response"), list))
+
+
+def is_true_or_false(value: Any) -> bool:
+    """Whether a value is either, or the text of either, as tables hold it."""
+    return isinstance(value, bool) or (isinstance(value, str) and value.lower() in ("true", "false"))
+
+
 def pair_from_row(row: Any, where: str) -> PairSample:
     """One row as a pair.
 
@@ -40,15 +57,20 @@ def pair_from_row(row: Any, where: str) -> PairSample:
         DataError: naming `where` and what is missing.
     """
     if not isinstance(row, dict):
-        raise DataError(f"{where}: a JSON object is expected, found {type(row).__name__}")
+        raise DataError(f"{where}: a JSON object is expected, found {kind_of(row)}")
     if "response" in row:
         pair = _sorted_pair(row, where)
     elif "chosen" in row or "rejected" in row:
         pair = _chosen_and_rejected(row, where)
     else:
+        judged = next((key for key in KTO_KEYS if is_true_or_false(row.get(key))), None)
         raise DataError(
             f"{where}: no pair of answers: 'chosen' and 'rejected' are needed (or 'response' and 'sort'), "
-            f"found {', '.join(map(str, row)) or 'nothing'}"
+            + (
+                f"and '{judged}' judges a single one, for KTO, which is not supported"
+                if judged
+                else f"found {keys_of(row)}"
+            )
         )
     return PairSample(replace(pair.chosen, where=where), replace(pair.rejected, where=where))
 
@@ -57,35 +79,60 @@ def _chosen_and_rejected(row: Row, where: str) -> PairSample:
     for key in ("chosen", "rejected"):
         if row.get(key) is None:
             raise DataError(f"{where}: '{key}' is missing")
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if isinstance(chosen, list) or isinstance(rejected, list) or isinstance(prompt, list):
-        return _turns(row, where)
-    if not isinstance(prompt, str):
-        raise DataError(f"{where}: 'prompt' must be a string or a list of turns, found {type(prompt).__name__}")
-    for key, value in (("chosen", chosen), ("rejected", rejected)):
-        if not isinstance(value, str):
-            raise DataError(f"{where}: '{key}' must be a string, as 'prompt' is, found {type(value).__name__}")
-    return PairSample(Sample("", prompt, "", chosen), Sample("", prompt, "", rejected))
-
-
-def _turns(row: Row, where: str) -> PairSample:
-    beginning: list[Message] = []
-    prompt = row.get("prompt")
-    whole = isinstance(prompt, str) or prompt is None  # then the answers hold the prompt, as in UltraFeedback's files
-    if not whole:
-        beginning = turns_of(prompt, "prompt", where)
+    prompt, answers = row.get("prompt"), (row["chosen"], row["rejected"])
+    if prompt is None and row.get("instruction") is not None:
+        _check_texts(row, "instruction", where)
+        asked = {key: row[key] for key in ALPACA_KEYS if key in row}
+        return PairSample(*(alpaca_row({**asked, "output": answer}, where, True) for answer in answers))
+    if isinstance(prompt, str) and not any(isinstance(answer, list | dict) for answer in answers):
+        _check_texts(row, "prompt", where)
+        if not optional_text(row, "system", where).strip():
+            return PairSample(*(Sample("", prompt, "", answer) for answer in answers))
+    beginning = _beginning(row, where)
     samples = []
     for key in ("chosen", "rejected"):
-        value = row[key]
-        if isinstance(value, str) and not whole:
-            value = [{"role": "assistant", "content": value}]
-        samples.append(
-            conversation(beginning + turns_of(value, key, where), row.get("tools"), f"{where}: '{key}'", True)
-        )
-    chosen, rejected = samples
-    if _asked(chosen) != _asked(rejected):
+        turns = with_system([*beginning, *_answer_turns(row[key], key, where, bool(beginning))], row, where)
+        samples.append(conversation(turns, row.get("tools"), f"{where}: '{key}'", True))
+        answer = samples[-1].answer
+        if answer is not None and not is_learned(answer):
+            raise DataError(f"{where}: '{key}' ends with a turn that is not to be learned, but it is what is compared")
+    if _asked(samples[0]) != _asked(samples[1]):
         raise DataError(f"{where}: 'chosen' and 'rejected' must differ in their last turn only")
-    return PairSample(chosen, rejected)
+    return PairSample(*samples)
+
+
+def _check_texts(row: Row, prompt_key: str, where: str) -> None:
+    for key in ("chosen", "rejected"):
+        if not isinstance(row[key], str):
+            raise DataError(f"{where}: '{key}' must be a string, as '{prompt_key}' is, found {kind_of(row[key])}")
+
+
+def _beginning(row: Row, where: str) -> list[Message]:
+    """The turns before the answers; none where `chosen` and `rejected` hold them, as UltraFeedback's beside a text `prompt`."""
+    prompt, answers = row.get("prompt"), (row["chosen"], row["rejected"])
+    if isinstance(prompt, list):
+        return any_turns(prompt, "prompt", where)
+    if isinstance(prompt, str):
+        whole = any(isinstance(answer, list) for answer in answers)
+        return [] if whole else [{"role": "user", "content": prompt}]
+    if prompt is not None:
+        raise DataError(f"{where}: 'prompt' must be a string or a list of turns, found {kind_of(prompt)}")
+    if not all(isinstance(answer, list) and len(answer) > 1 for answer in answers):
+        for key in ("conversations", "messages"):
+            if isinstance(row.get(key), list):
+                return any_turns(row[key], key, where)
+    if not all(isinstance(answer, list) for answer in answers):
+        raise DataError(f"{where}: has no 'prompt'; it has {keys_of(row)}")
+    return []
+
+
+def _answer_turns(value: Any, key: str, where: str, may_be_one: bool) -> list[Message]:
+    """An answer as turns: a list of them, or one, or its text alone."""
+    if may_be_one and isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    if may_be_one and isinstance(value, dict):
+        value = [value]
+    return any_turns(value, key, where) if isinstance(value, list) else turns_of(value, key, where)
 
 
 def _asked(sample: Sample) -> tuple[Any, ...]:
@@ -111,8 +158,7 @@ def _sorted_pair(row: Row, where: str) -> PairSample:
             f"{where}: 'src' has {len(asked)} turns and 'tgt' {len(answered)}: every turn of 'src' but the last is answered "
             "by one of 'tgt'"
         )
-    system = row.get("system")
-    history: list[Message] = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
+    history = with_system([], row, where)
     for question, answer in zip(asked, answered, strict=False):
         history += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     pair = [Sample("", asked[-1], "", answer, chat=True, history=tuple(history)) for answer in answers]

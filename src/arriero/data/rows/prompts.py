@@ -1,27 +1,27 @@
 """Rows of one prompt and one answer.
 
 PaddleNLP's three kinds (`context`, `instruction`, `src`) and `prompt` / `completion` are plain text, as they are written.
-Alpaca rows are a user turn for a model with a chat template.
+Alpaca rows are a user turn for a model with a chat template, after `system` and `history` (LLaMA-Factory's columns). Dolly's
+rows are `instruction` rows whose input is called `context`. The answer may be called `response` in all of them.
 """
 
 from __future__ import annotations
 
-from arriero.data.rows.conversations import conversation, turns_of
+from arriero.data.rows.conversations import conversation, turns_of, with_system
 from arriero.data.rows.questions import answers_of
-from arriero.data.rows.values import Row, answer_text, first_text, optional_text
-from arriero.data.samples import Sample
+from arriero.data.rows.values import Row, answer_text, first_text, one_key, optional_text
+from arriero.data.samples import Message, Sample
 from arriero.errors import DataError
 
 # The prompts of Stanford Alpaca (https://github.com/tatsu-lab/stanford_alpaca, train.py)
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n"
+    "Write a response that appropriately completes the request."
 )
 ALPACA_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n### Instruction:\n"
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
-ALPACA_RESPONSE = "\n\n### Response:"
+ALPACA_INSTRUCTION, ALPACA_INPUT, ALPACA_RESPONSE = "\n\n### Instruction:\n", "\n\n### Input:\n", "\n\n### Response:"
 
 
 def context_row(row: Row, where: str, needs_target: bool) -> Sample:
@@ -32,36 +32,70 @@ def context_row(row: Row, where: str, needs_target: bool) -> Sample:
     return Sample(f"answer: {answer} context: ", first_text(row, "context", where), "", target, ends_prompt=True)
 
 
-def _instance(row: Row, where: str) -> Row:
-    """`input` and `output` of an instruction: in the row, or of its first example (self-instruct's `instances`)."""
-    if "instances" not in row:
-        return row
-    instances = row["instances"]
-    if not isinstance(instances, list) or not instances or not isinstance(instances[0], dict):
-        raise DataError(f"{where}: 'instances' must be a list of objects with 'input' and 'output'")
-    return instances[0]
+def is_dolly(row: Row) -> bool:
+    """Whether a row is one of databricks-dolly-15k: a `context` that is the input, and nothing of questions on a passage."""
+    return {"instruction", "context"} <= row.keys() and not {"answers", "answer", "question"} & row.keys()
+
+
+def _parts(row: Row, where: str, needs_target: bool) -> tuple[str, str, str | None]:
+    """Instruction, input ("" if there is none) and answer of a row, or of its first example (self-instruct's `instances`)."""
+    instance = row
+    if "instances" in row:
+        instances = row["instances"]
+        if not isinstance(instances, list) or not instances or not isinstance(instances[0], dict):
+            raise DataError(f"{where}: 'instances' must be a list of objects with 'input' and 'output'")
+        instance = instances[0]
+    target = answer_text(instance, one_key(instance, ("output", "response"), where), where, needs_target)
+    extra_key = one_key(instance, ("input", "context"), where) if is_dolly(instance) else "input"
+    return first_text(row, "instruction", where), optional_text(instance, extra_key, where), target
+
+
+def _refuse_turns(row: Row, where: str, way_out: str) -> None:
+    """A row that is learned as bare text has no place for a system message and earlier turns."""
+    for key in ("system", "history"):
+        value = row.get(key)
+        if value and not (isinstance(value, str) and not value.strip()):
+            raise DataError(f"{where}: '{key}' has no place in bare text, as which such a row is learned: {way_out}")
 
 
 def instruction_row(row: Row, where: str, needs_target: bool) -> Sample:
     """`instruction`, `input`, `output`: the instruction, and its data below it, as plain text."""
-    instance = _instance(row, where)
-    target = answer_text(instance, "output", where, needs_target)
+    _refuse_turns(row, where, "give --data_format alpaca, which makes turns of it")
     # PaddleNLP drops `input`; an instruction whose data is missing cannot be learned, so it is kept here
-    extra = optional_text(instance, "input", where)
-    instruction = first_text(row, "instruction", where)
+    instruction, extra, target = _parts(row, where, needs_target)
     return Sample(f"{instruction}\n" if extra else "", extra or instruction, "", target)
 
 
 def alpaca_row(row: Row, where: str, needs_target: bool) -> Sample:
-    """The same keys as a user turn; where the tokenizer has no chat template, in Stanford Alpaca's own words."""
-    instance = _instance(row, where)
-    target = answer_text(instance, "output", where, needs_target)
-    extra = optional_text(instance, "input", where)
-    instruction = first_text(row, "instruction", where)
-    if extra:
-        plain = (ALPACA_WITH_INPUT.replace("{instruction}", instruction), ALPACA_RESPONSE)
-        return Sample(f"{instruction}\n\n", extra, "", target, chat=True, plain=plain)
-    return Sample("", instruction, "", target, chat=True, plain=(ALPACA_WITHOUT_INPUT, ALPACA_RESPONSE))
+    """The same keys as a user turn, after `system` and the turns of `history`; where the tokenizer has no chat template, in
+    Stanford Alpaca's own words, which `system` replaces."""
+    instruction, extra, target = _parts(row, where, needs_target)
+    system, earlier = optional_text(row, "system", where).strip(), _history(row, where)
+    turns: list[Message] = [{"role": "system", "content": system}] if system else []
+    plain = system or (ALPACA_WITH_INPUT if extra else ALPACA_WITHOUT_INPUT)
+    for question, answer in earlier:
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        plain += f"{ALPACA_INSTRUCTION}{question}{ALPACA_RESPONSE} {answer}"
+    plain += ALPACA_INSTRUCTION + (f"{instruction}{ALPACA_INPUT}" if extra else "")
+    return Sample(
+        f"{instruction}\n\n" if extra else "",
+        extra or instruction,
+        "",
+        target,
+        chat=True,
+        history=tuple(turns),
+        plain=(plain, ALPACA_RESPONSE),
+    )
+
+
+def _history(row: Row, where: str) -> list[tuple[str, str]]:
+    """The earlier turns of a row, `history`: [user, assistant] each."""
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in history
+    ):
+        raise DataError(f"{where}: 'history' must be a list of [what the user said, what the assistant said]")
+    return [(question, answer) for question, answer in history]
 
 
 def src_row(row: Row, where: str, needs_target: bool) -> Sample:
@@ -71,16 +105,17 @@ def src_row(row: Row, where: str, needs_target: bool) -> Sample:
 
 def prompt_row(row: Row, where: str, needs_target: bool) -> Sample:
     """`prompt`, `completion`: texts, or lists of turns that follow each other (TRL's conversational form)."""
-    prompt = row.get("prompt")
+    prompt, key = row.get("prompt"), one_key(row, ("completion", "response"), where)
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
-        completion = row.get("completion")
+        completion = row.get(key)
         if completion is None and not needs_target:
             completion = []
         if not isinstance(completion, list):
-            raise DataError(f"{where}: 'completion' must be a list of turns, as 'prompt' is")
-        turns = turns_of(prompt, "prompt", where) + turns_of(completion, "completion", where)
+            raise DataError(f"{where}: '{key}' must be a list of turns, as 'prompt' is")
+        turns = with_system(turns_of(prompt, "prompt", where), row, where) + turns_of(completion, key, where)
         return conversation(turns, row.get("tools"), where, needs_target)
-    return Sample("", first_text(row, "prompt", where), "", answer_text(row, "completion", where, needs_target))
+    _refuse_turns(row, where, "write it as a conversation under 'messages'")
+    return Sample("", first_text(row, "prompt", where), "", answer_text(row, key, where, needs_target))
 
 
 def text_row(row: Row, where: str, needs_target: bool) -> Sample:

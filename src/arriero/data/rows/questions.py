@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from arriero.data.rows.values import Row, first_text
+from arriero.data.rows.values import Row, first_text, kind_of
 from arriero.data.samples import Sample
 from arriero.data.squad import NO_ANSWER, Question
 from arriero.errors import DataError
@@ -68,7 +68,7 @@ def question_from_row(row: Any, where: str, *, needs_target: bool = True) -> Que
     it only asks, and `needs_target` is false.
     """
     if not isinstance(row, dict):
-        raise DataError(f"{where}: a JSON object is expected, found {type(row).__name__}")
+        raise DataError(f"{where}: a JSON object is expected, found {kind_of(row)}")
     answers = row.get("answers")
     impossible = row.get("is_impossible") is True or (isinstance(answers, dict) and answers.get("text") == [])
     asks = not needs_target and answers is None and row.get("answer") is None

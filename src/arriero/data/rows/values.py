@@ -8,6 +8,37 @@ from typing import Any
 from arriero.errors import DataError
 
 Row = Mapping[str, Any]
+_KINDS = {
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
+
+
+def kind_of(value: Any) -> str:
+    """What a value is in JSON, for messages."""
+    return _KINDS.get(type(value), "something else")
+
+
+def keys_of(row: Row) -> str:
+    """The keys of a row, for messages."""
+    return ", ".join(map(str, row))[:200] or "nothing"
+
+
+def one_key(row: Row, keys: tuple[str, ...], where: str) -> str:
+    """Which of several keys for the same thing a row has; the first where it has none of them.
+
+    Raises:
+        DataError: it has more than one.
+    """
+    given = [key for key in keys if row.get(key) is not None]
+    if len(given) > 1:
+        raise DataError(f"{where}: has {' and '.join(map(repr, given))}, two keys for the same: keep one of them")
+    return given[0] if given else keys[0]
 
 
 def first_text(row: Row, key: str, where: str) -> str:
@@ -22,9 +53,7 @@ def first_text(row: Row, key: str, where: str) -> str:
     if isinstance(value, list):
         value = value[0]
     if not isinstance(value, str):
-        raise DataError(
-            f"{where}: '{key}' must be a string or a list that starts with one, found {type(value).__name__}"
-        )
+        raise DataError(f"{where}: '{key}' must be a string or a list that starts with one, found {kind_of(value)}")
     return value
 
 
@@ -47,5 +76,5 @@ def optional_text(row: Row, key: str, where: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError(f"{where}: '{key}' must be a string, found {type(value).__name__}")
+        raise DataError(f"{where}: '{key}' must be a string, found {kind_of(value)}")
     return value
