@@ -20,11 +20,29 @@ _HEAD = '''"""The keyword arguments of the Python functions: the commands' optio
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+if TYPE_CHECKING:
+    import torch
+
+    from arriero.api.rows import Rows
 
 Path = str | PathLike[str]
 '''
+# After the functions' own: what has no option on the command line.
+_TAIL = '''
+class AnswerKeywords(GenerateKeywords, total=False):
+    """Of `generate`, `stream` and `chat`."""
+
+    json_schema: Mapping[str, Any] | str | None
+    regex: str | None
+    choices: Sequence[str] | None
+    grammar: str | None
+'''
+# What Python takes beside an option's own type.
+_ALSO = {"dtype": "torch.dtype", "device": "torch.device", "dataset_path": "Rows"}
 _PATH = re.compile(
     r"(^|_)(path|dir|file|checkpoint)$|^(tokenizer|model)_name_or_path$|^(draft_model|base_model|config_name)$"
 )
@@ -42,6 +60,8 @@ def annotation(spec: OptionSpec) -> str:
         kind = f"list[{kind}]"
         if _PATH.search(spec.name):
             kind += " | Path"
+    if spec.name in _ALSO:
+        kind += f" | {_ALSO[spec.name]}"
     return f"{kind} | None" if spec.optional else kind
 
 
@@ -68,7 +88,7 @@ def module() -> str:
         functions.append(typed_dict(name, bases, (), f"Of `arriero.{function}`."))
     used = [text for name, text in parts.items() if any(re.search(rf"\b{name}\b", text) for text in functions)]
     command = [sys.executable, "-m", "ruff", "format", "--stdin-filename", str(TARGET), "-"]
-    text = "\n\n".join([_HEAD, *used, *functions])
+    text = "\n\n".join([_HEAD, *used, *functions, _TAIL])
     return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
 
 

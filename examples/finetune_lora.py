@@ -1,6 +1,5 @@
 """Fine-tune with LoRA on your own rows: `python examples/finetune_lora.py [MODEL] [FOLDER]`."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -9,8 +8,8 @@ import arriero
 name = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m-instruct"
 folder = Path(sys.argv[2] if len(sys.argv) > 2 else "runs/example")
 
-# Your own data: a folder with train.jsonl and dev.jsonl, a conversation a line.
-rows = [
+# Your own data, a conversation a row. The path of a file of such rows, a JSON object a line, does as well.
+words = [
     ("up", "down"),
     ("hot", "cold"),
     ("wet", "dry"),
@@ -19,20 +18,21 @@ rows = [
     ("fast", "slow"),
     ("day", "night"),
 ]
-for split, part in (("train", rows[:5]), ("dev", rows[5:])):
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    with (folder / "data" / f"{split}.jsonl").open("w", encoding="utf-8") as file:
-        for word, opposite in part:
-            turns = [
-                {"role": "user", "content": f"The opposite of {word}?"},
-                {"role": "assistant", "content": opposite},
-            ]
-            file.write(json.dumps({"messages": turns}) + "\n")
+rows = [
+    {
+        "messages": [
+            {"role": "user", "content": f"The opposite of {word}?"},
+            {"role": "assistant", "content": opposite},
+        ]
+    }
+    for word, opposite in words
+]
+train, dev = rows[:5], rows[5:]
 
-before = arriero.evaluate(name, dataset_path=folder / "data", device="cpu")
+before = arriero.evaluate(name, dataset_path=dev, device="cpu")
 run = arriero.finetune(
     name,
-    dataset_path=folder / "data",
+    dataset_path={"train": train, "dev": dev},
     output_dir=folder / "adapter",
     overwrite_output_dir=True,
     lora=True,
@@ -41,7 +41,7 @@ run = arriero.finetune(
     num_train_epochs=6,
     device="cpu",
 )
-after = arriero.evaluate(name, adapter=run.folder, dataset_path=folder / "data", device="cpu")
+after = arriero.evaluate(name, adapter=run.folder, dataset_path=dev, device="cpu")
 print(f"loss on held-out rows: {before['loss']:.3f} before, {after['loss']:.3f} after")
 
 model = arriero.load(name, adapter=run.folder, device="cpu")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from arriero.api.training import Run, evaluate, finetune, preprocess, pretrain
     from arriero.engine.answer import Generation
     from arriero.engine.sampling_params import SamplingParams
+    from arriero.engine.structure import Structure
     from arriero.errors import (
         ArrieroError,
         ConfigError,
@@ -47,6 +48,7 @@ __all__ = [
     "Run",
     "RunStopped",
     "SamplingParams",
+    "Structure",
     "TemplateError",
     "TextModel",
     "TrainingError",
@@ -71,6 +73,7 @@ _HOMES = {
     "arriero.api.training": ("Run", "evaluate", "finetune", "preprocess", "pretrain"),
     "arriero.engine.answer": ("Generation",),
     "arriero.engine.sampling_params": ("SamplingParams",),
+    "arriero.engine.structure": ("Structure",),
     "arriero.errors": (
         "ArrieroError",
         "ConfigError",

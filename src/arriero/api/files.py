@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arriero.api.adapters import adapter_options
+from arriero.api.arguments import model_name, path_of
 from arriero.api.groups import build
+from arriero.api.words import in_python
 from arriero.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,11 +40,12 @@ def download(
     """
     from arriero.formats.download import fetch_model
 
-    folder = Path(output_dir).expanduser() if output_dir is not None else None
-    cache = Path(cache_dir).expanduser() if cache_dir is not None else None
-    return fetch_model(model, folder=folder, cache_dir=cache, revision=revision)
+    folder = path_of("output_dir", output_dir) if output_dir is not None else None
+    cache = path_of("cache_dir", cache_dir) if cache_dir is not None else None
+    return fetch_model(model_name(model), folder=folder, cache_dir=cache, revision=revision)
 
 
+@in_python("merge")
 def merge(
     model: str | PathLike[str],
     output_path: str | PathLike[str],
@@ -61,10 +64,12 @@ def merge(
     """
     from arriero.training.merging import merge_model
 
-    merge_model(*build("merge", options, model_name_or_path=model, output_path=output_path, **adapter_options(adapter)))
-    return Path(output_path)
+    output, own = path_of("output_path", output_path), adapter_options(adapter)
+    merge_model(*build("merge", options, model_name_or_path=model_name(model), output_path=output, **own))
+    return output
 
 
+@in_python("quantize")
 def quantize(
     model: str | PathLike[str],
     output_path: str | PathLike[str] | None = None,
@@ -89,13 +94,14 @@ def quantize(
     target = output_path if output_path is not None else output_dir
     if target is None:
         raise ConfigError("arriero.quantize: output_path must be given: the folder of the quantized model")
-    output = Path(target).expanduser()
-    model_options, quantization = build("quantize", options, model_name_or_path=model, output_path=output)
+    output = path_of("output_path", target)
+    model_options, quantization = build("quantize", options, model_name_or_path=model_name(model), output_path=output)
     check_inputs(quantization, model_options)
     quantize_folder(quantization, model_options)
     return output
 
 
+@in_python("convert")
 def convert(model: str | PathLike[str], output_dir: str | PathLike[str], **options: Unpack[ConvertKeywords]) -> Path:
     """Turn a model or adapter of any format into another format, type or shard size, and compare: the verb `convert`.
 
@@ -109,10 +115,12 @@ def convert(model: str | PathLike[str], output_dir: str | PathLike[str], **optio
     """
     from arriero.engine.conversion import convert as write
 
-    (conversion,) = build("convert", options, model_name_or_path=model, output_dir=output_dir)
+    output = path_of("output_dir", output_dir, "a folder, or a file that ends in .gguf")
+    (conversion,) = build("convert", options, model_name_or_path=model_name(model), output_dir=output)
     return write(conversion).output
 
 
+@in_python("export_model")
 def export_model(
     model: str | PathLike[str],
     output_path: str | PathLike[str],
@@ -133,7 +141,6 @@ def export_model(
     """
     from arriero.bundles.exporting import export_bundle
 
-    export, own = build(
-        "export_model", options, model_name_or_path=model, output_path=output_path, **adapter_options(adapter)
-    )
-    return export_bundle(export, own).folder
+    output, own = path_of("output_path", output_path), adapter_options(adapter)
+    groups = build("export_model", options, model_name_or_path=model_name(model), output_path=output, **own)
+    return export_bundle(*groups).folder

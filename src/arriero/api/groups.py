@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from os import PathLike
 from typing import Any
 
+from arriero.api.arguments import plain
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.compilation import CompilationOptions
 from arriero.config.converting import ConvertOptions
@@ -61,6 +64,14 @@ RESERVED: dict[str, frozenset[str]] = {
     "convert": _MODEL | {"output_dir"},
     "export_model": _MODEL | _ADAPTER | {"output_path"},
 }
+# Names that options go by on the command line, as in PaddleNLP, and that mean something else in Python.
+_OTHERWISE = {
+    "batch_size": "it is an argument of arriero.load",
+    "max_length": "transformers counts the prompt in it and PaddleNLP does not: say max_new_tokens, the answer's tokens alone",
+    "min_length": "transformers counts the prompt in it and PaddleNLP does not: say min_new_tokens, the answer's tokens alone",
+}
+_OUTPUTS = frozenset({"output_dir", "output_path"})  # a shell would have resolved their `~`
+REFUSED: dict[str, frozenset[str]] = {**RESERVED, "generate": frozenset(_OTHERWISE)}
 
 
 def build(function: str, keywords: Mapping[str, Any], **own: Any) -> tuple[Any, ...]:
@@ -73,7 +84,12 @@ def build(function: str, keywords: Mapping[str, Any], **own: Any) -> tuple[Any, 
     Raises:
         ConfigError: an unknown name, a value of the wrong kind or an impossible combination.
     """
-    reserved = sorted(RESERVED[function] & keywords.keys())
-    if reserved:
-        raise ConfigError(f"arriero.{function} takes no {reserved[0]}: see help(arriero.{function})")
-    return from_keywords(KEYWORDS[function], {**own, **keywords}, f"arriero.{function}")
+    place = "generate" if function == "generate" else f"arriero.{function}"  # a method
+    for name in sorted(REFUSED[function] & keywords.keys()):
+        why = _OTHERWISE[name] if function == "generate" else f"see help({place})"
+        raise ConfigError(f"{place} takes no {name}: {why}")
+    values = {name: plain(value) for name, value in {**own, **keywords}.items()}
+    for name in _OUTPUTS & values.keys():
+        if isinstance(values[name], str | PathLike):
+            values[name] = os.path.expanduser(values[name])
+    return from_keywords(KEYWORDS[function], values, place)

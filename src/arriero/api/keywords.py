@@ -5,8 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+if TYPE_CHECKING:
+    import torch
+
+    from arriero.api.rows import Rows
 
 Path = str | PathLike[str]
 
@@ -15,8 +21,8 @@ class ModelGroup(TypedDict, total=False):
     """Model."""
 
     tokenizer_name_or_path: Path | None
-    dtype: Literal["auto", "float32", "float16", "bfloat16", "fp32", "fp16", "bf16"]
-    device: str
+    dtype: Literal["auto", "float32", "float16", "bfloat16", "fp32", "fp16", "bf16"] | torch.dtype
+    device: str | torch.device
     use_flash_attention: bool
     use_fused_rms_norm: bool
     cache_dir: Path | None
@@ -82,8 +88,8 @@ class PretrainModelGroup(TypedDict, total=False):
     """Model."""
 
     tokenizer_name_or_path: Path | None
-    dtype: Literal["auto", "float32", "float16", "bfloat16", "fp32", "fp16", "bf16"]
-    device: str
+    dtype: Literal["auto", "float32", "float16", "bfloat16", "fp32", "fp16", "bf16"] | torch.dtype
+    device: str | torch.device
     use_flash_attention: bool
     use_fused_rms_norm: bool
     cache_dir: Path | None
@@ -237,7 +243,7 @@ class DataGroup(TypedDict, total=False):
 
     task_name: str | None
     data_name: str | None
-    dataset_path: Path | None
+    dataset_path: Path | Rows | None
     data_format: Literal["auto", "messages", "sharegpt", "context", "instruction", "alpaca", "src", "prompt", "text"]
     train_on: Literal["all_assistant", "last"]
     src_length: int
@@ -386,7 +392,7 @@ class ConvertGroup(TypedDict, total=False):
     """Conversion."""
 
     to: Literal["auto", "hf", "gguf", "paddle", "meta", "quantized", "model", "peft"]
-    dtype: Literal["auto", "float32", "float16", "bfloat16", "fp32", "fp16", "bf16"]
+    dtype: Literal["auto", "float32", "float16", "bfloat16", "fp32", "fp16", "bf16"] | torch.dtype
     gguf_type: Literal[
         "auto",
         "f32",
@@ -419,13 +425,13 @@ class ExportGroup(TypedDict, total=False):
 
     format: Literal["onnx", "torch", "aoti", "gguf"]
     weights: Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"]
-    dtype: Literal["auto", "float32", "float16", "bfloat16", "fp32", "fp16", "bf16"]
+    dtype: Literal["auto", "float32", "float16", "bfloat16", "fp32", "fp16", "bf16"] | torch.dtype
     block_size: int | None
     symmetric: bool | None
     accuracy_level: int
     head_bits: int | None
     context: int | None
-    device: str
+    device: str | torch.device
     max_new_tokens: int
     merge_weights: bool
     cache_dir: Path | None
@@ -491,3 +497,12 @@ class ConvertKeywords(ConvertGroup, total=False):
 
 class ExportModelKeywords(ExportGroup, total=False):
     """Of `arriero.export_model`."""
+
+
+class AnswerKeywords(GenerateKeywords, total=False):
+    """Of `generate`, `stream` and `chat`."""
+
+    json_schema: Mapping[str, Any] | str | None
+    regex: str | None
+    choices: Sequence[str] | None
+    grammar: str | None

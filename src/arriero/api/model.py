@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import weakref
 from collections.abc import Sequence
 from os import PathLike
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arriero.api.adapters import adapter_options
+from arriero.api.arguments import model_name, path_of, plain, whole_number
 from arriero.api.groups import build
 from arriero.api.text import Message, Prompt, TextModel
+from arriero.api.words import in_python
 from arriero.errors import ConfigError, DataError, GenerationError
 from arriero.process_threads import release_workers
 
@@ -63,6 +66,11 @@ class Model(TextModel):
         )
         release_workers()  # this thread need not be the one that asks
 
+    def __repr__(self) -> str:
+        first = next(self.module.parameters())
+        about = f"{self.config.num_parameters():,} parameters, {str(first.dtype).removeprefix('torch.')}, {self.device}"
+        return f"<arriero.{type(self).__name__} {str(self.folder)!r}: {about}>"
+
     def logits(self, prompt: Prompt) -> Tensor:
         """What the model says of each next token: (T, vocab_size) float32, row i after the first i + 1 tokens of the prompt.
 
@@ -83,7 +91,7 @@ class Model(TextModel):
         check_ids(ids, self.config.vocab_size)
         if len(ids) > self.context:
             raise GenerationError(f"the prompt has {len(ids)} tokens: {self._too_long}; shorten it")
-        with torch.inference_mode():
+        with self.turns, torch.inference_mode():
             logits: Tensor = self.module(torch.tensor([ids], device=self.device))[0].float()
         return logits
 
@@ -105,7 +113,7 @@ class Model(TextModel):
         from arriero.engine.request import check_ids
         from arriero.training.quantizing import perplexity
 
-        window = self.context if window is None else window
+        window = self.context if window is None else whole_number("window", window, 0)
         if window < 2:
             raise ConfigError(f"window is {window}: it must be at least 2, a token and the one after it")
         if window > self.context:
@@ -115,7 +123,8 @@ class Model(TextModel):
             raise DataError(f"the text has {len(ids)} tokens: perplexity needs at least 2")
         check_ids(ids, self.config.vocab_size)
         blocks = torch.split(torch.tensor(ids), window)
-        return perplexity(self.module, [block[None] for block in blocks if len(block) > 1])
+        with self.turns:
+            return perplexity(self.module, [block[None] for block in blocks if len(block) > 1])
 
     @property
     def _too_long(self) -> str:
@@ -124,16 +133,21 @@ class Model(TextModel):
         less = f" less a prefix of {positions - self.context}" if positions > self.context else ""
         return f"more than max_position_embeddings, {positions}{less}"
 
-    def save(self, folder: str | PathLike[str], *, dtype: str | None = None, max_shard_size: str = "5GB") -> Path:
+    @in_python("load")
+    def save(
+        self, folder: str | PathLike[str], *, dtype: str | torch.dtype | None = None, max_shard_size: str = "5GB"
+    ) -> Path:
         """Write it as an HF folder that transformers, vLLM and arriero read; a LoRA adapter is in the weights then.
 
         Args:
-            dtype: of the weights, such as "bfloat16"; None: as they are in memory.
+            dtype: of the weights: "float32", "float16", "bfloat16" (or "fp32", "fp16", "bf16") or a torch.dtype; None or
+                "auto": as they are in memory.
 
         Raises:
             ConfigError: a folder that holds something, a prefix, or quantized weights.
             FormatError: it cannot be written.
         """
+        from arriero.config.model import DTYPES
         from arriero.formats.hf import save_model
         from arriero.formats.staging import check_target
         from arriero.quantization.linear import has_quantized_layers
@@ -144,14 +158,20 @@ class Model(TextModel):
             raise ConfigError(
                 f"{self.folder}: its layers are quantized; copy the folder, or use arriero.convert or arriero.merge"
             )
-        path = Path(folder).expanduser()
+        name = "auto" if dtype is None else plain(dtype)
+        if name not in DTYPES:
+            raise ConfigError(f"dtype is {name!r}: it takes one of {', '.join(DTYPES)}")
+        kind = DTYPES[name] if DTYPES[name] != "auto" else None
+        path = path_of("folder", folder)
         check_target(path, "folder")
-        save_model(
-            self.module, self.config, path, max_shard_size=max_shard_size, dtype=dtype, extra_files_from=self.folder
-        )
+        with self.turns:
+            save_model(
+                self.module, self.config, path, max_shard_size=max_shard_size, dtype=kind, extra_files_from=self.folder
+            )
         return path
 
 
+@in_python("load")
 def load(
     model: str | PathLike[str],
     *,
@@ -165,7 +185,8 @@ def load(
         model: a folder with config.json and safetensors weights, a named model such as "smollm2-135m-instruct", or a Hub id.
         adapter: the folder of a LoRA adapter or of a prefix, in PEFT's format.
         batch_size: prompts that are answered together at most.
-        options: `device` ("auto", "cpu", "cuda", "cuda:1"), `dtype` ("auto": float32 on a CPU, as stored on a GPU),
+        options: `device` ("auto", "cpu", "cuda", "cuda:1" or a torch.device), `dtype` ("auto": float32 on a CPU, as stored on a
+            GPU; "float32", "float16", "bfloat16", or short "fp32", "fp16", "bf16", or a torch.dtype),
             `kv_cache_dtype`, `torch_compile`, `tokenizer_name_or_path`, `cache_dir`, ...: as in `arriero predict`.
 
     Raises:
@@ -176,10 +197,10 @@ def load(
     from arriero.engine.loading import load_for_inference
     from arriero.export.bundle import is_bundle
 
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}: it must be at least 1")
-    if is_bundle(Path(model).expanduser()):
-        raise ConfigError(f"{model}: is an exported bundle; use arriero.load_bundle")
-    model_options, cache, compilation = build("load", options, model_name_or_path=model)
+    whole_number("batch_size", batch_size)
+    name = model_name(model)
+    if is_bundle(Path(os.path.expanduser(name))):
+        raise ConfigError(f"{name}: is an exported bundle; use arriero.load_bundle")
+    model_options, cache, compilation = build("load", options, model_name_or_path=name)
     loaded = load_for_inference(model_options, AdapterPathOptions(**adapter_options(adapter)))
     return Model(loaded, batch_size, cache.kv_cache_dtype, compilation.torch_compile)

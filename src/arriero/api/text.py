@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast, overload
 
+from arriero.api.arguments import path_of, plain, whole_number
 from arriero.api.groups import build
+from arriero.api.turns import Stream, Turns
+from arriero.api.words import in_python
 from arriero.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from arriero.api.keywords import GenerateKeywords
+    import torch
+
+    from arriero.api.keywords import AnswerKeywords
     from arriero.data.tokenizer import Tokenizer
     from arriero.engine.answer import Generation
     from arriero.engine.engine import Engine
     from arriero.engine.sampling_params import SamplingParams
+    from arriero.engine.structure import Structure, StructureKind
 
 Message: TypeAlias = Mapping[str, Any]
 # A text as it is, a conversation for the model's chat template, or token ids.
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
+# Keywords for the form of an answer, and the kind of `Structure` that each makes.
+STRUCTURES: dict[str, StructureKind] = {
+    "json_schema": "json_schema",
+    "regex": "regex",
+    "choices": "choice",
+    "grammar": "grammar",
+}
 
 
 class TextModel:
@@ -31,9 +43,11 @@ class TextModel:
     A prompt is a text, a conversation (`[{"role": "user", "content": "..."}]`) or a list of token ids. How it is answered is
     said by the options of `arriero predict` as keyword arguments (`max_new_tokens`, `temperature`, `stop`, `seed` and so on;
     greedy unless one of them asks for random draws) or by a `SamplingParams`, which can do more: log-probabilities, several
-    answers, JSON schemas.
+    answers, penalties. `json_schema` (a dict or its text), `regex`, `choices` (texts) or `grammar` (Lark's syntax) says which
+    form the answer must have (extra `serve`).
 
-    Use it from one thread at a time. What prompts begin with alike is computed once, also from one call to the next.
+    Threads may share it: a call waits until those of others are done, and streams take turns piece by piece. What prompts
+    begin with alike is computed once, also from one call to the next.
 
     Attributes:
         tokenizer: `encode`, `decode`, `chat`.
@@ -42,8 +56,12 @@ class TextModel:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.turns = Turns()
         self.tokenizer: Tokenizer = engine.tokenizer
         self.context: int = engine.runner.context
+
+    def __repr__(self) -> str:
+        return f"<arriero.{type(self).__name__}: context {self.context:,}>"
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt, as the model reads it.
@@ -61,7 +79,7 @@ class TextModel:
                 f"a prompt is a text, a conversation or a list of token ids, not {type(prompt).__name__}; "
                 ".decode() makes it a text"
             )
-        if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
+        if not isinstance(prompt, Sequence) or not all(_is_id(token) for token in prompt):
             raise DataError(
                 f"a prompt is a text, a conversation or a list of token ids, not {type(prompt).__name__}; of a tensor or an "
                 "array give .tolist()"
@@ -83,17 +101,18 @@ class TextModel:
         self,
         prompt: str | Sequence[Message] | Sequence[int],
         params: SamplingParams | None = None,
-        **options: Unpack[GenerateKeywords],
+        **options: Unpack[AnswerKeywords],
     ) -> Generation: ...
     @overload
     def generate(
-        self, prompt: Sequence[Prompt], params: SamplingParams | None = None, **options: Unpack[GenerateKeywords]
+        self, prompt: Sequence[Prompt], params: SamplingParams | None = None, **options: Unpack[AnswerKeywords]
     ) -> list[Generation]: ...
+    @in_python("generate")
     def generate(
         self,
         prompt: Prompt | Sequence[Prompt],
         params: SamplingParams | None = None,
-        **options: Unpack[GenerateKeywords],
+        **options: Unpack[AnswerKeywords],
     ) -> Generation | list[Generation]:
         """The answer to a prompt, or the answers to several, in their order.
 
@@ -101,32 +120,34 @@ class TextModel:
         drawn with seed + i, as `arriero predict` does.
 
         Raises:
-            GenerationError: a prompt that is empty or too long, naming it.
+            GenerationError: a prompt of no tokens or too long, naming it; a form that there cannot be.
             ConfigError: an option that is unknown or out of range.
         """
         own = self._params(params, options)
         if is_one(prompt):
-            return self._engine.generate([self.encode(cast("Prompt", prompt))], own)[0]
+            return self._answers([self.encode(cast("Prompt", prompt))], own)[0]
         ids = [self.encode(one) for one in cast("Sequence[Prompt]", prompt)]
         seed = own.seed
         each = [own if seed is None else replace(own, seed=(seed + i) % 2**64) for i in range(len(ids))]
-        return self._engine.generate(ids, each)
+        return self._answers(ids, each)
 
-    def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, **options: Unpack[GenerateKeywords]
-    ) -> Iterator[str]:
-        """The answer's text, piece by piece; leave the iterator to stop generating.
+    @in_python("generate")
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Unpack[AnswerKeywords]) -> Stream:
+        """The answer's text, piece by piece; leave the iterator, or `close` it, to stop generating.
 
         Raises:
             GenerationError, ConfigError: as `generate`, at once.
         """
-        return self._engine.stream(self.encode_one(prompt), self._params(params, options))
+        ids, own = self.encode_one(prompt), self._params(params, options)
+        with self.turns:
+            return Stream(self.turns, cast("Generator[str]", self._engine.stream(ids, own)))
 
+    @in_python("generate")
     def chat(
         self,
         messages: str | Sequence[Message],
         params: SamplingParams | None = None,
-        **options: Unpack[GenerateKeywords],
+        **options: Unpack[AnswerKeywords],
     ) -> str:
         """The assistant's next turn, as text.
 
@@ -144,25 +165,68 @@ class TextModel:
                 f"chat takes a text or a conversation ([{{'role': 'user', 'content': '...'}}, ...]), not {what}; generate "
                 "takes lists of prompts and token ids"
             )
-        return self._engine.generate([self.tokenizer.chat(turns)], self._params(params, options))[0].text
+        return self._answers([self.tokenizer.chat(turns)], self._params(params, options))[0].text
 
-    def _params(self, params: SamplingParams | None, options: GenerateKeywords) -> SamplingParams:
-        from arriero.engine.sampling_params import params_from_options
+    def _answers(
+        self, ids: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[Generation]:
+        with self.turns:
+            return self._engine.generate(ids, params)
+
+    def _params(self, params: SamplingParams | None, options: AnswerKeywords) -> SamplingParams:
+        from arriero.engine.sampling_params import SamplingParams, params_from_options
 
         if params is None:
-            (generation,) = build("generate", options)
-            return params_from_options(generation)
+            given: dict[str, Any] = dict(options)
+            structure = structure_of({name: given.pop(name) for name in STRUCTURES if name in given})
+            (generation,) = build("generate", given)
+            return replace(params_from_options(generation), structure=structure)
+        if not isinstance(params, SamplingParams):
+            raise ConfigError(
+                f"params is of type {type(params).__name__}: it takes an arriero.SamplingParams; options go by their names"
+            )
         if options:
-            raise ConfigError(f"params and {min(options)} are given: say it in SamplingParams({min(options)}=...)")
+            name = min(options)
+            kind = STRUCTURES.get(name)
+            say = f"{name}=..." if kind is None else f"structure=arriero.Structure({kind!r}, ...)"
+            raise ConfigError(f"params and {name} are given: say it in SamplingParams({say})")
         return params
+
+
+def structure_of(given: Mapping[str, Any]) -> Structure | None:
+    """The form of an answer that one of the keywords of `STRUCTURES` says; None without.
+
+    Raises:
+        ConfigError: several, or choices that are no texts.
+        GenerationError: as `Structure`.
+    """
+    from arriero.engine.structure import Structure
+
+    named = {name: value for name, value in given.items() if value is not None}
+    if len(named) > 1:
+        raise ConfigError(f"{' and '.join(named)} both say what form the answer has: give one of them")
+    for name, value in named.items():
+        if name == "choices" and not (isinstance(value, list | tuple) and all(isinstance(t, str) for t in value)):
+            raise ConfigError("choices takes a list of texts")
+        return Structure(STRUCTURES[name], value)
+    return None
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_one(prompt: Prompt | Sequence[Prompt]) -> bool:
     return not isinstance(prompt, list | tuple) or (len(prompt) > 0 and isinstance(prompt[0], int | Mapping))
 
 
+@in_python("load")
 def load_bundle(
-    folder: str | PathLike[str], *, batch_size: int = 8, num_threads: int | None = None, device: str = "auto"
+    folder: str | PathLike[str],
+    *,
+    batch_size: int = 8,
+    num_threads: int | None = None,
+    device: str | torch.device = "auto",
 ) -> TextModel:
     """A bundle that `export_model` (or `arriero export`) wrote, ready to answer; a kind that needs no torch imports none.
 
@@ -180,6 +244,8 @@ def load_bundle(
     from arriero.config.model import device_name
     from arriero.export.bundle import open_bundle
 
-    bundle = open_bundle(Path(folder).expanduser())
-    check_device(bundle, device_name(device))
-    return TextModel(bundle_engine(bundle, batch_size, num_threads, device=device_name(device)))
+    bundle = open_bundle(path_of("folder", folder, "the folder of a bundle"))
+    name = device_name(str(plain(device)))
+    check_device(bundle, name)
+    threads = None if num_threads is None else whole_number("num_threads", num_threads)
+    return TextModel(bundle_engine(bundle, whole_number("batch_size", batch_size), threads, device=name))

@@ -11,7 +11,7 @@ from arriero.config.serving import ServeOptions
 from arriero.config.speculation import SpeculationOptions
 from arriero.errors import ConfigError, require
 
-HELP = "Answer requests over HTTP (OpenAI's API, and the seed's /api/chat) with a checkpoint or a bundle that stays in memory."
+HELP = "Answer requests over HTTP (OpenAI's API, and PaddleNLP's /api/chat) with a checkpoint or a bundle that stays in memory."
 
 OPTIONS: tuple[type, ...] = (
     ModelOptions,

@@ -22,7 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "preprocess": ("arriero.commands.preprocess", "turn raw text into a token corpus"),
     "plan": ("arriero.commands.plan", "tell the memory and time of a run before it"),
     "pretrain": ("arriero.commands.pretrain", "train from scratch, or go on with --continue_training"),
-    "finetune": ("arriero.commands.finetune", "fine-tune a model: all weights or LoRA"),
+    "finetune": ("arriero.commands.finetune", "fine-tune a model: all weights, LoRA, a prefix, QAT; preferences"),
     "evaluate": ("arriero.commands.evaluate", "score a checkpoint: loss, perplexity, task metrics"),
     "predict": ("arriero.commands.predict", "answer a file of prompts"),
     "merge": ("arriero.commands.merge", "join an adapter and its base into one model"),

@@ -68,7 +68,9 @@ def _part(item: str) -> DataPart:
         return DataPart(item)
 
 
-TASK_HELP = "how rows become prompt and answer: squad (question generation, as the seed), squad_qa (question answering)"
+TASK_HELP = (
+    "how rows become prompt and answer: squad (question generation, as in PaddleNLP), squad_qa (question answering)"
+)
 FORMAT_HELP = (
     "what rows are; auto: by their keys. alpaca: instruction rows as turns of a chat, or in Alpaca's words where the model has "
     "no chat template"

@@ -30,6 +30,7 @@ _RENAMED: Mapping[str, tuple[str, ...]] = {
     "r": ("lora_rank",),
     "target_modules": ("lora_target_modules",),
     "torch_dtype": ("dtype",),
+    "train_dataset": ("dataset_path",),
     "train_file": ("dataset_path",),
     "use_cache": (),
     "validation_file": ("dataset_path",),

@@ -19,7 +19,7 @@ class LoggingOptions(OptionGroup):
     logging_dir: str | None = option(None, "where TensorBoard files go (default: runs in --output_dir)")
     report_to: list[str] = option(
         ["auto"],
-        "trackers, one or several; auto: TensorBoard if it is installed; visualdl is the seed's word for tensorboard. "
+        "trackers, one or several; auto: TensorBoard if it is installed; visualdl is PaddleNLP's word for tensorboard. "
         "train_log.jsonl and loss.png are always written",
         ("auto", "tensorboard", "visualdl", "wandb", "trackio", "none"),
     )

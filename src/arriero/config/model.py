@@ -53,7 +53,7 @@ class ModelOptions(OptionGroup):
 
 
 def device_name(device: str) -> str:
-    """The torch name of a device option (`gpu` is the seed's word for `cuda`).
+    """The torch name of a device option (`gpu` is PaddleNLP's word for `cuda`).
 
     Raises:
         ConfigError: it is none of auto, cpu, gpu, cuda, cuda:N.

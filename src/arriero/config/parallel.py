@@ -37,7 +37,9 @@ class ParallelOptions(OptionGroup):
         "order of the pipeline's work (default: 1f1b, with --virtual_pp_degree above 1 interleaved; zbv has 2 runs each)",
         SCHEDULES,
     )
-    pipeline_parallel_config: list[str] = option([], "switches of the pipeline, as the seed names them", PIPELINE_WORDS)
+    pipeline_parallel_config: list[str] = option(
+        [], "switches of the pipeline, as PaddleNLP names them", PIPELINE_WORDS
+    )
     sharding: list[str] = option(
         [],
         "what data-parallel processes share out: stage1 optimizer, stage2 + gradients, stage3 + weights; and offload",

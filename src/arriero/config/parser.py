@@ -242,7 +242,7 @@ def from_keywords(groups: Sequence[type], keywords: Mapping[str, Any], function:
     table = option_table(groups)
     plain = {name: _without_paths(value) for name, value in keywords.items()}
     values = _named(plain, table, function, function, show_key=lambda key: f"{function}({key}=...)")
-    return _build(groups, values, frozenset(values), f"they are keyword arguments of {function}", [], warn=True)
+    return _build(groups, values, frozenset(values), f"see help({function})", [], warn=True)
 
 
 def _without_paths(value: Any) -> Any:

@@ -23,7 +23,7 @@ class PretrainModelOptions(ModelOptions):
         "folder, named model or Hub id: its configuration, and with --continue_training its weights",
         alone=True,
     )
-    model_type: str = option("llama", "the seed's word for the one architecture there is", ("llama",))
+    model_type: str = option("llama", "PaddleNLP's word for the one architecture there is", ("llama",))
     config_name: str | None = option(
         None, "a model's shape from elsewhere: a folder, config.json or name (default: that of --model_name_or_path)"
     )
@@ -63,14 +63,14 @@ class CorpusOptions(OptionGroup):
     data_impl: str = option("auto", "format of the corpus: npy/npz pair or Megatron's bin/idx", ("auto", "npy", "mmap"))
     data_cache: str | None = option(None, "folder of the sample indexes (default: beside the corpus)")
     share_folder: bool = option(
-        False, "the seed's word for nodes with one file system; a lock in the cache serves shared and separate ones"
+        False, "PaddleNLP's word for nodes with one file system; a lock in the cache serves shared and separate ones"
     )
     reset_attention_mask: bool = option(False, "tokens do not attend across document boundaries")
     best_fit_packing: bool = option(False, "fill samples with whole documents where they fit")
     dataloader_num_workers: int = option(0, "processes that prepare batches; 0: the main process", minimum=0)
     document_order: str = option(
         "file",
-        "file: documents follow one another as in the file and samples are shuffled (the seed); shuffled: both are",
+        "file: documents follow one another as in the file and samples are shuffled, as in PaddleNLP; shuffled: both are",
         ("file", "shuffled"),
     )
     eval_iters: int = option(

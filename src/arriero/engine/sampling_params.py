@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 from arriero.config.generation import GenerationOptions, asks_for_draws
@@ -43,7 +43,8 @@ class SamplingParams:
         do_sample: draw at random; false means the likeliest token always, and temperature, top-k, top-p and min-p have no
             effect. None: draw if temperature (but 0), top-k, top-p or min-p is set, or several answers are asked for.
         stop_token_ids: tokens that end the answer, besides the tokenizer's own.
-        stop_strings: texts that end the answer; neither they nor what follows them is part of it.
+        stop_strings: texts that end the answer; neither they nor what follows them is part of it. `stop` is another name for
+            it where a SamplingParams is made.
         seed: the answer is a function of prompt, parameters and seed, whatever else is generated beside it.
         ignore_eos: the tokenizer's own stop tokens do not end the answer.
         logprobs: with each token its log-probability, as the model gives it before any of the above, and those of the so many
@@ -72,6 +73,7 @@ class SamplingParams:
     do_sample: bool | None = None
     stop_token_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
+    stop: InitVar[str | Sequence[str] | None] = None
     seed: int | None = None
     ignore_eos: bool = False
     logprobs: int | None = None
@@ -80,7 +82,11 @@ class SamplingParams:
     best_of: int | None = None
     structure: Structure | None = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, stop: str | Sequence[str] | None) -> None:
+        if stop is not None:
+            if self.stop_strings:
+                raise GenerationError("stop and stop_strings are the same: give one of them")
+            object.__setattr__(self, "stop_strings", [stop] if isinstance(stop, str) else stop)
         # Lists, as JSON gives them, are taken too.
         for name in ("stop_token_ids", "stop_strings"):
             given = getattr(self, name)
