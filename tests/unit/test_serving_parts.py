@@ -199,7 +199,7 @@ class _Long:
             has_chat_template=lambda: True,
             chat=lambda messages, **_: [1] * len(messages[0]["content"]),
         )
-        self.tokenizer.encode = lambda text, add_special_tokens: [1] * len(text)
+        self.tokenizer.encode = lambda text, **_: [1] * len(text)
 
 
 LOGPROBS = {"logprobs": True, "top_logprobs": 20}

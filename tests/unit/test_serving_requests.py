@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from arriero.models.presets import TINY_RANDOM_LLAMA
 from arriero.serving.api_errors import ApiError, api_error
 from arriero.serving.body import check
 from arriero.serving.openai.chat import chat_prompt
+from arriero.serving.openai.completions import prompts_of
 from arriero.serving.openai.messages import for_template
 from arriero.serving.openai.requests import ChatRequest, CompletionRequest, TokenizeRequest
 from arriero.serving.openai.response_request import ResponseRequest
@@ -27,6 +29,14 @@ HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
 JSON = {"type": "json_object"}
 GOES_ON = {"continue_final_message": True}
 TOOL = {"type": "function", "function": {"name": "f"}}
+FORM, NAMED = {"type": "json_schema"}, {"json_schema": {"name": "x"}}
+ANSWERED = {"role": "tool", "tool_call_id": "c9", "content": "x"}
+
+
+def allowed(*names: str, mode: str = "auto") -> dict[str, Any]:
+    """`tool_choice` that leaves some of the tools."""
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
 
 
 @pytest.mark.parametrize(
@@ -57,7 +67,7 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         (CompletionRequest, {"prompt": [[]]}, "prompt[0]", "it is empty"),
         (CompletionRequest, {"prompt": 5}, "prompt", "valid string"),
         (TokenizeRequest, {}, "prompt", "one of them"),
-        (ResponseRequest, {"input": "a", "include": ["all"]}, "include[0]", "Input should be"),
+        (ResponseRequest, {"input": "a", "include": ["all"]}, "include[0]", "it must be 'message.output_text"),
         (ResponseRequest, {"input": "a", "top_logprobs": 2}, "top_logprobs", "needs include"),
         (ChatRequest, {**HELLO, "guided_regex": "a", "guided_choice": ["a"]}, "guided_choice", "one form"),
         (ChatRequest, {**HELLO, "guided_regex": "a", "tools": [TOOL]}, "guided_regex", "or tools, not both"),
@@ -65,12 +75,44 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         (ChatRequest, {**HELLO, "guided_grammar": " "}, "guided_grammar", "is empty"),
         (ChatRequest, {**HELLO, "structured_outputs": {}}, "structured_outputs", "one of them"),
         (ChatRequest, {**HELLO, "structured_outputs": {"yaml": 1}}, "structured_outputs.yaml", "Unrecognized"),
-        (ChatRequest, {**HELLO, "skip_special_tokens": False}, "skip_special_tokens", "should be True"),
+        (ChatRequest, {**HELLO, "skip_special_tokens": False}, "skip_special_tokens", "leave it out"),
         (ChatRequest, {**HELLO, "chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs", "'messages'"),
         (ChatRequest, {**HELLO, "chat_template_kwargs": {"bos_token": "x"}}, "chat_template_kwargs", "'bos_token'"),
         (ChatRequest, {**HELLO, "chat_template_kwargs": {"_x": 1}}, "chat_template_kwargs", "the key '_x'"),
         (ChatRequest, {**HELLO, "chat_template_kwargs": {"a": []}}, "chat_template_kwargs.a", "valid"),
         (ChatRequest, {**HELLO, **GOES_ON, "add_generation_prompt": True}, "continue_final_message", "one of them"),
+        (ChatRequest, {**HELLO, "use_beam_search": True}, "use_beam_search", "no beam search"),
+        (ChatRequest, {**HELLO, "use_beam_search": 0}, "use_beam_search", "no beam search"),
+        (CompletionRequest, {"prompt": "a", "length_penalty": 1.5}, "length_penalty", "no beam search"),
+        (ChatRequest, {**HELLO, "prompt_logprobs": 1}, "prompt_logprobs", "/v1/completions"),
+        (CompletionRequest, {"prompt": "a", "truncate_prompt_tokens": 8}, "truncate_prompt_tokens", "a shorter one"),
+        (ChatRequest, {**HELLO, "priority": -1}, "priority", "greater than or equal to 0"),
+        (CompletionRequest, {"prompt": "a", "suffix": "b"}, "suffix", "at their end only"),
+        (ChatRequest, {**HELLO, "tools": [{"type": "web_search"}]}, "tools[0].type", "tools are functions here"),
+        (ChatRequest, {**HELLO, "tools": [{"type": "function", "function": {}}]}, "tools[0].function.name", "Missing"),
+        (ResponseRequest, {"input": "a", "previous_response_id": "r"}, "previous_response_id", "nothing is kept"),
+        (ResponseRequest, {"input": "a", "background": True}, "background", "nothing is kept"),
+        (ResponseRequest, {"input": "a", "truncation": "auto"}, "truncation", "a shorter one"),
+        (ResponseRequest, {"input": "a", "text": {"format": {**FORM, "name": "x"}}}, "text.format.schema", "Missing"),
+        (ChatRequest, {**HELLO, "response_format": FORM}, "response_format.json_schema", "Missing"),
+        (ChatRequest, {**HELLO, "response_format": {**FORM, "json_schema": 3}}, "response_format.json_schema", "valid"),
+        (
+            ChatRequest,
+            {**HELLO, "response_format": {**FORM, "json_schema": {"name": "x", "schema": {}}, "x": 1}},
+            "response_format.x",
+            "Unrecognized",
+        ),
+        (ChatRequest, {**HELLO, "response_format": {**FORM, **NAMED}}, "response_format.json_schema.schema", "Missing"),
+        (ChatRequest, {**HELLO, "response_format": {"type": "xml"}}, "response_format", "not supported here"),
+        (ChatRequest, {"messages": [{"role": "text", "content": "x"}]}, "messages[0]", "its 'role' must be one of"),
+        (ChatRequest, {"messages": [ANSWERED]}, "messages[0].tool_call_id", "'c9' is no call"),
+        (
+            ResponseRequest,
+            {"input": [{"type": "function_call_output", "call_id": "c9", "output": ""}]},
+            "input[0].call_id",
+            "'c9'",
+        ),
+        (ChatRequest, {**HELLO, "tools": [TOOL], "tool_choice": allowed("g")}, "tool_choice", "not among the tools"),
         (SeedChatRequest, {"context": "x", "history": ["odd"]}, "history", "pairs"),
         (SeedChatRequest, {"context": "x", "history": "no json"}, "history", "no JSON list"),
     ],
@@ -175,3 +217,60 @@ def test_null_is_as_good_as_nothing(kind: Any) -> None:
     assert check(parse_object, json.dumps(given).encode(), kind).stream_options.include_usage
     with pytest.raises(ApiError, match="frobnicate"):
         check(parse_object, json.dumps({**given, "frobnicate": False}).encode(), kind)
+
+
+def test_usual_values_of_other_servers_are_taken() -> None:
+    usual = {
+        "use_beam_search": False,
+        "length_penalty": 1,
+        "prompt_logprobs": None,
+        "truncate_prompt_tokens": None,
+        "spaces_between_special_tokens": True,
+        "skip_special_tokens": True,
+        "include_stop_str_in_output": False,
+        "priority": 0,
+    }
+    check(parse_object, json.dumps({"prompt": "a", **usual, "length_penalty": 1.0}).encode(), CompletionRequest)
+    prediction = {"type": "content", "content": [{"type": "text", "text": "Hello"}]}
+    asked = {**HELLO, **usual, "prediction": prediction, "echo": False, "add_special_tokens": False}
+    assert check(parse_object, json.dumps(asked).encode(), ChatRequest).priority == 0
+
+
+def test_some_of_the_tools_are_allowed() -> None:
+    tools = [{"type": "function", "function": {"name": name}} for name in "fgh"]
+    fields: dict[str, Any] = {**HELLO, "tools": tools, "tool_choice": allowed("h", "f", mode="required")}
+    asked = check(parse_object, json.dumps(fields).encode(), ChatRequest)
+    assert [tool.function.name for tool in asked.offered] == ["f", "g", "h"]  # the prompt stays the same
+    assert [tool.function.name for tool in asked.callable_tools] == ["f", "h"]
+    assert asked.must_call
+    flat = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "g"}]}
+    given = {"input": "a", "tools": [{"type": "function", "name": name} for name in "fgh"], "tool_choice": flat}
+    other = check(parse_object, json.dumps(given).encode(), ResponseRequest).as_chat()
+    assert [tool.function.name for tool in other.callable_tools] == ["g"]
+    assert not other.must_call
+
+
+def test_results_of_calls_before_them_are_taken() -> None:
+    call = {"id": "c9", "type": "function", "function": {"name": "f", "arguments": "not JSON"}}
+    turns = [{"role": "assistant", "tool_calls": [call]}, {"role": "user", "content": "Hurry"}, ANSWERED, ANSWERED]
+    check(parse_object, json.dumps({"messages": turns}).encode(), ChatRequest)
+    with pytest.raises(ApiError, match="c9"):
+        check(parse_object, json.dumps({"messages": turns[2:] + turns[:2]}).encode(), ChatRequest)
+
+
+def test_names_of_special_tokens_in_a_prompt_are_text_unless_asked_otherwise() -> None:
+    tokenizer = load_tokenizer(resolve_model(TINY_RANDOM_LLAMA))
+    engine = SimpleNamespace(runner=SimpleNamespace(vocab_size=tokenizer.vocab_size))
+    service: Any = SimpleNamespace(tokenizer=tokenizer, background=SimpleNamespace(engine=engine))
+
+    def ids(**fields: Any) -> list[int]:
+        asked = check(parse_object, json.dumps({"prompt": "<s>hi</s>", **fields}).encode(), CompletionRequest)
+        [prompt] = prompts_of(service, asked)
+        return prompt.ids
+
+    bos, eos = tokenizer.special_tokens["<s>"], tokenizer.special_tokens["</s>"]
+    plain = ids()
+    assert (plain[0], plain.count(bos), plain.count(eos)) == (bos, 1, 0)
+    assert ids(add_special_tokens=False) == plain[1:]
+    parsed = ids(parse_special=True, add_special_tokens=False)
+    assert (parsed[0], parsed[-1], parsed.count(bos)) == (bos, eos, 1)

@@ -77,7 +77,7 @@ class ServeOptions(OptionGroup):
         0, "requests a minute that one key (or one address, without keys) may make; 0: any number", minimum=0
     )
     max_body_bytes: int = option(2_000_000, "largest body of a request", minimum=1024, maximum=2**30)
-    max_connections: int = option(1024, "connections at once; further ones hear 503", minimum=1)
+    max_connections: int = option(1024, "connections at once; further ones hear 503, probes are answered", minimum=1)
     cors_origins: list[str] = option(
         [], "web pages (https://host:port) whose scripts may use this server; default: none but its own"
     )

@@ -14,8 +14,9 @@ StructureKind = Literal["json_object", "json_schema", "regex", "choice", "gramma
 # Where an answer thinks first: nowhere, in a thought that its prompt has begun, in one that it may begin itself.
 Thought = Literal["none", "open", "may"]
 
-# At most so much between two parts of a JSON text: a model must not be able to go on with blanks for ever.
-JSON_BLANKS = r"[\x20\x0A\x0D\x09]{1,32}"
+# Between two parts of a JSON text at most the one blank that models are used to write: where blanks may come, a weak model
+# goes on with them until its answer is cut.
+JSON_BLANKS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 # Without it llguidance would choose the tokens of a text that has no alternative, and ask the tokenizer for them.
 OPTIONS = '%llguidance {"no_forcing": true}'
 
@@ -99,11 +100,16 @@ def lark_of(structure: Structure) -> str:
         body = f"/{'|'.join(map(_literal, structure.texts))}/"
     else:
         schema = {"type": "object"} if structure.kind == "json_object" else _schema(structure.texts[0])
-        # Its own options, such as to ignore what is not supported, could make of an answer one that does not fit.
-        body = "%json " + _dump({**schema, "x-guidance": {"whitespace_pattern": JSON_BLANKS}})
+        body = "%json " + _dump(json_form(schema))
     before, rules = thought_rules(structure.thought)
     gap = "GAP? " if before else ""
     return "\n".join([f"start: {before}{gap}{body}", *rules, *(["GAP: /[ \\n]{1,4}/"] if gap else []), OPTIONS, ""])
+
+
+def json_form(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema as grammars have it after `%json`. It gets our options for its own: such as to ignore what is not supported
+    could make of an answer one that does not fit."""
+    return {**schema, "x-guidance": JSON_BLANKS}
 
 
 def thought_rules(thought: Thought) -> tuple[str, list[str]]:

@@ -16,7 +16,7 @@ from arriero import __version__
 from arriero.serving.access import Keys, RateLimit
 from arriero.serving.api_errors import ApiError
 from arriero.serving.body import components
-from arriero.serving.doors import Doors
+from arriero.serving.doors import BODY_SECONDS, RATE_HEADERS, Doors
 from arriero.serving.event_stream import ClientLeft
 from arriero.serving.exchange import Exchange
 from arriero.serving.json_response import error_response, json_response
@@ -94,13 +94,14 @@ def make_app(
     max_body_bytes: int = 2_000_000,
     hosts: Collection[str] | None = None,
     cors_origins: Sequence[str] = (),
+    max_connections: int | None = None,
     with_metrics: bool = True,
     tracing: Tracing | None = None,
 ) -> FastAPI:
     """The server's application.
 
     Args:
-        hosts: see `Doors`.
+        hosts, max_connections: see `Doors`.
         cors_origins: of web pages whose scripts may use it.
     """
     # Its pages of documentation would load scripts from elsewhere.
@@ -127,15 +128,22 @@ def make_app(
     app.add_exception_handler(HTTPException, _told)
     app.add_exception_handler(ClientLeft, _left)
     app.add_middleware(
-        Doors, keys=keys, rate=RateLimit(requests_per_minute), max_body_bytes=max_body_bytes, hosts=hosts
+        Doors,
+        keys=keys,
+        rate=RateLimit(requests_per_minute),
+        max_body_bytes=max_body_bytes,
+        hosts=hosts,
+        origins=cors_origins,
+        body_seconds=min(BODY_SECONDS, service.limits.seconds),
+        max_connections=max_connections,
     )
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(cors_origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
-            expose_headers=["x-request-id", "retry-after"],
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],  # clients send headers of their own, such as x-stainless-*
+            expose_headers=["x-request-id", "retry-after", *RATE_HEADERS],
         )
     app.add_middleware(Exchange, log=service.log, metrics=service.metrics, routes=counted, tracing=tracing)
     return app

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic.json_schema import models_json_schema
 from pydantic_core import PydanticCustomError
 from starlette.requests import Request
@@ -36,11 +36,18 @@ async def read_body(request: Request, kind: type[Body], workers: Workers) -> Bod
     """The body of a request as an object; parsed and checked off the event loop.
 
     Raises:
-        ApiError: 415: not JSON by its own word, which keeps the forms of foreign web pages out; 400: not one of `kind`.
+        ApiError: 415: not JSON by its own word, which keeps the forms of foreign web pages out, or JSON that is packed or in
+            another character set; 400: not one of `kind`.
     """
-    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    media, *parameters = (part.strip().lower() for part in request.headers.get("content-type", "").split(";"))
     if media != "application/json":
         raise ApiError(415, "send JSON, and the header Content-Type: application/json")
+    charset = next((part[8:].strip("\"'") for part in parameters if part.startswith("charset=")), "utf-8")
+    if charset not in ("utf-8", "utf8", "us-ascii"):
+        raise ApiError(415, f"the character set {charset[:40]!r} is not read here: send UTF-8")
+    packed = request.headers.get("content-encoding", "identity").strip().lower()
+    if packed not in ("identity", ""):
+        raise ApiError(415, f"Content-Encoding: {packed[:40]} is not read here: send the body as it is")
     data = await request.body()
     return await workers.run(check, parse_object, data, kind)
 
@@ -51,18 +58,38 @@ def check(parse: Any, data: bytes, kind: type[Body]) -> Body:
     Raises:
         ApiError: 400, naming the first thing that is wrong.
     """
+    return validated(parse(data), kind)
+
+
+def validated(given: Any, kind: type[Body]) -> Body:
+    """An object of what JSON gives.
+
+    Raises:
+        ApiError: 400, naming the first thing that is wrong.
+    """
     try:
-        return kind.model_validate(parse(data))
+        return kind.model_validate(given)
     except ValidationError as error:
-        raise refusal(error) from None
+        raise _refusal(error, given) from None
 
 
-def disagreement(field: str, message: str) -> PydanticCustomError:
-    """What a validator of a whole object raises, with the field that the client should look at."""
-    return PydanticCustomError("disagreement", "{reason}", {"field": field, "reason": message})
+def only(value: Any, reason: str) -> BeforeValidator:
+    """For a field that has this one value here; None: none at all. Others are told the reason, and not the type."""
+
+    def checked(given: Any) -> Any:
+        if given == value and isinstance(given, bool) == isinstance(value, bool):
+            return value
+        raise PydanticCustomError("unsupported", "{reason}", {"reason": reason})
+
+    return BeforeValidator(checked)
 
 
-def refusal(error: ValidationError) -> ApiError:
+def disagreement(field: str, message: str, *inside: int | str) -> PydanticCustomError:
+    """What a validator of a whole object raises, with the field that the client should look at, and the place inside it."""
+    return PydanticCustomError("disagreement", "{reason}", {"field": field, "inside": inside, "reason": message})
+
+
+def _refusal(error: ValidationError, given: Any) -> ApiError:
     """OpenAI's words for it. Of the errors of a union's members the one that got furthest says most; one about a value says
     more than one about its type."""
     errors = error.errors(include_url=False, include_input=False)
@@ -70,14 +97,21 @@ def refusal(error: ValidationError) -> ApiError:
     kind, context = found["type"], found.get("ctx", {})
     location, message = found["loc"], found["msg"]
     if kind == "disagreement":
-        location = (*location, context["field"])
+        location = (*location, context["field"], *context["inside"])
     elif location[-1:] == ("[key]",):
         location, message = location[:-2], f"the key {str(location[-2])[:40]!r}: {message}"
     elif kind.endswith("too_short") and context.get("min_length") == 1:
         message = "it is empty"
-    named = kind in ("disagreement", "extra_forbidden", "missing")
-    where = _path(location[:-1]) + _step(location[-1], len(location) == 1) if named else _path(location)
-    where = where[:MAX_TOLD]
+    elif kind == "literal_error":
+        message = f"it must be {context['expected']}"
+    elif kind == "union_tag_invalid":
+        message = (
+            f"its {context['discriminator']} must be one of {context['expected_tags']}: others are not supported here"
+        )
+    elif kind == "union_tag_not_found":
+        message = f"it has no {context['discriminator']}"
+    path = _steps(location, given, _LAST.get(kind)) or location
+    where = "".join(_step(part, place == 0) for place, part in enumerate(path))[:MAX_TOLD]
     if kind == "extra_forbidden":
         return ApiError(400, f"Unrecognized request argument supplied: {where}", param=where, code="unknown_parameter")
     if kind == "missing":
@@ -85,14 +119,34 @@ def refusal(error: ValidationError) -> ApiError:
     return ApiError(400, f"Invalid '{where}': {message[:MAX_TOLD]}", param=where, code="invalid_value")
 
 
-def _path(location: Sequence[int | str]) -> str:
-    """`messages[0].content`; the names that pydantic gives the members of unions are left out."""
-    path = ""
-    for place, part in enumerate(location):
-        member = isinstance(part, str) and (part in _MEMBERS or part[:1].isupper() or "[" in part or "-" in part)
-        if place == 0 or not member:
-            path += _step(part, place == 0)
-    return path
+# Errors whose location ends with a field of an object in any case: what the object has of it.
+_LAST: dict[str, Callable[[dict[str, Any], int | str], bool]] = {
+    "disagreement": lambda given, field: True,
+    "extra_forbidden": lambda given, field: field in given,
+    "missing": lambda given, field: given.get(str(field)) is None,
+}
+
+
+def _steps(
+    location: Sequence[int | str], given: Any, last: Callable[[dict[str, Any], int | str], bool] | None
+) -> list[int | str] | None:
+    """Of a location the fields and places that the client wrote: pydantic puts the names and tags of unions' members between
+    them, and a tag can be called as a field is. The longest way through what was given is the right one.
+
+    Args:
+        last: whether an object can be the one whose field the last part is; None: the last part need not be one.
+    """
+    if not location:
+        return []
+    part, *rest = location
+    if last is not None and not rest:
+        return [part] if isinstance(given, dict) and last(given, part) else None
+    ways = []
+    if (isinstance(given, dict) and part in given) or (isinstance(given, list) and part in range(len(given))):
+        inside = _steps(rest, given[part], last)  # type: ignore[index]  # a key of the one, a place in the other
+        ways.append(None if inside is None else [part, *inside])
+    ways.append(_steps(rest, given, last))
+    return max((way for way in ways if way is not None), key=len, default=None)
 
 
 def _step(part: int | str, first: bool) -> str:
@@ -102,12 +156,6 @@ def _step(part: int | str, first: bool) -> str:
     if not (part.replace("_", "").isalnum() and part.isascii()):
         return repr(part[:40]) if first else f"[{part[:40]!r}]"
     return part if first else f".{part}"
-
-
-# Tags and types that stand in a location for the member of a union.
-_MEMBERS = frozenset(
-    {"str", "int", "float", "bool", "dict", "list", "system", "developer", "user", "assistant", "tool", "text"}
-)
 
 
 def components(models: Sequence[type[BaseModel]]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class EventStream(Response):
         try:
             await while_connected(receive, self._send(send))
         finally:
-            self._job.close()
+            await self._job.close()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -142,4 +142,4 @@ async def results(job: Job, request: Request, make: Callable[[Any], T]) -> T:
             raise ClientLeft
         return await job.make(make, found)
     finally:
-        job.close()
+        await job.close()

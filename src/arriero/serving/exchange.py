@@ -96,7 +96,7 @@ class Exchange:
         client = state.get("client")
         self._log(
             "request",
-            level="error" if told >= "500" else "info",
+            level="error" if told >= "500" and told != "503" else "info",  # 503: it says no, and all is well
             request_id=state["request_id"],
             method=scope["method"],
             path=path[:200],

@@ -201,6 +201,7 @@ async def _answer(
         max_body_bytes=options.max_body_bytes,
         hosts=hosts_for(options.host, options.allowed_hosts),
         cors_origins=options.cors_origins,
+        max_connections=options.max_connections,
         with_metrics=options.metrics,
         tracing=entrance.tracing,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -17,6 +18,8 @@ from arriero.serving.api_errors import ApiError, shutting_down, timed_out
 
 if TYPE_CHECKING:
     from arriero.serving.service import ServedModel, Service
+
+SETTLE_SECONDS = 5.0  # for the engine to tell what it has come to with a cancelled request
 
 T = TypeVar("T")
 
@@ -49,7 +52,8 @@ class Job:
         self._tokens = self._prompt_tokens = self._cached_tokens = self._thought_tokens = 0
         self._ended: list[str] = []
         self._texts: list[str] = []
-        self._closed = False
+        self._arrived: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue()
+        self._read = self._closed = False
 
     @property
     def usage(self) -> dict[str, object]:
@@ -79,6 +83,7 @@ class Job:
                 if piece.result is not None and piece.result.finish_reason == "cancelled":
                     raise shutting_down()
                 yield number, piece
+            self._read = True
         except ArrieroError as error:
             raise self._service.told(error, self._request) from error
 
@@ -111,14 +116,18 @@ class Job:
         """What is said then."""
         return timed_out(self._service.limits.seconds)
 
-    def close(self) -> None:
-        """Cancel what is not finished, give the place back, note what came of it."""
+    async def close(self) -> None:
+        """Cancel what is not finished, give the place back, note what came of it: also of answers that nobody reads."""
         if self._closed:
             return
         self._closed = True
         for ticket in self.tickets:
             ticket.cancel()
         self._place.leave()
+        if not self._read:
+            with contextlib.suppress(TimeoutError, ArrieroError):
+                async with asyncio.timeout(SETTLE_SECONDS):
+                    await self._settle()
         metrics, name = self._service.metrics, self._model.name
         metrics.prompt_tokens.labels(name).inc(self._prompt_tokens)
         metrics.generated_tokens.labels(name).inc(self._tokens)
@@ -136,7 +145,7 @@ class Job:
             async for piece in self.tickets[0]:
                 yield 0, piece
             return
-        arrived: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue()
+        arrived = self._arrived
 
         async def read(number: int, ticket: Ticket) -> None:
             try:
@@ -161,6 +170,15 @@ class Job:
             for task in tasks:
                 task.cancel()
 
+    async def _settle(self) -> None:
+        """Read what the engine has come to with cancelled answers, which it tells after its step."""
+        while not self._arrived.empty():
+            item = self._arrived.get_nowait()
+            if isinstance(item, tuple):
+                self._note(*item)
+        async for number, piece in self._merged():
+            self._note(number, piece)
+
     def _note(self, number: int, piece: Piece) -> None:
         now, answer = time.perf_counter(), (number, piece.index)
         metrics, count = self._service.metrics, len(piece.token_ids)
@@ -175,7 +193,8 @@ class Job:
         if not self.prompt_only:
             self._tokens += count + (piece.result.unchosen_tokens if piece.result is not None else 0)
         if piece.result is not None:
-            if piece.index == 0:
+            computed = any(one == number for one, _ in self._last)  # a prompt whose turn never came is none
+            if piece.index == 0 and (computed or piece.result.finish_reason != "cancelled"):
                 self._prompt_tokens += piece.result.prompt_tokens
                 self._cached_tokens += piece.result.cached_tokens
             if self.thoughts is not None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from arriero.serving.service import Service
 
 Handler = Callable[[Request, "Service"], Awaitable[Response]]
-_ERRORS = (400, 401, 404, 405, 408, 413, 414, 415, 421, 429, 431, 500, 503, 504)
+_ERRORS = (400, 401, 403, 404, 405, 408, 413, 414, 415, 421, 429, 431, 500, 503, 504)
 
 # One event, whose data is JSON or [DONE].
 _STREAMED = {
@@ -83,6 +83,8 @@ class Route:
             responses=responses,
             openapi_extra=extra,
         )
+        if self.body is None:
+            app.add_api_route(self.path, endpoint, methods=["HEAD"], include_in_schema=False)
 
 
 def _reference(name: str) -> dict[str, str]:

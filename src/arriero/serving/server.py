@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from arriero.errors import ArrieroError, ConfigError
+from arriero.serving.doors import DISCARD_BYTES, DISCARD_SECONDS
 from arriero.serving.request_log import JsonLog, LogHandler
 from arriero.serving.service import Service
 
@@ -24,40 +25,61 @@ HEADER_SECONDS = 20.0  # for a request's head to arrive
 MAX_HEAD_BYTES = 32 * 1024  # beyond it nothing is even parsed; `Doors` has the finer limits
 KEEP_ALIVE_SECONDS = 15
 BACKLOG = 512
+SPARE_CONNECTIONS = 256  # above `--max_connections`, for probes and for refusals that say why
 
 
 class PatientProtocol(H11Protocol):
-    """uvicorn's protocol, which does not wait for ever for a request to begin."""
+    """uvicorn's protocol, which does not wait for ever for a request to begin, nor for the rest of one that was answered."""
 
     _waiting: asyncio.TimerHandle | None = None
+    _seconds: float | None = None
+    _left_over = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self.app_state = {**self.app_state, "connections": self.connections}  # requests can see how many there are
         super().connection_made(transport)
         self._watch()
 
     def data_received(self, data: bytes) -> None:
+        self._left_over = self._left_over + len(data) if self._is_answered else 0
         super().data_received(data)
         self._watch()
+        if self._left_over > DISCARD_BYTES and self._is_answered:
+            self._give_up()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._is_answered:
+            self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
         super().connection_lost(exc)
 
+    @property
+    def _is_answered(self) -> bool:
+        """Whether a body still comes whose request has its answer."""
+        return self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
+
     def _watch(self) -> None:
-        """Run the clock while a head is incomplete."""
-        begun = self.conn.their_state is not h11.IDLE
-        if begun:
-            self._stop()
-        elif self._waiting is None:
-            self._waiting = self.loop.call_later(HEADER_SECONDS, self._give_up)
+        """Run the clock while a head is incomplete, or what is left of a body is thrown away."""
+        seconds = HEADER_SECONDS if self.conn.their_state is h11.IDLE else None
+        seconds = DISCARD_SECONDS if self._is_answered else seconds
+        if seconds == self._seconds:
+            return
+        self._stop()
+        self._seconds = seconds
+        if seconds is not None:
+            self._waiting = self.loop.call_later(seconds, self._give_up)
 
     def _stop(self) -> None:
+        self._seconds = None
         if self._waiting is not None:
             self._waiting.cancel()
             self._waiting = None
 
     def _give_up(self) -> None:
-        self._waiting = None
+        self._stop()
         if not self.transport.is_closing():
             self.transport.close()
 
@@ -187,7 +209,7 @@ async def serve(
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=max_connections,
+        limit_concurrency=max_connections + SPARE_CONNECTIONS,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=5,
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,

@@ -147,11 +147,13 @@ class Service:
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         form: str | None = None,
+        priority: int = 0,
     ) -> Job:
         """Hand prompts in; returns as soon as the engine has taken all of them. Close the job in any case.
 
         Args:
             form: the field that asks for a form of the answer, for errors.
+            priority: lower goes first.
 
         Raises:
             ApiError: there is no place, or a prompt was refused.
@@ -165,14 +167,15 @@ class Service:
                 await self._compile(params.structure, form)
             salt = request.state.client.salt
             for prompt in prompts:
-                job.tickets.append(self.background.submit(prompt, params, adapter=model.adapter, salt=salt))
+                options = {"adapter": model.adapter, "salt": salt, "priority": priority}
+                job.tickets.append(self.background.submit(prompt, params, **options))
             for ticket in job.tickets:
                 await ticket.taken()
         except ArrieroError as error:
-            job.close()
+            await job.close()
             raise self.told(error, request) from error
         except BaseException:
-            job.close()
+            await job.close()
             raise
         return job
 

@@ -94,15 +94,11 @@ def prepare(service: Service, body: ChatRequest, length: str | None = None, sour
         thought = thought_of(service.tokenizer, prompt, continued=continued)
     try:
         if form is not None:
-            chosen = body.tool_choice
-            tools = body.offered
-            if isinstance(chosen, NamedTool):
-                tools = [tool for tool in tools if tool.function.name == chosen.function.name]
             structure = structure_with_tools(
                 form,
-                tools,
-                required=isinstance(chosen, NamedTool) or chosen == "required",
-                parallel=body.parallel_tool_calls is not False and not isinstance(chosen, NamedTool),
+                body.callable_tools,
+                required=body.must_call,
+                parallel=body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool),
                 answer=body.response_format,
                 thought=thought,
             )
@@ -227,7 +223,7 @@ async def chat_completions(request: Request, service: Service) -> Response:
     work = await service.workers.run(prepare, service, body)
     if service.log_prompts:
         request.state.facts["messages"] = [for_template(message) for message in body.messages]
-    job = await service.start(request, model, [work.prompt], work.params, body.asks_by)
+    job = await service.start(request, model, [work.prompt], work.params, body.asks_by, body.priority or 0)
     job.thoughts = ThoughtTokens.of(service.tokenizer, work.thought)
     answers = ChatAnswers(service, body, model, work)
     if body.stream:

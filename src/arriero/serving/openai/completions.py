@@ -19,7 +19,7 @@ from arriero.serving.job import Job
 from arriero.serving.json_response import json_response
 from arriero.serving.openai.chat import FINISH
 from arriero.serving.openai.heads import Head
-from arriero.serving.openai.requests import CompletionRequest, Prompt
+from arriero.serving.openai.requests import CompletionRequest
 from arriero.serving.openai.token_text import CompletionLogprobs, TokenTexts
 from arriero.serving.service import ServedModel, Service
 
@@ -34,19 +34,21 @@ class PromptText:
     text: str
 
 
-def prompts_of(service: Service, prompt: Prompt) -> list[PromptText]:
+def prompts_of(service: Service, body: CompletionRequest) -> list[PromptText]:
     """The prompts of a request, as token ids.
 
     Raises:
         ApiError: 400: an id that the model does not have.
     """
+    prompt = body.prompt
     items: Sequence[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     tokenizer, size = service.tokenizer, service.background.engine.runner.vocab_size
     found = []
     for item in items:
         if isinstance(item, str):
-            ids = tokenizer.encode(item, add_special_tokens=True)
-            found.append(PromptText(ids, item))
+            special, parsed = body.add_special_tokens is not False, bool(body.parse_special)
+            ids = tokenizer.encode(item, add_special_tokens=special, allow_special=parsed)
+            found.append(PromptText(ids, tokenizer.decode(ids) if parsed else item))
             continue
         if max(item) >= size:
             raise ApiError(
@@ -64,7 +66,7 @@ def prepare(service: Service, body: CompletionRequest) -> tuple[list[PromptText]
     Raises:
         ApiError: a request that cannot be served.
     """
-    prompts = prompts_of(service, body.prompt)
+    prompts = prompts_of(service, body)
     # With 0 the prompt alone is wanted; the token that the engine gives all the same is dropped.
     wanted = DEFAULT_MAX_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
     longest = max(len(prompt.ids) for prompt in prompts)
@@ -185,7 +187,8 @@ async def completions(request: Request, service: Service) -> Response:
     prompts, params = await service.workers.run(prepare, service, body)
     if service.log_prompts:
         request.state.facts["prompts"] = [prompt.text for prompt in prompts]
-    job = await service.start(request, model, [prompt.ids for prompt in prompts], params, body.form_field)
+    ids = [prompt.ids for prompt in prompts]
+    job = await service.start(request, model, ids, params, body.form_field, body.priority or 0)
     job.prompt_only = body.max_tokens == 0
     answers = CompletionAnswers(service, body, model, prompts)
     if body.stream:

@@ -18,10 +18,12 @@ from arriero.engine.sampling_params import (
 from arriero.engine.structure import Structure
 from arriero.serving.body import Closed
 from arriero.serving.openai.structured_fields import StructuredFields
+from arriero.serving.openai.usual_fields import UsualFields
 
 MAX_TEXT = 16_000_000  # characters; the body's own limit is lower
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
+MAX_PRIORITY = 100  # the least urgent; nobody goes before those who ask for nothing, so that nobody can starve them
 
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 ShortText = Annotated[str, Field(max_length=512)]
@@ -53,7 +55,7 @@ class IgnoredFields(Closed):
     metadata: Annotated[dict[ShortText, ShortText], Field(max_length=16)] | None = None
 
 
-class SamplingFields(StructuredFields, IgnoredFields):
+class SamplingFields(StructuredFields, UsualFields, IgnoredFields):
     """How answers are drawn. What is no field of OpenAI's API is called as in vLLM."""
 
     model: ModelName | None = None
@@ -73,7 +75,7 @@ class SamplingFields(StructuredFields, IgnoredFields):
     min_tokens: Annotated[int, Field(ge=0, le=MAX_INTEGER)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     ignore_eos: bool | None = None
-    skip_special_tokens: Literal[True] | None = None
+    priority: Annotated[int, Field(ge=0, le=MAX_PRIORITY)] | None = None
 
     @property
     def answers(self) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from arriero.serving.body import Closed
+from arriero.serving.body import Closed, only
 from arriero.serving.openai.fields import ShortText, Text
 from arriero.serving.strict_json import parse_value
 
@@ -102,8 +102,8 @@ class AssistantMessage(Said):
     reasoning_content: Text | None = None
     reasoning: Any = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] | None = None
-    audio: None = None
-    function_call: None = None
+    audio: Annotated[None, only(None, "this model takes text only: leave it out")] = None
+    function_call: Annotated[None, only(None, "it is out of use: send tool_calls")] = None
 
 
 class ToolMessage(Closed):
@@ -130,10 +130,16 @@ class FunctionSpec(Closed):
     strict: bool | None = None
 
 
+OnlyFunctions = Annotated[
+    Literal["function"],
+    only("function", "tools are functions here, that you call yourself: there are none of other types"),
+]
+
+
 class Tool(Closed):
     """A tool; there are no others than functions."""
 
-    type: Literal["function"]
+    type: OnlyFunctions
     function: FunctionSpec
 
 
@@ -148,6 +154,34 @@ class NamedTool(Closed):
 
     type: Literal["function"]
     function: NamedFunction
+
+
+class AllowedTools(Closed):
+    """Which of the tools may be called, and whether one must be."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
+class AllowedChoice(Closed):
+    """`tool_choice` that leaves some of the tools: the model hears of all, so that its prompt stays the same."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def unasked_result(turns: Iterable[tuple[Iterable[str], str | None]]) -> tuple[int, str] | None:
+    """The first result of a tool that answers no earlier call: its place, and the call's id.
+
+    Args:
+        turns: of each the ids of the calls that it makes, and of the one that it answers.
+    """
+    called: set[str] = set()
+    for place, (calls, answered) in enumerate(turns):
+        called.update(calls)
+        if answered is not None and answered not in called:
+            return place, answered
+    return None
 
 
 def text_of(content: str | Sequence[TextPart | SaidPart] | None) -> str:

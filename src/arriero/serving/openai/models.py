@@ -30,7 +30,9 @@ async def list_models(request: Request, service: Service) -> Response:
 
 
 async def show_model(request: Request, service: Service) -> Response:
-    """One of them."""
+    """One of them; all where the address ends before a name."""
+    if not request.path_params["model"]:
+        return await list_models(request, service)
     return json_response(_card(service, service.find(request.path_params["model"])))
 
 
@@ -46,7 +48,9 @@ def _token_ids(service: Service, body: TokenizeRequest) -> list[int]:
     tokenizer = service.tokenizer
     try:
         if body.prompt is not None:
-            return tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+            return tokenizer.encode(
+                body.prompt, add_special_tokens=body.add_special_tokens, allow_special=body.parse_special
+            )
         messages = [for_template(message) for message in body.messages or ()]
         return tokenizer.chat(messages, **body.template_options)
     except ArrieroError as error:

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from arriero.engine.sampling_params import MAX_ANSWERS, MAX_INTEGER
-from arriero.serving.body import Closed, disagreement
+from arriero.serving.body import Closed, disagreement, only
 from arriero.serving.openai.fields import (
     MAX_TEXT,
     MAX_TOP_LOGPROBS,
@@ -20,11 +20,29 @@ from arriero.serving.openai.fields import (
     Text,
     TokenId,
 )
-from arriero.serving.openai.messages import MAX_MESSAGES, MAX_TOOLS, Message, NamedTool, Tool
+from arriero.serving.openai.messages import (
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    AllowedChoice,
+    AssistantMessage,
+    Content,
+    Message,
+    NamedTool,
+    Tool,
+    ToolMessage,
+    unasked_result,
+)
 from arriero.serving.openai.template_fields import TemplateFields
 
 MAX_PROMPTS = 256
 MAX_PROMPT_TOKENS = 2**20
+
+
+class Prediction(Closed):
+    """What the answer may be like; it would make it quicker, and has no effect here."""
+
+    type: Literal["content"]
+    content: Content
 
 
 class ChatRequest(TemplateFields, SamplingFields):
@@ -37,11 +55,16 @@ class ChatRequest(TemplateFields, SamplingFields):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedChoice | None = None
     parallel_tool_calls: bool | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     reasoning_effort: ShortText | None = None
     include_reasoning: bool | None = None
+    prediction: Prediction | None = None
+    echo: Annotated[Literal[False] | None, only(False, "the prompt is not repeated in a conversation")] = None
+    add_special_tokens: Annotated[
+        Literal[False] | None, only(False, "the chat template alone adds special tokens: leave it out")
+    ] = None
     verbosity: ShortText | None = None
 
     @model_validator(mode="after")
@@ -49,10 +72,21 @@ class ChatRequest(TemplateFields, SamplingFields):
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
             raise disagreement("tools", "two tools have the same name")
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+        if not set(self.allowed or ()) <= set(names):
             raise disagreement("tool_choice", "tool_choice names a function that is not among the tools")
         if self.tool_choice == "required" and not names:
             raise disagreement("tool_choice", "tool_choice is 'required' and there are no tools")
+        strange = unasked_result(
+            (
+                [call.id for call in turn.tool_calls or ()] if isinstance(turn, AssistantMessage) else [],
+                turn.tool_call_id if isinstance(turn, ToolMessage) else None,
+            )
+            for turn in self.messages
+        )
+        if strange is not None:
+            place, call = strange
+            message = f"{call[:100]!r} is no call of an assistant's turn before it"
+            raise disagreement("messages", message, place, "tool_call_id")
         if self.top_logprobs and not self.logprobs:
             raise disagreement("top_logprobs", "top_logprobs needs logprobs: true")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
@@ -74,8 +108,30 @@ class ChatRequest(TemplateFields, SamplingFields):
 
     @property
     def offered(self) -> list[Tool]:
-        """The tools that the model may call."""
+        """The tools that the model hears of."""
         return [] if self.tool_choice == "none" else list(self.tools or ())
+
+    @property
+    def allowed(self) -> list[str] | None:
+        """The functions that `tool_choice` names; None: it leaves all of them."""
+        if isinstance(self.tool_choice, NamedTool):
+            return [self.tool_choice.function.name]
+        if isinstance(self.tool_choice, AllowedChoice):
+            return [tool.function.name for tool in self.tool_choice.allowed_tools.tools]
+        return None
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """The tools that the model may call."""
+        allowed = self.allowed
+        return [tool for tool in self.offered if allowed is None or tool.function.name in allowed]
+
+    @property
+    def must_call(self) -> bool:
+        """Whether it has to call one."""
+        if isinstance(self.tool_choice, AllowedChoice):
+            return self.tool_choice.allowed_tools.mode == "required"
+        return isinstance(self.tool_choice, NamedTool) or self.tool_choice == "required"
 
 
 Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS)]
@@ -95,7 +151,9 @@ class CompletionRequest(SamplingFields):
     best_of: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    suffix: None = None
+    suffix: Annotated[None, only(None, "texts go on at their end only: leave it out")] = None
+    add_special_tokens: bool | None = None
+    parse_special: bool | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> CompletionRequest:
@@ -115,6 +173,7 @@ class TokenizeRequest(TemplateFields):
     prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool = True
+    parse_special: bool = False
 
     @model_validator(mode="after")
     def _agree(self) -> TokenizeRequest:

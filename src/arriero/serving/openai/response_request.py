@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from arriero.serving.body import Closed, disagreement
+from arriero.serving.body import Closed, disagreement, only, validated
 from arriero.serving.openai.fields import (
     MAX_TOP_LOGPROBS,
     Count,
@@ -20,7 +20,14 @@ from arriero.serving.openai.fields import (
     Text,
     TextFormat,
 )
-from arriero.serving.openai.messages import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, FunctionName
+from arriero.serving.openai.messages import (
+    MAX_MESSAGES,
+    MAX_PARTS,
+    MAX_TOOLS,
+    FunctionName,
+    OnlyFunctions,
+    unasked_result,
+)
 from arriero.serving.openai.requests import ChatRequest
 
 
@@ -152,7 +159,7 @@ class ReasoningSettings(Closed):
 class ResponseTool(Closed):
     """A function that the model may call; flatter than in chat requests."""
 
-    type: Literal["function"]
+    type: OnlyFunctions
     name: FunctionName
     description: Text | None = None
     parameters: dict[str, Any] | None = None
@@ -164,6 +171,17 @@ class ChosenFunction(Closed):
 
     type: Literal["function"]
     name: FunctionName
+
+
+class ChosenFunctions(Closed):
+    """Which of the functions may be called, and whether one must be; flatter than in chat requests."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ChosenFunction], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
+_KEPT = "nothing is kept here between requests: send the whole conversation as input"
 
 
 class ResponseRequest(IgnoredFields):
@@ -186,18 +204,33 @@ class ResponseRequest(IgnoredFields):
     text: TextSettings | None = None
     reasoning: ReasoningSettings | None = None
     tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenFunction | ChosenFunctions | None = None
     parallel_tool_calls: bool | None = None
-    truncation: Literal["disabled"] | None = None
+    truncation: Annotated[
+        Literal["disabled"] | None, only("disabled", "no conversation is cut here: send a shorter one")
+    ] = None
     include: Annotated[list[Included], Field(max_length=16)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    previous_response_id: None = None
-    background: Literal[False] | None = None
+    previous_response_id: Annotated[None, only(None, _KEPT)] = None
+    conversation: Annotated[None, only(None, _KEPT)] = None
+    background: Annotated[
+        Literal[False] | None, only(False, "nothing is kept here between requests: wait for the answer, or stream it")
+    ] = None
 
     @model_validator(mode="after")
     def _agree(self) -> ResponseRequest:
         if self.top_logprobs and not self.tells_logprobs:
             raise disagreement("top_logprobs", f'top_logprobs needs include: ["{LOGPROBS}"]')
+        strange = unasked_result(
+            (
+                [item.call_id] if isinstance(item, InputCall) else [],
+                item.call_id if isinstance(item, InputCallOutput) else None,
+            )
+            for item in ([] if isinstance(self.input, str) else self.input)
+        )
+        if strange is not None:
+            place, call = strange
+            raise disagreement("input", f"{call[:100]!r} is no function_call before it", place, "call_id")
         return self
 
     @property
@@ -209,7 +242,7 @@ class ResponseRequest(IgnoredFields):
         """The same as a chat request.
 
         Raises:
-            pydantic.ValidationError: what cannot be, such as two tools of one name.
+            ApiError: what cannot be, such as two tools of one name.
         """
         fields: dict[str, Any] = {
             "model": self.model,
@@ -235,10 +268,13 @@ class ResponseRequest(IgnoredFields):
             ]
         choice = self.tool_choice
         if isinstance(choice, ChosenFunction):
-            fields["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
+            fields["tool_choice"] = _named(choice)
+        elif isinstance(choice, ChosenFunctions):
+            allowed = {"mode": choice.mode, "tools": [_named(one) for one in choice.tools]}
+            fields["tool_choice"] = {"type": "allowed_tools", "allowed_tools": allowed}
         else:
             fields["tool_choice"] = choice
-        return ChatRequest.model_validate(fields)
+        return validated(fields, ChatRequest)
 
     def _messages(self) -> list[dict[str, Any]]:
         messages: list[dict[str, Any]] = []
@@ -270,6 +306,10 @@ class ResponseRequest(IgnoredFields):
                 messages[-1]["reasoning_content"] = thought
             thought = ""
         return messages
+
+
+def _named(function: ChosenFunction) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": function.name}}
 
 
 def _joined(content: str | Sequence[InputPart | RefusalPart]) -> str:

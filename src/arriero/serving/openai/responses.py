@@ -7,14 +7,13 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
 from arriero.engine.answer import Generation
 from arriero.engine.logprobs import TokenLogprobs
 from arriero.serving.api_errors import ApiError
-from arriero.serving.body import read_body, refusal
+from arriero.serving.body import read_body
 from arriero.serving.event_stream import EventStream, results
 from arriero.serving.job import Job
 from arriero.serving.json_response import json_response
@@ -134,11 +133,7 @@ async def responses(request: Request, service: Service) -> Response:
     model = service.find(body.model)
 
     def prepared() -> ChatWork:
-        try:
-            chat = body.as_chat()
-        except ValidationError as error:
-            raise refusal(error) from None
-        return prepare(service, chat, "max_output_tokens", "input")
+        return prepare(service, body.as_chat(), "max_output_tokens", "input")
 
     work = await service.workers.run(prepared)
     if service.log_prompts:

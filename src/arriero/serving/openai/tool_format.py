@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from arriero.data.assistant_turns import THOUGHT_OPENING
-from arriero.engine.structure import JSON_BLANKS, Structure, Thought, thought_rules
+from arriero.engine.structure import Structure, Thought, json_form, thought_rules
 from arriero.serving.api_errors import ApiError
 from arriero.serving.openai.fields import JsonObjectFormat, JsonSchemaFormat, TextFormat
 from arriero.serving.openai.messages import Tool
@@ -160,7 +160,7 @@ def structure_with_tools(
         schema = answer.json_schema.schema_ if isinstance(answer, JsonSchemaFormat) else {"type": "object"}
         rules[:0] = [
             f"start: {thinks}{gap}(answer | {first}{more})",
-            f"answer: %json {json.dumps(_with_blanks(schema))}",
+            f"answer: %json {json.dumps(json_form(schema))}",
         ]
     elif marker:
         rules[:0] = [
@@ -183,8 +183,4 @@ def _schema(tool: Tool, index: int) -> dict[str, Any]:
             "the parameters of a function must be the schema of an object",
             param=f"tools[{index}].function.parameters",
         )
-    return _with_blanks({**given, "type": "object"})
-
-
-def _with_blanks(schema: dict[str, Any]) -> dict[str, Any]:
-    return {**schema, "x-guidance": {"whitespace_pattern": JSON_BLANKS}}
+    return json_form({**given, "type": "object"})
