@@ -39,6 +39,10 @@ BUNDLES: dict[str, tuple[str, dict[str, Any]]] = {
     "int4": ("onnx", {"weights": "int4"}),
     "int4, symmetric": ("onnx", {"weights": "int4", "symmetric": True}),
     "int4, head int4": ("onnx", {"weights": "int4", "head_bits": 4}),
+    "int4, symmetric, head int4": (
+        "onnx",
+        {"weights": "int4", "symmetric": True, "head_bits": 4},
+    ),  # as genai's own build
     "int4, blocks of 64": ("onnx", {"weights": "int4", "block_size": 64}),
     "int4, blocks of 128": ("onnx", {"weights": "int4", "block_size": 128}),
     "torch fp32": ("torch", {"weights": "fp32"}),

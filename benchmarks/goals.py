@@ -55,6 +55,7 @@ GOALS = (
     Goal("export", "int4 bundle, prefill, beside llama.cpp", 1.5),
     Goal("export", "int4 bundle, decode", 1.0, ends="onnxruntime-genai int4"),
     Goal("export", "int4, symmetric bundle, decode", 1.0, ends="onnxruntime-genai int4"),
+    Goal("export", "int4, symmetric, head int4 bundle, decode", 1.0, ends="onnxruntime-genai int4"),
     Goal("export", "aoti fp32 bundle, decode 1", 1.2, ends="eager fp32"),
     Goal("serve", "the server's processor time", 1 / 1.1),
     Goal("serve", "served, 16 clients, int4: all tokens", 2.0),
