@@ -379,10 +379,10 @@ def test_smollm2_logits_and_chat(converted: Path, smollm2_gguf: Path) -> None:
     ids = torch.tensor([tokenizer(text).input_ids])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
-    )
+    ).double()
     with torch.no_grad():
-        logits = load_model(converted)(ids)
-        assert (theirs(ids).logits - logits).abs().max() <= 1e-4
+        logits = load_model(converted, torch.float64)(ids)  # transformers has angles and norms in fp32 even so: 2.4e-5
+        assert (theirs(ids).logits - logits).abs().max() <= 5e-5
         folder = transformers.AutoModelForCausalLM.from_pretrained(converted)
         answer = folder.generate(ids, max_new_tokens=10, do_sample=False)[0, ids.shape[1] :]
     assert "Paris" in tokenizer.decode(answer)

@@ -109,7 +109,7 @@ def test_a_missing_peer_is_named_and_not_skipped(module: Load, tmp_path: Path, m
     peer = everything.Peer(tmp_path / "no/python", "litgpt", "make it so")
     monkeypatch.setitem(everything.PEERS, "litgpt", peer)
     assert not peer.installed
-    found = everything.run("litgpt", everything.CASES["litgpt"], tmp_path, {"litgpt": False})
+    found = everything.run("litgpt", everything.CASES["litgpt"], tmp_path, {"litgpt": False}, write=False)
     assert [(one.ours, one.peer_name, one.note) for one in found] == [(None, "litgpt", "not installed: make it so")]
 
 

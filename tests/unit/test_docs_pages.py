@@ -123,7 +123,7 @@ def test_limits_that_security_names_are_those_of_the_code() -> None:
     from arriero.data import chat_template, row_files, template_process, template_worker, tokenizer_files
     from arriero.formats import json_file, peft, pickle_machine, safe_tensors, torch_pickle
     from arriero.formats.gguf import file as gguf
-    from arriero.serving import strict_json
+    from arriero.serving import doors, server, strict_json
 
     serve = {spec.name: spec.default for spec in specs_of(ServeOptions)}
     limits = {
@@ -141,7 +141,9 @@ def test_limits_that_security_names_are_those_of_the_code() -> None:
         ],
         "a row": [row_files.MAX_ROW_BYTES],
         "a regular expression": [peft.MAX_PATTERN],
-        "a request's body": [serve["max_body_bytes"], strict_json.MAX_DEPTH],
+        "a request's body": [serve["max_body_bytes"], doors.BODY_SECONDS, strict_json.MAX_DEPTH],
+        "thrown away": [doors.DISCARD_BYTES, doors.DISCARD_SECONDS],
+        "connections": [serve["max_connections"], server.SPARE_CONNECTIONS],
         "answers that wait": [serve["max_queue_size"], serve["request_timeout"]],
     }
     units = {"KiB": 2**10, "MiB": 2**20}

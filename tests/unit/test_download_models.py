@@ -129,7 +129,7 @@ def test_an_empty_name(name: str, tmp_path: Path) -> None:
     for find in (resolve_model, fetch_model):
         with pytest.raises(ConfigError, match="the name of the model is empty"):
             find(name, tmp_path)
-    with pytest.raises(ConfigError, match="model_name_or_path"):
+    with pytest.raises(ConfigError, match="model is empty"):
         arriero.load(name)
 
 

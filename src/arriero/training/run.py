@@ -325,7 +325,9 @@ def train(trainer: Trainer, options: RunOptions, folder: RunFolder, signals: Sto
         planned = trainer.resume(folder.resume)
         print(f"resumed from {folder.resume} at step {trainer.state.step}")
         if planned != trainer.total_steps and not trainer.schedule.kind.startswith("constant"):
-            print(f"it was to end at step {planned} and ends at {trainer.total_steps} now; the learning rate follows that")
+            print(
+                f"it was to end at step {planned} and ends at {trainer.total_steps} now; the learning rate follows that"
+            )
         if folder.resume.parent.resolve() == folder.path.resolve():
             folder.drop_later(trainer.state.step)
     folder.clear()
