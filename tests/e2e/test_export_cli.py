@@ -398,3 +398,18 @@ def test_an_adapter_is_no_model(in_process: Call, tmp_path: Path, model: tuple[P
     refused = in_process("export", "--model_path", "lora")
     assert refused.returncode == 2
     assert "is an adapter: give its base there and this folder as --lora_path" in refused.stderr
+
+
+def test_a_model_without_a_tokenizer_and_a_bundle_in_the_place(
+    in_process: Call, tmp_path: Path, model: tuple[Path, Any]
+) -> None:
+    copied = Path(shutil.copytree(model[0], tmp_path / "copy"))
+    argv = ("export", "--model_path", str(copied), "--output_path", str(tmp_path / "made"))
+    assert "in place of" not in in_process(*argv).stdout
+    assert in_process(*argv).stdout.endswith("MB, in place of the bundle that was there\n")
+    (copied / "tokenizer.json").unlink()
+    shutil.rmtree(tmp_path / "made")
+    refused = in_process(*argv)
+    assert refused.returncode == 2
+    assert "has neither tokenizer.json nor tokenizer.model, and a bundle needs a tokenizer" in refused.stderr
+    assert not (tmp_path / "made").exists()

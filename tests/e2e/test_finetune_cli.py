@@ -161,6 +161,22 @@ def test_a_used_folder_is_not_overwritten(full: Path, refused: Callable[..., str
     assert (full / "model.safetensors").read_bytes() == before
 
 
+def test_another_method_leaves_nothing_of_the_one_before(work: Path, cli: Command) -> None:
+    run, files = work / "methods", {False: {"config.json", "model.safetensors"}, True: {"adapter_config.json"}}
+    short = ("finetune", *TRAINING, "--max_steps", "1", "--output_dir", "methods", "--overwrite_output_dir")
+    run.mkdir()
+    (run / "precious.safetensors").touch()
+    for lora in (False, True, False):
+        cli(*short, "--lora", str(lora))
+        names = {path.name for path in run.iterdir()}
+        assert files[lora] <= names
+        assert not files[not lora] & names
+        assert "generation_config.json" in names or lora
+        assert "precious.safetensors" in names
+        assert not [name for name in names if name.startswith(".")]
+    transformers.AutoModelForCausalLM.from_pretrained(run)
+
+
 def test_a_run_that_is_stopped_and_resumed_is_the_same_run(full: Path, work: Path, cli: Command) -> None:
     cli("finetune", *TRAINING, "--max_steps", "4", "--save_steps", "4", "--output_dir", "stopped")
     damaged = work / "stopped" / "checkpoint-99"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 from collections.abc import Callable
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from arriero.cli import main
+from arriero.data.samples import Sample
+from arriero.data.sft import fit_prompt
+from arriero.data.tokenizer import Tokenizer
 
 TINY = "__internal_testing__/tiny-random-llama"
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -119,3 +123,106 @@ def test_preview_of_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "four</s>]]" in shown
     assert "five</s>]]" in shown
     assert "1 of 1 training pairs; nothing was trained" in shown
+
+
+TRAIN = ("finetune", "--model_name_or_path", TINY, "--device", "cpu", "--max_steps", "1", "--save_strategy", "no")
+TRAIN += ("--output_dir", "run", "--overwrite_output_dir", "--disable_tqdm", "True", "--report_to", "none")
+
+
+def test_what_is_scored_is_named(in_process: Command, tmp_path: Path) -> None:
+    """The training rows themselves with a warning, a neighbour by its name, and one that a mixture shares once."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"src": "{name} {i}", "tgt": "{i}"}}\n' for i in range(4)))
+    result = in_process(*TRAIN, "--dataset_path", "a.jsonl", "--do_eval")
+    assert result.returncode == 0, result.stderr
+    assert "warning: dev: the training rows themselves (a.jsonl)" in result.stdout
+    assert "\ndev (a.jsonl): 4 rows" in "\n" + result.stdout
+    assert "warning: dev" not in in_process(*TRAIN, "--dataset_path", "a.jsonl").stdout
+    (tmp_path / "dev.json").write_text('{"src": "c", "tgt": "d"}\n' * 3)
+    for data, train in (("a.jsonl", "train (a.jsonl): 4"), ("a.jsonl:0.5,b.jsonl:0.5", "train (a.jsonl, b.jsonl): 8")):
+        result = in_process(*TRAIN, "--dataset_path", data, "--do_eval")
+        assert f"\n{train} rows" in "\n" + result.stdout
+        assert "\ndev (dev.json): 3 rows" in "\n" + result.stdout
+        assert "warning: dev" not in result.stdout
+
+
+def test_evaluate_cuts_as_finetune_does(in_process: Command, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"context": "word " * 40, "question": "Which?", "answers": ["word"]}] * 2
+    (data / "dev.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (data / "train.json").write_text((data / "dev.json").read_text())
+    cut = ("--dataset_path", str(data), "--max_seq_length", "40", "--tgt_length", "8")
+    verbs = ((*TRAIN, "--do_eval"), ("evaluate", "--model_name_or_path", TINY))
+    trained, scored = (in_process(*verb, *cut) for verb in verbs)
+    assert trained.returncode == 0, trained.stderr
+    told = [result.stdout.partition("dev.json")[2].splitlines()[0].lstrip("):") for result in (trained, scored)]
+    assert "2 contexts cut to fit src_length" in told[0]
+    assert told[0] == told[1]
+    limits: list[int] = []
+
+    def fit(sample: Sample, tokenizer: Tokenizer, limit: int) -> tuple[list[int], bool]:
+        limits.append(limit)
+        return fit_prompt(sample, tokenizer, limit)
+
+    monkeypatch.setattr("arriero.training.generation_metrics.fit_prompt", fit)
+    for verb in verbs:
+        limits.clear()
+        assert in_process(*verb, *cut, "--eval_with_do_generation").returncode == 0
+        assert limits == [32, 32]
+
+
+@pytest.mark.parametrize("verb", ["finetune", "preference", "evaluate"])
+def test_rows_above_the_models_context_are_refused(in_process: Command, tmp_path: Path, verb: str) -> None:
+    row = {"prompt": "word " * 3000, "completion": "a"}
+    if verb == "preference":
+        row = {"prompt": row["prompt"], "chosen": "a", "rejected": "b"}
+    (tmp_path / "train.jsonl").write_text((json.dumps(row) + "\n") * 2)
+    start = {
+        "finetune": TRAIN,
+        "preference": (*TRAIN, "--preference", "dpo"),
+        "evaluate": ("evaluate", "--model_name_or_path", TINY),
+    }[verb]
+    result = in_process(*start, "--dataset_path", "train.jsonl", "--src_length", "9000", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "above the model's context of 2,048 (max_position_embeddings): lower --src_length" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("preference", [False, True])
+def test_a_run_goes_on_with_its_own_rows_only(in_process: Command, tmp_path: Path, preference: bool) -> None:
+    def write(first: int) -> None:
+        rows = [
+            {"prompt": f"after {n} ?", "chosen": f"{n + 1}", "rejected": "no"}
+            if preference
+            else {"src": f"after {n} ?", "tgt": f"{n + 1}"}
+            for n in range(first, first + 4)
+        ]
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    start = [option for option in TRAIN if option != "--overwrite_output_dir"]
+    start[start.index("no")], start[start.index("--max_steps") + 1] = "steps", "2"
+    start += ["--save_steps", "1", "--dataset_path", "train.jsonl", *(["--preference", "simpo"] if preference else [])]
+    write(1)
+    assert in_process(*start).returncode == 0
+    resumed = (*start, "--resume_from_checkpoint", "run/checkpoint-1")
+    write(5)
+    result = in_process(*resumed)
+    assert result.returncode == 2
+    assert "run/checkpoint-1 was trained on other rows: give the same data" in result.stderr
+    assert "clusters" not in result.stderr
+    write(1)
+    if not preference:
+        _forget_content(tmp_path / "run" / "checkpoint-1")
+    result = in_process(*resumed)
+    assert result.returncode == 0, result.stderr
+    assert "resumed from run/checkpoint-1 at step 1" in result.stdout
+
+
+def _forget_content(checkpoint: Path) -> None:
+    """As checkpoints were before they knew the rows' content."""
+    path, manifest = checkpoint / "trainer_state.json", checkpoint / "manifest.json"
+    state = json.loads(path.read_text())
+    assert len(state["data"].pop("content")) == 16
+    before, after = path.read_bytes(), json.dumps(state, indent=2).encode()
+    path.write_bytes(after)
+    listed = manifest.read_text().replace(hashlib.sha256(before).hexdigest(), hashlib.sha256(after).hexdigest())
+    manifest.write_text(listed.replace(f": {len(before)}", f": {len(after)}"))

@@ -372,3 +372,10 @@ def test_numbers_in_words() -> None:
     assert [count_text(n) for n in (0, 999, 134_515_008, 6_738_415_616)] == [
         *("0", "999", "134,515,008 (135M)", "6,738,415,616 (6.74B)"),
     ]
+
+
+def test_a_tokenizer_that_is_missing_is_said(folder: Path, tmp_path: Path, look: Look) -> None:
+    copied = Path(shutil.copytree(folder / "hf", tmp_path / "copy"))
+    assert "missing" not in look(copied)
+    (copied / "tokenizer.json").unlink()
+    assert "tokenizer missing: copy the tokenizer files of the base model there" in " ".join(look(copied).split())

@@ -129,6 +129,32 @@ def test_methods_of_fine_tuning_are_planned(
     assert chosen["flops_per_token"]["training"] < plain["flops_per_token"]["training"]  # type: ignore[index]
 
 
+def test_pairs_are_planned_as_two_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = planned(capsys, *SMALL, "--lora", "--max_seq_length", "128", "--per_device_train_batch_size", "4")
+    pairs = {
+        loss: planned(
+            capsys,
+            *(*SMALL, "--lora", "--max_seq_length", "128", "--per_device_train_batch_size", "2", "--preference", loss),
+        )
+        for loss in ("dpo", "orpo")
+    }
+    for loss, plan in pairs.items():
+        assert plan["memory"] == rows["memory"]
+        assert (plan["step_tokens"], plan["largest_micro_batch"]) == (4 * 128, rows["largest_micro_batch"] // 2)  # type: ignore[operator]
+        work, of_rows = plan["flops_per_token"], rows["flops_per_token"]
+        assert isinstance(work, dict)
+        assert isinstance(of_rows, dict)
+        # the head once more in the backward pass; of the reference a forward pass
+        assert work["recomputed"] == 2 * 49152 * 576
+        more = work["training"] + work["recomputed"]
+        assert plan["step_seconds"] == pytest.approx(rows["step_seconds"] * more / of_rows["training"])
+        assert work["reference"] == (of_rows["forward"] if loss == "dpo" else 0)
+    main(["plan", *SMALL, "--preference", "dpo"])
+    out = capsys.readouterr().out
+    assert "dpo: a pair is two rows" in out
+    assert "once for every pair before the first step" in out
+
+
 def test_a_layout_is_planned(arriero: Command, tmp_path: Path) -> None:
     given = (
         "--world_size",

@@ -320,3 +320,10 @@ def test_bad_configurations_are_refused() -> None:
             LoRAConfig(**bad)
     with pytest.raises(ConfigError, match="no_such"):
         apply_lora(pair()[0], LoRAConfig(target_modules=("no_such",)))
+    config = LoRAConfig(target_modules=("q_proj", "v_porj"))
+    with pytest.raises(
+        ConfigError, match="matches v_porj; they are called down_proj, gate_proj, k_proj, o_proj, q_proj, "
+    ):
+        apply_lora(pair()[0], config)
+    # a file of PEFT's may name layers of other models
+    assert {name[-6:] for name in apply_lora(pair()[0], config, fresh=False)} == {"q_proj"}

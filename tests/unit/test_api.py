@@ -116,7 +116,7 @@ def test_the_types_of_keywords_are_those_of_the_options() -> None:
         ),
         (
             lambda: arriero.finetune(TINY, dataset_path="x", output_dir="y", lora=True, lora_r=4, lora_rank=8),  # type: ignore[call-arg]
-            "lora_rank and lora_rank are the same option",
+            "lora_rank and lora_r are the same option",
         ),
         (lambda: arriero.merge(TINY, "out", adapter="nowhere"), "nowhere"),
         (lambda: arriero.convert(TINY, "x.gguf", dtype="float16", gguf_type="q8_0"), "say two things"),

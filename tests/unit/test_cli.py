@@ -108,6 +108,8 @@ def test_the_overview_answers_at_once(arriero: Run) -> None:
 def test_a_slip_is_one_line_and_code_2(arriero: Run) -> None:
     for arguments, message in [
         (("finetun",), "unknown command 'finetun': did you mean finetune?"),
+        (("eval",), "unknown command 'eval': it is `arriero evaluate`"),
+        (("train",), "`arriero finetune` for a model that is there, `arriero pretrain` from scratch"),
         (("xyzzy",), "unknown command 'xyzzy': arriero --help lists them"),
         (("--frobnicate",), "unknown command '--frobnicate'"),
         (("serve", "--prt", "1"), "unknown option --prt: did you mean --port?"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from arriero.commands.table import load_verb
+from arriero.commands.table import VERBS, load_verb
+from arriero.config import elsewhere
 from arriero.config.adapter import AdapterOptions, AdapterPathOptions
 from arriero.config.checkpoint import CheckpointOptions
 from arriero.config.compatibility import check
@@ -21,7 +23,7 @@ from arriero.config.logging import LoggingOptions
 from arriero.config.merging import MergeOptions
 from arriero.config.model import ModelOptions
 from arriero.config.optimization import OptimizationOptions
-from arriero.config.option import specs_of
+from arriero.config.option import option_table, specs_of
 from arriero.config.parallel import ParallelOptions
 from arriero.config.parser import parse
 from arriero.config.planning import PlanOptions
@@ -271,6 +273,33 @@ def test_a_model_may_stand_alone() -> None:
         ("predict", "do_train", "it is an option of arriero finetune and means nothing here"),
         ("predict", "batch_sise", "did you mean --batch_size?"),
         ("finetune", "xyzzy", "see arriero finetune --help"),
+        ("predict", "dataset_path", "it is called --data_file here"),
+        ("predict", "prompt", "`arriero chat MODEL --prompt TEXT` answers one"),
+        ("predict", "attn_implementation", "--use_flash_attention no writes attention out"),
+        ("export", "attn_implementation", "the fastest attention kernel of the machine is taken; drop it"),
+        ("finetune", "sequence_len", "it is called --max_seq_length here"),
+        ("finetune", "cutoff_len", "it is called --max_seq_length here"),
+        ("finetune", "use_lora", "it is called --lora here"),
+        ("finetune", "lora_target", "it is called --lora_target_modules here"),
+        ("finetune", "adapter", "--lora trains a new adapter, --lora_path goes on with a stored one"),
+        ("merge", "adapter_name_or_path", "it is called --lora_path here"),
+        ("evaluate", "bf16", "--dtype bfloat16"),
+        ("finetune", "finetuning_type", "--lora or --prefix_tuning"),
+        ("finetune", "quantization_bit", "--quantize_base nf4"),
+        ("quantize", "bits", "--quant_type int4 or int8"),
+        ("finetune", "val_size", "dev.json beside train.json"),
+        ("pretrain", "val_set_size", "--split 949,50,1"),
+        ("finetune", "pref_loss", "it is called --preference here"),
+        ("finetune", "pref_beta", "it is called --dpo_beta here"),
+        ("finetune", "template", "the chat template is that of the model's folder"),
+        ("finetune", "base_model", "it is called --model_name_or_path here"),
+        ("finetune", "micro_batch_size", "it is called --per_device_train_batch_size here"),
+        ("finetune", "optimizer", "it is called --optim here"),
+        ("finetune", "sample_packing", "it is called --packing here"),
+        ("finetune", "deepspeed", "--sharding stage1, stage2 or stage3"),
+        ("finetune", "modules_to_save", "--lora_bias"),
+        ("finetune", "assistant_only_loss", "--train_on"),
+        ("convert", "outtype", "it is called --gguf_type here"),
     ],
 )
 def test_what_an_unknown_option_is_here(verb: str, flag: str, said: str) -> None:
@@ -278,6 +307,18 @@ def test_what_an_unknown_option_is_here(verb: str, flag: str, said: str) -> None
         parse(load_verb(verb).options, [f"--{flag}", "1"], f"arriero {verb}")
     assert str(error.value).startswith(f"unknown option --{flag}: ")
     assert said in str(error.value)
+
+
+def test_what_is_said_of_a_name_names_options_that_there_are() -> None:
+    """In every verb: each name that a hint writes as an option is one of the verb, or stands in a command of another."""
+    for verb in VERBS:
+        names = set(option_table(load_verb(verb).options))
+        for name in {*elsewhere._RENAMED, *elsewhere._OTHERWISE} - names:
+            said = elsewhere.hint(name, names, f"arriero {verb}", "--") or ""
+            own = re.sub("`[^`]*`", "", said)
+            if not said.startswith("it is an option of"):
+                assert set(re.findall(r"--(\w+)", own)) <= names, (verb, name, said)
+    assert "--" not in (elsewhere.hint("adapter", ["lora"], "arriero.finetune") or "--")
 
 
 def test_a_file_of_a_run_can_be_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,6 +81,20 @@ def test_impossible_options(argv: str, words: str) -> None:
 def test_a_stored_adapter_keeps_its_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     options(f"--model_name_or_path m --lora_path a --{name}")
     assert f"--{name.split()[0]} has no effect with --lora_path" in capsys.readouterr().err
+
+
+def test_what_a_stored_adapter_says_too_is_no_news(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that goes on with an adapter writes the adapter's values into its config.yaml, which is fed back."""
+    stored = {"r": 4, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": ["v_proj", "q_proj"], "use_dora": True}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(stored))
+    argv = f"--model_name_or_path m --lora_path {tmp_path} --lora_rank 4 --lora_dropout 0.1 --lora_dora"
+    options(f"{argv} --lora_alpha 32 --lora_target_modules q_proj v_proj")
+    assert "no effect" not in capsys.readouterr().err
+    options(f"{argv} --lora_alpha 16 --lora_target_modules q_proj")
+    warned = capsys.readouterr().err
+    assert warned.count("no effect") == 2
+    assert "--lora_alpha" in warned
+    assert "--lora_target_modules" in warned
 
 
 def test_bad_configurations() -> None:

@@ -168,12 +168,14 @@ def test_both_answers_follow_one_prompt_and_cuts_are_counted(tokenizer: Tokenize
     assert (report.pairs, report.truncated_context, report.truncated_target, report.equal) == (3, 1, 1, 1)
     assert "warning: 1 pairs have two equal answers" in str(report)
     assert report.longest <= 32
+    assert "; 3 pairs are bare text, while chat and serve ask through the model's chat template" in str(report)
 
 
 def test_only_the_last_answer_of_a_conversation_is_compared(tokenizer: Tokenizer) -> None:
     row = {"src": ["a", "c"], "tgt": ["b"], "response": ["x", "y"], "sort": [0, 1]}
-    (pair,), _ = encode_pairs([pair_from_row(row, "f:1")], tokenizer, 64, 8)
+    (pair,), report = encode_pairs([pair_from_row(row, "f:1")], tokenizer, 64, 8)
     assert tokenizer.decode(learned(pair.chosen), skip_special_tokens=True).strip() == "y"
+    assert "bare text" not in str(report)
 
 
 def test_files_and_limits(tmp_path: Path) -> None:

@@ -170,6 +170,43 @@ def test_help_is_asked_for_by_either_name() -> None:
             train("--fp16", flag)
 
 
+def test_one_option_under_two_names(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--strategy and --eval-strategy are the same option and differ: give one"):
+        train("--strategy", "no", "--eval-strategy", "epoch")
+    assert train("--strategy", "epoch", "--eval_strategy", "epoch").strategy == "epoch"
+    assert train("--eval-strategy", "no", "--eval_strategy", "epoch").strategy == "epoch", "one name: the last wins"
+    path = write(tmp_path / "run.yaml", "strategy: no\n")
+    assert train(path, "--eval_strategy", "epoch").strategy == "epoch", "a flag wins over a file"
+
+
+def test_the_home_folder_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a command line, where the shell expands it; only in what is a path."""
+    monkeypatch.setenv("HOME", "/home/me")
+    path = write(
+        tmp_path / "run.yaml",
+        "output_dir: ~/run\ndata_path: data/~x,~/b.jsonl:2, ~/c\nadapters: [one=~/lora, '~']\nname: ~/x\nfolder: ~/f\n"
+        "output_prefix: ~nobody-at-all/x\n",
+    )
+
+    @dataclass(kw_only=True)
+    class Places(OptionGroup):
+        """Places."""
+
+        output_dir: str = option("", "a folder")
+        data_path: str = option("", "files")
+        adapters: list[str] = option([], "folders")
+        name: str = option("", "a name")
+        folder: Path | None = option(None, "a folder")
+        output_prefix: str = option("", "a beginning")
+
+    (places,) = parse((Places,), [path], "arriero test")
+    assert places.output_dir == "/home/me/run"
+    assert places.data_path == "data/~x,/home/me/b.jsonl:2, /home/me/c"
+    assert places.adapters == ["one=/home/me/lora", "/home/me"]
+    assert places.folder == Path("/home/me/f")
+    assert (places.name, places.output_prefix) == ("~/x", "~nobody-at-all/x")
+
+
 def write(path: Path, text: str) -> str:
     path.write_text(text, encoding="utf-8")
     return str(path)

@@ -215,6 +215,24 @@ def test_text_blocks(base: Path, text: Path, tmp_path: Path) -> None:
         read_blocks(text, tokenizer, 4, 10000)
 
 
+def test_conversations_calibrate_as_their_template_writes_them(base: Path, tmp_path: Path) -> None:
+    turns = [
+        {"role": role, "content": text}
+        for role, text in (
+            ("system", "Be brief."),
+            ("user", "First?"),
+            ("assistant", "One."),
+            ("user", "Second?"),
+            ("assistant", "Two."),
+        )
+    ]
+    rows, tokenizer = tmp_path / "chat.jsonl", load_tokenizer(base)
+    rows.write_text((json.dumps({"messages": turns}) + "\n") * 40)
+    written = "<s>system: Be brief.\nuser: First?\nassistant: One.</s>\nuser: Second?\nassistant: Two.</s>"
+    found = torch.cat(read_blocks(rows, tokenizer, 1000, 20).calibration, 1)[0].tolist()
+    assert tokenizer.decode(found, skip_special_tokens=False).startswith(written * 2)
+
+
 def train(base: Path, folder: Path, *flags: str) -> list[dict[str, Any]]:
     rows = [{"src": f"what follows {n} ?", "tgt": str(n + 1)} for n in range(12)]
     data = folder.parent / "train.jsonl"
@@ -282,3 +300,18 @@ def test_quantize_base_needs_a_frozen_base(tmp_path: Path, capsys: Any) -> None:
     assert "add --lora" in capsys.readouterr().err
     assert main(["finetune", "--lora", "--qlora", "--load_in_8bit", "--output_dir", str(tmp_path / "run")]) == 2
     assert "keep one of them" in capsys.readouterr().err
+
+
+def test_rows_are_read_before_the_work(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"foo": "a"}\n')
+    argv = ["quantize", str(base), "--output_path", str(tmp_path / "q")]
+    for flag, name, message in (
+        ("--dataset_path", "nowhere", "no such file or folder"),
+        ("--dataset_path", "bad.jsonl", "bad.jsonl:1: none of the keys"),
+        ("--data_file", "bad.jsonl", "bad.jsonl:1: none of the keys"),
+    ):
+        assert main([*argv, flag, str(tmp_path / name)]) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert "before" not in captured.out
+        assert not (tmp_path / "q").exists()

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ import pytest
 
 from arriero.cli import main
 from arriero.config.checkpoint import CheckpointOptions
-from arriero.errors import ConfigError, FormatError
+from arriero.errors import ConfigError, FormatError, TrainingError
 from arriero.formats.receipt import sha256_of
 from arriero.parallel.processes import Processes
 from arriero.training import run_folder
-from arriero.training.run_folder import LOCK, RunFolder
+from arriero.training.run_folder import LOCK, REPLACED, RunFolder
 
 HOLDER = """
 import sys
@@ -111,19 +112,76 @@ def test_a_used_folder_needs_a_word(tmp_path: Path) -> None:
     assert names(tmp_path) == ["thesis.txt"]
 
 
+RECORDS = ("train_log.jsonl", "all_results.json", "loss.png", "samples.jsonl", "reference_logps.safetensors")
+FULL = ("config.json", "generation_config.json", "model.safetensors")
+FOREIGN = ("checkpoint-4", "checkpoint-final", "mine_results.json", "notes.md", "precious.safetensors")
+
+
+def used(path: Path) -> None:
+    """A run with a full model, and what is not of it."""
+    checkpoint(path, 2)
+    checkpoint(path, 10)
+    (path / "checkpoint-final").mkdir()  # not ours: no number
+    (path / "checkpoint-4").mkdir()
+    (path / "checkpoint-4" / "training_args.bin").touch()  # of transformers
+    (path / "merged").mkdir()  # not ours: no model
+    for name in (*RECORDS, *FULL, *FOREIGN[2:], "config.yaml"):
+        (path / name).write_text("{}\n")
+
+
+def fail(path: Path, write: Callable[[], object]) -> None:
+    """A run that overwrites, writes something and fails."""
+    with contextlib.suppress(TrainingError), folder(path, overwrite_output_dir=True) as run:
+        run.clear()
+        write()
+        raise TrainingError("step 2: loss nan")
+
+
 def test_overwriting_takes_the_run_and_nothing_else(tmp_path: Path) -> None:
-    checkpoint(tmp_path, 2)
-    checkpoint(tmp_path, 10)
-    (tmp_path / "checkpoint-final").mkdir()  # not ours: no number
-    results = ("train_log.jsonl", "model.safetensors", "all_results.json", "loss.png", "samples.jsonl")
-    for name in (*results, "notes.md", "config.yaml"):
-        (tmp_path / name).write_text("{}\n")
+    used(tmp_path)
     before = names(tmp_path)
     with folder(tmp_path, overwrite_output_dir=True) as run:
         assert run.resume is None
         assert names(tmp_path) == [LOCK, *before], "what turns out wrong before the first step costs nothing"
         run.clear()
-        assert names(tmp_path) == [LOCK, "checkpoint-final", "config.yaml", "notes.md"]
+        assert names(tmp_path) == [LOCK, REPLACED, *sorted((*FOREIGN, "config.yaml", "merged"))]
+        (tmp_path / "adapter_config.json").touch()
+    assert names(tmp_path) == sorted((*FOREIGN, "adapter_config.json", "config.yaml", "merged"))
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_final_model_outlives_the_run_that_fails_to_replace_it(tmp_path: Path, killed: bool) -> None:
+    used(tmp_path)
+    if killed:
+        folder(tmp_path, overwrite_output_dir=True).clear()
+        (tmp_path / LOCK).unlink()
+        assert not (tmp_path / "model.safetensors").exists()
+    fail(tmp_path, lambda: None)
+    assert names(tmp_path) == sorted((*FOREIGN, *FULL, "config.yaml", "merged"))
+
+
+def test_a_final_model_goes_when_the_run_that_replaces_it_is_gone_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").touch()
+    fail(tmp_path, lambda: checkpoint(tmp_path, 1))
+    assert names(tmp_path) == [REPLACED, "checkpoint-1"]
+    assert names(tmp_path / REPLACED) == ["config.json", "model.safetensors"]
+    assert f"{tmp_path / REPLACED}: the earlier final model" in capsys.readouterr().out
+    with folder(tmp_path, resume_from_checkpoint="auto") as again:  # only scored
+        assert again.resume == tmp_path / "checkpoint-1"
+    assert REPLACED in names(tmp_path)
+    with folder(tmp_path, resume_from_checkpoint="auto") as again:
+        again.clear()
+        (tmp_path / "adapter_config.json").touch()
+    assert names(tmp_path) == ["adapter_config.json", "checkpoint-1"]
+
+
+def test_a_final_model_is_not_mixed_with_one_half_written(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    fail(tmp_path, (tmp_path / "adapter_config.json").touch)
+    assert names(tmp_path) == [REPLACED, "adapter_config.json"]
 
 
 def test_overwriting_spares_what_the_run_is_made_from(tmp_path: Path) -> None:

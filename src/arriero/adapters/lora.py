@@ -19,7 +19,7 @@ from arriero.adapters.pissa import PiSSALinear
 from arriero.errors import ConfigError, FormatError
 from arriero.formats.quantized import plain
 from arriero.models.llama import LlamaForCausalLM
-from arriero.quantization.linear import dequantize_layers, has_quantized_layers, replace_layer
+from arriero.quantization.linear import QuantizedLinear, dequantize_layers, has_quantized_layers, replace_layer
 
 __all__ = [
     "DEFAULT_TARGETS",
@@ -48,13 +48,12 @@ def apply_lora(model: nn.Module, config: LoRAConfig, seed: int = 0, *, fresh: bo
         The full names of the adapted layers.
 
     Raises:
-        ConfigError: if no layer matches the targets, or a rank is larger than a layer.
+        ConfigError: if no layer matches the targets, or of a fresh adapter one of them; or a rank is larger than a layer.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     names = [name for name, module in model.named_modules() if config.targets(name, module)]
-    if not names:
-        raise ConfigError(f"lora_target_modules {config.target_modules!r} match no linear layer of this model")
+    _check_targets(model, config, names, each=fresh)
     kind = DoRALinear if config.use_dora else PiSSALinear if config.pissa else LoRALinear
     for name in names:
         base, own = model.get_submodule(name), config.of_layer(name)
@@ -74,6 +73,27 @@ def apply_lora(model: nn.Module, config: LoRAConfig, seed: int = 0, *, fresh: bo
         ):
             parameter.requires_grad_(True)
     return names
+
+
+def _check_targets(model: nn.Module, config: LoRAConfig, names: list[str], *, each: bool) -> None:
+    """
+    Args:
+        names: of the layers that match.
+        each: whether every target has to match one; in files of others some may be for other models.
+    """
+    targets = config.target_modules
+    if isinstance(targets, str):
+        missed = [] if names else [targets]
+    else:
+        missed = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if names and not (each and missed):
+        return
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | QuantizedLinear))
+    known = sorted({name.rpartition(".")[2] for name in linear} - {"lm_head"})
+    raise ConfigError(
+        f"lora_target_modules: no linear layer of this model matches {' or '.join(map(str, missed)) or 'an empty list'}; "
+        f"they are called {', '.join(known)}"
+    )
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

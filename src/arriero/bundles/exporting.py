@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.export import ExportOptions
 from arriero.config.model import ModelOptions
-from arriero.errors import ConfigError
+from arriero.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
     from arriero.export.bundle import Bundle
@@ -31,6 +31,7 @@ def export_bundle(export: ExportOptions, adapter: AdapterPathOptions) -> Bundle:
     _check_place(export)
     options = ModelOptions(model_name_or_path=export.model_name_or_path, device="cpu", cache_dir=export.cache_dir)
     with export_source(options, adapter) as model:
+        _check_tokenizer(export, model)
         return EXPORTERS[export.format](export, adapter, model)
 
 
@@ -43,6 +44,19 @@ def _check_place(export: ExportOptions) -> None:
     raise ConfigError(
         f"--output_path {place}: a bundle is a folder, and this is the name of a file: name a folder, such as "
         f"{place.with_suffix('')}{alone if place.suffix.lower() == '.gguf' else ''}"
+    )
+
+
+def _check_tokenizer(export: ExportOptions, model: Path | ModelSource) -> None:
+    """Refuse a model without a tokenizer, before the work: nothing here would run its bundle."""
+    from arriero.data.tokenizer import SENTENCEPIECE_NAMES
+
+    for name in ("tokenizer.json", *SENTENCEPIECE_NAMES):
+        if (model / name).is_file() if isinstance(model, Path) else name in model.files:
+            return
+    raise FormatError(
+        f"--model_path {export.model_name_or_path}: has neither tokenizer.json nor tokenizer.model, and a bundle needs a "
+        "tokenizer; copy that of the base model into the folder"
     )
 
 

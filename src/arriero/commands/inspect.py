@@ -226,6 +226,8 @@ def _shape_rows(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _tokenizer_rows(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     tokenizer = facts.get("tokenizer")
     if tokenizer is None:
+        if "layers" in facts and facts.get("bundle", {}).get("kind") != "gguf":  # a GGUF file has its own
+            yield "tokenizer", "missing: copy the tokenizer files of the base model there, for text to be read"
         return
     pre = f" ({tokenizer['pre']})" if "pre" in tokenizer else ""
     yield "tokenizer", f"{tokenizer['kind']}{pre}, {tokenizer['tokens']:,} tokens"

@@ -19,6 +19,7 @@ from arriero.config.planning import (
     PlanOptions,
 )
 from arriero.config.precision import PrecisionOptions
+from arriero.config.preference import PreferenceOptions
 from arriero.config.quantization import QuantizationOptions
 from arriero.output_file import write_file
 
@@ -40,6 +41,7 @@ OPTIONS: tuple[type, ...] = (
     PrecisionOptions,
     AdapterOptions,
     QuantizationOptions,
+    PreferenceOptions,
     ParallelOptions,
     PlanCheckpointOptions,
     LoggingOptions,
@@ -55,6 +57,7 @@ def run(
     precision: PrecisionOptions,
     adapter: AdapterOptions,
     quantization: QuantizationOptions,
+    preference: PreferenceOptions,
     parallel: ParallelOptions,
     checkpoint: PlanCheckpointOptions,
     logging: LoggingOptions,
@@ -85,7 +88,7 @@ def run(
         raise ConfigError(f"--memory: {error}") from error
     name = model.config_name or model.model_name_or_path
     config = model_config(name, Path(model.cache_dir).expanduser() if model.cache_dir else None)
-    setup = _setup(plan, model, corpus, optimization, precision, parallel)
+    setup = _setup(plan, model, corpus, optimization, precision, parallel, preference.preference)
     check_heads(config, setup.layout.tp)
     facts = model_facts(config, **_method(config, adapter, quantization))
     if plan.gpu is not None and precision.fp8_products and find_gpu(plan.gpu)[0] not in WITH_FP8:
@@ -215,6 +218,7 @@ def _setup(
     optimization: PlanOptimizationOptions,
     precision: PrecisionOptions,
     parallel: ParallelOptions,
+    preference: str | None,
 ) -> TrainingSetup:
     from arriero.training.planning.setup import TrainingSetup
 
@@ -229,7 +233,8 @@ def _setup(
     half = precision.compute_dtype != "float32"
     weight = precision.weight_dtype if model.dtype == "auto" else model.dtype
     return TrainingSetup(
-        batch=optimization.per_device_train_batch_size,
+        batch=optimization.per_device_train_batch_size * (1 if preference is None else 2),
+        preference=preference,
         sequence=corpus.max_seq_length,
         accumulation=optimization.gradient_accumulation_steps,
         # without --bf16 or --fp16 nothing is cast: products are in the weights' own type

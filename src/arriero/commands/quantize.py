@@ -25,9 +25,8 @@ OPTIONS: tuple[type, ...] = (ModelOptions, QuantizeOptions, RowOptions, RowScore
 
 def run(model: ModelOptions, quantize: QuantizeOptions, data: RowOptions, evaluation: RowScoreOptions) -> int:
     """Quantize, write, read back and print what changed."""
-    from arriero.data.sources import check_data
     from arriero.engine.loading import model_folder
-    from arriero.training.quantize_inputs import check_inputs
+    from arriero.training.quantize_inputs import check_inputs, check_rows
     from arriero.training.quantizing import quantize_folder, weight_bytes
 
     output = Path(quantize.output_path).expanduser()
@@ -35,7 +34,7 @@ def run(model: ModelOptions, quantize: QuantizeOptions, data: RowOptions, evalua
     check_inputs(quantize, model)
     has_task = bool(data.dataset_path or data.data_name or data.task_name)
     if has_task:
-        check_data(data.dataset_path, data.data_name, data.task_name)
+        check_rows(data, model)
     blocks = quantize_folder(quantize, model)
     source = model_folder(model.model_name_or_path, model.cache_dir)
     rows = {"weights (MB)": [weight_bytes(folder) / 1e6 for folder in (source, output)]}

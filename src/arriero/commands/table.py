@@ -52,6 +52,14 @@ ONE_PROCESS = frozenset(
         "completion",
     }
 )
+# Names of other programs for what is done by a verb, or by one of several.
+_CALLED = {
+    "dpo": "`arriero finetune --preference dpo`",
+    "eval": "`arriero evaluate`",
+    "generate": "`arriero predict` for a file of prompts, `arriero chat` for one",
+    "sft": "`arriero finetune`",
+    "train": "`arriero finetune` for a model that is there, `arriero pretrain` from scratch",
+}
 
 
 @dataclass(frozen=True)
@@ -72,13 +80,15 @@ def load_verb(name: str) -> Verb:
     """Import a verb's module.
 
     Raises:
-        ConfigError: there is no such verb; the nearest one is named.
+        ConfigError: there is no such verb; the nearest one, or what it is called here, is named.
     """
     if name not in VERBS:
         from arriero.config.values import nearest
 
         suggestion = nearest(name, list(VERBS))
         hint = f"did you mean {suggestion}?" if suggestion else "arriero --help lists them"
+        if name in _CALLED:
+            hint = f"it is {_CALLED[name]}"
         raise ConfigError(f"unknown command {name[:60]!r}: {hint}")
     module: Any = importlib.import_module(VERBS[name][0])
     return Verb(name=name, help=module.HELP, options=tuple(module.OPTIONS), run=module.run)

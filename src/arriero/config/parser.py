@@ -53,6 +53,7 @@ class _Scanner:
         alone = next((spec for spec in table.values() if spec.alone), None)
         self.alone = None if self.takes_positionals else alone
         self.flags: dict[str, Any] = {}
+        self.written: dict[str, str] = {}  # option name -> how the flag was written
         self.config_files: list[str] = []
         self.positionals: list[str] = []
 
@@ -113,7 +114,10 @@ class _Scanner:
         if value is None or value == []:
             several = "one or more of " if spec.is_list else ""
             raise ConfigError(f"--{written} needs a value ({several}{KIND_NAMES[spec.kind]}): --{written} VALUE")
-        self.flags[spec.name] = value
+        earlier = self.written.get(spec.name, written)
+        if earlier.replace("-", "_") != name and self.flags[spec.name] != value:
+            raise ConfigError(f"--{earlier} and --{written} are the same option and differ: give one")
+        self.flags[spec.name], self.written[spec.name] = value, written
 
     def _bool_value(self) -> str | bool:
         """A bool takes the next token only if it is yes or no, or if that token could be nothing else."""
@@ -181,6 +185,7 @@ def _named(
         command: the verb or function.
     """
     values: dict[str, Any] = {}
+    written: dict[str, str] = {}
     for key, value in given.items():
         name = key.replace("-", "_")
         spec = table.get(name)
@@ -188,7 +193,8 @@ def _named(
             hint = hint_elsewhere(name, table, command) or "no option of this command has that name"
             raise ConfigError(f"{source}: unknown key {show(key)}: {hint}")
         if spec.name in values:
-            raise ConfigError(f"{source}: {key} and {spec.name} are the same option: give one")
+            raise ConfigError(f"{source}: {key} and {written[spec.name]} are the same option: give one")
+        written[spec.name] = key
         values[spec.name] = convert(spec, value, show_key(key))
     return values
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ TRUE_WORDS = frozenset({"1", "true", "t", "yes", "y", "on"})
 FALSE_WORDS = frozenset({"0", "false", "f", "no", "n", "off"})
 _NONE_WORDS = frozenset({"none", "null"})
 _MAX_SHOWN = 80
+# Options whose text is a path, or may be one: `~` in it is the home folder, as a shell has it on a command line.
+_PATH_ENDS = ("_path", "_dir", "_file", "_prefix", "_certfile", "_keyfile")
+_PATHS = frozenset(
+    ("adapters", "base_model", "config_name", "data_cache", "draft_model", "model", "path", "plot")
+    + ("resume_from_checkpoint", "sample_prompts")
+)
 
 KIND_NAMES: dict[type, str] = {
     bool: "yes or no (1/0, true/false)",
@@ -131,12 +138,17 @@ def _to_text(spec: OptionSpec, value: Any) -> str | None:
     if not isinstance(value, str):
         return None
     if spec.choices is None:
-        return value
+        return _at_home(value) if spec.name in _PATHS or spec.name.endswith(_PATH_ENDS) else value
     return next((choice for choice in spec.choices if choice.lower() == value.strip().lower()), None)
 
 
+def _at_home(text: str) -> str:
+    """With `~` and `~user` expanded at the start of each path: `PATH`, `PATH,PATH:WEIGHT` or `NAME=PATH`."""
+    return re.sub(r"(^|[,=]\s*)(~[^,]*)", lambda found: found[1] + os.path.expanduser(found[2]), text)
+
+
 def _to_path(spec: OptionSpec, value: Any) -> Path | None:
-    return Path(value) if isinstance(value, str) and value else None
+    return Path(os.path.expanduser(value)) if isinstance(value, str) and value else None
 
 
 _CONVERTERS = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_text, Path: _to_path}

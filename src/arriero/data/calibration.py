@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from arriero.data.row_files import SUFFIXES
+from arriero.data.samples import Sample
+from arriero.data.sft import encode_sample
 from arriero.data.sources import read_samples
 from arriero.data.tokenizer import Tokenizer
-from arriero.errors import DataError
+from arriero.errors import DataError, TemplateError
 
 MAX_HELD = 64
 _PIECE = 1 << 20  # characters read at once
@@ -34,7 +37,9 @@ class TextBlocks:
 
 
 def read_blocks(path: str | Path, tokenizer: Tokenizer, samples: int, length: int) -> TextBlocks:
-    """Cut a file's text into blocks; texts of rows follow one another with an end-of-sequence token between them.
+    """Cut a file's text into blocks; rows follow one another with an end-of-sequence token between them.
+
+    Conversations are encoded as fine-tuning does it, by the chat template; of other rows prompt and answer are one text.
 
     No more is read than is needed for `samples` blocks with as many again, and the held ones.
 
@@ -44,14 +49,13 @@ def read_blocks(path: str | Path, tokenizer: Tokenizer, samples: int, length: in
 
     Raises:
         DataError: if the file cannot be read, or its text is too short for a block of each kind.
+        TemplateError: if the chat template refuses a row, which is named.
     """
     path = Path(path)
     wanted = (2 * samples + MAX_HELD) * length
     ids: list[int] = []
-    for text in _texts(path):
-        ids += tokenizer.encode(text)
-        if path.suffix.lower() in SUFFIXES and tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
+    for found in _pieces(path, tokenizer):
+        ids += found
         if len(ids) >= wanted:
             break
     count = min(len(ids), wanted) // length
@@ -82,15 +86,26 @@ def check_text(path: str | Path) -> None:
         raise DataError(f"--data_file {path}: cannot be read (Permission denied)")
 
 
-def _texts(path: Path) -> Iterator[str]:
+def _pieces(path: Path, tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Token ids of each row, or of each piece of plain text."""
     check_text(path)
     if path.suffix.lower() in SUFFIXES:
         for sample in read_samples(path, None):
-            yield sample.prompt + (sample.target or "")
+            ids, end = _row_ids(sample, tokenizer), tokenizer.eos_token_id
+            yield ids if end is None or ids[-1:] == [end] else [*ids, end]
         return
     try:
         with path.open(encoding="utf-8") as file:
             while text := file.read(_PIECE):
-                yield text + file.readline()  # tokens do not cross lines
+                yield tokenizer.encode(text + file.readline())  # tokens do not cross lines
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--data_file {path}: cannot be read as UTF-8 text ({error})") from error
+
+
+def _row_ids(sample: Sample, tokenizer: Tokenizer) -> list[int]:
+    if not (sample.chat or sample.history):
+        return tokenizer.encode(sample.prompt + (sample.target or ""))
+    try:
+        return encode_sample(sample, tokenizer, sys.maxsize, sys.maxsize)[0].input_ids
+    except TemplateError as error:
+        raise TemplateError(f"{sample.name}: {error}") from error

@@ -5,23 +5,20 @@ The rows of a pair begin with the same prompt, so that its tokens stand in the b
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from arriero.config.data import dataset_parts
 from arriero.data.batch import MIN_SHARED_TOKENS, Batch, LazyBatches, PairedRows, pack_groups, shared_prefix
 from arriero.data.order import StepOrder
 from arriero.data.row_files import read_rows
 from arriero.data.rows.preferences import PairSample, pair_from_row
 from arriero.data.sft import Example, SFTTokenizer, encode_sample, is_empty
-from arriero.data.sources import find_splits
-from arriero.data.steps import DataShare, OrderedSteps
+from arriero.data.sources import files_of
+from arriero.data.steps import DataShare, OrderedSteps, digest_of
 from arriero.errors import DataError
 
 
@@ -46,6 +43,7 @@ class PairReport:
     truncated_target: int = 0
     equal: int = 0
     empty: int = 0
+    bare: int = 0  # text, though the model has a chat template
     tokens: int = 0
     longest: int = 0
 
@@ -59,6 +57,11 @@ class PairReport:
             text += f"; warning: {self.equal:,} pairs have two equal answers, of which nothing can be preferred"
         if self.empty:
             text += f"; warning: {self.empty:,} pairs have an empty answer"
+        if self.bare:
+            text += (
+                f"; {self.bare:,} pairs are bare text, while chat and serve ask through the model's chat template: pairs whose "
+                "`prompt` is a list of turns, or with `instruction`, use it too"
+            )
         return text
 
 
@@ -74,11 +77,10 @@ def load_pairs(
         ConfigError: if the place does not hold a split.
         DataError: if a row cannot be used.
     """
-    found: dict[str, list[PairSample]] = {split: [] for split in splits}
-    for part in dataset_parts(dataset_path):
-        for split, path in find_splits(part.path, splits).items():
-            found[split] += read_pairs(path)[: limits.get(split)]
-    return found
+    return {
+        split: [pair for path in paths for pair in read_pairs(path)[: limits.get(split)]]
+        for split, paths in files_of(dataset_path, splits).items()
+    }
 
 
 def read_pairs(path: Path) -> list[PairSample]:
@@ -115,6 +117,7 @@ def encode_pairs(
             report.truncated_target += target_cut
         report.truncated_context += context_cut  # the prompt of both
         report.empty += any(is_empty(answer) for answer in (sample.chosen, sample.rejected))
+        report.bare += tokenizer.has_chat_template() and not sample.chosen.chat
         report.equal += rows[0].input_ids == rows[1].input_ids
         pairs.append(Pair(*rows))
         report.pairs += 1
@@ -123,11 +126,7 @@ def encode_pairs(
 
 def fingerprint(pairs: Sequence[Pair]) -> str:
     """SHA-256 of the token ids and labels of all pairs, in their order."""
-    digest = hashlib.sha256()
-    for pair in pairs:
-        for row in pair.rows:
-            digest.update(np.array([row.length, *row.input_ids, *row.labels], dtype=np.int64).tobytes())
-    return digest.hexdigest()
+    return digest_of(row for pair in pairs for row in pair.rows)
 
 
 def pack_pairs(pairs: Sequence[Pair], reference: Tensor | None = None, *, share_prefixes: bool = True) -> Batch:

@@ -88,10 +88,24 @@ def load_samples(
     if dataset_path is None:
         return {split: samples[: limits.get(split)] for split, samples in _squad(task or "squad", splits).items()}
     found: dict[str, list[Sample]] = {split: [] for split in splits}
-    for number, part in enumerate(dataset_parts(dataset_path)):
-        for split, path in find_splits(part.path, splits).items():
+    for split, paths in files_of(dataset_path, splits).items():
+        for number, path in enumerate(paths):
             rows_of_part = read_samples(path, task, data_format)[: limits.get(split)]
             found[split] += [replace(sample, source=number) for sample in rows_of_part] if number else rows_of_part
+    return found
+
+
+def files_of(dataset_path: str, splits: Sequence[str]) -> dict[str, list[Path]]:
+    """The files of the wanted splits: of "train" one for each part of a mixture; a dev file that several parts share once.
+
+    Raises:
+        ConfigError: if a place does not hold a split.
+    """
+    found: dict[str, list[Path]] = {split: [] for split in splits}
+    for part in dataset_parts(dataset_path):
+        for split, path in find_splits(part.path, splits).items():
+            if split == "train" or path.resolve() not in map(Path.resolve, found[split]):
+                found[split].append(path)
     return found
 
 
@@ -99,7 +113,25 @@ def name_of_rows(dataset_path: str | None, data_name: str | None, split: str) ->
     """What a line about the rows of a split calls them: their file, or files; of a data set of the Hub, the split's name."""
     if data_name is not None or dataset_path is None:
         return split
-    return ", ".join(str(find_splits(part.path, [split])[split]) for part in dataset_parts(dataset_path))
+    return ", ".join(map(str, files_of(dataset_path, [split])[split]))
+
+
+def names_of_splits(dataset_path: str | None, data_name: str | None, splits: Sequence[str]) -> dict[str, str]:
+    """What the lines of a run call the rows of each split: the split and its files, where files are named.
+
+    Prints a warning if the dev rows are, or have among them, the training rows.
+    """
+    if data_name is not None or dataset_path is None:
+        return {split: split for split in splits}
+    files = files_of(dataset_path, splits)
+    trained = {path.resolve() for path in files.get("train", [])}
+    if same := [str(path) for path in files.get("dev", []) if path.resolve() in trained]:
+        print(
+            f"warning: dev: the training rows themselves ({', '.join(same)}), whose scores tell nothing of other rows: name a "
+            "folder with train and dev files, or put a dev.jsonl beside the file",
+            flush=True,
+        )
+    return {split: f"{split} ({', '.join(map(str, paths))})" for split, paths in files.items()}
 
 
 def read_samples(path: Path, task: str | None, data_format: str = "auto", *, needs_target: bool = True) -> list[Sample]:

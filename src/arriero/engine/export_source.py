@@ -90,14 +90,14 @@ def _check_trained_base(lora_path: Path, folder: Path, options: ModelOptions) ->
 
 
 def _merged(options: ModelOptions, folder: Path, lora_path: Path) -> ModelSource:
-    """The model with a LoRA adapter merged into its weights, in fp32."""
-    loaded = load(replace(options, device="cpu", dtype="float32"))
+    """The model, rounded as in the adapter's training, with a LoRA adapter merged into its weights, in fp32."""
+    stored, state = peft.load_adapter(lora_path)
+    loaded = load(replace(options, device="cpu", dtype="float32"), adapters=[str(lora_path)])
     names = dequantize_layers(loaded.model)
-    if names:
+    if names and loaded.scheme is None:
         _warn(
             f"the base is quantized: {len(names)} layers are dequantized for the adapter, and rounded again as --weights says"
         )
-    stored, state = peft.load_adapter(lora_path)
     apply_lora(loaded.model, from_peft(stored), fresh=False)
     load_adapter_state(loaded.model, state)
     merge_lora(loaded.model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from arriero.engine.new_rows import NewRows, fill
 from arriero.engine.qat import apply_stored_rounding
 from arriero.errors import ConfigError, FormatError
 from arriero.formats import hf, peft
+from arriero.formats.adapter_base import base_of_adapters, rounding, tell
 from arriero.formats.bundle_folder import is_bundle
 from arriero.formats.download import resolve_model
 from arriero.formats.parts import Placement
@@ -81,6 +82,7 @@ def load(
     processes: Processes | None = None,
     quantize_base: str | None = None,
     vocabulary: VocabularyOptions | None = None,
+    adapters: Sequence[str] = (),
 ) -> LoadedModel:
     """The base model of the options; on the meta device where several processes are to share it out.
 
@@ -89,6 +91,8 @@ def load(
         quantize_base: "nf4" or "int8", to hold the linear layers in few bits; they are quantized as they are read, so that
             little more memory than theirs is taken.
         vocabulary: tokens that tokenizer and model get on top.
+        adapters: folders of those that are to go on it: it is rounded as the base that they were trained on, and a warning
+            tells where it is another one. Several processes share out the rounded weights, in the model's dtype.
     """
     processes = processes or Processes()
     device = pick_device(options.device)
@@ -109,11 +113,17 @@ def load(
     wanted = options.dtype if options.dtype != "auto" else dtype
     kind = getattr(torch, wanted) if wanted else None
     values = scheme = None
-    if quantize_base is not None:
-        scheme = scheme_for(quantize_base, LlamaConfig.from_file(folder))
+    report = tell if processes.first else lambda text: None
+    trained_on = base_of_adapters(adapters, options.model_name_or_path, folder, report)
+    if quantize_base is not None or trained_on is not None:
+        scheme = scheme_for(quantize_base or trained_on or "", LlamaConfig.from_file(folder))
     tokenizer = load_tokenizer(model_folder(names, options.cache_dir) if names else folder)
     if processes.alone:
         model = hf.load_model(folder, dtype=kind, device=device, scheme=scheme)
+    elif scheme is not None and quantize_base is None:
+        model, _ = hf.empty_model(folder, kind)
+        values = rounding(hf.open_parts(folder, model.config).read_part, scheme, linear_layers(model.config))
+        scheme = None
     else:
         model, _ = hf.empty_model(folder, kind, scheme=scheme)
         read = hf.open_parts(folder, model.config).read_part
@@ -185,11 +195,13 @@ def load_for_inference(
 ) -> LoadedModel:
     """A model with its adapter merged into the weights, or its prefix before its keys and values, in evaluation mode.
 
+    The base is rounded as the adapter's was in training (a folder with `base_quantization.json`).
     What was trained with rounded weights (a folder with `qat.json`) computes with them.
     """
     adapter.check_one()
     dtype = None if pick_device(options.device).type == "cuda" else "float32"
-    loaded = load(options, dtype=dtype, processes=processes)
+    adapters = [path for path in (adapter.lora_path, adapter.prefix_path) if path]
+    loaded = load(options, dtype=dtype, processes=processes, adapters=adapters)
     trained = Path(adapter.lora_path) if adapter.lora_path else loaded.folder
     rounded = (trained / SETTINGS_FILE).is_file()
     if adapter.lora_path:
@@ -201,8 +213,9 @@ def load_for_inference(
         else:
             load_adapter_state(loaded.model, state)
             # else the weights would grow to what they were, or the sum that is to be rounded be rounded before
-            if not has_quantized_layers(loaded.model) and not rounded:
+            if (loaded.scheme is not None or not has_quantized_layers(loaded.model)) and not rounded:
                 merge_lora(loaded.model)
+                loaded = replace(loaded, scheme=None)
     if rounded:
         tensor_parts = processes.layout.tp if processes is not None else 1
         values = apply_stored_rounding(loaded.model, trained, loaded.values, column_parts=tensor_parts)

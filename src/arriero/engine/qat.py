@@ -95,7 +95,7 @@ def convert_trained(
             raise FormatError(f"{folder}: {peft.ADAPTER_CONFIG} names no base model")
         source = resolve_model(stored.base_model_name_or_path, cache_dir=cache_dir)
         model = hf.load_model(source)
-        apply_lora(model, from_peft(stored))
+        apply_lora(model, from_peft(stored), fresh=False)
         load_adapter_state(model, state)
     apply_qat(model, settings)
     _set_ranges(model, PartReader(folder / RANGES_FILE) if settings.rounds_inputs else None)

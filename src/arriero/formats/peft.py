@@ -120,8 +120,7 @@ class PeftLoraConfig:
         bias = values.get("bias", "none")
         if bias not in ("none", "all", "lora_only"):
             raise FormatError(f"{source}: bias must be none, all or lora_only, got {bias!r}")
-        switches = {key: values.get(key, False) for key in ("use_rslora", "use_dora")}
-        for key, value in switches.items():
+        for key, value in (switches := {key: values.get(key, False) for key in ("use_rslora", "use_dora")}).items():
             if not isinstance(value, bool):
                 raise FormatError(f"{source}: {key} must be true or false, got {value!r}")
         ranks = _pattern_of(values, "rank_pattern", _is_rank, source)
@@ -346,9 +345,8 @@ def load_adapter(folder: str | Path) -> tuple[PeftLoraConfig, dict[str, Tensor]]
         if match is not None:
             rank = config.rank_of(match[1])
             if tensor.dim() != 2 or tensor.shape[0 if ".lora_A." in plain else 1] != rank:
-                raise FormatError(
-                    f"{path}: {name} has the shape {list(tensor.shape)}, which does not fit the rank {rank}"
-                )
+                shape = list(tensor.shape)
+                raise FormatError(f"{path}: {name} has the shape {shape}, which does not fit the rank {rank}")
         if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
             raise FormatError(f"{path}: {name} has the dtype {str(tensor.dtype).removeprefix('torch.')}")
         state[plain] = tensor.clone(memory_format=torch.contiguous_format)  # small, and the file may be replaced
@@ -374,16 +372,14 @@ def _check_complete(config: PeftLoraConfig, state: Mapping[str, Tensor], path: P
 
 
 def _weights_of(folder: Path) -> Path:
-    path = folder / ADAPTER_WEIGHTS
-    if not path.is_file():
+    if not (folder / ADAPTER_WEIGHTS).is_file():
         hint = "; the pickled adapter_model.bin is never opened" if (folder / "adapter_model.bin").exists() else ""
         raise FormatError(f"{folder}: holds no {ADAPTER_WEIGHTS}{hint}")
-    return path
+    return folder / ADAPTER_WEIGHTS
 
 
 def _read_config(folder: Path) -> PeftLoraConfig:
-    values, source = read_adapter_config(folder, "an adapter folder needs it")
-    return PeftLoraConfig.from_dict(values, source)
+    return PeftLoraConfig.from_dict(*read_adapter_config(folder, "an adapter folder needs it"))
 
 
 def read_adapter_config(folder: Path, missing: str) -> tuple[dict[str, Any], str]:
@@ -393,7 +389,11 @@ def read_adapter_config(folder: Path, missing: str) -> tuple[dict[str, Any], str
         missing: what a message says where there is none.
 
     Raises:
-        FormatError: when the file is missing, too large or no JSON object.
+        FormatError: when the file is missing, too large or no JSON object, or the adapter is in another format.
     """
     path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        from arriero.formats.adapter_base import refuse_other_kind  # which knows this module
+
+        refuse_other_kind(folder)
     return read_json_object(path, missing), str(path)

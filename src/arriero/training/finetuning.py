@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from arriero.adapters.lora import apply_lora, load_adapter_state, merge_lora
 from arriero.adapters.peft_config import from_peft
@@ -17,10 +15,11 @@ from arriero.data.batch import packed_batches
 from arriero.data.mixture import Mixture
 from arriero.data.mixture import describe as describe_mixture
 from arriero.data.order import StepOrder, prefix_clusters
+from arriero.data.pairs import PreferenceSteps
 from arriero.data.samples import Sample
 from arriero.data.sft import Example, encode_all
-from arriero.data.sources import check_data, load_samples, rows_by_source
-from arriero.data.steps import DataShare, FinetuningSteps
+from arriero.data.sources import check_data, load_samples, names_of_splits, rows_by_source
+from arriero.data.steps import DataShare, FinetuningSteps, check_rows, digest_of
 from arriero.engine.loading import LoadedModel, load
 from arriero.errors import ConfigError
 from arriero.formats import hf, peft
@@ -29,7 +28,7 @@ from arriero.parallel.processes import Processes
 from arriero.training.agreement import check_same_data
 from arriero.training.callbacks.activation_ranges import ActivationRanges
 from arriero.training.callbacks.stop_signals import StopSignals
-from arriero.training.checkpoint import WeightStore, load_checkpoint
+from arriero.training.checkpoint import STATE, WeightStore, load_checkpoint
 from arriero.training.evaluation import evaluate_loss
 from arriero.training.execution import build_execution
 from arriero.training.finetune_options import FinetuneOptions
@@ -90,10 +89,12 @@ def build_steps(
     loaded: LoadedModel,
     processes: Processes,
     rows_of_parts: Sequence[int] = (),
+    content: str = "",
 ) -> FinetuningSteps:
     """The rows of every step.
 
     Args:
+        content: see `FinetuningSteps`.
         rows_of_parts: of the data sets that follow each other in `train`, where there are several.
 
     Raises:
@@ -130,7 +131,47 @@ def build_steps(
         group_by_length=by_length,
         max_tokens=data.max_tokens_per_batch,
     )
-    return FinetuningSteps(train, order, share_prefixes=share, share=own, padded=not data.packing)
+    return FinetuningSteps(train, order, share_prefixes=share, share=own, padded=not data.packing, content=content)
+
+
+def encode_rows(samples: Sequence[Sample], loaded: LoadedModel, data: DataOptions, name: str) -> list[Example]:
+    """The rows of a run or a scoring as token ids; a line under `name` tells what was cut.
+
+    Raises:
+        DataError: one cannot be encoded.
+    """
+    examples, report = encode_all(
+        samples, loaded.tokenizer, data.prompt_length, data.tgt_length, train_on=data.train_on
+    )
+    print(f"{name}: {report}")
+    return examples
+
+
+def check_context(model: LlamaForCausalLM, examples: Iterable[Example], name: str) -> None:
+    """
+    Args:
+        model: with its prefix, if it has one.
+        name: of the rows, for the message.
+
+    Raises:
+        ConfigError: a row is longer than the model's context, and RoPE does not stretch with the length.
+    """
+    longest = max((example.length for example in examples), default=0)
+    context = model.config.max_position_embeddings - model.model.prefix_length
+    if longest > context and not model.model.rotary.is_dynamic:
+        raise ConfigError(
+            f"{name}: the longest row has {longest:,} tokens, above the model's context of {context:,} "
+            f"(max_position_embeddings): lower --src_length and --tgt_length, to {context:,} together"
+        )
+
+
+def data_of(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint keeps of its data (`fingerprint`); nothing of one that cannot be read, which loading it tells."""
+    try:
+        found = json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("data")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def build_mixture(data: DataOptions, rows_of_parts: Sequence[int]) -> Mixture | None:
@@ -183,6 +224,7 @@ def _finetune(
     preferred: PreferenceData | None = None
     samples: dict[str, list[Sample]] = {}
     with processes.together():
+        names = names_of_splits(data.dataset_path, data.data_name, wanted)
         if options.preference.preference:
             preferred = PreferenceData.read(options, wanted)
         else:
@@ -202,20 +244,18 @@ def _finetune(
             vocabulary=options.vocabulary,
         )
         set_seed(optim.seed)
-        examples = {}
-        for split, rows in samples.items():
-            examples[split], report = encode_all(
-                rows, loaded.tokenizer, data.prompt_length, data.tgt_length, train_on=data.train_on
-            )
-            print(f"{split}: {report}")
+        examples = {split: encode_rows(rows, loaded, data, names[split]) for split, rows in samples.items()}
         if preferred is not None:
-            preferred.encode(loaded.tokenizer)
+            preferred.encode(loaded.tokenizer, names)
         weights, values = build_weights(loaded, options)
+        for split, encoded in (examples if preferred is None else preferred.rows()).items():
+            check_context(loaded.model, encoded, names[split])
         if optim.freeze:
             print(f"frozen by --freeze: {freeze(loaded.model, optim.freeze):,} parameters")
         trained = sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
+    digests = {split: digest_of(rows) for split, rows in examples.items()}
     if not processes.alone:
-        known_by = {split: _known_by(rows) for split, rows in examples.items()}
+        known_by = {split: f"{len(examples[split])} rows, SHA-256 {digest[:12]}" for split, digest in digests.items()}
         check_same_data(processes, known_by if preferred is None else preferred.fingerprints())
     same_weights(loaded, options, processes)
     share_out(loaded, options, processes, values, data.sequence_length)
@@ -228,12 +268,20 @@ def _finetune(
     results: dict[str, Any] = {}
     trainer = None
     if optim.do_train:
+        kept = data_of(folder.resume) if folder.resume else {}
+        steps: FinetuningSteps | PreferenceSteps
+        if preferred is None:
+            content = "" if kept and "content" not in kept else digests["train"][:16]
+            parts = rows_by_source(samples["train"])
+            steps = build_steps(examples["train"], options, loaded, processes, parts, content)
+        else:
+            steps = preferred.steps(loaded, processes)
+        if folder.resume:
+            check_rows(folder.resume, kept, steps.fingerprint())
         trainer = build_trainer(
             options,
             loaded.model,
-            build_steps(examples["train"], options, loaded, processes, rows_by_source(samples["train"]))
-            if preferred is None
-            else preferred.steps(loaded, processes),
+            steps,
             weights,
             folder.path,
             loaded.device,
@@ -263,13 +311,6 @@ def _finetune(
     return results
 
 
-def _known_by(examples: Sequence[Example]) -> str:
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(np.array([example.length, *example.input_ids, *example.labels], dtype=np.int64).tobytes())
-    return f"{len(examples)} rows, SHA-256 {digest.hexdigest()[:12]}"
-
-
 def save_final(
     loaded: LoadedModel, weights: WeightStore, options: FinetuneOptions, folder: Path, processes: Processes
 ) -> None:
@@ -294,6 +335,6 @@ def _whole_model(loaded: LoadedModel, adapter: Path) -> LlamaForCausalLM:
     """The base and the adapter just written, in one process."""
     model = hf.load_model(loaded.folder, scheme=loaded.scheme)
     config, state = peft.load_adapter(adapter)
-    apply_lora(model, from_peft(config))
+    apply_lora(model, from_peft(config), fresh=False)
     load_adapter_state(model, state)
     return model

@@ -114,4 +114,4 @@ def evaluate_generation(
 ) -> dict[str, float]:
     """Generate greedily and score: the evaluation of `--eval_with_do_generation`."""
     params = SamplingParams(max_new_tokens=data.tgt_length)
-    return score(generate_answers(loaded, samples, src_length=data.src_length, params=params, batch_size=batch_size))
+    return score(generate_answers(loaded, samples, src_length=data.prompt_length, params=params, batch_size=batch_size))

@@ -17,6 +17,8 @@ from arriero.config.model import ModelOptions
 from arriero.engine.loading import load, model_folder
 from arriero.errors import ConfigError, FormatError
 from arriero.formats import hf, peft
+from arriero.formats.adapter_base import BASE_QUANTIZATION, base_quantization_text, read_base_quantization
+from arriero.formats.conversion import staged_output
 from arriero.formats.download import published_name
 from arriero.formats.quantized import plain
 from arriero.formats.shard_merging import merge_shards
@@ -25,6 +27,7 @@ from arriero.formats.tensor_shards import is_sharded
 from arriero.models.llama import LlamaForCausalLM
 from arriero.quantization.linear import dequantize_layers
 from arriero.quantization.qat import SETTINGS_FILE
+from arriero.training.merge_check import check_weights, expected_weights
 from arriero.training.qat_weights import copy_rounding
 
 
@@ -69,43 +72,67 @@ def merge_model(
 
 
 def _merge_adapter(model: ModelOptions, lora_path: str, merge: MergeOptions) -> list[str]:
-    """Merge, write, read back and compare logits with those of base + adapter."""
-    target = Path(merge.output_path)
+    """Merge, write, read back and compare with base + adapter; what does not agree is not left behind."""
+    target, paths = Path(merge.output_path), _paths(lora_path)
     config, state, notes = _adapter_of(lora_path, merge)
     if merge.output_kind == "adapter":
-        peft.save_adapter(target, state, to_peft(config, published_name(model.model_name_or_path)))
-        return [*notes, f"adapter of rank {config.rank}: {target}", *_keep_rounding(lora_path, target)]
-    loaded = load(model)
-    notes += _dequantize(loaded.model)
+        with staged_output(target, is_file=False) as place:
+            peft.save_adapter(place, state, to_peft(config, published_name(model.model_name_or_path)))
+            notes += [
+                *_keep_base(paths, place),
+                f"adapter of rank {config.rank}: {target}",
+                *_keep_rounding(paths, place),
+            ]
+        return notes
+    loaded = load(model, adapters=paths)
+    if loaded.scheme is None:
+        notes += _dequantize(loaded.model)
     apply_lora(loaded.model, config, fresh=False)
     load_adapter_state(loaded.model, state)
     loaded.model.eval()
     probe = torch.randint(loaded.model.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0)).to(
         loaded.device
     )
-    before = torch.zeros(())
+    before, expected = torch.zeros(()), {}
     if merge.verify:
+        expected = expected_weights(loaded.model)
         with torch.inference_mode():
             before = loaded.model(probe).float()
     merge_lora(loaded.model)
-    hf.save_model(
-        loaded.model, loaded.model.config, target, max_shard_size=merge.max_shard_size, extra_files_from=loaded.folder
-    )
-    notes += _keep_rounding(lora_path, target)
-    if not merge.verify:
-        return [*notes, f"merged model: {target} (not compared)"]
-    with torch.inference_mode():
-        after = hf.load_model(target, device=loaded.device)(probe).float()
-    difference = float((before - after).abs().max())
-    size = float(before.abs().max())
-    # fp32 differs by the order of additions; a half-precision weight is rounded once more by the merge
-    tolerance = 1e-5 if next(loaded.model.parameters()).dtype == torch.float32 else 2e-2
-    if not difference <= tolerance * max(1.0, size):
-        raise FormatError(
-            f"{target}: the merged model's logits differ by {difference:.2e} from base + adapter: do not use it"
+    with staged_output(target, is_file=False) as place:
+        hf.save_model(
+            loaded.model,
+            loaded.model.config,
+            place,
+            max_shard_size=merge.max_shard_size,
+            extra_files_from=loaded.folder,
         )
-    compared = f"logits differ from base + adapter by at most {difference:.1e}, largest logit {size:.1f}"
+        notes += _keep_rounding(paths, place)
+        compared = "not compared"
+        if merge.verify:
+            written = hf.load_model(place, device=loaded.device)
+            check_weights(expected, written, place)
+            with torch.inference_mode():
+                compared = _compare(before, written(probe).float(), written.model.embed_tokens.weight.dtype, place)
     return [*notes, f"merged model: {target} ({compared})"]
+
+
+def _compare(before: Tensor, after: Tensor, dtype: torch.dtype, place: Path) -> str:
+    """How far the logits of a merged model are from those of base + adapter: in half precision its weights are rounded.
+
+    Raises:
+        FormatError: in fp32 or fp64 further than another order of additions makes them.
+    """
+    difference, size = float((before - after).abs().max()), float(before.abs().max())
+    text = f"logits differ from base + adapter by at most {difference:.1e}, largest logit {size:.1f}"
+    if dtype.itemsize >= 4:
+        if not difference <= 1e-5 * max(1.0, size):
+            raise FormatError(
+                f"{place}: the merged model's logits differ by {difference:.2e} from base + adapter: nothing was written"
+            )
+        return text
+    kind = hf.dtype_name(dtype)
+    return f"every weight is their sum rounded to {kind}, checked bit by bit; with it {text}: --dtype float32 rounds nothing"
 
 
 def _paths(lora_path: str) -> list[str]:
@@ -113,10 +140,20 @@ def _paths(lora_path: str) -> list[str]:
     return [lora_path] if Path(lora_path).is_dir() else [path.strip() for path in lora_path.split(",")]
 
 
-def _keep_rounding(lora_path: str, target: Path) -> list[str]:
+def _keep_base(paths: list[str], target: Path) -> list[str]:
+    """A sum of adapters is for the base that all of them were trained on, rounded as it was."""
+    kinds = {read_base_quantization(Path(path)) for path in paths}
+    if len(kinds) > 1:
+        return [f"warning: the adapters were trained on a base in different forms: {BASE_QUANTIZATION} is left out"]
+    for kind in kinds - {None}:
+        (target / BASE_QUANTIZATION).write_text(base_quantization_text(str(kind)), encoding="utf-8")
+    return []
+
+
+def _keep_rounding(paths: list[str], target: Path) -> list[str]:
     """What was trained with rounded weights computes with them after the merge too."""
-    rounded = [path for path in map(Path, _paths(lora_path)) if (path / SETTINGS_FILE).is_file()]
-    if len(_paths(lora_path)) == 1:
+    rounded = [path for path in map(Path, paths) if (path / SETTINGS_FILE).is_file()]
+    if len(paths) == 1:
         for path in rounded:
             copy_rounding(path, target)
     elif rounded:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -27,6 +27,7 @@ from arriero.data.batch import LazyBatches
 from arriero.data.order import StepOrder
 from arriero.data.pairs import Pair, PreferenceSteps, encode_pairs, fingerprint, load_pairs, pair_batches
 from arriero.data.rows.preferences import PairSample
+from arriero.data.sft import Example
 from arriero.data.steps import DataShare, share_out
 from arriero.data.tokenizer import Tokenizer
 from arriero.engine.loading import LoadedModel
@@ -86,12 +87,16 @@ class PreferenceData:
     def objective(self) -> Preference:
         return objective_of(self.options.preference)
 
-    def encode(self, tokenizer: Tokenizer) -> None:
-        """Make token ids of the rows, and tell what was cut."""
+    def encode(self, tokenizer: Tokenizer, names: Mapping[str, str]) -> None:
+        """Make token ids of the rows, and tell what was cut, of each split under its name."""
         data = self.options.data
         for split, samples in self.samples.items():
             self.pairs[split], report = encode_pairs(samples, tokenizer, data.prompt_length, data.tgt_length)
-            print(f"{split}: {report}")
+            print(f"{names[split]}: {report}")
+
+    def rows(self) -> dict[str, list[Example]]:
+        """The answers of each split after their prompts."""
+        return {split: [row for pair in pairs for row in pair.rows] for split, pairs in self.pairs.items()}
 
     def fingerprints(self) -> dict[str, str]:
         """What each split is known by."""

@@ -14,21 +14,36 @@ from pathlib import Path
 
 from arriero.config.checkpoint import CheckpointOptions
 from arriero.errors import ConfigError, FormatError, PeerError
+from arriero.formats.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from arriero.formats.peft_prefix import ENCODER_WEIGHTS
+from arriero.formats.safe_tensors import WEIGHT_FILES
 from arriero.parallel.processes import Processes
-from arriero.training.checkpoint import checkpoint_step, list_checkpoints, verify
+from arriero.quantization.qat import RANGES_FILE, SETTINGS_FILE
+from arriero.training.checkpoint import MANIFEST, OPTIMIZER, RANDOM, checkpoint_step, list_checkpoints, verify
 
 LOCK = ".lock"
 SEEN_SECONDS = 10.0  # until which a file that one machine has written is seen by the others
 MERGED, SHARDED = "merged", "sharded"  # other forms of the final model, in folders of their own
-# Of an earlier run, beside its checkpoints.
-RESULTS = (
+REPLACED = ".replaced"  # where an earlier final model waits until the new one is written
+# What a run writes beside its checkpoints; other files are not touched.
+RECORDS = (
     "train_log.jsonl",
     "samples.jsonl",
-    "*_results.json",
+    "all_results.json",
+    "eval_results.json",
     "loss.png",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "qat.json",
+    "reference_logps.safetensors",
+)
+# Of the final model, of whatever kind: a full one, an adapter, a prefix, one with rounded weights.
+FINAL = (
+    *WEIGHT_FILES,
+    "config.json",
+    "generation_config.json",
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    ENCODER_WEIGHTS,
+    SETTINGS_FILE,
+    RANGES_FILE,
 )
 
 
@@ -52,6 +67,7 @@ class RunFolder:
         self.processes = processes or Processes()
         self._overwrite = options.overwrite_output_dir
         self._lock: int | None = None
+        self._training = False
         self._made: list[Path] = []  # folders that were not there, the innermost first
         token = self.processes.by_first(lambda: self._claim(options))
         try:
@@ -88,6 +104,7 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"--output_dir {self.path}: cannot be written ({error.strerror})") from error
         self._remove_leftovers()
+        self._restore()
         return os.pread(self._lock, 64, 0).decode("ascii")
 
     def _check_shared(self, token: str) -> None:
@@ -158,18 +175,45 @@ class RunFolder:
                     shutil.rmtree(entry, ignore_errors=True)
 
     def clear(self) -> None:
-        """With `--overwrite_output_dir`, delete what an earlier run left; to be called when this one is ready to start."""
+        """To be called when the run is ready to start: with `--overwrite_output_dir` it deletes the checkpoints and records of
+        an earlier one, and puts its final model aside until this run has ended well."""
+        self._training = True
         if self._overwrite:
             self.processes.by_first(self._clear)
 
     def _clear(self) -> None:
-        for checkpoint in list_checkpoints(self.path):
+        for checkpoint in self._own_checkpoints():
             shutil.rmtree(checkpoint)
-        for pattern in RESULTS:
-            for path in self.path.glob(pattern):
-                path.unlink()
-        for form in (MERGED, SHARDED):
-            shutil.rmtree(self.path / form, ignore_errors=True)
+        for name in RECORDS:
+            (self.path / name).unlink(missing_ok=True)
+        final = self._final()
+        if final:
+            aside = self.path / REPLACED
+            shutil.rmtree(aside, ignore_errors=True)  # of the run before
+            aside.mkdir()
+            for path in final:
+                path.rename(aside / path.name)
+
+    def _final(self) -> list[Path]:
+        """The files of the final model, and the folders of its other forms."""
+        files = [path for pattern in FINAL for path in self.path.glob(pattern) if not path.is_dir()]
+        forms = [self.path / form for form in (MERGED, SHARDED)]
+        return files + [form for form in forms if (form / "config.json").is_file()]
+
+    def _own_checkpoints(self) -> list[Path]:
+        """Damaged and empty ones too, but not those of other programs, which name them alike."""
+        marks = {MANIFEST, OPTIMIZER, RANDOM}
+        held = {path: {entry.name for entry in path.iterdir()} for path in list_checkpoints(self.path)}
+        return [path for path, entries in held.items() if not entries or entries & marks]
+
+    def _restore(self) -> None:
+        """Give back the final model that a run was to replace which has written neither a checkpoint nor its own."""
+        aside = self.path / REPLACED
+        if not aside.is_dir() or self._own_checkpoints() or self._final():
+            return
+        for path in list(aside.iterdir()):
+            path.rename(self.path / path.name)
+        aside.rmdir()
 
     def check_inputs(self, *names: str | None) -> None:
         """Refuse to overwrite what the run is made from.
@@ -201,13 +245,25 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._release()
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
+        self._release(whole=kind is None and self._training)
 
-    def _release(self) -> None:
-        """Give the folder up; if nothing was written, as when the run was refused, it is as if it had never been made."""
+    def _release(self, *, whole: bool = False) -> None:
+        """Give the folder up; if nothing was written, as when the run was refused, it is as if it had never been made.
+
+        Args:
+            whole: the run has written its final model.
+        """
         if self._lock is None:
             return
+        aside = self.path / REPLACED
+        with contextlib.suppress(OSError):  # what led here is to be told
+            if whole:
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                self._restore()
+                if aside.is_dir():
+                    print(f"{aside}: the earlier final model, until this run is gone on with and ends", flush=True)
         (self.path / LOCK).unlink(missing_ok=True)
         os.close(self._lock)
         self._lock = None

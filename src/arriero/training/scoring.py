@@ -17,7 +17,6 @@ from arriero.config.model import ModelOptions
 from arriero.config.parallel import ParallelOptions
 from arriero.data.batch import packed_batches
 from arriero.data.samples import Sample
-from arriero.data.sft import encode_all
 from arriero.data.sources import check_data, load_samples, name_of_rows
 from arriero.engine.loading import LoadedModel, load_for_inference, pick_device
 from arriero.engine.sampling_params import SamplingParams
@@ -25,7 +24,7 @@ from arriero.output_file import check_folder, json_text
 from arriero.parallel.processes import Processes, launched_size, start, stop
 from arriero.training.evaluation import check_finite, evaluate_loss
 from arriero.training.execution import build_execution
-from arriero.training.finetuning import may_share_prefixes
+from arriero.training.finetuning import check_context, encode_rows, may_share_prefixes
 from arriero.training.generation_metrics import Answer, generate_answers, references_of, score
 from arriero.training.precision import Precision
 from arriero.training.run import heard_once
@@ -100,7 +99,7 @@ def score_model(
         answers = generate_answers(
             loaded,
             samples,
-            src_length=data.src_length,
+            src_length=data.prompt_length,
             params=SamplingParams(max_new_tokens=evaluation.max_new_tokens or default_length),
             compile=compile,
             on_done=bar.update,
@@ -115,8 +114,9 @@ def _loss(
     evaluation: EvaluateOptions,
     processes: Processes,
 ) -> dict[str, float]:
-    examples, report = encode_all(samples, loaded.tokenizer, data.src_length, data.tgt_length, train_on=data.train_on)
-    print(f"{name_of_rows(data.dataset_path, data.data_name, 'dev')}: {report}")
+    name = name_of_rows(data.dataset_path, data.data_name, "dev")
+    examples = encode_rows(samples, loaded, data, name)
+    check_context(loaded.model, examples, name)
     precision = Precision(next(loaded.model.parameters()).dtype, "O2", loaded.device)
     rows = math.ceil(len(samples) / processes.layout.data)
     with tqdm(total=rows, unit="row", desc="loss", leave=False, disable=not processes.first) as bar:

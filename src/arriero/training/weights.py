@@ -15,13 +15,33 @@ from arriero.data.tokenizer import Tokenizer
 from arriero.data.tokenizer_files import SIDE_FILES
 from arriero.errors import FormatError
 from arriero.formats import hf, peft
+from arriero.formats.adapter_base import BASE_QUANTIZATION, base_quantization_text
 from arriero.formats.parts import Part
-from arriero.formats.shared_files import PartReader
+from arriero.formats.quantized import is_quantized
+from arriero.formats.shared_files import PartReader, shared_folder
+from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 from arriero.models.vocabulary import EMBEDDING
 from arriero.parallel.placement import local_tensors, placements
 from arriero.parallel.processes import Processes
+from arriero.quantization.schemes import IntegerWeights, Nf4Weights
 from arriero.training.run_facts import check_kind
+
+LOOK = "look"
+
+
+def base_quantization(model: nn.Module) -> str | None:
+    """How the layers of a plain folder were rounded while they were read: "nf4", "int8", or None."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, LlamaConfig) or is_quantized(config):  # the folder says it itself
+        return None
+    for module in model.modules():
+        scheme = getattr(module, "scheme", None)
+        if isinstance(scheme, Nf4Weights):
+            return "nf4"
+        if isinstance(scheme, IntegerWeights) and scheme.integer.bits == 8:
+            return "int8"
+    return None
 
 
 def model_parts(model: nn.Module) -> dict[str, Part]:
@@ -89,18 +109,37 @@ class FullWeights:
 
 @dataclass
 class AdapterWeights:
-    """The LoRA tensors, as PEFT's `adapter_config.json` and `adapter_model.safetensors`."""
+    """The LoRA tensors, as PEFT's `adapter_config.json` and `adapter_model.safetensors`.
+
+    Attributes:
+        base_quantization: how the run rounded the base as it read it, which `base_quantization.json` keeps: "nf4", "int8",
+            or None; LOOK looks at the model.
+    """
 
     model: nn.Module
     config: LoRAConfig
     base_model: str
+    base_quantization: str | None = LOOK
+
+    def __post_init__(self) -> None:
+        if self.base_quantization == LOOK:
+            self.base_quantization = base_quantization(self.model)
 
     def parts(self) -> dict[str, Part]:
         trained = {name for name, p in self.model.named_parameters() if ".lora_" in name or p.requires_grad}
         return {name: part for name, part in model_parts(self.model).items() if name in trained}
 
     def write(self, folder: Path, parts: Mapping[str, Part], processes: Processes) -> None:
+        # first what says which base the weights are for: never the weights without it
+        if self.base_quantization is not None:
+            with shared_folder(folder, processes) as staging, processes.together():
+                if processes.first:
+                    text = base_quantization_text(self.base_quantization)
+                    (staging / BASE_QUANTIZATION).write_text(text, encoding="utf-8")
         peft.save_adapter(folder, parts, to_peft(self.config, self.base_model), processes)
+        with processes.together():
+            if processes.first and self.base_quantization is None:
+                (folder / BASE_QUANTIZATION).unlink(missing_ok=True)  # of an earlier run
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:

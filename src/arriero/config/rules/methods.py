@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from arriero.config.adapter import AdapterOptions, AdapterPathOptions
@@ -22,9 +23,27 @@ def stored_adapter_rule(groups: Sequence[Any], given: frozenset[str], warnings: 
     adapter = find(groups, AdapterOptions)
     if adapter is None or adapter.lora_path is None:
         return
-    stored = ("rank", "alpha", "dropout", "target_modules", "bias", "rslora", "dora", "init")
-    for name in (*(f"lora_{word}" for word in stored), "pissa"):
-        if changed(adapter, name, given):
+    from arriero.config.adapter_base import FILE  # PyYAML, only where a file is read
+    from arriero.config.files import read_config
+
+    path = Path(adapter.lora_path).expanduser() / FILE
+    stored = read_config(path) if path.is_file() else {}
+    keys = {
+        "lora_rank": "r",
+        "lora_alpha": "lora_alpha",
+        "lora_dropout": "lora_dropout",
+        "lora_target_modules": "target_modules",
+        "lora_bias": "bias",
+        "lora_rslora": "use_rslora",
+        "lora_dora": "use_dora",
+        "lora_init": "init_lora_weights",
+        "pissa": "",
+    }
+    for name, key in keys.items():
+        wanted, found = getattr(adapter, name), stored.get(key)
+        if name == "lora_target_modules" and isinstance(found, list):  # the order means nothing
+            wanted, found = set(wanted), set(map(str, found))
+        if wanted != found and changed(adapter, name, given):  # equal in the run's own config.yaml
             warnings.append(f"--{name} has no effect with --lora_path: the stored adapter's own is kept")
 
 

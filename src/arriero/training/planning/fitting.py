@@ -44,17 +44,18 @@ def longest_sequence(facts: ModelFacts, setup: TrainingSetup, memory: int) -> in
 
 
 def largest_batch(facts: ModelFacts, setup: TrainingSetup, memory: int) -> int:
-    """Rows of a micro-batch at the setup's sequence length; at most `BATCH_LIMIT`."""
-    return largest(lambda rows: training_memory(facts, replace(setup, batch=rows)).peak <= memory, BATCH_LIMIT)
+    """Rows, or pairs, of a micro-batch at the setup's sequence length; at most `BATCH_LIMIT`."""
+    each = setup.rows_each
+    return largest(lambda count: training_memory(facts, replace(setup, batch=each * count)).peak <= memory, BATCH_LIMIT)
 
 
 def levers(facts: ModelFacts, setup: TrainingSetup) -> list[Lever]:
     """Single changes that need less memory, and all of them together, the least memory last."""
     changes: list[tuple[str, TrainingSetup]] = []
     everything = setup
-    if setup.batch > 1:
-        changes.append(("--per_device_train_batch_size 1", replace(setup, batch=1)))
-        everything = replace(everything, batch=1)
+    if setup.batch > setup.rows_each:
+        changes.append(("--per_device_train_batch_size 1", replace(setup, batch=setup.rows_each)))
+        everything = replace(everything, batch=setup.rows_each)
     if setup.recompute != "full":
         changes.append(("--recompute", replace(setup, recompute="full")))
         everything = replace(everything, recompute="full")

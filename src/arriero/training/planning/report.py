@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from arriero.training.objectives.preference import NEEDS_REFERENCE
 from arriero.training.planning.activations import attention_kernel
 from arriero.training.planning.fitting import SEQUENCE_LIMIT, Lever, largest_batch, levers, longest_sequence
 from arriero.training.planning.layout_report import amount, duration, gib, layout_dictionary, layout_rows
@@ -44,6 +45,11 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.memory.peak <= self.machine.memory
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the model answers every pair once before the first step, to be the reference."""
+        return self.setup.preference in NEEDS_REFERENCE
 
     @property
     def seconds(self) -> float | None:
@@ -101,6 +107,7 @@ def as_dictionary(plan: Plan) -> dict[str, Any]:
             "forward": speed.forward_per_token,
             "training": speed.training_per_token,
             "recomputed": speed.recomputed_per_token,
+            "reference": speed.forward_per_token if plan.has_reference else 0.0,
         },
         "attention_kernel": kernels(plan),
         "memory": {
@@ -150,6 +157,8 @@ def _described(setup: TrainingSetup) -> str:
     if precision != "float32":
         precision += " O1" if setup.autocast else " O2"
     words = [f"{setup.batch} x {setup.sequence:,} tokens", precision, setup.optimizer]
+    if setup.preference is not None:
+        words.insert(1, f"{setup.preference}: a pair is two rows")
     words.append(
         {"none": "no recomputation", "core_attn": "attention recomputed", "full": "layers recomputed"}[setup.recompute]
     )
@@ -186,7 +195,8 @@ def _fit_rows(plan: Plan) -> list[tuple[str, str]]:
     sequence = f"{plan.sequence:,} tokens" if plan.sequence < SEQUENCE_LIMIT else f"more than {SEQUENCE_LIMIT:,} tokens"
     beyond = f" (the model's positions end at {limit:,})" if plan.sequence > limit else ""
     rows.append((f"longest row, {plan.setup.batch} a micro-batch", sequence + beyond if plan.sequence else "none"))
-    rows.append((f"most rows of {plan.setup.sequence:,} tokens", f"{plan.batch:,}" if plan.batch else "none"))
+    unit = "rows" if plan.setup.preference is None else "pairs of rows"
+    rows.append((f"most {unit} of {plan.setup.sequence:,} tokens", f"{plan.batch:,}" if plan.batch else "none"))
     if plan.setup.device == "cpu":
         rows.append(("beside it", "freed memory that the C library keeps, up to as much again: see docs/plan.md"))
     return rows
@@ -209,6 +219,9 @@ def _time_rows(plan: Plan) -> list[tuple[str, str]]:
     ]
     if speed.recomputed_per_token:
         rows.append(("computed again", f"{amount(speed.recomputed_per_token, 'FLOP')} a token"))
+    if plan.has_reference:
+        once = f"{amount(speed.forward_per_token, 'FLOP')} a token, once for every pair before the first step"
+        rows.append(("reference", f"{once}; not in the times below"))
     if "written out" in kernels(plan):
         rows.append(("attention", "no fused kernel takes this: scores of every pair are kept"))
     if machine.flops is None:

@@ -45,7 +45,8 @@ class Found:
                 words.append(f"--context_parallel_method {layout.context_method}")
         if layout.stage:
             words.append(f"--sharding stage{layout.stage} --sharding_parallel_degree {layout.dp_shard}")
-        words.append(f"--per_device_train_batch_size {setup.batch} --gradient_accumulation_steps {setup.accumulation}")
+        batch = setup.batch // setup.rows_each
+        words.append(f"--per_device_train_batch_size {batch} --gradient_accumulation_steps {setup.accumulation}")
         if setup.recompute != "none":
             words.append(f"--recompute --recompute_granularity {setup.recompute}")
         return " ".join(words)
@@ -108,7 +109,7 @@ def candidates(facts: ModelFacts, setup: TrainingSetup, rows: int | None = None)
         data, rest = divmod(devices, tp * pp * cp)
         if rest or rows % data:
             continue
-        for batch in sorted({setup.batch, *BATCHES}):
+        for batch in sorted({setup.batch, *(setup.rows_each * batch for batch in BATCHES)}):
             micro_batches, rest = divmod(rows // data, batch)
             if rest or micro_batches < pp:  # a pipeline with fewer is filled up with empty ones
                 continue

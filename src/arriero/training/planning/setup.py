@@ -37,6 +37,7 @@ class TrainingSetup:
         device: "cpu" or "cuda": they have different kernels, which keep different tensors.
         layout: how the processes, a device each, share the work.
         reduce_dtype: in which data-parallel processes add up gradients.
+        preference: the loss of pairs of answers, each two rows of `batch`; None for a loss of rows.
     """
 
     batch: int = 1
@@ -49,6 +50,12 @@ class TrainingSetup:
     device: Literal["cpu", "cuda"] = "cpu"
     layout: Layout = field(default_factory=Layout)
     reduce_dtype: str = "float32"
+    preference: str | None = None
+
+    @property
+    def rows_each(self) -> int:
+        """Rows of what `--per_device_train_batch_size` counts: a pair is two."""
+        return 1 if self.preference is None else 2
 
     @property
     def tokens(self) -> int:

@@ -80,7 +80,12 @@ def training_speed(
 
 
 def _again(facts: ModelFacts, setup: TrainingSetup) -> StepCost | None:
-    return {"none": None, "core_attn": facts.attention, "full": facts.blocks}[setup.recompute]
+    again = {"none": None, "core_attn": facts.attention, "full": facts.blocks}[setup.recompute]
+    if setup.preference is None:
+        return again
+    # log-probabilities of pairs: the backward pass makes each chunk's logits once more
+    head = facts.forward.per_label
+    return StepCost(again.per_token, head, again.per_pair) if again else StepCost(0.0, head, 0.0)
 
 
 def share_flops(facts: ModelFacts, setup: TrainingSetup, share: Share) -> float:
@@ -90,7 +95,7 @@ def share_flops(facts: ModelFacts, setup: TrainingSetup, share: Share) -> float:
     row = sum(cost.per_token * setup.sequence + cost.per_pair * pairs for cost in costs)
     row *= len(share.layers) / facts.config.num_hidden_layers
     if share.head:
-        row += facts.training.per_label * setup.sequence
+        row += sum(cost.per_label for cost in costs) * setup.sequence
     return row * setup.batch / (setup.layout.tp * setup.layout.cp)
 
 

@@ -1,0 +1,87 @@
+"""The proof that a merged model is its base and adapter: every weight is their sum, rounded once, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from arriero.adapters.lora import LoRALinear
+from arriero.errors import FormatError
+from arriero.quantization.linear import QuantizedLinear
+
+TOLERANCE = 1e-4  # of products in fp32, beside the largest of them: another order of additions
+_ROWS = 4  # that are multiplied
+
+
+def _digest(tensor: Tensor) -> str:
+    numbers = tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()
+    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.blake2b(numbers.data, digest_size=16).hexdigest()}"
+
+
+@torch.no_grad()
+def expected_weights(model: nn.Module) -> dict[str, str]:
+    """What the weights of an adapted model are to be after the merge, by name: known by a digest.
+
+    Of each adapted layer the sum is first compared, in fp32, with what the layer computes without one.
+
+    Raises:
+        FormatError: a sum that computes something else.
+    """
+    found: dict[str, str] = {}
+    owners = set()
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoRALinear):
+            _check_sum(name, layer)
+            weight = layer.merged().to(layer.base_dtype)
+            if not torch.isfinite(weight).all():
+                raise FormatError(
+                    f"{name} + adapter has numbers that are not finite as {str(layer.base_dtype).removeprefix('torch.')}: "
+                    "take --dtype float32, or another adapter"
+                )
+        elif isinstance(layer, QuantizedLinear):
+            weight = layer.dequantized()
+        else:
+            continue
+        owners.add(name)
+        found[f"{name}.weight"] = _digest(weight)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        layer_name, _, leaf = name.rpartition(".")
+        if ".lora_" not in name and (layer_name not in owners or leaf == "bias"):
+            found[name] = _digest(parameter)
+    return found
+
+
+def _check_sum(name: str, layer: LoRALinear) -> None:
+    """Raises FormatError where ``x (W + delta)^T + b`` is not what the layer computes of ``x``."""
+    wide = copy.deepcopy(layer)
+    wide = wide.eval() if layer.base_dtype == torch.float64 else wide.float().eval()
+    weight = wide.merged()
+    x = torch.randn(_ROWS, layer.in_features, generator=torch.Generator().manual_seed(0)).to(weight)
+    apart, bias = wide(x), wide.bias
+    joined = F.linear(x, weight, None if bias is None else bias.to(weight))
+    difference, size = float((apart - joined).abs().max()), float(apart.abs().max())
+    if not difference <= TOLERANCE * size:
+        raise FormatError(
+            f"{name}: the sum of base and adapter computes other numbers than they do ({difference:.1e} of {size:.1e} apart): "
+            "nothing was written"
+        )
+
+
+def check_weights(expected: dict[str, str], written: nn.Module, place: object) -> None:
+    """
+    Args:
+        place: what the written model was read from, for messages.
+
+    Raises:
+        FormatError: naming the first weight that is not the one of `expected_weights`.
+    """
+    found = {name: _digest(tensor) for name, tensor in written.named_parameters(remove_duplicate=False)}
+    wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
+    if wrong:
+        raise FormatError(
+            f"{place}: {wrong[0]} ({len(wrong)} of {len(found)} weights) is not base + adapter: nothing was written"
+        )
