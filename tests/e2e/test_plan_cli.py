@@ -104,6 +104,7 @@ def test_options_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
         "prefix_length": 0,
         "prefix_network": 0,
         "quantize_base": None,
+        "preference": None,
     }
 
 

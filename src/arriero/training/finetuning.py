@@ -53,7 +53,7 @@ from arriero.training.run import (
 )
 from arriero.training.run_folder import MERGED, RunFolder
 from arriero.training.run_results import final_metrics, save_weights, write_results
-from arriero.training.weights import AdapterWeights
+from arriero.training.weights import AdapterWeights, FullWeights
 
 
 def check_supported(options: FinetuneOptions) -> None:
@@ -277,6 +277,8 @@ def _finetune(
         else:
             steps = preferred.steps(loaded, processes)
         if folder.resume:
+            if isinstance(weights, FullWeights):  # other tokens make other rows
+                weights.check_vocabulary(folder.resume)
             check_rows(folder.resume, kept, steps.fingerprint())
         trainer = build_trainer(
             options,
