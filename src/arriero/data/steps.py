@@ -9,9 +9,8 @@ import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +20,6 @@ from arriero.data.batch import Batch, LazyBatches, pack, pad
 from arriero.data.corpus.dataset import CorpusDataset, CorpusSample
 from arriero.data.order import StepOrder
 from arriero.data.sft import IGNORE, Example
-from arriero.errors import TrainingError
 
 
 @dataclass(frozen=True)
@@ -107,31 +105,6 @@ def digest_of(examples: Iterable[Example]) -> str:
     return digest.hexdigest()
 
 
-def check_rows(checkpoint: Path, then: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Whether a run goes on with the rows that it began with.
-
-    Args:
-        then, here: fingerprints of a checkpoint and of this run; older checkpoints do not know the rows' content.
-
-    Raises:
-        TrainingError: saying whether the rows are others or only stand together otherwise.
-    """
-    anew = "or start anew in another --output_dir"
-    both, same = "content" in then and "content" in here, then.get("content") == here.get("content")
-    if both and not same:
-        raise TrainingError(
-            f"{checkpoint} was trained on other rows: give the same data and limits (--src_length, --tgt_length, "
-            f"--max_seq_length, --max_train_samples, --train_on), {anew}"
-        )
-    if then.get("clusters") != here.get("clusters") and then:
-        rows = "the same rows in other micro-batches" if both else "other rows, or in other micro-batches"
-        data = "" if both else "data, "
-        raise TrainingError(
-            f"{checkpoint} was trained on {rows}: give the same {data}--per_device_train_batch_size and --share_prefixes, "
-            f"{anew}"
-        )
-
-
 @dataclass(frozen=True)
 class FinetuningSteps(OrderedSteps):
     """Rows of prompts and answers, packed without padding unless `padded` is asked for.
@@ -140,7 +113,7 @@ class FinetuningSteps(OrderedSteps):
         order: the rows of every step, of all processes.
         share_prefixes: compute the common beginning of a micro-batch's rows once (see `arriero.data.batch`).
         padded: rows as a matrix, each padded to the longest of its micro-batch; nothing is shared then.
-        content: `digest_of` the rows; "" for a run that goes on from a checkpoint without it.
+        content: what the rows are known by, of `digest_of`.
     """
 
     examples: Sequence[Example]
@@ -162,7 +135,7 @@ class FinetuningSteps(OrderedSteps):
             "seed": self.order.seed,
             # they follow from the rows a micro-batch has, and the order of the rows from them
             "clusters": hashlib.sha256(json.dumps(clusters).encode()).hexdigest()[:16] if clusters else "",
-            **({"content": self.content} if self.content else {}),
+            "content": self.content,
             **self.order.variation(),
         }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from arriero.data.pairs import PreferenceSteps
 from arriero.data.samples import Sample
 from arriero.data.sft import Example, encode_all
 from arriero.data.sources import check_data, load_samples, names_of_splits, rows_by_source
-from arriero.data.steps import DataShare, FinetuningSteps, check_rows, digest_of
+from arriero.data.steps import DataShare, FinetuningSteps, digest_of
 from arriero.engine.loading import LoadedModel, load
 from arriero.errors import ConfigError
 from arriero.formats import hf, peft
@@ -28,7 +27,7 @@ from arriero.parallel.processes import Processes
 from arriero.training.agreement import check_same_data
 from arriero.training.callbacks.activation_ranges import ActivationRanges
 from arriero.training.callbacks.stop_signals import StopSignals
-from arriero.training.checkpoint import STATE, WeightStore, load_checkpoint
+from arriero.training.checkpoint import WeightStore, load_checkpoint
 from arriero.training.evaluation import evaluate_loss
 from arriero.training.execution import build_execution
 from arriero.training.finetune_options import FinetuneOptions
@@ -53,7 +52,7 @@ from arriero.training.run import (
 )
 from arriero.training.run_folder import MERGED, RunFolder
 from arriero.training.run_results import final_metrics, save_weights, write_results
-from arriero.training.weights import AdapterWeights, FullWeights
+from arriero.training.weights import AdapterWeights
 
 
 def check_supported(options: FinetuneOptions) -> None:
@@ -165,15 +164,6 @@ def check_context(model: LlamaForCausalLM, examples: Iterable[Example], name: st
         )
 
 
-def data_of(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint keeps of its data (`fingerprint`); nothing of one that cannot be read, which loading it tells."""
-    try:
-        found = json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("data")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def build_mixture(data: DataOptions, rows_of_parts: Sequence[int]) -> Mixture | None:
     """What draws an epoch's rows from several data sets; None where every row is visited once."""
     parts = dataset_parts(data.dataset_path, data.dataset_weights) if data.dataset_path else []
@@ -268,18 +258,12 @@ def _finetune(
     results: dict[str, Any] = {}
     trainer = None
     if optim.do_train:
-        kept = data_of(folder.resume) if folder.resume else {}
         steps: FinetuningSteps | PreferenceSteps
         if preferred is None:
-            content = "" if kept and "content" not in kept else digests["train"][:16]
             parts = rows_by_source(samples["train"])
-            steps = build_steps(examples["train"], options, loaded, processes, parts, content)
+            steps = build_steps(examples["train"], options, loaded, processes, parts, digests["train"][:16])
         else:
             steps = preferred.steps(loaded, processes)
-        if folder.resume:
-            if isinstance(weights, FullWeights):  # other tokens make other rows
-                weights.check_vocabulary(folder.resume)
-            check_rows(folder.resume, kept, steps.fingerprint())
         trainer = build_trainer(
             options,
             loaded.model,

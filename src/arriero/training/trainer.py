@@ -72,6 +72,10 @@ class Callback:
         """After the last step, also when training is interrupted."""
 
 
+CONTENT = "content"  # what the rows are known by, in the fingerprint of data
+DIGESTS = {CONTENT, "clusters"}  # in it, and of no use to a reader
+
+
 def _leaves(value: Any, name: str = "") -> dict[str, Any]:
     """The values inside nested dicts and lists, by their path: `parts.0.seed`."""
     if not isinstance(value, dict | list):
@@ -149,16 +153,9 @@ class Trainer:
             checkpoint, self.weights, self.optimizer.placements, self.processes
         )
         check_facts(checkpoint, state.facts, self.facts)
-        then, here = _leaves(state.data), _leaves(self.state.data)
-        changed = [
-            f"{key} was {then.get(key)} and is {here.get(key)}" for key in then | here if then.get(key) != here.get(key)
-        ]
-        if changed:
-            raise TrainingError(
-                f"{checkpoint} was trained on other data: {', '.join(changed)[:500]}: "
-                f"give the same data, batch{self._accumulation_of(then, here)}, seed and length of the run, or start anew in "
-                "another --output_dir"
-            )
+        other = self._other_data(_leaves(state.data), _leaves(self.state.data))
+        if other:
+            raise TrainingError(f"{checkpoint} was trained on {other}, or start anew in another --output_dir")
         if state.step > self.total_steps:
             raise TrainingError(
                 f"{checkpoint} is {state.step} steps into its run and this one would end after {self.total_steps}: "
@@ -169,10 +166,28 @@ class Trainer:
         planned = state.total_steps
         self.optimizer.load(optimizer)
         self.precision.load(state.scaler)
-        state.total_steps, state.facts = self.total_steps, self.facts
+        state.total_steps, state.facts, state.data = self.total_steps, self.facts, self.state.data
         self.state = state
         restore_random_state(generators)
         return planned
+
+    def _other_data(self, then: dict[str, Any], here: dict[str, Any]) -> str:
+        """What of the data is not as it was, and what to give; "" where all is. Checkpoints made before the rows' content was
+        kept do not know it."""
+        changed = {key for key in then | here if then.get(key) != here.get(key) and (key in then or key != CONTENT)}
+        told = [f"{key} was {then.get(key)} and is {here.get(key)}" for key in then | here if key in changed - DIGESTS]
+        if told:
+            same = f"batch{self._accumulation_of(then, here)}, seed and length of the run"
+            return f"other data: {', '.join(told)[:500]}: give the same data, {same}"
+        if CONTENT in changed:
+            limits = "--src_length, --tgt_length, --max_seq_length, --max_train_samples, --train_on"
+            return f"other rows: give the same data and limits ({limits})"
+        if changed:
+            same = "--per_device_train_batch_size and --share_prefixes"
+            return f"rows in other micro-batches: give the same {same}" + (
+                "" if CONTENT in then else ", and the same data"
+            )
+        return ""
 
     def _accumulation_of(self, then: dict[str, Any], here: dict[str, Any]) -> str:
         """The option that makes the steps of this run as large as a checkpoint's, where other processes share them out."""

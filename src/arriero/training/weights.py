@@ -90,12 +90,8 @@ class FullWeights:
             files = {path.name: path.read_bytes() for path in paths if path.is_file()}
         return files | dict(self.tokenizer.replaced_files)
 
-    def check_vocabulary(self, folder: Path) -> None:
-        """Refuse a checkpoint of another kind, or of other tokens.
-
-        Raises:
-            FormatError: naming both sizes.
-        """
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
         check_kind(folder, None)
         reader = PartReader(folder)
         rows, wanted = reader.shapes.get(EMBEDDING, (0,))[0], self.model.config.vocab_size
@@ -104,11 +100,6 @@ class FullWeights:
                 f"{folder}: its vocabulary has {rows} rows, that of this run {wanted}: give the same tokens "
                 "(--add_tokens, --add_special_tokens, --resize_vocab) and --pad_vocab_to_multiple_of"
             )
-
-    @torch.no_grad()
-    def load(self, folder: Path) -> None:
-        self.check_vocabulary(folder)
-        reader = PartReader(folder)
         hf.check_state(self.model.config, reader.shapes, str(folder))
         for name, part in self.parts().items():
             stored = part.placement.stored_as or name
