@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from random_adapter import IDS, logits_of, write_adapter
 from safetensors.torch import load_file
 from torch import Tensor
 
-from arriero.adapters.lora import LoRAConfig, adapter_state, apply_lora, merge_lora
+from arriero.adapters.lora import LoRAConfig, merge_lora
 from arriero.adapters.peft_config import from_peft, to_peft
 from arriero.cli import main
 from arriero.config.adapter import AdapterPathOptions
@@ -26,12 +27,8 @@ from arriero.formats.download import resolve_model
 from arriero.formats.parts import Placement
 from arriero.formats.source import ModelSource
 from arriero.models.config import LlamaConfig
-from arriero.parallel.processes import Processes
 from arriero.quantization.choice import scheme_for
 from arriero.quantization.linear import linear_layers
-from arriero.training.weights import AdapterWeights
-
-IDS = torch.arange(3, 23)[None]
 
 
 @pytest.fixture(scope="module")
@@ -40,25 +37,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_adapter(base: Path, folder: Path, *, kind: str | None = None, size: float = 0.1, name: str = "") -> Tensor:
-    """Write an adapter as a run does, with random values, over a base in few bits of this kind; gives the logits of both."""
-    scheme = None if kind is None else scheme_for(kind, LlamaConfig.from_file(base))
-    model = hf.load_model(base, torch.float32, scheme=scheme)
     config = LoRAConfig(rank=2, alpha=4.0, target_modules=("q_proj", "down_proj"))
-    apply_lora(model, config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in adapter_state(model).values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
-        weights = AdapterWeights(model, config, name or str(base))
-        weights.write(folder, weights.parts(), Processes())
-        logits: Tensor = model(IDS)
-    return logits
-
-
-def logits_of(folder: Path) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = hf.load_model(folder, torch.float32)(IDS)
-    return logits
+    return write_adapter(base, folder, config, kind=kind, size=size, name=name or str(base))
 
 
 def test_a_rounded_base_is_rounded_again(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,3 +198,44 @@ def test_adapters_of_other_formats(tiny: Path, tmp_path: Path, capsys: pytest.Ca
         peft.load_adapter(tiny)
     with pytest.raises(FormatError, match="an adapter folder needs it"):
         peft.load_adapter(tmp_path / "nowhere")
+
+
+def test_training_goes_on_with_the_base_that_an_adapter_had(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_adapter(tiny, tmp_path / "a", kind="int8", name="another/model")
+    (tmp_path / "rows.jsonl").write_text('{"src": "one two", "tgt": "three"}\n' * 4)
+    start = ["finetune", "--model_name_or_path", str(tiny), "--dataset_path", str(tmp_path / "rows.jsonl"), "--lora"]
+    start += [
+        "--lora_path",
+        str(tmp_path / "a"),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--max_steps",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    assert main(start) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'a'} was trained on a base rounded to int8" in said
+    assert "add --quantize_base int8" in said
+    assert f"{tmp_path / 'a'} was trained on another/model" in said
+    assert main([*start, "--quantize_base", "int8"]) == 0
+    assert (tmp_path / "run" / BASE_QUANTIZATION).read_text() == (tmp_path / "a" / BASE_QUANTIZATION).read_text()
+
+
+def test_a_prefix_keeps_the_record_too(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"src": "one two", "tgt": "three"}\n' * 4)
+    start = [
+        "finetune",
+        "--model_name_or_path",
+        str(tiny),
+        "--dataset_path",
+        str(tmp_path / "rows.jsonl"),
+        "--max_steps",
+        "1",
+    ]
+    start += ["--prefix_tuning", "--quantize_base", "int8", "--output_dir", str(tmp_path / "run"), "--device", "cpu"]
+    assert main(start) == 0
+    assert (tmp_path / "run" / BASE_QUANTIZATION).is_file()

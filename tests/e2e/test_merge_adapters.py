@@ -7,16 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_adapter import IDS, logits_of, write_adapter
 from safetensors.torch import load_file
-from torch import Tensor
 
-from arriero.adapters.lora import LoRAConfig, adapter_state, apply_lora, load_adapter_state
-from arriero.adapters.peft_config import from_peft, to_peft
+from arriero.adapters.lora import LoRAConfig, apply_lora, load_adapter_state
+from arriero.adapters.peft_config import from_peft
 from arriero.cli import main
 from arriero.formats import hf, peft
 from arriero.formats.download import resolve_model
 
-IDS = torch.arange(3, 23)[None]
 TARGETS = ("q_proj", "down_proj")
 
 
@@ -25,30 +24,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return resolve_model("tiny-random-llama", tmp_path_factory.mktemp("home"))
 
 
-def make_adapter(tiny: Path, folder: Path, config: LoRAConfig, seed: int) -> Tensor:
-    """Write an adapter with random values; gives the logits of the base with it."""
-    model = hf.load_model(tiny, torch.float32)
-    apply_lora(model, config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        peft.save_adapter(folder, adapter_state(model), to_peft(config, "base"))
-        logits: Tensor = model(IDS)
-    return logits
-
-
-def logits_of(folder: Path) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = hf.load_model(folder, torch.float32)(IDS)
-    return logits
-
-
 @pytest.mark.parametrize("kind", ["use_dora", "pissa"])
 def test_each_kind(kind: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = LoRAConfig(rank=2, alpha=4.0, target_modules=TARGETS, **{kind: True})  # type: ignore[arg-type]
-    expected = make_adapter(tiny, tmp_path / "a", config, 1)
+    expected = write_adapter(tiny, tmp_path / "a", config, seed=1)
     arguments = ["--lora_path", str(tmp_path / "a"), "--output_path", str(tmp_path / "m"), "--dtype", "float32"]
     assert main(["merge", "--model_name_or_path", str(tiny), *arguments]) == 0
     assert "logits differ from base + adapter by at most" in capsys.readouterr().out
@@ -57,8 +36,8 @@ def test_each_kind(kind: str, tiny: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_several_by_weights(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_adapter(tiny, tmp_path / "a", LoRAConfig(rank=2, alpha=4.0, target_modules=TARGETS), 1)
-    make_adapter(tiny, tmp_path / "b", LoRAConfig(rank=3, use_rslora=True, target_modules=("q_proj",)), 2)
+    write_adapter(tiny, tmp_path / "a", LoRAConfig(rank=2, alpha=4.0, target_modules=TARGETS), seed=1)
+    write_adapter(tiny, tmp_path / "b", LoRAConfig(rank=3, use_rslora=True, target_modules=("q_proj",)), seed=2)
     base = load_file(tiny / "model.safetensors")
     expected = {name: tensor.float() for name, tensor in base.items()}
     for folder, weight in (("a", 0.7), ("b", 0.3)):  # the sum, written out
@@ -96,7 +75,7 @@ def test_a_quantized_base_is_dequantized(tiny: Path, tmp_path: Path, capsys: pyt
     config = with_scheme(small.config, scheme)
     hf.save_model(file_state(small, torch.float32), config, tmp_path / "int8", extra_files_from=tiny)
     adapter = LoRAConfig(rank=2, alpha=4.0, target_modules=TARGETS)
-    expected = make_adapter(tmp_path / "int8", tmp_path / "a", adapter, 1)
+    expected = write_adapter(tmp_path / "int8", tmp_path / "a", adapter, seed=1)
     arguments = ["--lora_path", str(tmp_path / "a"), "--output_path", str(tmp_path / "m"), "--dtype", "float32"]
     assert main(["merge", "--model_name_or_path", str(tmp_path / "int8"), *arguments]) == 0
     assert "warning: the base is quantized" in capsys.readouterr().out
@@ -106,8 +85,8 @@ def test_a_quantized_base_is_dequantized(tiny: Path, tmp_path: Path, capsys: pyt
 
 
 def test_refusals(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_adapter(tiny, tmp_path / "a", LoRAConfig(rank=2, target_modules=TARGETS), 1)
-    make_adapter(tiny, tmp_path / "d", LoRAConfig(rank=2, target_modules=TARGETS, use_dora=True), 1)
+    write_adapter(tiny, tmp_path / "a", LoRAConfig(rank=2, target_modules=TARGETS), seed=1)
+    write_adapter(tiny, tmp_path / "d", LoRAConfig(rank=2, target_modules=TARGETS, use_dora=True), seed=1)
     cases = [
         (f"{tmp_path / 'a'},{tmp_path / 'd'}", [], "DoRA"),
         (f"{tmp_path / 'a'},{tmp_path / 'a'}", ["--adapter_weights", "1"], "1 numbers for 2"),

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from learned_runs import learned_runs
 
 from arriero.data.rows.formats import sample_from_row
-from arriero.data.sft import IGNORE, encode_sample
+from arriero.data.sft import encode_sample
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -62,14 +63,7 @@ def learned_texts(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> tuple
     """The whole row as text, and what is learned of it, by runs."""
     sample = sample_from_row({"messages": messages}, "f:1")
     example, *_ = encode_sample(sample, tokenizer, 512, 512)
-    runs: list[list[int]] = [[]]
-    for label in example.labels:
-        if label != IGNORE:
-            runs[-1].append(label)
-        elif runs[-1]:
-            runs.append([])
-    texts = [tokenizer.decode(run, skip_special_tokens=False) for run in runs if run]
-    return tokenizer.decode(example.input_ids, skip_special_tokens=False), texts
+    return tokenizer.decode(example.input_ids, skip_special_tokens=False), learned_runs(example, tokenizer)
 
 
 @pytest.mark.parametrize("name", ["qwen3_instruct_2507", "llama3", "phi3", "gemma"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from learned_runs import learned_runs
 
 from arriero.data.batch import pack
 from arriero.data.preview import render
@@ -51,14 +52,7 @@ def row(*skipped: int, mark: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def learned(example: Example, tokenizer: Tokenizer) -> list[str]:
-    """What is learned, by runs."""
-    runs: list[list[int]] = [[]]
-    for label in example.labels:
-        if label != IGNORE:
-            runs[-1].append(label)
-        elif runs[-1]:
-            runs.append([])
-    return [tokenizer.decode(run, skip_special_tokens=False).strip() for run in runs if run]
+    return [text.strip() for text in learned_runs(example, tokenizer)]
 
 
 @pytest.mark.parametrize("template", [None, MARKED], ids=["found", "marked"])

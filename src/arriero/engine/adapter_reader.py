@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,13 @@ from arriero.adapters.prefix import PrefixKV
 from arriero.adapters.prefix_files import BOTH, open_prefix, parameter_name, to_peft
 from arriero.errors import ConfigError, FormatError
 from arriero.formats import peft
+from arriero.formats.adapter_base import read_base_quantization
 from arriero.formats.parts import Placement
 from arriero.models.llama import LlamaForCausalLM
+from arriero.quantization.linear import has_quantized_layers
 from arriero.quantization.qat import SETTINGS_FILE
+
+logger = logging.getLogger(__name__)
 
 Weights = LayerDeltas | PrefixKV
 
@@ -83,6 +88,14 @@ class AdapterReader:
         config, digest = from_peft(stored), _digest(folder, stored.to_dict(), state, known)
         rank = self._check_config(folder, config)
         if known is None:
+            kind = read_base_quantization(folder)
+            if kind is not None and not has_quantized_layers(self._model):
+                logger.warning(
+                    "%s was trained on a base rounded to %s and answers on one that is not, with other numbers: load the model "
+                    "with it (--lora_path) for the same",
+                    folder,
+                    kind,
+                )
             with torch.device("meta"):
                 adapted = LlamaForCausalLM(self._model.config)
             apply_lora(adapted, config, fresh=False)

@@ -66,7 +66,7 @@ def base_of_adapters(
     """
     paths = [Path(adapter) for adapter in adapters]
     for path in paths:
-        _check_base(path, given, folder, report)
+        warn_of_other_base(path, given, folder, report)
     return _rounding_of(paths, folder, report)
 
 
@@ -110,7 +110,7 @@ def rounding(
     return value
 
 
-def _check_base(adapter: Path, given: str, folder: Path, report: Callable[[str], None]) -> None:
+def warn_of_other_base(adapter: Path, given: str, folder: Path, report: Callable[[str], None] = tell) -> None:
     """Say so where the base that is given is not the one that the adapter names."""
     if not is_adapter(adapter):
         return

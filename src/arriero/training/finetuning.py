@@ -22,6 +22,8 @@ from arriero.data.steps import DataShare, FinetuningSteps, digest_of
 from arriero.engine.loading import LoadedModel, load
 from arriero.errors import ConfigError
 from arriero.formats import hf, peft
+from arriero.formats.adapter_base import BASE_QUANTIZATION, read_base_quantization, warn_of_other_base
+from arriero.formats.quantized import is_quantized
 from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.processes import Processes
 from arriero.training.agreement import check_same_data
@@ -164,6 +166,26 @@ def check_context(model: LlamaForCausalLM, examples: Iterable[Example], name: st
         )
 
 
+def check_trained_base(loaded: LoadedModel, options: FinetuneOptions, processes: Processes) -> None:
+    """Warn where an adapter that is trained on names another base, and refuse it where its base was rounded otherwise.
+
+    Raises:
+        ConfigError: naming the option.
+        FormatError: a file of the adapter is broken.
+    """
+    path = options.adapter.lora_path or options.adapter.prefix_path
+    if path is None:
+        return
+    if processes.first:
+        warn_of_other_base(Path(path), options.model.model_name_or_path, loaded.folder)
+    kind = read_base_quantization(Path(path))
+    if kind not in (None, options.quantization.quantize_base) and not is_quantized(loaded.model.config):
+        raise ConfigError(
+            f"{path} was trained on a base rounded to {kind} ({BASE_QUANTIZATION}): add --quantize_base {kind}, or delete that "
+            "file to go on without"
+        )
+
+
 def build_mixture(data: DataOptions, rows_of_parts: Sequence[int]) -> Mixture | None:
     """What draws an epoch's rows from several data sets; None where every row is visited once."""
     parts = dataset_parts(data.dataset_path, data.dataset_weights) if data.dataset_path else []
@@ -237,6 +259,7 @@ def _finetune(
         examples = {split: encode_rows(rows, loaded, data, names[split]) for split, rows in samples.items()}
         if preferred is not None:
             preferred.encode(loaded.tokenizer, names)
+        check_trained_base(loaded, options, processes)
         weights, values = build_weights(loaded, options)
         for split, encoded in (examples if preferred is None else preferred.rows()).items():
             check_context(loaded.model, encoded, names[split])

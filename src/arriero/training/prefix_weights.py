@@ -16,7 +16,7 @@ from arriero.formats.parts import Part
 from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.processes import Processes
 from arriero.training.run_facts import check_kind
-from arriero.training.weights import model_parts
+from arriero.training.weights import keep_base_quantization, model_parts
 
 
 @dataclass
@@ -27,12 +27,14 @@ class PrefixWeights:
     model: LlamaForCausalLM
     config: PrefixConfig
     base_model: str
+    base_quantization: str | None = None  # as of `AdapterWeights`
 
     def parts(self) -> dict[str, Part]:
         return {name: part for name, part in model_parts(self.model).items() if is_prefix(name)}
 
     def write(self, folder: Path, parts: Mapping[str, Part], processes: Processes) -> None:
         shape = self.model.config
+        keep_base_quantization(folder, self.base_quantization, processes)
         peft_prefix.save_prefix(
             folder,
             parts,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from arriero.config.checkpoint import CheckpointOptions
 from arriero.errors import ConfigError, FormatError, PeerError
+from arriero.formats.adapter_base import BASE_QUANTIZATION
 from arriero.formats.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from arriero.formats.peft_prefix import ENCODER_WEIGHTS
 from arriero.formats.safe_tensors import WEIGHT_FILES
@@ -44,6 +45,7 @@ FINAL = (
     ENCODER_WEIGHTS,
     SETTINGS_FILE,
     RANGES_FILE,
+    BASE_QUANTIZATION,
 )
 
 

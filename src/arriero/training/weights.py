@@ -17,31 +17,27 @@ from arriero.errors import FormatError
 from arriero.formats import hf, peft
 from arriero.formats.adapter_base import BASE_QUANTIZATION, base_quantization_text
 from arriero.formats.parts import Part
-from arriero.formats.quantized import is_quantized
 from arriero.formats.shared_files import PartReader, shared_folder
-from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 from arriero.models.vocabulary import EMBEDDING
 from arriero.parallel.placement import local_tensors, placements
 from arriero.parallel.processes import Processes
-from arriero.quantization.schemes import IntegerWeights, Nf4Weights
 from arriero.training.run_facts import check_kind
 
-LOOK = "look"
 
+def keep_base_quantization(folder: Path, kind: str | None, processes: Processes) -> None:
+    """Say in an adapter's folder how its base was rounded; nothing of an earlier run stays where it was not.
 
-def base_quantization(model: nn.Module) -> str | None:
-    """How the layers of a plain folder were rounded while they were read: "nf4", "int8", or None."""
-    config = getattr(model, "config", None)
-    if not isinstance(config, LlamaConfig) or is_quantized(config):  # the folder says it itself
-        return None
-    for module in model.modules():
-        scheme = getattr(module, "scheme", None)
-        if isinstance(scheme, Nf4Weights):
-            return "nf4"
-        if isinstance(scheme, IntegerWeights) and scheme.integer.bits == 8:
-            return "int8"
-    return None
+    To be called before the weights are written: they never stand there without it.
+    """
+    if kind is None:
+        with processes.together():
+            if processes.first:
+                (folder / BASE_QUANTIZATION).unlink(missing_ok=True)
+        return
+    with shared_folder(folder, processes) as staging, processes.together():
+        if processes.first:
+            (staging / BASE_QUANTIZATION).write_text(base_quantization_text(kind), encoding="utf-8")
 
 
 def model_parts(model: nn.Module) -> dict[str, Part]:
@@ -112,34 +108,22 @@ class AdapterWeights:
     """The LoRA tensors, as PEFT's `adapter_config.json` and `adapter_model.safetensors`.
 
     Attributes:
-        base_quantization: how the run rounded the base as it read it, which `base_quantization.json` keeps: "nf4", "int8",
-            or None; LOOK looks at the model.
+        base_quantization: how the run rounded the base as it read it, which `base_quantization.json` keeps: "nf4", "int8", or
+            None.
     """
 
     model: nn.Module
     config: LoRAConfig
     base_model: str
-    base_quantization: str | None = LOOK
-
-    def __post_init__(self) -> None:
-        if self.base_quantization == LOOK:
-            self.base_quantization = base_quantization(self.model)
+    base_quantization: str | None = None
 
     def parts(self) -> dict[str, Part]:
         trained = {name for name, p in self.model.named_parameters() if ".lora_" in name or p.requires_grad}
         return {name: part for name, part in model_parts(self.model).items() if name in trained}
 
     def write(self, folder: Path, parts: Mapping[str, Part], processes: Processes) -> None:
-        # first what says which base the weights are for: never the weights without it
-        if self.base_quantization is not None:
-            with shared_folder(folder, processes) as staging, processes.together():
-                if processes.first:
-                    text = base_quantization_text(self.base_quantization)
-                    (staging / BASE_QUANTIZATION).write_text(text, encoding="utf-8")
+        keep_base_quantization(folder, self.base_quantization, processes)
         peft.save_adapter(folder, parts, to_peft(self.config, self.base_model), processes)
-        with processes.together():
-            if processes.first and self.base_quantization is None:
-                (folder / BASE_QUANTIZATION).unlink(missing_ok=True)  # of an earlier run
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:

@@ -65,7 +65,8 @@ def lora_weights(loaded: LoadedModel, options: FinetuneOptions) -> tuple[Adapter
         f"{kind}: rank {config.rank} on {len(names)} layers, {trained:,} trained parameters "
         f"({trained / total:.2%} of {total:,})"
     )
-    return AdapterWeights(loaded.model, config, published_name(options.model.model_name_or_path)), values
+    base, rounded = published_name(options.model.model_name_or_path), options.quantization.quantize_base
+    return AdapterWeights(loaded.model, config, base, rounded), values
 
 
 def tell_options(adapter: AdapterOptions, config: LoRAConfig) -> None:

@@ -62,4 +62,4 @@ def prefix_weights(loaded: LoadedModel, options: FinetuneOptions) -> tuple[Prefi
         f"prefix: {config.length} keys and values a layer{size}, {trained:,} trained parameters "
         f"({trained / total:.2%} of {total:,})"
     )
-    return PrefixWeights(loaded.model, config, published_name(base_model)), values
+    return PrefixWeights(loaded.model, config, published_name(base_model), options.quantization.quantize_base), values
