@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from arriero.cli import main
 from arriero.data.row_files import read_rows
 from arriero.data.rows.formats import sample_from_row
 from arriero.data.sft import encode_all, encode_prompt
@@ -203,8 +204,7 @@ def test_several_formats_and_empty_answers_are_told(tokenizer: Tokenizer) -> Non
     assert "warning" not in one
 
 
-def test_bare_text_for_a_model_that_chats_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = resolve_model("__internal_testing__/tiny-random-llama", tmp_path, lambda _: None)
+def test_bare_text_is_counted_where_the_keys_alone_decide(tokenizer: Tokenizer) -> None:
     row = {"instruction": "i", "output": "o"}
     quiet = [
         sample_from_row(row, "f:1", data_format="instruction"),
@@ -213,16 +213,23 @@ def test_bare_text_for_a_model_that_chats_is_told_once(tmp_path: Path, capsys: p
         sample_from_row({"context": "c", "answers": "a", "question": "q"}, "f:1"),
         sample_from_row({"text": "t"}, "f:1"),
     ]
-    tokenizer = load_tokenizer(folder)
-    encode_all(quiet, tokenizer, 64, 8)
-    assert capsys.readouterr().out == ""
+    assert encode_all(quiet, tokenizer, 64, 8)[1].bare == 0
     bare = [sample_from_row(row, "f:1"), sample_from_row({"prompt": "p", "completion": "c"}, "f:2")]
-    encode_all([*quiet, *bare], tokenizer, 64, 8)
-    shown = capsys.readouterr().out
-    assert shown.startswith("2 rows are bare text, while chat and serve ask through the model's chat template")
-    assert "--data_format alpaca" in shown
-    encode_all(bare, tokenizer, 64, 8)
-    assert capsys.readouterr().out == "", "once a run, not once a split"
+    report = encode_all([*quiet, *bare], tokenizer, 64, 8)[1]
+    assert report.bare == 2
+    assert report.hint.startswith("2 rows are bare text, while chat and serve ask through the model's chat template")
+
+
+def test_bare_text_for_a_model_that_chats_is_told_once_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = resolve_model("__internal_testing__/tiny-random-llama", tmp_path / "home", lambda _: None)
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "p", "completion": "c"}\n' * 4)
+    start = ["finetune", "--model_name_or_path", str(model), "--dataset_path", str(tmp_path), "--output_dir"]
+    start += [str(tmp_path / "run"), "--max_steps", "1", "--do_eval", "--device", "cpu"]
+    assert main(start) == 0
+    assert capsys.readouterr().out.count("rows are bare text, while chat and serve ask") == 1
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])

@@ -19,6 +19,7 @@ from arriero.adapters.pissa import PiSSALinear
 from arriero.errors import ConfigError, FormatError
 from arriero.formats.quantized import plain
 from arriero.models.llama import LlamaForCausalLM
+from arriero.models.products import Linear
 from arriero.quantization.linear import QuantizedLinear, dequantize_layers, has_quantized_layers, replace_layer
 
 __all__ = [
@@ -152,7 +153,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
     """
     quantized = has_quantized_layers(model)
     for name, layer in list(adapted_layers(model)):
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        linear = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         merged = layer.merged().to(layer.base_dtype)
         if layer.scheme is None:
             linear.weight = layer.weight  # the same memory: a tied weight stays tied

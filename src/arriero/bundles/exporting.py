@@ -49,9 +49,9 @@ def _check_place(export: ExportOptions) -> None:
 
 def _check_tokenizer(export: ExportOptions, model: Path | ModelSource) -> None:
     """Refuse a model without a tokenizer, before the work: nothing here would run its bundle."""
-    from arriero.data.tokenizer import SENTENCEPIECE_NAMES
+    from arriero.formats.detection import TOKENIZER_FILES
 
-    for name in ("tokenizer.json", *SENTENCEPIECE_NAMES):
+    for name in TOKENIZER_FILES:
         if (model / name).is_file() if isinstance(model, Path) else name in model.files:
             return
     raise FormatError(

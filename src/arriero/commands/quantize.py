@@ -33,15 +33,16 @@ def run(model: ModelOptions, quantize: QuantizeOptions, data: RowOptions, evalua
     quantize = dataclasses.replace(quantize, output_path=str(output))
     check_inputs(quantize, model)
     has_task = bool(data.dataset_path or data.data_name or data.task_name)
-    if has_task:
-        check_rows(data, model)
+    rows_of_task = DataOptions(**dataclasses.asdict(data)) if has_task else None
+    if rows_of_task is not None:
+        check_rows(rows_of_task, model)
     blocks = quantize_folder(quantize, model)
     source = model_folder(model.model_name_or_path, model.cache_dir)
     rows = {"weights (MB)": [weight_bytes(folder) / 1e6 for folder in (source, output)]}
     held = blocks.held if blocks is not None else []
     for folder in (source, output) if held or has_task else ():
         scored = dataclasses.replace(model, model_name_or_path=str(folder))
-        for name, value in _scores(scored, held, data if has_task else None, evaluation).items():
+        for name, value in _scores(scored, held, rows_of_task, evaluation).items():
             rows.setdefault(name, []).append(value)
     print(f"{'':14} {'before':>12} {'after':>12}")
     for name, (before, after) in rows.items():
@@ -51,7 +52,7 @@ def run(model: ModelOptions, quantize: QuantizeOptions, data: RowOptions, evalua
 
 
 def _scores(
-    model: ModelOptions, held: list[Tensor], data: RowOptions | None, evaluation: RowScoreOptions
+    model: ModelOptions, held: list[Tensor], data: DataOptions | None, evaluation: RowScoreOptions
 ) -> dict[str, float]:
     """Perplexity on the held text, and the task's metrics."""
     from arriero.engine.loading import load_for_inference
@@ -63,7 +64,7 @@ def _scores(
     if held:
         scores["perplexity"] = perplexity(load_for_inference(model, AdapterPathOptions()).model, held)
     if data is not None:
-        rows, how = DataOptions(**dataclasses.asdict(data)), EvaluateOptions(**dataclasses.asdict(evaluation))
-        metrics, _ = score_model(model, AdapterPathOptions(), rows, how, Processes())
+        how = EvaluateOptions(**dataclasses.asdict(evaluation))
+        metrics, _ = score_model(model, AdapterPathOptions(), data, how, Processes())
         scores |= {f"task {name}": value for name, value in metrics.items()}
     return scores

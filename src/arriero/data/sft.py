@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol
-from weakref import WeakSet
 
 from arriero.data.assistant_turns import THOUGHT_OPENING, UNLEARNED, TurnFrame, is_learned, unmarked
 from arriero.data.rows.report import EncodingReport
@@ -22,7 +21,6 @@ from arriero.errors import DataError, TemplateError
 
 IGNORE = -100
 BARE_FORMATS = ("instruction", "prompt")  # text, though a chat may be meant
-_hinted: WeakSet[SFTTokenizer] = WeakSet()
 
 
 class SFTTokenizer(Protocol):
@@ -383,7 +381,4 @@ def encode_all(
         raise DataError("the data set holds no row")
     if report.label_tokens == 0:
         raise DataError("every label is masked: no row has an answer token to learn from")
-    if report.bare and tokenizer.has_chat_template() and tokenizer not in _hinted:
-        _hinted.add(tokenizer)
-        print(report.hint)
     return examples, report

@@ -120,7 +120,8 @@ class PeftLoraConfig:
         bias = values.get("bias", "none")
         if bias not in ("none", "all", "lora_only"):
             raise FormatError(f"{source}: bias must be none, all or lora_only, got {bias!r}")
-        for key, value in (switches := {key: values.get(key, False) for key in ("use_rslora", "use_dora")}).items():
+        switches = {key: values.get(key, False) for key in ("use_rslora", "use_dora")}
+        for key, value in switches.items():
             if not isinstance(value, bool):
                 raise FormatError(f"{source}: {key} must be true or false, got {value!r}")
         ranks = _pattern_of(values, "rank_pattern", _is_rank, source)
@@ -379,7 +380,8 @@ def _weights_of(folder: Path) -> Path:
 
 
 def _read_config(folder: Path) -> PeftLoraConfig:
-    return PeftLoraConfig.from_dict(*read_adapter_config(folder, "an adapter folder needs it"))
+    values, source = read_adapter_config(folder, "an adapter folder needs it")
+    return PeftLoraConfig.from_dict(values, source)
 
 
 def read_adapter_config(folder: Path, missing: str) -> tuple[dict[str, Any], str]:

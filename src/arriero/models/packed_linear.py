@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arriero.models.products import is_plain_linear
+from arriero.models.products import has_onednn, is_plain_linear
 from arriero.processor_info import features, has_units_that_mkl_leaves, is_intel
 
 # oneDNN also takes weights in the ordinary layout: it then copies each part of them while it computes, which many rows pay for,
@@ -42,8 +42,7 @@ def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     return (
         device.type == "cpu"
         and (dtype == torch.float32 or (dtype == torch.bfloat16 and not BF16_PRODUCTS.isdisjoint(features())))
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and has_onednn()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     )
 

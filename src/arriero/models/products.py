@@ -130,9 +130,14 @@ def _is_suited(rows: int, a: Tensor, b: Tensor) -> bool:
 
 
 @cache
-def _is_faster() -> bool:
-    return (
-        has_units_that_mkl_leaves()
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+def has_onednn() -> bool:
+    """Whether torch can call oneDNN's product."""
+    return bool(
+        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
+
+
+@cache
+def _is_faster() -> bool:
+    return has_units_that_mkl_leaves() and has_onednn()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from arriero.errors import ConfigError, FormatError
 from arriero.models.config import LlamaConfig
-from arriero.models.products import linear, product
+from arriero.models.products import Linear, linear, product
 from arriero.models.weight_shapes import weight_shapes
 from arriero.quantization.integers import at_least_fp32
 from arriero.quantization.schemes import WeightScheme
@@ -211,7 +211,7 @@ def dequantize_layers(model: nn.Module) -> list[str]:
     """Put linear layers with plain weights in the place of quantized ones, in place; the names of these."""
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
     for name, layer in found:
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        linear = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         linear.weight = nn.Parameter(layer.dequantized(), requires_grad=False)
         linear.bias = layer.bias  # type: ignore[assignment]  # typed as if there always were one
         replace_layer(model, name, linear.train(layer.training))

@@ -135,8 +135,13 @@ def build_steps(
     return FinetuningSteps(train, order, share_prefixes=share, share=own, padded=not data.packing, content=content)
 
 
-def encode_rows(samples: Sequence[Sample], loaded: LoadedModel, data: DataOptions, name: str) -> list[Example]:
+def encode_rows(
+    samples: Sequence[Sample], loaded: LoadedModel, data: DataOptions, name: str, *, hint: bool = False
+) -> list[Example]:
     """The rows of a run or a scoring as token ids; a line under `name` tells what was cut.
+
+    Args:
+        hint: say too where rows are bare text and the model has a chat template.
 
     Raises:
         DataError: one cannot be encoded.
@@ -145,6 +150,8 @@ def encode_rows(samples: Sequence[Sample], loaded: LoadedModel, data: DataOption
         samples, loaded.tokenizer, data.prompt_length, data.tgt_length, train_on=data.train_on
     )
     print(f"{name}: {report}")
+    if hint and report.bare and loaded.tokenizer.has_chat_template():
+        print(report.hint)
     return examples
 
 
@@ -256,7 +263,10 @@ def _finetune(
             vocabulary=options.vocabulary,
         )
         set_seed(optim.seed)
-        examples = {split: encode_rows(rows, loaded, data, names[split]) for split, rows in samples.items()}
+        first = next(iter(samples), "")
+        examples = {
+            split: encode_rows(rows, loaded, data, names[split], hint=split == first) for split, rows in samples.items()
+        }
         if preferred is not None:
             preferred.encode(loaded.tokenizer, names)
         check_trained_base(loaded, options, processes)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from arriero.config.data import RowOptions
+from arriero.config.data import DataOptions
 from arriero.config.model import ModelOptions
 from arriero.config.quantization import QuantizeOptions
 from arriero.data.calibration import check_text
 from arriero.data.sft import encode_all
-from arriero.data.sources import check_data, load_samples
+from arriero.data.sources import check_data
 from arriero.data.tokenizer import load_tokenizer
 from arriero.engine.loading import model_folder
 from arriero.errors import ConfigError
 from arriero.formats.peft import is_adapter
 from arriero.formats.staging import check_target
+from arriero.training.scoring import rows_to_score
 
 
 def check_inputs(quantize: QuantizeOptions, model: ModelOptions) -> None:
@@ -34,7 +35,7 @@ def check_inputs(quantize: QuantizeOptions, model: ModelOptions) -> None:
         )
 
 
-def check_rows(data: RowOptions, model: ModelOptions) -> None:
+def check_rows(data: DataOptions, model: ModelOptions) -> None:
     """Read and encode the rows of the task's scores, which come after the work, as they will be then.
 
     Raises:
@@ -42,10 +43,5 @@ def check_rows(data: RowOptions, model: ModelOptions) -> None:
         FormatError: a tokenizer that is not there.
     """
     check_data(data.dataset_path, data.data_name, data.task_name)
-    limits = {"dev": data.max_eval_samples}
-    samples = load_samples(
-        data.dataset_path, data.data_name, data.task_name, ["dev"], data_format=data.data_format, limits=limits
-    )
-    names = model.tokenizer_name_or_path or model.model_name_or_path
-    tokenizer = load_tokenizer(model_folder(names, model.cache_dir))
-    encode_all(samples["dev"], tokenizer, data.src_length, data.tgt_length, train_on=data.train_on)
+    tokenizer = load_tokenizer(model_folder(model.tokenizer_name_or_path or model.model_name_or_path, model.cache_dir))
+    encode_all(rows_to_score(data), tokenizer, data.prompt_length, data.tgt_length, train_on=data.train_on)

@@ -67,6 +67,18 @@ def evaluate(
     return metrics
 
 
+def rows_to_score(data: DataOptions) -> list[Sample]:
+    """
+    Raises:
+        DataError: rows that are not there, or that cannot be used.
+    """
+    limits = {"dev": data.max_eval_samples}
+    found = load_samples(
+        data.dataset_path, data.data_name, data.task_name, ["dev"], data_format=data.data_format, limits=limits
+    )
+    return found["dev"]
+
+
 def score_model(
     model: ModelOptions | LoadedModel,
     adapter: AdapterPathOptions,
@@ -82,14 +94,7 @@ def score_model(
         compile: see `TorchRunner`.
     """
     with processes.together():
-        samples = load_samples(
-            data.dataset_path,
-            data.data_name,
-            data.task_name,
-            ["dev"],
-            data_format=data.data_format,
-            limits={"dev": data.max_eval_samples},
-        )["dev"]
+        samples = rows_to_score(data)
     loaded = model if isinstance(model, LoadedModel) else load_for_inference(model, adapter, processes)
     metrics = _loss(loaded, samples, data, evaluation, processes)
     if not (data.eval_with_do_generation or data.task_name == "squad_qa"):
