@@ -145,6 +145,36 @@ def test_every_kernel_attends_alike(kernel: Any, window: int | None, device: str
         assert made["eager"].graphs == 0
 
 
+@devices
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("window", [None, 300])
+def test_prompts_in_chunks(window: int | None, kv_dtype: str, device: str) -> None:
+    """Several in a step, in bf16, beside whole rows in fp32 on a CPU."""
+    changes = {} if window is None else {"model_type": "mistral", "sliding_window": window}
+    model = small_model(device, torch.bfloat16, **changes)
+    exact = small_model("cpu", torch.float32, **changes)
+    exact.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
+    lengths, chunk = (700, 3, 255, 511), 250
+    tokens = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
+    per_row = 44
+    blocks = [[row + len(lengths) * i for i in range(per_row)] for row in range(len(lengths))]
+    runner = TorchRunner(model, max_tokens=len(lengths) * per_row * 16, kv_cache_dtype=kv_dtype)
+    found: list[list[torch.Tensor]] = [[] for _ in lengths]
+    for start in range(0, max(lengths), chunk):
+        rows = [row for row, length in enumerate(lengths) if start < length]
+        ends = [min(start + chunk, lengths[row]) for row in rows]
+        parts = zip(rows, ends, strict=True)
+        logits = runner.run([Work(tokens[row][start:end], start, blocks[row], end - start) for row, end in parts])
+        for row, part in zip(rows, torch.split(logits, [end - start for end in ends]), strict=True):
+            found[row].append(part)
+    for ids, parts in zip(tokens, found, strict=True):
+        with torch.no_grad():
+            expected = exact(torch.tensor([ids]))[0]
+        got = torch.cat(parts).float().cpu()
+        assert (got - expected).abs().max() <= 0.05 * expected.abs().max()  # roundings of bf16, and of 8 bits
+        assert (got - expected).abs().mean() <= 0.02 * expected.abs().mean()
+
+
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
 def test_compiled_layers_in_graphs() -> None:

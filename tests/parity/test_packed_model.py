@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from arriero.adapters.lora import apply_lora
 from arriero.adapters.lora_config import LoRAConfig
 from arriero.engine.runner import TorchRunner, Work
-from arriero.models import paged_cache
+from arriero.models import attention, paged_cache
 from arriero.models.llama import LlamaForCausalLM
 from arriero.models.packed_linear import MANY_ROWS
 from arriero.models.packed_model import PackedModel
@@ -102,6 +102,34 @@ def test_logits_are_those_of_transformers(
     monkeypatch.setattr(paged_cache, "MASKED_QUERIES", piece)
     ours, theirs = twin_models(max_position_embeddings=128, **FAMILIES[family])
     check(ours, theirs, weight_copies, scattered)
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("family", ["llama", "tied, one key-value head", "qwen2, window in some layers"])
+def test_all_sequences_attend_in_one_call(
+    family: str, scattered: bool, kv_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does in half precision, with other attention in flash attention's place, which no CPU has."""
+    calls = []
+
+    def in_its_place(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+        calls.append((query.shape[2], key.shape[2]))
+        return attention._reference(query, key, value, *rest)
+
+    monkeypatch.setattr(paged_cache, "takes_lengths", lambda *_: True)
+    monkeypatch.setattr(attention, "_varlen", in_its_place)
+    ours, theirs = twin_models(max_position_embeddings=128, **FAMILIES[family])
+    runner = TorchRunner(ours, block_size=4, max_tokens=4 * 72, kv_cache_dtype=kv_dtype)
+    tolerance = 1e-5 if kv_dtype == "auto" else 0.02
+    for sequence, logits in zip(SEQUENCES, logits_of(runner, scattered), strict=True):
+        with torch.no_grad():
+            expected = theirs(torch.tensor([sequence])).logits[0]
+        assert (logits - expected).abs().max() <= tolerance * expected.abs().max()
+    queries = [sum(end - start for _, start, end in step) for step in STEPS]
+    keys = [sum(end for _, _, end in step) for step in STEPS]
+    layers = ours.config.num_hidden_layers
+    assert calls == [pair for pair in zip(queries, keys, strict=True) for _ in range(layers)]
 
 
 @pytest.mark.parametrize("weight_copies", [False, True])

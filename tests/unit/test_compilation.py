@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from torch import Tensor
 from arriero.data.batch import Batch, pack
 from arriero.data.sft import IGNORE, Example
 from arriero.errors import ConfigError
-from arriero.models.compiler import check_compiler
+from arriero.models.compiler import check_compiler, check_own_library
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.activation_checkpointing import apply_activation_checkpointing
@@ -121,4 +124,23 @@ def test_a_compiler_that_fails_is_not_told_to_be_missing(tmp_path: Path, script:
     ):
         check_compiler("--format aoti", "use --format torch")
     assert "--format aoti needs a C++ compiler, and " in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="needs g++ on Linux")
+@pytest.mark.parametrize("static", [False, True])
+def test_a_compiler_that_brings_its_own_library(static: bool, tmp_path: Path) -> None:
+    """As the g++ of some images does: what AOTInductor compiles with it dies when it is loaded."""
+    from torch._inductor import config
+
+    compiler = tmp_path / "g++"
+    compiler.write_text(f'#!/bin/sh\nexec {shutil.which("g++")} "$@" {"-static-libstdc++" if static else ""}\n')
+    compiler.chmod(0o755)
+    with config.patch({"cpp.cxx": (None, str(compiler))}):
+        if not static:
+            check_own_library("--format aoti", "use --format torch")
+            return
+        expected = f"{re.escape(str(compiler))} links its own into what it makes: name another one"
+        with pytest.raises(ConfigError, match=expected) as told:
+            check_own_library("--format aoti", "use --format torch")
     assert "\n" not in str(told.value)

@@ -25,7 +25,7 @@ from arriero.export.torch_target import Target, capability
 from arriero.export.torch_trace import trace_decode, trace_step
 from arriero.formats.safe_tensors import LazyTensor
 from arriero.formats.source import ModelSource
-from arriero.models.compiler import check_compiler, vector_isa
+from arriero.models.compiler import check_compiler, check_own_library, vector_isa
 from arriero.models.config import LlamaConfig
 from arriero.processor_info import features
 
@@ -91,6 +91,7 @@ def _isa(target: Target) -> str:
             f"--format aoti needs torch 2.13 or newer, and this is {torch.__version__}: use --format torch"
         )
     check_compiler("--format aoti", "use --format torch")
+    check_own_library("--format aoti", "use --format torch")
     if not hasattr(config.cpp, "march"):  # what runs on the host uses whatever this processor has
         isa = " ".join((platform.machine(), *sorted(features())))
     else:
@@ -101,7 +102,7 @@ def _isa(target: Target) -> str:
 def check_loads(package: Path, device: torch.device) -> None:
     """
     Raises:
-        FormatError: torch cannot load the package, in a process of its own: torch 2.11 for CUDA 13.0 dies of it.
+        FormatError: torch cannot load the package, tried in a process of its own, since it may die of it.
     """
     done = subprocess.run(
         [sys.executable, "-P", "-c", _LOAD, str(package), STEP, str(device)],

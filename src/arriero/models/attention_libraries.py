@@ -1,7 +1,7 @@
 """Paged attention by libraries for GPUs: FlashInfer, FlashAttention and torch's own.
 
-None of these has run yet: they are written after their libraries' sources, and `make_kernel` asks each for a small result
-first.
+FlashInfer has run on an H100 (docs/gpu.md); the others are written after their libraries' sources. `make_kernel` asks each for
+a small result first.
 """
 
 from __future__ import annotations
@@ -118,9 +118,7 @@ class Varlen:
 
 
 class FlashInfer:
-    """`BatchDecodeWithPagedKVCacheWrapper` of FlashInfer, planned before each step, a wrapper for each number of rows.
-    Has never run.
-    """
+    """`BatchDecodeWithPagedKVCacheWrapper` of FlashInfer, planned before each step, a wrapper for each number of rows."""
 
     name: KernelName = "flashinfer"
     reads_whole_tables = False

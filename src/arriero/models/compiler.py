@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from arriero.errors import ConfigError
@@ -33,6 +36,38 @@ def check_compiler(wanted: str, instead: str) -> None:
         raise ConfigError(
             f"{wanted} needs a C++ compiler, and there is none: install g++ (or name one in $CXX), or {instead}"
         ) from error
+
+
+def check_own_library(wanted: str, instead: str) -> None:
+    """
+    Args:
+        wanted, instead: see `check_compiler`, which has passed.
+
+    Raises:
+        ConfigError: the compiler puts a C++ library of its own into what it makes (Linux). With two of them in a process the
+            regular expressions by which a package of AOTInductor reads its device's name fail, or kill the process.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    if sys.platform != "linux":
+        return
+    name = get_cpp_compiler()
+    with TemporaryDirectory(prefix="arriero-compiler-") as folder:
+        source, made = Path(folder, "a.cpp"), Path(folder, "a.so")
+        source.write_text(
+            "#include <string>\nstd::string text(int n) { return std::to_string(n); }\n", encoding="ascii"
+        )
+        try:
+            command = [name, "-shared", "-fPIC", "-o", str(made), str(source)]
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=60)
+        except (OSError, subprocess.TimeoutExpired):
+            return  # whatever it is, compiling will say so
+        if done.returncode or b"libstdc++.so.6" in made.read_bytes():
+            return
+    raise ConfigError(
+        f"{wanted} needs a C++ compiler that uses the system's libstdc++ as torch does, and {name} links its own into what it "
+        f"makes: name another one, as by CXX=g++, or {instead}"
+    )
 
 
 def _failure(names: Iterable[str]) -> str | None:

@@ -153,7 +153,7 @@ class Gathered:
 
 
 def choose_kernel(device: torch.device) -> KernelName:
-    """The fastest one that is known to be so: of all that can run on a GPU only Triton's has been measured on one."""
+    """The fastest one of those that have been measured on a GPU (docs/gpu.md)."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and _is_usable("triton"):
         return "triton"
     return "gather"
