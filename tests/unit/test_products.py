@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-onednn = products._onednn
+onednn, onednn_gradient = products._onednn, products._onednn_gradient
 
 
 @pytest.fixture
@@ -31,8 +31,13 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         called.append(x.numel() // x.shape[-1])
         return onednn(x, weight, bias)
 
-    monkeypatch.setattr(products, "_is_faster", lambda: True)
+    def gradient_told(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        called.append(len(grad))
+        return onednn_gradient(grad, x, weight)
+
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(products, "LEAST", 1)
+    monkeypatch.setattr(products, "_onednn_gradient", gradient_told)
     monkeypatch.setattr(products, "_onednn", told)
     with products.fast_products(one_shape=True):
         yield called
@@ -75,6 +80,18 @@ def test_matrices_that_are_views_are_multiplied_as_they_are_seen(everywhere: lis
     assert len(everywhere) == len(views)
 
 
+def test_the_gradient_of_a_matrix_from_factors_that_are_views(everywhere: list[int]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, 3, 24)[:, :, 1].requires_grad_()
+    weight = torch.randn(24, 40).t().requires_grad_()
+    grad = torch.randn(40, 4, 6).permute(1, 2, 0)
+    products.linear(x, weight).backward(grad)
+    truth = grad.double().flatten(0, 1).t() @ x.detach().double().flatten(0, 1)
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad.double(), truth, rtol=1e-5, atol=1e-5)
+    assert len(everywhere) == 3
+
+
 def test_only_the_gradients_that_are_asked_for_are_computed(everywhere: list[int]) -> None:
     x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(10, 8)
     products.linear(x, weight).sum().backward()
@@ -108,7 +125,9 @@ def test_small_products_and_code_outside_of_a_run_are_torchs_own(
 
 
 def test_a_compiled_layer_computes_the_same(everywhere: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_onednn", onednn)  # as it is: the compiler would trace what tells its calls
+    # as they are: the compiler would trace what tells their calls
+    monkeypatch.setattr(products, "_onednn", onednn)
+    monkeypatch.setattr(products, "_onednn_gradient", onednn_gradient)
     layer = products.Linear(8, 10)
     x = torch.randn(6, 8, requires_grad=True)
     found = []
@@ -121,7 +140,7 @@ def test_a_compiled_layer_computes_the_same(everywhere: list[int], monkeypatch: 
 
 
 def test_the_number_of_compiled_kernels_is_limited_unless_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_is_faster", lambda: True)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
     monkeypatch.setattr("os.environ", {"LRU_CACHE_CAPACITY": "7"})
     with products.fast_products(one_shape=True):
         assert os.environ == {"LRU_CACHE_CAPACITY": "7"}

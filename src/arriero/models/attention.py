@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from arriero.models import onednn_attention
 from arriero.models.attention_info import AttentionInfo
+from arriero.models.products import prefers_onednn
 from arriero.models.uncompiled import uncompiled
 
 __all__ = [
@@ -189,7 +191,14 @@ def _sdpa(
         return F.scaled_dot_product_attention(query, key, value, dense, scale=scale, enable_gqa=grouped)
     one = info.document_mask(queries, keys, sliding_window, query.device, info.parts(0))
     causal = one is None and queries > 1
+    if causal and _by_onednn(query):
+        return onednn_attention.causal_attention(query, key, value, scale)
     return F.scaled_dot_product_attention(query, key, value, one, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+
+def _by_onednn(query: Tensor) -> bool:
+    """Whether oneDNN's products serve causal queries (B, H, S, D) better than torch's kernel."""
+    return prefers_onednn() and onednn_attention.suits(query) and not torch.compiler.is_compiling()
 
 
 def _sdpa_by_document(
@@ -216,7 +225,10 @@ def _sdpa_by_document(
             continue
         mask = info.document_mask(queries, keys, sliding_window, query.device, parts)
         causal = mask is None and queries > 1
-        output = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+        if causal and _by_onednn(q):
+            output = onednn_attention.causal_attention(q, k, v, scale)
+        else:
+            output = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[None].transpose(1, 2) if len(outputs) > 1 else outputs[0][None].transpose(1, 2)
 

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arriero.models import onednn_attention
 from arriero.models.attention import attention, takes_lengths
 from arriero.models.attention_info import AttentionInfo, lower_right_causal
 from arriero.models.cache import AttendingView
 from arriero.models.config import LlamaConfig
 from arriero.models.kv_format import KVFormat
+from arriero.models.products import onednn_is_faster
 
 # Queries of one call that needs a mask: it then computes few of the scores that the mask forbids.
 MASKED_QUERIES = 256
@@ -229,10 +231,13 @@ class PagedView(AttendingView):
         pieces = self._pieces[sliding_window]
         for piece, part in zip(pieces, torch.split(query, [piece.queries for piece in pieces]), strict=True):
             keys, values = self._keys_and_values(piece, layer, query.dtype)
+            causal = sliding_window is None or sliding_window >= piece.end
             if piece.queries == 1:
                 # a group's heads are as good as queries of one head, and no kernel needs to know of groups
                 own = part.reshape(1, -1, groups, size)
                 attended = F.scaled_dot_product_attention(own, keys, values, scale=scale).reshape(1, heads, size)
+            elif causal and onednn_attention.suits(queries := part.transpose(0, 1)) and onednn_is_faster():
+                attended = onednn_attention.attend(queries, keys[0], values[0], scale)
             else:
                 attended = F.scaled_dot_product_attention(
                     part.transpose(0, 1)[None],

@@ -21,9 +21,9 @@ from arriero.processor_info import has_units_that_mkl_leaves
 
 # Multiplications from which oneDNN gains more than its call costs.
 LEAST = 1 << 24
-# It compiles kernels for each shape of a product, 0.5 to 1.3 MiB of them. A step calls it with about 25 shapes; where the next
-# step has other ones, compiling them anew costs nothing that can be measured.
-KEPT_SHAPES = 32
+# It compiles kernels for each shape of a product, 0.2 to 1.3 MiB of them. A step calls it with about 25 shapes, and attention
+# with up to 32 (`onednn_attention`). Compiling them anew in every layer costs an eighth of a step with rows of 1,024 tokens.
+KEPT_SHAPES = 64
 # oneDNN's own, and that of torch's calls of it; each is read with the first call.
 _LIMITS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
@@ -54,7 +54,7 @@ def fast_products(*, one_shape: bool = False) -> Iterator[None]:
         one_shape: there is nothing to limit.
     """
     global _active
-    if not _is_faster():
+    if not onednn_is_faster():
         yield
         return
     for name in () if one_shape else _LIMITS:
@@ -96,7 +96,7 @@ class _Linear(torch.autograd.Function):
         rows = grad.flatten(0, -2)
         return (
             product(grad, weight) if ctx.needs_input_grad[0] else None,
-            product(rows.t(), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None,
+            _weight_gradient(rows, x.flatten(0, -2), weight) if ctx.needs_input_grad[1] else None,
             rows.sum(0) if ctx.needs_input_grad[2] else None,
         )
 
@@ -109,8 +109,34 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()
+    return onednn_product(x, weight, bias)
+
+
+def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias`` by oneDNN, without gradients; fp32, and rows or columns of the weight without gaps."""
     y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return y
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``grad^T x`` of (rows, out) and (rows, in), in the shape of the weight."""
+    if _active and _is_suited(weight.shape[0], grad, x):
+        found: Tensor = _onednn_gradient(grad, x, weight)
+        return found
+    return grad.t() @ x
+
+
+@torch.library.custom_op("arriero::onednn_weight_gradient", mutates_args=())
+def _onednn_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The same by oneDNN's own product for it, which reads the columns of its first factor where they lie."""
+    found: Tensor
+    found, _ = torch.ops.aten.mkldnn_linear_backward_weights.default(grad.to_mkldnn(), x.to_mkldnn(), weight, False)
+    return found
+
+
+@_onednn_gradient.register_fake
+def _gradient_shape(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape)
 
 
 @_onednn.register_fake
@@ -135,9 +161,16 @@ def has_onednn() -> bool:
     return bool(
         torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and hasattr(torch.ops.aten, "mkldnn_linear_backward_weights")
     )
 
 
+def prefers_onednn() -> bool:
+    """Whether `fast_products` is in force, and has an effect here."""
+    return _active
+
+
 @cache
-def _is_faster() -> bool:
+def onednn_is_faster() -> bool:
+    """Whether fp32 products of many rows are oneDNN's rather than MKL's on this processor."""
     return has_units_that_mkl_leaves() and has_onednn()
