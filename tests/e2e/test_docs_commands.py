@@ -16,12 +16,15 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
 from doc_commands import PAGES, ROOT, Command, blocks, commands
+from random_adapter import write_adapter
 from served import Served
 
+from arriero.adapters.lora import LoRAConfig
 from arriero.commands.launch import LaunchOptions, check_command
 from arriero.commands.table import load_verb
 from arriero.config.parser import parse
 from arriero.errors import ConfigError
+from arriero.formats.download import resolve_model
 
 ALL = [command for path in PAGES for command in commands(path)]
 TINY = "__internal_testing__/tiny-random-llama"
@@ -222,11 +225,12 @@ def test_readme_from_top_to_bottom(workshop: Path, in_process: Callable[..., sub
     assert len((workshop / "answers.jsonl").read_text().splitlines()) == 2
 
 
-def test_the_requests_of_serving_are_answered() -> None:
+def test_the_requests_of_serving_are_answered(tmp_path: Path) -> None:
     """Each `curl` of docs/serving.md, sent to a server of the tiny model that bears SmolLM2's name."""
     pytest.importorskip("fastapi")
     asked = [command for command in ALL if command.page == "docs/serving.md" and command.words[0] == "curl"]
-    with Served("--served_model_name", SMOLLM2) as server:
+    write_adapter(Path(resolve_model(TINY)), tmp_path / "sql", LoRAConfig(rank=2, alpha=4.0))
+    with Served("--served_model_name", SMOLLM2, "--adapter_folder", str(tmp_path)) as server:
         for command in asked:
             url = next(word for word in command.words if word.startswith("http"))
             body = command.words[command.words.index("-d") + 1].encode() if "-d" in command.words else None

@@ -26,8 +26,16 @@ CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance,
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    with Served("--served_model_name", "tiny", "--max_new_tokens", "8", "--src_length", "256") as server:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    limits = (
+        "--max_new_tokens",
+        "8",
+        "--src_length",
+        "256",
+        "--adapter_folder",
+        str(tmp_path_factory.mktemp("adapters")),
+    )
+    with Served("--served_model_name", "tiny", *limits) as server:
         yield server
 
 

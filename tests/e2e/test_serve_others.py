@@ -323,18 +323,23 @@ def test_embeddings_take_as_many_texts_as_openais(served: Served, client: openai
 # Adapters
 
 
-def test_adapters_are_models(loaded: LoadedModel, tmp_path: Path) -> None:
+def adapted_alone(folder: Path, messages: list[dict[str, str]], seed: int = 0) -> str:
+    """Write a random adapter; what a model answers into which it is merged."""
     adapted = load(ModelOptions(model_name_or_path=TINY, device="cpu"), dtype="float32")
     config = LoRAConfig(rank=4, alpha=64.0, target_modules=("q_proj", "v_proj"))
     apply_lora(adapted.model, config)
     state = adapter_state(adapted.model)
     for name, tensor in state.items():
-        torch.nn.init.normal_(tensor, std=0.2, generator=torch.Generator().manual_seed(len(name)))
+        torch.nn.init.normal_(tensor, std=0.2, generator=torch.Generator().manual_seed(len(name) + seed))
     load_adapter_state(adapted.model, state)
-    save_adapter(tmp_path / "mine", state, to_peft(config, "base"))
+    save_adapter(folder, state, to_peft(config, "base"))
     merge_lora(adapted.model)
+    return alone(adapted, messages, 8)
+
+
+def test_adapters_are_models(loaded: LoadedModel, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "Hello"}]
-    texts = {"base": alone(loaded, messages, 8), "team/mine": alone(adapted, messages, 8)}
+    texts = {"base": alone(loaded, messages, 8), "team/mine": adapted_alone(tmp_path / "mine", messages)}
     assert texts["base"] != texts["team/mine"]
     with (
         Served("--served_model_name", "base", "--adapters", f"team/mine={tmp_path / 'mine'}") as served,
@@ -346,6 +351,80 @@ def test_adapters_are_models(loaded: LoadedModel, tmp_path: Path) -> None:
         for name, text in texts.items():
             answer = client.chat.completions.create(model=name, messages=asked, max_tokens=8, temperature=0)
             assert (answer.model, answer.choices[0].message.content) == (name, text)
+
+
+def test_adapters_come_and_go(loaded: LoadedModel, tmp_path: Path) -> None:
+    """As a client of vLLM asks for them; only from the folder that the server was given."""
+    messages: Any = [{"role": "user", "content": "Hello"}]
+    root, outside = tmp_path / "adapters", tmp_path / "outside"
+    texts = {
+        name: adapted_alone(folder, messages, seed)
+        for name, folder, seed in (("one", root / "a/one", 0), ("two", root / "two", 40), ("out", outside, 80))
+    }
+    (root / "link").symlink_to(outside)
+    (root / "empty").mkdir()
+    (root / "broken").mkdir()
+    (root / "broken/adapter_config.json").write_text("{")
+    assert len({alone(loaded, messages, 8), *texts.values()}) == 4
+    with (
+        Served("--served_model_name", "base", "--adapter_folder", str(root), "--max_loaded_adapters", "1") as served,
+        openai.OpenAI(base_url=served.api, api_key="none", max_retries=0) as client,
+    ):
+
+        def asked(name: str) -> str | None:
+            answer = client.chat.completions.create(model=name, messages=messages, max_tokens=8, temperature=0)
+            return answer.choices[0].message.content
+
+        def told(door: str, **body: Any) -> tuple[int, str]:
+            answer = httpx.post(f"{served.api}/{door}", json=body, timeout=60)
+            return answer.status_code, answer.json().get("error", {}).get("message", "")
+
+        def load_told(name: str, path: str, **more: Any) -> tuple[int, str]:
+            return told("load_lora_adapter", lora_name=name, lora_path=path, **more)
+
+        card = httpx.post(
+            f"{served.api}/load_lora_adapter", json={"lora_name": "mine", "lora_path": "a/one"}, timeout=60
+        )
+        assert (card.json()["id"], card.json()["parent"]) == ("mine", "base")
+        assert load_told("team/two", str(root / "two")) == (200, "")
+        assert [model.id for model in client.models.list().data] == ["base", "mine", "team/two"]
+        assert [asked(name) for name in ("mine", "team/two", "mine")] == [texts["one"], texts["two"], texts["one"]]
+
+        status, message = load_told("mine", "two")
+        assert (status, "loaded already" in message) == (400, True)
+        assert load_told("mine", "two", load_inplace=True) == (200, "")
+        assert asked("mine") == texts["two"]
+
+        assert told("unload_lora_adapter", lora_name="mine") == (200, "")
+        with pytest.raises(openai.NotFoundError):
+            asked("mine")
+        assert told("unload_lora_adapter", lora_name="mine")[0] == 404
+        assert told("unload_lora_adapter", lora_name="base")[0] == 400
+        assert load_told("mine", "a/one") == (200, "")
+        assert asked("mine") == texts["one"]
+
+        for path in ("../outside", str(outside), "link", "nowhere", ".", "", "a/../..", "x\0y", "y" * 300, "/etc"):
+            status, message = load_told("other", path)
+            assert status == 400
+            assert not path or "no such folder in the server's --adapter_folder" in message
+        for path, reason in (("empty", "adapter_config.json"), ("broken", "broken/adapter_config.json")):
+            status, message = load_told("other", path)
+            assert status == 400
+            assert reason in message
+            assert str(tmp_path) not in message
+        assert load_told("base", "two")[0] == load_told("../x", "two")[0] == 400
+        assert told("load_lora_adapter", lora_name="other")[0] == 400
+        assert [model.id for model in client.models.list().data] == ["base", "team/two", "mine"]
+        assert asked("base") == alone(loaded, messages, 8)
+    assert [line["event"] for line in served.log if "adapter" in line["event"]] == [
+        "adapter_loaded", "adapter_loaded", "adapter_loaded", "adapter_unloaded", "adapter_loaded",
+    ]  # fmt: skip
+
+
+def test_no_adapter_comes_unless_the_server_is_told_a_folder(tmp_path: Path) -> None:
+    with Served() as served:
+        for door in ("load_lora_adapter", "unload_lora_adapter"):
+            assert httpx.post(f"{served.api}/{door}", json={"lora_name": "a", "lora_path": "b"}).status_code == 404
 
 
 # Bundles

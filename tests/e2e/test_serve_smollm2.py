@@ -28,6 +28,7 @@ EXAMPLES = [
     block
     for block in re.findall(r"```shell\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     if block.startswith("curl")
+    and "_lora_adapter" not in block  # tests/e2e/test_docs_commands.py has an adapter for it
 ]
 # CC0: written for this test
 QUESTIONS = [

@@ -353,6 +353,7 @@ def test_adapter_defaults() -> None:
     assert (going_on["lora"], going_on["lora_alpha"]) == (True, None)
     assert settle("--lora --lora_target_modules q_proj v_proj")["lora_target_modules"] == ["q_proj", "v_proj"]
     assert len(settle("--lora --lora_target_modules all-linear")["lora_target_modules"]) == 7
+    assert settle("--lora --lora_target_modules all-linear v_porj")["lora_target_modules"][7:] == ["v_porj"]
 
 
 def test_precision_names_the_types() -> None:

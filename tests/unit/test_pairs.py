@@ -60,6 +60,7 @@ def tokenizer(folder: Path) -> Tokenizer:
             True,
         ),
         ({"messages": [USER], "chosen": GOOD, "rejected": BAD}, True),
+        ({"chosen": "\n\nHuman: Hi\n\nAssistant: Yes", "rejected": "\n\nHuman: Hi\n\nAssistant: No"}, True),  # HH-RLHF
         ({"src": "Hi", "response": ["Yes", "No"], "sort": [1, 0]}, True),
         ({"src": ["Hi"], "tgt": [], "response": [["No"], ["Yes"]], "sort": [0, 1]}, True),
         ({"src": ["Hi"], "tgt": "", "response": ["No", "Yes"], "sort": [-1.5, 2.5]}, True),
@@ -96,6 +97,10 @@ def test_earlier_turns_are_history() -> None:
     pair = pair_from_row(row, "f:1")
     assert [turn["content"] for turn in pair.chosen.history] == ["s", "a", "b"]
     assert pair.chosen.target == "y"
+    dialogue = "\n\nHuman: a:\n\nHuman: b?\n\nAssistant: c\n\nd\n\nHuman: e\n\nAssistant:"
+    pair = pair_from_row({"chosen": f"{dialogue} x", "rejected": f"{dialogue} y Human: z"}, "f:1")
+    assert [turn["content"] for turn in pair.chosen.history] == ["a:", "b?", "c\n\nd"]
+    assert (pair.chosen.prompt, pair.chosen.target, pair.rejected.target) == ("e", "x", "y Human: z")
     turns = [USER, GOOD, USER]
     pair = pair_from_row({"prompt": turns, "chosen": [GOOD], "rejected": [BAD]}, "f:1")
     assert pair.chosen.history == (USER, GOOD) == pair.rejected.history

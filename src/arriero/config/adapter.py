@@ -115,7 +115,8 @@ class AdapterOptions(AdapterPathOptions):
         if self.lora and self.prefix_path is not None:
             raise ConfigError("--lora and --prefix_path do not go together: drop one of them")
         if "all-linear" in self.lora_target_modules:
-            self.lora_target_modules = list(LINEAR_LAYERS)
+            others = [name for name in self.lora_target_modules if name != "all-linear"]
+            self.lora_target_modules = list(dict.fromkeys([*LINEAR_LAYERS, *others]))
         if self.lora and not self.lora_target_modules:
             raise ConfigError(f"--lora_target_modules is empty: name some of {', '.join(LINEAR_LAYERS)}")
         if self.pissa:

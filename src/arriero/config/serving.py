@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from arriero.config.option import OptionGroup, option
 from arriero.errors import ConfigError
@@ -32,8 +33,14 @@ class ServeOptions(OptionGroup):
     adapters: list[str] = option(
         [], "adapters that clients can name as a model of their own, NAME=FOLDER each", split=False
     )
+    adapter_folder: str | None = option(
+        None, "folder from which clients may load adapters while the server runs (POST /v1/load_lora_adapter)"
+    )
     max_loaded_adapters: int = option(
-        16, "adapters in memory at once, and so different ones in a step", minimum=1, only_with="adapters"
+        16,
+        "adapters in memory at once, and so different ones in a step",
+        minimum=1,
+        only_with=("adapters", "adapter_folder"),
     )
     src_length: int | None = option(
         None, "longest prompt in tokens a request may have (default: what the model's context allows)", minimum=1
@@ -113,6 +120,13 @@ class ServeOptions(OptionGroup):
                 "needs a token of a step, raise the first"
             )
         self.adapter_folders()
+        if self.adapter_folder is not None and not Path(self.adapter_folder).is_dir():
+            raise ConfigError(f"--adapter_folder {self.adapter_folder}: there is no such folder")
+
+    @property
+    def takes_adapters(self) -> str:
+        """The option by which requests can name adapters; "" without one."""
+        return "--adapters" if self.adapters else "--adapter_folder" if self.adapter_folder is not None else ""
 
     def adapter_folders(self) -> dict[str, str]:
         """Name -> folder.

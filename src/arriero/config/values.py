@@ -18,7 +18,7 @@ _MAX_SHOWN = 80
 # Options whose text is a path, or may be one: `~` in it is the home folder, as a shell has it on a command line.
 _PATH_ENDS = ("_path", "_dir", "_file", "_prefix", "_certfile", "_keyfile")
 _PATHS = frozenset(
-    ("adapters", "base_model", "config_name", "data_cache", "draft_model", "model", "path", "plot")
+    ("adapter_folder", "adapters", "base_model", "config_name", "data_cache", "draft_model", "model", "path", "plot")
     + ("resume_from_checkpoint", "sample_prompts")
 )
 

@@ -22,6 +22,7 @@ from arriero.serving.exchange import Exchange
 from arriero.serving.json_response import error_response, json_response
 from arriero.serving.metrics import CONTENT_TYPE
 from arriero.serving.openai import answers
+from arriero.serving.openai.adapters import LoadAdapterRequest, UnloadAdapterRequest, load_adapter, unload_adapter
 from arriero.serving.openai.chat import chat_completions
 from arriero.serving.openai.completions import completions
 from arriero.serving.openai.embeddings import embeddings
@@ -83,6 +84,10 @@ ROUTES = (
     Route("/ping", ready, "The same, under SageMaker's name.", None, answers.Health, statuses=(503,)),
     Route("/version", version, "The version of arriero.", None, answers.Version),
 )
+ADAPTER_ROUTES = (
+    Route("/v1/load_lora_adapter", load_adapter, "Add an adapter.", LoadAdapterRequest, answers.ModelCard),
+    Route("/v1/unload_lora_adapter", unload_adapter, "Remove it.", UnloadAdapterRequest, answers.DeletedModel),
+)
 METRICS = Route("/metrics", metrics, "Numbers for Prometheus.")
 
 
@@ -106,7 +111,11 @@ def make_app(
     """
     # Its pages of documentation would load scripts from elsewhere.
     app = FastAPI(title="arriero", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    routes = (*ROUTES, METRICS) if with_metrics else ROUTES
+    routes: list[Route] = [*ROUTES]
+    if service.adapter_folder is not None:
+        routes += ADAPTER_ROUTES
+    if with_metrics:
+        routes.append(METRICS)
     for route in routes:
         route.add_to(app, service)
     known = {route.path for route in routes} | {"/openapi.json"}

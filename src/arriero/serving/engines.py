@@ -55,8 +55,10 @@ def bundle_engine(
     """
     from arriero.bundles import running
 
-    if options.adapters:
-        raise ConfigError(f"--adapters: {folder} is a bundle, which takes none; serve the checkpoint it was made from")
+    if options.takes_adapters:
+        raise ConfigError(
+            f"{options.takes_adapters}: {folder} is a bundle, which takes none; serve the checkpoint it was made from"
+        )
     if options.kv_cache_memory_share is not None:
         raise ConfigError(
             f"--kv_cache_memory_share {options.kv_cache_memory_share:g}: a bundle holds --max_batch_size whole contexts; leave "
@@ -85,7 +87,7 @@ def adapters_of(loaded: LoadedModel, base: str, options: ServeOptions) -> tuple[
     folders = options.adapter_folders()
     if base in folders:
         raise ConfigError(f"--adapters names {base!r}, which is the model's own name: choose another")
-    if not folders:
+    if not options.takes_adapters:
         return None, models
     pool = AdapterPool(loaded.model, base, max_loaded=options.max_loaded_adapters)
     for name, folder in folders.items():

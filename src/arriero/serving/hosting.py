@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from arriero.config.adapter import AdapterPathOptions
@@ -134,8 +135,10 @@ def _host_checkpoint(
     processes = start(Layout(tp=launched_size()), pick_device(model.device))
     with contextlib.ExitStack() as stack:
         with processes.together():
-            if options.adapters and not processes.alone:
-                raise ConfigError("--adapters needs one process: give one adapter for all requests, by --lora_path")
+            if options.takes_adapters and not processes.alone:
+                raise ConfigError(
+                    f"{options.takes_adapters} needs one process: give one adapter for all requests, by --lora_path"
+                )
             entrance = stack.enter_context(_entrance(options)) if processes.first else None
             loaded = load_for_inference(model, adapter, processes)
             running = options.max_batch_size
@@ -193,6 +196,7 @@ async def _answer(
         log=log,
         log_prompts=options.log_prompts,
         reasoning=options.reasoning_format != "none",
+        adapter_folder=Path(options.adapter_folder).resolve() if options.adapter_folder is not None else None,
     )
     app = make_app(
         service,

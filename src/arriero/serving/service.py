@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from starlette.requests import Request
 
@@ -67,17 +69,20 @@ class Service:
         log: JsonLog,
         log_prompts: bool = False,
         reasoning: bool = True,
+        adapter_folder: Path | None = None,
     ) -> None:
         """
         Args:
             models: the first is the base.
             log_prompts: write prompts and answers into the log.
             reasoning: tell what a model thinks before its answer apart from the answer.
+            adapter_folder: a whole path; clients may load adapters from in there.
         """
         self.background, self.limits, self.admission = background, limits, admission
         self.models = {model.name: model for model in models}
         self.base = models[0]
         self.log, self.log_prompts, self.reasoning = log, log_prompts, reasoning
+        self.adapter_folder, self.changing_models = adapter_folder, asyncio.Lock()
         self.metrics = Metrics(background.engine)
         self.workers = Workers()
         self.created = int(time.time())
@@ -92,8 +97,11 @@ class Service:
         """Whether new requests are taken."""
         return self.background.failure is None and not self.admission.draining
 
-    def find(self, name: str | None) -> ServedModel:
+    def find(self, name: str | None, param: str = "model") -> ServedModel:
         """The model of a request; without a name, the base.
+
+        Args:
+            param: the field that says so.
 
         Raises:
             ApiError: 404.
@@ -105,7 +113,7 @@ class Service:
             raise ApiError(
                 404,
                 f"The model '{name[:100]}' does not exist here: GET /v1/models lists those that do",
-                param="model",
+                param=param,
                 code="model_not_found",
             )
         return model

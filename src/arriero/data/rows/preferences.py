@@ -2,6 +2,8 @@
 
 - TRL's: `prompt`, `chosen`, `rejected`; texts, or lists of turns. Without `prompt`, `chosen` and `rejected` are whole
   conversations that differ in their last turn.
+- Anthropic's (HH-RLHF): `chosen` and `rejected` are dialogues as one text each, a turn begins with a blank line and `Human:` or
+  `Assistant:`.
 - LLaMA-Factory's: `instruction` (and `input`, `system`, `history`) or `conversations` in the place of `prompt`; the answers
   texts or one turn each.
 - PaddleNLP's: `src` and `tgt`, the user's turns and the answers between them; `response`, two answers; `sort`, their
@@ -10,6 +12,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +24,12 @@ from arriero.data.samples import Message, Sample
 from arriero.errors import DataError
 
 KTO_KEYS = ("label", "kto_tag")  # TRL's and LLaMA-Factory's names for whether the one answer of a row is good
+BEGINNINGS = (
+    "prompt",
+    "instruction",
+    "conversations",
+    "messages",
+)  # where the turns before the answers are by themselves
 ALPACA_KEYS = ("instruction", "input", "context", "system", "history")
 
 
@@ -79,6 +88,7 @@ def _chosen_and_rejected(row: Row, where: str) -> PairSample:
     for key in ("chosen", "rejected"):
         if row.get(key) is None:
             raise DataError(f"{where}: '{key}' is missing")
+    row = _with_turns(row)
     prompt, answers = row.get("prompt"), (row["chosen"], row["rejected"])
     if prompt is None and row.get("instruction") is not None:
         _check_texts(row, "instruction", where)
@@ -99,6 +109,25 @@ def _chosen_and_rejected(row: Row, where: str) -> PairSample:
     if _asked(samples[0]) != _asked(samples[1]):
         raise DataError(f"{where}: 'chosen' and 'rejected' must differ in their last turn only")
     return PairSample(*samples)
+
+
+def _with_turns(row: Row) -> Row:
+    """The row with turns in the place of dialogues that are texts."""
+    if any(row.get(key) is not None for key in BEGINNINGS):
+        return row
+    spoken = {key: _dialogue(row[key]) for key in ("chosen", "rejected")}
+    return {**row, **spoken} if all(spoken.values()) else row
+
+
+def _dialogue(text: Any) -> list[Message]:
+    """The turns of a text as Anthropic has them; none of another one."""
+    if not isinstance(text, str):
+        return []
+    before, *spoken = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+    if before.strip() or not spoken:
+        return []
+    roles = ("user" if name == "Human" else "assistant" for name in spoken[::2])
+    return [{"role": role, "content": said.strip()} for role, said in zip(roles, spoken[1::2], strict=True)]
 
 
 def _check_texts(row: Row, prompt_key: str, where: str) -> None:

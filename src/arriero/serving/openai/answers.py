@@ -162,6 +162,14 @@ class ModelCard(Answer):
     parent: str = ""
 
 
+class DeletedModel(Answer):
+    """Answer of /v1/unload_lora_adapter."""
+
+    id: str
+    object: Literal["model"]
+    deleted: bool
+
+
 class ModelList(Answer):
     """Answer of /v1/models."""
 
@@ -261,6 +269,7 @@ def schemas() -> list[type[BaseModel]]:
         ChatCompletion,
         Completion,
         ModelCard,
+        DeletedModel,
         ModelList,
         TokenList,
         DetokenizedText,

@@ -16,7 +16,8 @@ from arriero.serving.openai.requests import DetokenizeRequest, TokenizeRequest
 from arriero.serving.service import ServedModel, Service
 
 
-def _card(service: Service, model: ServedModel) -> dict[str, Any]:
+def card_of(service: Service, model: ServedModel) -> dict[str, Any]:
+    """How /v1/models shows a model."""
     card: dict[str, Any] = {"id": model.name, "object": "model", "created": service.created, "owned_by": "arriero"}
     card["max_model_len"] = service.limits.context
     if model.adapter is not None:
@@ -26,14 +27,14 @@ def _card(service: Service, model: ServedModel) -> dict[str, Any]:
 
 async def list_models(request: Request, service: Service) -> Response:
     """The base model and its adapters."""
-    return json_response({"object": "list", "data": [_card(service, model) for model in service.models.values()]})
+    return json_response({"object": "list", "data": [card_of(service, model) for model in service.models.values()]})
 
 
 async def show_model(request: Request, service: Service) -> Response:
     """One of them; all where the address ends before a name."""
     if not request.path_params["model"]:
         return await list_models(request, service)
-    return json_response(_card(service, service.find(request.path_params["model"])))
+    return json_response(card_of(service, service.find(request.path_params["model"])))
 
 
 async def tokenize(request: Request, service: Service) -> Response:
