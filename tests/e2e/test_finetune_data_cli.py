@@ -146,6 +146,24 @@ def test_what_is_scored_is_named(in_process: Command, tmp_path: Path) -> None:
         assert "warning: dev" not in result.stdout
 
 
+def test_rows_can_be_held_out(in_process: Command, tmp_path: Path) -> None:
+    """`finetune` and `evaluate` score the same ones."""
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"src": "{"w " * i}?", "tgt": "{i}"}}\n' for i in range(9)))
+    rows = ("--dataset_path", "a.jsonl", "--val_size", "0.34")
+    trained = in_process(*TRAIN, *rows, "--do_eval", "--learning_rate", "1e-30")
+    assert trained.returncode == 0, trained.stderr
+    assert "\ntrain (a.jsonl): 6 rows" in "\n" + trained.stdout
+    assert "\ndev (held out of a.jsonl): 3 rows" in "\n" + trained.stdout
+    assert "warning: dev" not in trained.stdout
+    assert in_process("evaluate", "--model_name_or_path", TINY, *rows, "--output_dir", "scores").returncode == 0
+    scored = json.loads((tmp_path / "scores/eval_results.json").read_text())
+    of_run = json.loads((tmp_path / "run/all_results.json").read_text())
+    assert scored["loss"] == pytest.approx(of_run["eval_loss"], abs=1e-6)
+    refused = in_process(*TRAIN, "--dataset_path", "a.jsonl", "--val_size", "1.5")
+    assert refused.returncode == 2
+    assert "--val_size 1.5 is neither a share below 1 nor a whole number of rows" in refused.stderr
+
+
 def test_evaluate_cuts_as_finetune_does(in_process: Command, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"context": "word " * 40, "question": "Which?", "answers": ["word"]}] * 2
     (data / "dev.json").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -287,7 +287,6 @@ def test_a_model_may_stand_alone() -> None:
         ("finetune", "finetuning_type", "--lora or --prefix_tuning"),
         ("finetune", "quantization_bit", "--quantize_base nf4"),
         ("quantize", "bits", "--quant_type int4 or int8"),
-        ("finetune", "val_size", "dev.json beside train.json"),
         ("pretrain", "val_set_size", "--split 949,50,1"),
         ("finetune", "pref_loss", "it is called --preference here"),
         ("finetune", "pref_beta", "it is called --dpo_beta here"),

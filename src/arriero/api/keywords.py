@@ -256,6 +256,7 @@ class DataGroup(TypedDict, total=False):
     packing: bool
     group_by_length: bool
     max_tokens_per_batch: int | None
+    val_size: float | None
     max_train_samples: int | None
     dataloader_num_workers: int
 

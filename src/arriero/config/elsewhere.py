@@ -47,7 +47,6 @@ _RENAMED: Mapping[str, tuple[str, ...]] = {
     "use_lora": ("lora",),
     "validation_file": ("dataset_path",),
 }
-_HELD_OUT = "held-out rows are a file of their own, dev.json beside train.json; @do_eval scores them"
 _SPLIT = "@split 949,50,1 parts training, validation and test documents"
 _SHARDED = "@sharding stage1, stage2 or stage3 shares out the state, under `arriero launch`"
 # The same where another option with its value is meant: the option that has to be there, and what is said; @ is for dashes.
@@ -81,8 +80,8 @@ _OTHERWISE: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("quantize_base", "@quantize_base nf4 (4 bits, as @qlora) or int8"),
         ("quant_type", "@quant_type int4 or int8"),
     ),
-    "val_set_size": (("split", _SPLIT), ("do_eval", _HELD_OUT)),
-    "val_size": (("split", _SPLIT), ("do_eval", _HELD_OUT)),
+    "val_set_size": (("split", _SPLIT),),
+    "val_size": (("split", _SPLIT),),
 }
 # What there is in place of an option; docs/from-transformers.md has the same in a table.
 _INSTEAD = {

@@ -17,7 +17,7 @@ from arriero.data.order import StepOrder
 from arriero.data.row_files import read_rows
 from arriero.data.rows.preferences import PairSample, pair_from_row
 from arriero.data.sft import Example, SFTTokenizer, encode_sample, is_empty
-from arriero.data.sources import files_of
+from arriero.data.sources import files_of, read_splits, rows_of_splits
 from arriero.data.steps import DataShare, OrderedSteps, digest_of
 from arriero.errors import DataError
 
@@ -66,21 +66,21 @@ class PairReport:
 
 
 def load_pairs(
-    dataset_path: str, splits: Sequence[str], limits: Mapping[str, int | None]
+    dataset_path: str, splits: Sequence[str], limits: Mapping[str, int | None], val_size: float | None = None
 ) -> dict[str, list[PairSample]]:
     """The pairs of the wanted splits ("train", "dev") of a file or folder, or of several with commas between them.
 
     Args:
-        limits: of each split, how many pairs of each file are used.
+        limits, val_size: see `rows_of_splits`.
 
     Raises:
         ConfigError: if the place does not hold a split.
         DataError: if a row cannot be used.
     """
-    return {
-        split: [pair for path in paths for pair in read_pairs(path)[: limits.get(split)]]
-        for split, paths in files_of(dataset_path, splits).items()
-    }
+    files = files_of(dataset_path, read_splits(splits, val_size))
+    parts = {split: [read_pairs(path) for path in paths] for split, paths in files.items()}
+    found = rows_of_splits(parts, splits, limits, val_size)
+    return {split: [pair for pairs in files_pairs for pair in pairs] for split, files_pairs in found.items()}
 
 
 def read_pairs(path: Path) -> list[PairSample]:

@@ -75,7 +75,13 @@ def preview(data: DataOptions, tokenizer: Tokenizer, count: int, *, color: bool)
     """
     limits = {"train": data.max_train_samples}
     samples = load_samples(
-        data.dataset_path, data.data_name, data.task_name, ["train"], data_format=data.data_format, limits=limits
+        data.dataset_path,
+        data.data_name,
+        data.task_name,
+        ["train"],
+        data_format=data.data_format,
+        limits=limits,
+        val_size=data.val_size,
     )["train"]
     blocks = []
     for number, sample in enumerate(samples[:count]):
@@ -89,7 +95,8 @@ def preview(data: DataOptions, tokenizer: Tokenizer, count: int, *, color: bool)
 def preview_pairs(data: DataOptions, tokenizer: Tokenizer, count: int, *, color: bool) -> str:
     """`preview` of preference data: each pair's better and worse answer."""
     assert data.dataset_path is not None
-    samples = load_pairs(data.dataset_path, ["train"], {"train": data.max_train_samples})["train"]
+    limits = {"train": data.max_train_samples}
+    samples = load_pairs(data.dataset_path, ["train"], limits, data.val_size)["train"]
     pairs, report = encode_pairs(samples[:count], tokenizer, data.prompt_length, data.tgt_length)
     blocks = [
         f"--- pair {number}, {name}, {example.length:,} tokens, {example.label_count:,} learned ---\n"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from arriero.config.data import dataset_parts
 from arriero.data.row_files import MAX_ROW_BYTES, SUFFIXES, is_array, read_rows
@@ -18,6 +18,7 @@ from arriero.data.samples import Sample
 from arriero.data.squad import read_squad
 from arriero.errors import ConfigError, DataError, MissingExtraError, require
 
+Row = TypeVar("Row")
 SQUAD_ON_HUB = "rajpurkar/squad"
 HUB_SPLITS = {"train": ("train",), "dev": ("validation", "dev", "test")}
 FILE_STEMS = {"train": ("train",), "dev": ("dev", "validation", "valid", "test")}
@@ -67,13 +68,14 @@ def load_samples(
     *,
     data_format: str = "auto",
     limits: dict[str, int | None] | None = None,
+    val_size: float | None = None,
 ) -> dict[str, list[Sample]]:
     """The rows of the wanted splits ("train", "dev"); where no data is named, those of SQuAD v1.1, as in the seed.
 
     Args:
         dataset_path: a file or folder, or several with commas between them: a mixture, whose rows follow each other here.
         data_format: how rows are read (`arriero.data.rows.formats`).
-        limits: of each split, how many rows of each file are used.
+        limits, val_size: see `rows_of_splits`.
 
     Raises:
         ConfigError: if the place does not hold a split.
@@ -81,18 +83,57 @@ def load_samples(
     """
     if data_name is None:
         check_task(task)
-    limits = limits or {}
+    read = read_splits(splits, val_size)
     if data_name is not None:
-        rows = {split: _from_hub(data_name, task, split, data_format) for split in splits}
-        return {split: samples[: limits.get(split)] for split, samples in rows.items()}
-    if dataset_path is None:
-        return {split: samples[: limits.get(split)] for split, samples in _squad(task or "squad", splits).items()}
-    found: dict[str, list[Sample]] = {split: [] for split in splits}
-    for split, paths in files_of(dataset_path, splits).items():
-        for number, path in enumerate(paths):
-            rows_of_part = read_samples(path, task, data_format)[: limits.get(split)]
-            found[split] += [replace(sample, source=number) for sample in rows_of_part] if number else rows_of_part
-    return found
+        parts = {split: [_from_hub(data_name, task, split, data_format)] for split in read}
+    elif dataset_path is None:
+        parts = {split: [samples] for split, samples in _squad(task or "squad", read).items()}
+    else:
+        files = files_of(dataset_path, read)
+        parts = {split: [read_samples(path, task, data_format) for path in paths] for split, paths in files.items()}
+    return {
+        split: [replace(row, source=number) if number else row for number, rows in enumerate(files) for row in rows]
+        for split, files in rows_of_splits(parts, splits, limits or {}, val_size).items()
+    }
+
+
+def read_splits(splits: Sequence[str], val_size: float | None) -> Sequence[str]:
+    """What has to be read for these: rows that are held out are training rows."""
+    return splits if val_size is None else ["train"]
+
+
+def rows_of_splits(
+    parts: Mapping[str, list[list[Row]]],
+    splits: Sequence[str],
+    limits: Mapping[str, int | None],
+    val_size: float | None = None,
+) -> dict[str, list[list[Row]]]:
+    """The rows of each file of the wanted splits.
+
+    Args:
+        parts: those that the files of `read_splits` hold.
+        limits: of each split, how many rows of each file are used.
+        val_size: the share, or from 1 on the number, of the rows of each training file that are the dev rows, evenly spread
+            over it; None: the dev rows are read.
+
+    Raises:
+        DataError: there would be no row of a split.
+    """
+    if val_size is not None:
+        divided = [_held_out(rows, val_size) for rows in parts["train"]]
+        parts = {"train": [kept for kept, _ in divided], "dev": [held for _, held in divided]}
+    return {split: [rows[: limits.get(split)] for rows in parts[split]] for split in splits}
+
+
+def _held_out(rows: Sequence[Row], size: float) -> tuple[list[Row], list[Row]]:
+    """The others and the held out ones: the same for the same number of rows."""
+    count = round(size * len(rows)) if size < 1 else int(size)
+    if not 0 < count < len(rows):
+        raise DataError(
+            f"--val_size {size:g} would hold out {count} of {len(rows)} rows of a file: leave at least one on either side"
+        )
+    held = {(2 * number + 1) * len(rows) // (2 * count) for number in range(count)}
+    return [row for at, row in enumerate(rows) if at not in held], [rows[at] for at in sorted(held)]
 
 
 def files_of(dataset_path: str, splits: Sequence[str]) -> dict[str, list[Path]]:
@@ -109,26 +150,33 @@ def files_of(dataset_path: str, splits: Sequence[str]) -> dict[str, list[Path]]:
     return found
 
 
-def name_of_rows(dataset_path: str | None, data_name: str | None, split: str) -> str:
+def name_of_rows(dataset_path: str | None, data_name: str | None, split: str, val_size: float | None = None) -> str:
     """What a line about the rows of a split calls them: their file, or files; of a data set of the Hub, the split's name."""
     if data_name is not None or dataset_path is None:
         return split
+    if val_size is not None:
+        return names_of_splits(dataset_path, data_name, [split], val_size)[split]
     return ", ".join(map(str, files_of(dataset_path, [split])[split]))
 
 
-def names_of_splits(dataset_path: str | None, data_name: str | None, splits: Sequence[str]) -> dict[str, str]:
+def names_of_splits(
+    dataset_path: str | None, data_name: str | None, splits: Sequence[str], val_size: float | None = None
+) -> dict[str, str]:
     """What the lines of a run call the rows of each split: the split and its files, where files are named.
 
     Prints a warning if the dev rows are, or have among them, the training rows.
     """
     if data_name is not None or dataset_path is None:
         return {split: split for split in splits}
-    files = files_of(dataset_path, splits)
+    files = files_of(dataset_path, read_splits(splits, val_size))
+    if val_size is not None:
+        named = ", ".join(map(str, files["train"]))
+        return {split: f"train ({named})" if split == "train" else f"{split} (held out of {named})" for split in splits}
     trained = {path.resolve() for path in files.get("train", [])}
     if same := [str(path) for path in files.get("dev", []) if path.resolve() in trained]:
         print(
             f"warning: dev: the training rows themselves ({', '.join(same)}), whose scores tell nothing of other rows: name a "
-            "folder with train and dev files, or put a dev.jsonl beside the file",
+            "folder with train and dev files, put a dev.jsonl beside the file, or hold some out with --val_size 0.1",
             flush=True,
         )
     return {split: f"{split} ({', '.join(map(str, paths))})" for split, paths in files.items()}

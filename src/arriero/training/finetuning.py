@@ -243,7 +243,7 @@ def _finetune(
     preferred: PreferenceData | None = None
     samples: dict[str, list[Sample]] = {}
     with processes.together():
-        names = names_of_splits(data.dataset_path, data.data_name, wanted)
+        names = names_of_splits(data.dataset_path, data.data_name, wanted, data.val_size)
         if options.preference.preference:
             preferred = PreferenceData.read(options, wanted)
         else:
@@ -254,6 +254,7 @@ def _finetune(
                 wanted,
                 data_format=data.data_format,
                 limits={"train": data.max_train_samples, "dev": data.max_eval_samples},
+                val_size=data.val_size,
             )
         loaded = load(
             options.model,

@@ -81,7 +81,7 @@ class PreferenceData:
         data = options.data
         assert data.dataset_path is not None
         limits = {"train": data.max_train_samples, "dev": data.max_eval_samples}
-        return cls(options, load_pairs(data.dataset_path, splits, limits))
+        return cls(options, load_pairs(data.dataset_path, splits, limits, data.val_size))
 
     @property
     def objective(self) -> Preference:

@@ -74,7 +74,13 @@ def rows_to_score(data: DataOptions) -> list[Sample]:
     """
     limits = {"dev": data.max_eval_samples}
     found = load_samples(
-        data.dataset_path, data.data_name, data.task_name, ["dev"], data_format=data.data_format, limits=limits
+        data.dataset_path,
+        data.data_name,
+        data.task_name,
+        ["dev"],
+        data_format=data.data_format,
+        limits=limits,
+        val_size=data.val_size,
     )
     return found["dev"]
 
@@ -119,7 +125,7 @@ def _loss(
     evaluation: EvaluateOptions,
     processes: Processes,
 ) -> dict[str, float]:
-    name = name_of_rows(data.dataset_path, data.data_name, "dev")
+    name = name_of_rows(data.dataset_path, data.data_name, "dev", data.val_size)
     examples = encode_rows(samples, loaded, data, name)
     check_context(loaded.model, examples, name)
     precision = Precision(next(loaded.model.parameters()).dtype, "O2", loaded.device)
