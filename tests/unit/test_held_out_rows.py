@@ -15,7 +15,7 @@ ALL = ["train", "dev"]
 
 
 def write(path: Path, names: list[str]) -> str:
-    rows = [{"prompt": name, "chosen": "a", "rejected": "b", "src": name, "tgt": "a"} for name in names]
+    rows = [{"src": name, "tgt": "a"} for name in names]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
@@ -33,7 +33,9 @@ def test_they_are_spread_over_the_file(size: float, held: list[str], tmp_path: P
     assert len(names["dev"]) == count == (round(size * 12) if size < 1 else size)
     assert sorted(names["train"] + names["dev"], key=int) == [str(number) for number in range(12)]
     assert names["train"] == sorted(names["train"], key=int)
-    pairs = load_pairs(path, ALL, {}, size)
+    pairs_path = tmp_path / "pairs.jsonl"
+    pairs_path.write_text(Path(path).read_text().replace("src", "prompt").replace('"tgt"', '"rejected": "b", "chosen"'))
+    pairs = load_pairs(str(pairs_path), ALL, {}, size)
     assert {split: [pair.chosen.prompt for pair in found] for split, found in pairs.items()} == names
     for split in ALL:  # each by itself too: `finetune` without --do_eval, `evaluate`
         alone = load_samples(path, None, None, [split], data_format="src", val_size=size)

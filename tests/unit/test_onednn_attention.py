@@ -35,7 +35,8 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
         shapes.append((query.shape[1], key.shape[1]))
         return attend(query, key, *rest)
 
-    monkeypatch.setattr(onednn_attention, "attend", told)
+    for module in (onednn_attention, paged_cache):
+        monkeypatch.setattr(module, "attend", told)
     monkeypatch.setattr(onednn_attention, "STEP", 16)
     monkeypatch.setattr(onednn_attention, "LEAST_QUERIES", 2)
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)

@@ -198,7 +198,7 @@ def _sdpa(
 
 def _by_onednn(query: Tensor) -> bool:
     """Whether oneDNN's products serve causal queries (B, H, S, D) better than torch's kernel."""
-    return prefers_onednn() and onednn_attention.suits(query) and not torch.compiler.is_compiling()
+    return prefers_onednn() and onednn_attention.takes(query, query.shape[2]) and not torch.compiler.is_compiling()
 
 
 def _sdpa_by_document(

@@ -41,9 +41,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     return output
 
 
-def suits(query: Tensor) -> bool:
-    """Whether it is made for queries (..., Sq, D)."""
-    return query.device.type == "cpu" and query.dtype == torch.float32 and query.shape[-2] >= LEAST_QUERIES
+def takes(query: Tensor, number: int) -> bool:
+    """Whether it is made for so many queries of this kind."""
+    return query.device.type == "cpu" and query.dtype == torch.float32 and number >= LEAST_QUERIES
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, most_lengths: int = MOST_LENGTHS) -> Tensor:
@@ -88,7 +88,7 @@ def _attend_backward(
 class _Blocks:
     """A sequence in blocks: (head of keys, first row, last row, keys that these see or do not), one after the other.
 
-    Rows are filled up in front, so that blocks begin at multiples of `STEP` as keys do, and behind.
+    Rows are filled up in front, so that blocks begin at positions that are multiples of `STEP`, and behind.
 
     Attributes:
         queries: (KV, rows, groups, D), scaled.
@@ -101,15 +101,15 @@ class _Blocks:
         length = key.shape[1]
         self.groups = heads // len(key)
         self._step = STEP * -(-length // (STEP * most_lengths))
-        self._first = (length - queries) // self._step * self._step
+        self._first = (length - queries) // STEP * STEP  # the position of the first row
         self.before = length - queries - self._first
-        self.rows = -(-(self.before + queries) // self._step) * self._step
+        self.rows = -(-(self.before + queries) // STEP) * STEP
         self._block = STEP
         while self._block > 16 and self._block * self.groups > ROWS:
             self._block //= 2
         self._kv_heads = len(key)
         self.queries = self.padded_queries(query).mul_(scale)
-        self.keys, self.values = (_padded(t, self._first + self.rows) for t in (key, value))
+        self.keys, self.values = (_padded(t, -(-length // self._step) * self._step) for t in (key, value))
         self._mask = _future(self._step, query.dtype)
 
     def padded_queries(self, given: Tensor) -> Tensor:
@@ -122,13 +122,13 @@ class _Blocks:
     def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
         for head in range(self._kv_heads):
             for start in range(0, self.rows, self._block):
-                end = self._first + (start // self._step + 1) * self._step
+                end = ((self._first + start) // self._step + 1) * self._step
                 yield head, start, start + self._block, end
 
     def weights(self, head: int, start: int, stop: int, end: int) -> Tensor:
         """What each row gives to each key, (queries * groups, end)."""
         scores = onednn_product(self.queries[head, start:stop].flatten(0, 1), self.keys[head, :end])
-        place = start % self._step
+        place = (self._first + start) % self._step
         latest = scores.view(stop - start, self.groups, end)[:, :, end - self._step :]
         latest += self._mask[place : place + stop - start, None]
         return torch.softmax(scores, -1)

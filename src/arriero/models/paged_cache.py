@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arriero.models import onednn_attention
 from arriero.models.attention import attention, takes_lengths
 from arriero.models.attention_info import AttentionInfo, lower_right_causal
 from arriero.models.cache import AttendingView
 from arriero.models.config import LlamaConfig
 from arriero.models.kv_format import KVFormat
+from arriero.models.onednn_attention import attend, takes
 from arriero.models.products import onednn_is_faster
 
 # Queries of one call that needs a mask: it then computes few of the scores that the mask forbids.
@@ -40,10 +40,15 @@ class Run:
     def end(self) -> int:
         return self.start + self.count
 
-    def pieces(self, number: int, window: int | None) -> list[_Piece]:
-        """How its tokens attend, call by call."""
-        if self.count > 1 and self.start == 0 and (window is None or window >= self.end):
-            return [_Piece(number, self.count, 0, self.end, masked=False)]
+    def pieces(self, number: int, window: int | None, by_onednn: bool) -> list[_Piece]:
+        """How its tokens attend, call by call.
+
+        Args:
+            by_onednn: by `onednn_attention`, if they are causal.
+        """
+        causal = self.count > 1 and (window is None or window >= self.end)
+        if causal and (self.start == 0 or by_onednn):
+            return [_Piece(number, self.count, 0, self.end, masked=False, by_onednn=by_onednn)]
         found = []
         for start in range(self.start, self.end, MASKED_QUERIES):
             end = min(start + MASKED_QUERIES, self.end)
@@ -60,6 +65,7 @@ class _Piece:
         number: of the run.
         first, end: the keys that any of them sees.
         masked: whether not all of them see all of these, and causality alone does not say which.
+        by_onednn: by `onednn_attention`.
     """
 
     number: int
@@ -67,6 +73,7 @@ class _Piece:
     first: int
     end: int
     masked: bool
+    by_onednn: bool = False
 
 
 class PagedCache:
@@ -226,18 +233,19 @@ class PagedView(AttendingView):
         heads, size = query.shape[1:]
         groups, outputs = 2 * heads // len(self._cache.layers[layer]), []
         if sliding_window not in self._pieces:
-            pieces = [piece for i, run in enumerate(self._runs) for piece in run.pieces(i, sliding_window)]
+            pieces = []
+            for i, run in enumerate(self._runs):
+                pieces += run.pieces(i, sliding_window, onednn_is_faster() and takes(query, run.count))
             self._pieces[sliding_window] = pieces
         pieces = self._pieces[sliding_window]
         for piece, part in zip(pieces, torch.split(query, [piece.queries for piece in pieces]), strict=True):
             keys, values = self._keys_and_values(piece, layer, query.dtype)
-            causal = sliding_window is None or sliding_window >= piece.end
             if piece.queries == 1:
                 # a group's heads are as good as queries of one head, and no kernel needs to know of groups
                 own = part.reshape(1, -1, groups, size)
                 attended = F.scaled_dot_product_attention(own, keys, values, scale=scale).reshape(1, heads, size)
-            elif causal and onednn_attention.suits(queries := part.transpose(0, 1)) and onednn_is_faster():
-                attended = onednn_attention.attend(queries, keys[0], values[0], scale)
+            elif piece.by_onednn:
+                attended = attend(part.transpose(0, 1), keys[0], values[0], scale)
             else:
                 attended = F.scaled_dot_product_attention(
                     part.transpose(0, 1)[None],
