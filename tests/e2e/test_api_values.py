@@ -116,6 +116,17 @@ def test_splits_in_memory(tmp_path: Path) -> None:
     )
 
 
+def test_rows_are_held_out_of_training_rows_alone(tmp_path: Path) -> None:
+    with pytest.raises(
+        arriero.ConfigError, match="val_size holds rows out of the training rows, and dataset_path has dev"
+    ):
+        arriero.finetune(
+            TINY, dataset_path={"train": ROWS, "dev": ROWS}, val_size=0.5, output_dir=tmp_path / "d", **RUN
+        )
+    run = arriero.finetune(TINY, dataset_path=ROWS, val_size=2, do_eval=True, output_dir=tmp_path / "e", **RUN)
+    assert "eval_loss" in run.results
+
+
 def test_merge_resolves_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("ARRIERO_HOME", str(Path(arriero.download(TINY)).parent))

@@ -362,12 +362,22 @@ def test_adapters_come_and_go(loaded: LoadedModel, tmp_path: Path) -> None:
         for name, folder, seed in (("one", root / "a/one", 0), ("two", root / "two", 40), ("out", outside, 80))
     }
     (root / "link").symlink_to(outside)
+    (root / "loop").symlink_to(root / "loop")
     (root / "empty").mkdir()
     (root / "broken").mkdir()
     (root / "broken/adapter_config.json").write_text("{")
     assert len({alone(loaded, messages, 8), *texts.values()}) == 4
     with (
-        Served("--served_model_name", "base", "--adapter_folder", str(root), "--max_loaded_adapters", "1") as served,
+        Served(
+            "--served_model_name",
+            "base",
+            "--adapter_folder",
+            str(root),
+            "--max_loaded_adapters",
+            "1",
+            "--adapters",
+            f"kept={outside}",
+        ) as served,
         openai.OpenAI(base_url=served.api, api_key="none", max_retries=0) as client,
     ):
 
@@ -387,7 +397,7 @@ def test_adapters_come_and_go(loaded: LoadedModel, tmp_path: Path) -> None:
         )
         assert (card.json()["id"], card.json()["parent"]) == ("mine", "base")
         assert load_told("team/two", str(root / "two")) == (200, "")
-        assert [model.id for model in client.models.list().data] == ["base", "mine", "team/two"]
+        assert [model.id for model in client.models.list().data] == ["base", "kept", "mine", "team/two"]
         assert [asked(name) for name in ("mine", "team/two", "mine")] == [texts["one"], texts["two"], texts["one"]]
 
         status, message = load_told("mine", "two")
@@ -400,10 +410,25 @@ def test_adapters_come_and_go(loaded: LoadedModel, tmp_path: Path) -> None:
             asked("mine")
         assert told("unload_lora_adapter", lora_name="mine")[0] == 404
         assert told("unload_lora_adapter", lora_name="base")[0] == 400
+        assert told("unload_lora_adapter", lora_name="kept")[0] == 400
+        assert load_told("kept", "two", load_inplace=True)[0] == 400
+        assert asked("kept") == texts["out"]
         assert load_told("mine", "a/one") == (200, "")
         assert asked("mine") == texts["one"]
 
-        for path in ("../outside", str(outside), "link", "nowhere", ".", "", "a/../..", "x\0y", "y" * 300, "/etc"):
+        for path in (
+            "../outside",
+            str(outside),
+            "link",
+            "loop",
+            "nowhere",
+            ".",
+            "",
+            "a/../..",
+            "x\0y",
+            "y" * 300,
+            "/etc",
+        ):
             status, message = load_told("other", path)
             assert status == 400
             assert not path or "no such folder in the server's --adapter_folder" in message
@@ -413,11 +438,18 @@ def test_adapters_come_and_go(loaded: LoadedModel, tmp_path: Path) -> None:
             assert reason in message
             assert str(tmp_path) not in message
         assert load_told("base", "two")[0] == load_told("../x", "two")[0] == 400
+        wrong_name = httpx.post(
+            f"{served.api}/load_lora_adapter", json={"lora_name": "../x", "lora_path": "two"}, timeout=60
+        )
+        assert wrong_name.json()["error"]["param"] == "lora_name"
         assert told("load_lora_adapter", lora_name="other")[0] == 400
-        assert [model.id for model in client.models.list().data] == ["base", "team/two", "mine"]
+        assert [model.id for model in client.models.list().data] == ["base", "kept", "team/two", "mine"]
+        assert 'arriero_generated_tokens_total{model="mine"} 8.0' in httpx.get(f"{served.url}/metrics").text
+        assert told("unload_lora_adapter", lora_name="mine") == (200, "")
+        assert 'model="mine"' not in httpx.get(f"{served.url}/metrics").text
         assert asked("base") == alone(loaded, messages, 8)
     assert [line["event"] for line in served.log if "adapter" in line["event"]] == [
-        "adapter_loaded", "adapter_loaded", "adapter_loaded", "adapter_unloaded", "adapter_loaded",
+        "adapter_loaded", "adapter_loaded", "adapter_loaded", "adapter_unloaded", "adapter_loaded", "adapter_unloaded",
     ]  # fmt: skip
 
 

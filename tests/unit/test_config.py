@@ -351,6 +351,7 @@ def test_adapter_defaults() -> None:
     going_on = settle("--lora_path adapter")
     assert (going_on["lora"], going_on["lora_alpha"]) == (True, None)
     assert settle("--lora --lora_target_modules q_proj v_proj")["lora_target_modules"] == ["q_proj", "v_proj"]
+    assert settle("--val_size 0")["val_size"] is settle("--do_train True")["val_size"] is None
     assert len(settle("--lora --lora_target_modules all-linear")["lora_target_modules"]) == 7
     assert settle("--lora --lora_target_modules all-linear v_porj")["lora_target_modules"][7:] == ["v_porj"]
 

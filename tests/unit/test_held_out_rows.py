@@ -56,5 +56,5 @@ def test_of_each_file_of_a_mixture_and_before_limits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("size", "count"), [(4.0, 4), (0.1, 0), (0.9, 4), (9.0, 9)])
 def test_a_row_is_left_on_either_side(size: float, count: int, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", list("abcd"))
-    with pytest.raises(DataError, match=f"--val_size {size:g} would hold out {count} of 4 rows"):
+    with pytest.raises(DataError, match=f"rows.jsonl: --val_size {size:g} would hold out {count} of 4 rows"):
         load_samples(path, None, None, ["train"], data_format="src", val_size=size)

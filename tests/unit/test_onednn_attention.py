@@ -38,6 +38,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
     for module in (onednn_attention, paged_cache):
         monkeypatch.setattr(module, "attend", told)
     monkeypatch.setattr(onednn_attention, "STEP", 16)
+    monkeypatch.setattr(onednn_attention, "FINE", 2)
     monkeypatch.setattr(onednn_attention, "LEAST_QUERIES", 2)
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(paged_cache, "onednn_is_faster", lambda: True)
@@ -89,7 +90,8 @@ def check(found: Tensor, given: list[Tensor], truth: list[Tensor]) -> None:
         (2, 6, 2, 45, 45),  # filled up behind
         (1, 6, 2, 20, 75),  # a beginning in the cache: filled up in front too
         (1, 6, 2, 16, 64),
-        (1, 8, 1, 33, 300),  # more lengths than kernels are kept for
+        (1, 8, 1, 33, 300),  # keys in larger steps
+        (1, 8, 2, 70, 70),
         (1, 40, 1, 20, 20),  # a group that makes a block smaller
         (1, 2, 1, 1, 5),
     ],
@@ -119,6 +121,34 @@ def test_training_calls_it(
     given = drawn(1, 4, 2, 90, 90, 8)
     check(attention(*given, info, scale=0.3), given, written_out(given, info, 0.3))
     assert called == documents
+
+
+@pytest.mark.parametrize(("groups", "block"), [(1, 128), (3, 128), (4, 64), (7, 32), (64, 16)])
+def test_blocks_as_they_are(groups: int, block: int) -> None:
+    """Without a fixture: rows that fit into the cache."""
+    query, key = torch.randn(2 * groups, 300, 16), torch.randn(2, 700, 16)
+    blocks = list(onednn_attention._Blocks(query, key, key, 0.25))
+    assert {stop - start for _, start, stop, _ in blocks} == {block}
+    found = onednn_attention.attend(query, key, key, 0.25)
+    truth = exact([tensor[None].double() for tensor in (query, key, key)], AttentionInfo.causal(), 0.25)
+    torch.testing.assert_close(found.double(), truth[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_numbers_of_keys_are_few() -> None:
+    lengths = [onednn_attention.rounded(keys) for keys in range(1, 131_073)]
+    assert len(set(lengths)) == 64
+    assert all(keys <= length < 1.125 * keys + 128 for keys, length in enumerate(lengths, 1))
+
+
+@pytest.mark.parametrize("info", [AttentionInfo.causal(), AttentionInfo.documents([90])])
+def test_autocast_is_torchs_own(info: AttentionInfo, called: list[tuple[int, int]]) -> None:
+    """Queries and keys are fp32 there, since they are rotated, and values are not."""
+    query, key, value = (tensor.detach() for tensor in drawn(1, 4, 2, 90, 90, 8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = attention(query, key, value.bfloat16(), info, scale=0.3)
+    assert not called
+    truth = exact([query.double(), key.double(), value.double()], info, 0.3)
+    torch.testing.assert_close(found.double(), truth, rtol=0.05, atol=0.05)
 
 
 def test_where_it_is_not_called(called: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,10 @@ def rows_as_files(options: Mapping[str, Any], keep_beside: Any = None) -> Iterat
         yield dict(options)
         return
     files = _files(given)
+    if options.get("val_size") and files.keys() - {"train.jsonl", "rows.jsonl"}:
+        raise ConfigError(
+            "val_size holds rows out of the training rows, and dataset_path has dev rows: drop one of them"
+        )
     if not isinstance(keep_beside, str | os.PathLike):
         with tempfile.TemporaryDirectory(prefix="arriero-rows-") as temporary:
             yield {**options, "dataset_path": _write(Path(temporary), files)}

@@ -281,7 +281,14 @@ def _scoring(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) 
     for source in ("dataset_path", "data_name", "task_name"):
         if getattr(data, source) is not None:
             raise ConfigError(f"--tasks and --{source} both name what is scored: drop one of them")
-    rows_only = ("src_length", "tgt_length", "max_seq_length", "max_eval_samples", "eval_with_do_generation")
+    rows_only = (
+        "src_length",
+        "tgt_length",
+        "max_seq_length",
+        "val_size",
+        "max_eval_samples",
+        "eval_with_do_generation",
+    )
     for group, names in ((data, (*rows_only, "data_format", "train_on")), (evaluation, ("max_new_tokens",))):
         for name in names:
             if changed(group, name, given):

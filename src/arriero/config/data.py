@@ -158,9 +158,9 @@ class DataOptions(RowOptions):
     val_size: float | None = option(
         None,
         "hold out this share of the training rows (below 1), or so many of each file, as the evaluation rows; a dev file is "
-        "not read then",
+        "not read then; 0: none",
         aliases=("val_set_size",),
-        above=0.0,
+        minimum=0.0,
     )
     max_train_samples: int | None = option(None, "use only the first N training rows (of each file)", minimum=1)
     dataloader_num_workers: int = option(0, "processes that prepare batches; 0: the main process", minimum=0)
@@ -171,6 +171,7 @@ class DataOptions(RowOptions):
             dataset_parts(self.dataset_path, self.dataset_weights)
         elif self.dataset_weights is not None:
             raise ConfigError("--dataset_weights needs --dataset_path with as many files")
+        self.val_size = self.val_size or None
         if self.val_size is not None and self.val_size >= 1 and not self.val_size.is_integer():
             raise ConfigError(f"--val_size {self.val_size:g} is neither a share below 1 nor a whole number of rows")
         if self.max_tokens_per_batch is not None and not self.packing:

@@ -79,7 +79,7 @@ def load_pairs(
     """
     files = files_of(dataset_path, read_splits(splits, val_size))
     parts = {split: [read_pairs(path) for path in paths] for split, paths in files.items()}
-    found = rows_of_splits(parts, splits, limits, val_size)
+    found = rows_of_splits(parts, list(map(str, files.get("train", []))), splits, limits, val_size)
     return {split: [pair for pairs in files_pairs for pair in pairs] for split, files_pairs in found.items()}
 
 

@@ -84,6 +84,7 @@ def load_samples(
     if data_name is None:
         check_task(task)
     read = read_splits(splits, val_size)
+    names = [data_name or "SQuAD"]
     if data_name is not None:
         parts = {split: [_from_hub(data_name, task, split, data_format)] for split in read}
     elif dataset_path is None:
@@ -91,9 +92,10 @@ def load_samples(
     else:
         files = files_of(dataset_path, read)
         parts = {split: [read_samples(path, task, data_format) for path in paths] for split, paths in files.items()}
+        names = list(map(str, files.get("train", [])))
     return {
         split: [replace(row, source=number) if number else row for number, rows in enumerate(files) for row in rows]
-        for split, files in rows_of_splits(parts, splits, limits or {}, val_size).items()
+        for split, files in rows_of_splits(parts, names, splits, limits or {}, val_size).items()
     }
 
 
@@ -104,6 +106,7 @@ def read_splits(splits: Sequence[str], val_size: float | None) -> Sequence[str]:
 
 def rows_of_splits(
     parts: Mapping[str, list[list[Row]]],
+    names: Sequence[str],
     splits: Sequence[str],
     limits: Mapping[str, int | None],
     val_size: float | None = None,
@@ -112,6 +115,7 @@ def rows_of_splits(
 
     Args:
         parts: those that the files of `read_splits` hold.
+        names: of the training files.
         limits: of each split, how many rows of each file are used.
         val_size: the share, or from 1 on the number, of the rows of each training file that are the dev rows, evenly spread
             over it; None: the dev rows are read.
@@ -120,17 +124,17 @@ def rows_of_splits(
         DataError: there would be no row of a split.
     """
     if val_size is not None:
-        divided = [_held_out(rows, val_size) for rows in parts["train"]]
+        divided = [_held_out(rows, val_size, name) for rows, name in zip(parts["train"], names, strict=True)]
         parts = {"train": [kept for kept, _ in divided], "dev": [held for _, held in divided]}
     return {split: [rows[: limits.get(split)] for rows in parts[split]] for split in splits}
 
 
-def _held_out(rows: Sequence[Row], size: float) -> tuple[list[Row], list[Row]]:
+def _held_out(rows: Sequence[Row], size: float, name: str) -> tuple[list[Row], list[Row]]:
     """The others and the held out ones: the same for the same number of rows."""
     count = round(size * len(rows)) if size < 1 else int(size)
     if not 0 < count < len(rows):
         raise DataError(
-            f"--val_size {size:g} would hold out {count} of {len(rows)} rows of a file: leave at least one on either side"
+            f"{name}: --val_size {size:g} would hold out {count} of {len(rows)} rows: leave at least one on either side"
         )
     held = {(2 * number + 1) * len(rows) // (2 * count) for number in range(count)}
     return [row for at, row in enumerate(rows) if at not in held], [rows[at] for at in sorted(held)]

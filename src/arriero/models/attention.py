@@ -191,14 +191,19 @@ def _sdpa(
         return F.scaled_dot_product_attention(query, key, value, dense, scale=scale, enable_gqa=grouped)
     one = info.document_mask(queries, keys, sliding_window, query.device, info.parts(0))
     causal = one is None and queries > 1
-    if causal and _by_onednn(query):
+    if causal and _by_onednn(query, value):
         return onednn_attention.causal_attention(query, key, value, scale)
     return F.scaled_dot_product_attention(query, key, value, one, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
-def _by_onednn(query: Tensor) -> bool:
-    """Whether oneDNN's products serve causal queries (B, H, S, D) better than torch's kernel."""
-    return prefers_onednn() and onednn_attention.takes(query, query.shape[2]) and not torch.compiler.is_compiling()
+def _by_onednn(query: Tensor, value: Tensor) -> bool:
+    """Whether oneDNN's products serve causal queries (B, H, S, D) better than torch's kernel.
+
+    Under autocast queries are fp32, values are not, and torch's kernel makes them alike.
+    """
+    alike = query.dtype == value.dtype and not torch.is_autocast_enabled("cpu")
+    takes = prefers_onednn() and alike and onednn_attention.takes(query, query.shape[2])
+    return takes and not torch.compiler.is_compiling()
 
 
 def _sdpa_by_document(
@@ -225,7 +230,7 @@ def _sdpa_by_document(
             continue
         mask = info.document_mask(queries, keys, sliding_window, query.device, parts)
         causal = mask is None and queries > 1
-        if causal and _by_onednn(q):
+        if causal and _by_onednn(q, v):
             output = onednn_attention.causal_attention(q, k, v, scale)
         else:
             output = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)

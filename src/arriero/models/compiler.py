@@ -62,7 +62,7 @@ def check_own_library(wanted: str, instead: str) -> None:
             done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=60)
         except (OSError, subprocess.TimeoutExpired):
             return  # whatever it is, compiling will say so
-        if done.returncode or b"libstdc++.so.6" in made.read_bytes():
+        if done.returncode or not made.is_file() or b"libstdc++.so.6" in made.read_bytes():
             return
     raise ConfigError(
         f"{wanted} needs a C++ compiler that uses the system's libstdc++ as torch does, and {name} links its own into what it "

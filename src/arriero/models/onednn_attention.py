@@ -17,10 +17,9 @@ from torch import Tensor
 
 from arriero.models.products import onednn_product
 
-# Keys are taken in multiples of so many, and of more where there would be too many numbers of them: oneDNN compiles kernels for
-# each. Training, which keeps some dozens (see `products`), calls four of each.
-STEP = 128
-MOST_LENGTHS, MOST_LENGTHS_TRAINED = 16, 8
+# Keys are taken in multiples of so many; where there are more than `FINE` times as many, of twice, four times ... as many:
+# oneDNN compiles kernels for each number of them, which a process keeps.
+STEP, FINE = 128, 16
 # Rows of a block, queries times heads of a group: their scores over some thousand keys should stay in the cache.
 ROWS = 384
 # Of shorter sequences torch's kernel is as fast.
@@ -46,13 +45,9 @@ def takes(query: Tensor, number: int) -> bool:
     return query.device.type == "cpu" and query.dtype == torch.float32 and number >= LEAST_QUERIES
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, most_lengths: int = MOST_LENGTHS) -> Tensor:
-    """Of one sequence, without gradients: (H, Sq, D), (KV, Skv, D) twice -> (Sq, H, D).
-
-    Args:
-        most_lengths: numbers of keys for which products are called.
-    """
-    blocks = _Blocks(query, key, value, scale, most_lengths)
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Of one sequence, without gradients: (H, Sq, D), (KV, Skv, D) twice -> (Sq, H, D)."""
+    blocks = _Blocks(query, key, value, scale)
     found = query.new_empty(blocks.rows, len(key), blocks.groups, query.shape[2])
     for head, start, stop, end in blocks:
         weights = blocks.weights(head, start, stop, end)
@@ -65,7 +60,7 @@ def _attend_backward(
     query: Tensor, key: Tensor, value: Tensor, output: Tensor, grad: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, in their shapes; output and its gradient are (H, Sq, D)."""
-    blocks = _Blocks(query, key, value, scale, MOST_LENGTHS_TRAINED)
+    blocks = _Blocks(query, key, value, scale)
     grads = blocks.padded_queries(grad)
     sums = blocks.padded_queries((grad * output).sum(-1, keepdim=True))
     heads, size = len(key), key.shape[2]
@@ -96,21 +91,20 @@ class _Blocks:
         before: rows in front of the first query.
     """
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, scale: float, most_lengths: int) -> None:
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
         heads, queries, _ = query.shape
         length = key.shape[1]
         self.groups = heads // len(key)
-        self._step = STEP * -(-length // (STEP * most_lengths))
         self._first = (length - queries) // STEP * STEP  # the position of the first row
         self.before = length - queries - self._first
         self.rows = -(-(self.before + queries) // STEP) * STEP
         self._block = STEP
-        while self._block > 16 and self._block * self.groups > ROWS:
+        while self._block > STEP // 8 and self._block * self.groups > ROWS:
             self._block //= 2
         self._kv_heads = len(key)
         self.queries = self.padded_queries(query).mul_(scale)
-        self.keys, self.values = (_padded(t, -(-length // self._step) * self._step) for t in (key, value))
-        self._mask = _future(self._step, query.dtype)
+        self.keys, self.values = (_padded(t, rounded(length)) for t in (key, value))
+        self._mask = _future(STEP, query.dtype)
 
     def padded_queries(self, given: Tensor) -> Tensor:
         """(H, Sq, D) -> (KV, rows, groups, D)."""
@@ -122,15 +116,15 @@ class _Blocks:
     def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
         for head in range(self._kv_heads):
             for start in range(0, self.rows, self._block):
-                end = ((self._first + start) // self._step + 1) * self._step
-                yield head, start, start + self._block, end
+                yield head, start, start + self._block, rounded((self._first + start) // STEP * STEP + STEP)
 
     def weights(self, head: int, start: int, stop: int, end: int) -> Tensor:
         """What each row gives to each key, (queries * groups, end)."""
         scores = onednn_product(self.queries[head, start:stop].flatten(0, 1), self.keys[head, :end])
-        place = (self._first + start) % self._step
-        latest = scores.view(stop - start, self.groups, end)[:, :, end - self._step :]
-        latest += self._mask[place : place + stop - start, None]
+        place = (self._first + start) % STEP
+        diagonal, seen = self._first + start - place, scores.view(stop - start, self.groups, end)
+        seen[:, :, diagonal : diagonal + STEP] += self._mask[place : place + stop - start, None]
+        seen[:, :, diagonal + STEP :] = -math.inf
         return torch.softmax(scores, -1)
 
 
@@ -138,7 +132,7 @@ class _Causal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         rows = zip(query, key, value, strict=True)
-        output = torch.stack([attend(*row, scale, MOST_LENGTHS_TRAINED) for row in rows]).transpose(1, 2)
+        output = torch.stack([attend(*row, scale) for row in rows]).transpose(1, 2)
         ctx.save_for_backward(query, key, value, output)
         ctx.scale = scale
         return output
@@ -150,6 +144,14 @@ class _Causal(torch.autograd.Function):
         rows = zip(query, key, value, output, grad, strict=True)
         found = zip(*(_attend_backward(*row, ctx.scale) for row in rows), strict=True)
         return (*(torch.stack(grads) for grads in found), None)
+
+
+def rounded(keys: int) -> int:
+    """The next of the numbers of keys that are taken: eight for each doubling."""
+    step = STEP
+    while keys > FINE * step:
+        step *= 2
+    return -(-keys // step) * step
 
 
 def _padded(given: Tensor, length: int) -> Tensor:

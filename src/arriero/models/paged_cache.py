@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,8 @@ from arriero.models.products import onednn_is_faster
 
 # Queries of one call that needs a mask: it then computes few of the scores that the mask forbids.
 MASKED_QUERIES = 256
+# Keys and values of so many tokens are copied at a time for one call of many sequences; of one sequence, all.
+COPIED_TOKENS = 32768
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ class PagedView(AttendingView):
         slots = [] if self._slice is not None else [slot for part in new for slot in part]
         self._new = torch.tensor(slots, dtype=torch.long, device=cache.device)
         self._held = [cache.slots(run.blocks, 0, run.end) for run in runs]
-        self._all: Tensor | None = None  # the slots of all of them
+        self._groups: list[_Group] | None = None
         self._pieces: dict[int | None, list[_Piece]] = {}  # by the window
         self._views: dict[tuple[int, int, int], tuple[Sequence[Tensor], Sequence[Tensor]]] = {}
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
@@ -221,12 +223,22 @@ class PagedView(AttendingView):
         if self._cache.scales is not None and scales is not None:
             self._write(self._cache.scales[layer], scales)
         if takes_lengths(query.device, query.dtype, query.shape[-1]):
-            keys, values = self._all_keys_and_values(layer, new, query.dtype)
-            queries = query.transpose(0, 1)[None]
-            info, window = self.attention, sliding_window
-            found = attention(queries, keys, values, info, scale=scale, sliding_window=window, backend="varlen")
-            return found[0].transpose(0, 1).contiguous()
+            return self._attend_by_lengths(query, new, layer, scale, sliding_window)
         return self._attend_by_pieces(query, layer, scale, sliding_window)
+
+    def _attend_by_lengths(
+        self, query: Tensor, new: Tensor, layer: int, scale: float, sliding_window: int | None
+    ) -> Tensor:
+        """Many sequences in one call, over a copy of what the cache holds of them; see `attend_packed`."""
+        if self._groups is None:
+            self._groups = list(_groups(self._runs, self._held, self._cache.device))
+        outputs = []
+        for group in self._groups:
+            keys, values = group.keys_and_values(self._cache, layer, new, query.dtype)
+            queries, window = query[group.rows].transpose(0, 1)[None], sliding_window
+            found = attention(queries, keys, values, group.info, scale=scale, sliding_window=window, backend="varlen")
+            outputs.append(found[0].transpose(0, 1))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0].contiguous()
 
     def _attend_by_pieces(self, query: Tensor, layer: int, scale: float, sliding_window: int | None) -> Tensor:
         """Sequence by sequence, each read where it lies if that can be; see `attend_packed`."""
@@ -268,26 +280,6 @@ class PagedView(AttendingView):
         else:
             store.index_copy_(1, self._new, new.transpose(0, 1))
 
-    def _all_keys_and_values(self, layer: int, new: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Those of all sequences end to end, (1, KV, sum of S, D) each.
-
-        Args:
-            new: see `attend_packed`.
-        """
-        cache = self._cache
-        as_new = not cache.format.scaled and cache.format.dtype == dtype
-        if as_new and not any(run.start for run in self._runs):
-            numbers = new.transpose(0, 1)
-        else:
-            if self._all is None:
-                slots = [torch.arange(part.start, part.stop) for held in self._held for part in held]
-                self._all = torch.cat(slots).to(cache.device)
-            codes = cache.layers[layer].index_select(1, self._all)
-            scales = cache.scales[layer].index_select(1, self._all) if cache.scales is not None else None
-            numbers = cache.format.decode(codes, scales, dtype)
-        keys, values = numbers[None].chunk(2, dim=1)
-        return keys, values
-
     def _keys_and_values(self, piece: _Piece, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Those that a piece sees, (1, KV, S, D) each: views where they lie in one run as they are needed, else copies."""
         cache, held = self._cache, self._held[piece.number]
@@ -314,6 +306,58 @@ class PagedView(AttendingView):
             found = torch.zeros(queries, keys, dtype=dtype, device=self._cache.device).masked_fill_(~seen, -math.inf)
             self._masks[queries, keys, window] = found
         return found
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Sequences that attend in one call.
+
+    Attributes:
+        rows: of the packed queries.
+        info: they are its documents.
+        slots: that hold their keys.
+        fresh: all of these are new.
+    """
+
+    rows: slice
+    info: AttentionInfo
+    slots: Tensor
+    fresh: bool
+
+    def keys_and_values(self, cache: PagedCache, layer: int, new: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Those of the sequences end to end, (1, KV, sum of S, D) each.
+
+        Args:
+            new: see `PagedView.attend_packed`.
+        """
+        if self.fresh and not cache.format.scaled and cache.format.dtype == dtype:
+            numbers = new[self.rows].transpose(0, 1)
+        else:
+            codes = cache.layers[layer].index_select(1, self.slots)
+            scales = cache.scales[layer].index_select(1, self.slots) if cache.scales is not None else None
+            numbers = cache.format.decode(codes, scales, dtype)
+        keys, values = numbers[None].chunk(2, dim=1)
+        return keys, values
+
+
+def _groups(runs: Sequence[Run], held: Sequence[Sequence[range]], device: torch.device) -> Iterator[_Group]:
+    """Sequences beside each other, as many as `COPIED_TOKENS` allows, or one.
+
+    Args:
+        held: where each one's keys lie.
+    """
+    first = at = 0
+    while first < len(runs):
+        last, tokens = first + 1, runs[first].end
+        while last < len(runs) and tokens + runs[last].end <= COPIED_TOKENS:
+            tokens += runs[last].end
+            last += 1
+        some = runs[first:last]
+        count = sum(run.count for run in some)
+        slots = [torch.arange(part.start, part.stop) for ranges in held[first:last] for part in ranges]
+        info = AttentionInfo.documents([run.count for run in some], [run.end for run in some])
+        yield _Group(slice(at, at + count), info, torch.cat(slots).to(device), not any(run.start for run in some))
+        first, at = last, at + count
 
 
 def _gather(store: Tensor, ranges: Sequence[range], first: int, end: int) -> Tensor:

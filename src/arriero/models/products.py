@@ -22,8 +22,9 @@ from arriero.processor_info import has_units_that_mkl_leaves
 # Multiplications from which oneDNN gains more than its call costs.
 LEAST = 1 << 24
 # It compiles kernels for each shape of a product, 0.2 to 1.3 MiB of them. A step calls it with about 25 shapes, and attention
-# with up to 32 (`onednn_attention`). Compiling them anew in every layer costs an eighth of a step with rows of 1,024 tokens.
-KEPT_SHAPES = 64
+# with 4 for each of its numbers of keys (`onednn_attention`): 16 in rows of 2,048 tokens. Compiling them anew in every layer
+# costs an eighth of a step.
+KEPT_SHAPES = 128
 # oneDNN's own, and that of torch's calls of it; each is read with the first call.
 _LIMITS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 

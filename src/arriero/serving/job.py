@@ -129,8 +129,9 @@ class Job:
                 async with asyncio.timeout(SETTLE_SECONDS):
                     await self._settle()
         metrics, name = self._service.metrics, self._model.name
-        metrics.prompt_tokens.labels(name).inc(self._prompt_tokens)
-        metrics.generated_tokens.labels(name).inc(self._tokens)
+        label = name if name in self._service.models else "unloaded"
+        metrics.prompt_tokens.labels(label).inc(self._prompt_tokens)
+        metrics.generated_tokens.labels(label).inc(self._tokens)
         metrics.cached_tokens.inc(self._cached_tokens)
         facts = self._request.state.facts
         facts["model"], facts["prompt_tokens"], facts["completion_tokens"] = name, self._prompt_tokens, self._tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -75,6 +76,12 @@ class Metrics:
         self.generated_tokens = Counter("arriero_generated_tokens", "Tokens of answers", ["model"], registry=registry)
         self.finished = Counter("arriero_answers", "Answers by how they ended", ["reason"], registry=registry)
         self.errors = Counter("arriero_errors", "Requests that failed, by status", ["status"], registry=registry)
+
+    def forget(self, model: str) -> None:
+        """Tell nothing more of a model that is gone: clients choose the names of adapters, of which there is no end."""
+        for counter in (self.prompt_tokens, self.generated_tokens):
+            with contextlib.suppress(KeyError):
+                counter.remove(model)
 
     def text(self) -> bytes:
         """All of them in Prometheus' text format."""

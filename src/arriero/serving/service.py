@@ -29,10 +29,12 @@ class ServedModel:
 
     Attributes:
         adapter: what the engine calls it; None: the model itself.
+        stays: it was there from the start, and no request removes it or puts another in its place.
     """
 
     name: str
     adapter: str | None = None
+    stays: bool = True
 
 
 @dataclass(frozen=True)

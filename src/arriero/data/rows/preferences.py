@@ -24,12 +24,8 @@ from arriero.data.samples import Message, Sample
 from arriero.errors import DataError
 
 KTO_KEYS = ("label", "kto_tag")  # TRL's and LLaMA-Factory's names for whether the one answer of a row is good
-BEGINNINGS = (
-    "prompt",
-    "instruction",
-    "conversations",
-    "messages",
-)  # where the turns before the answers are by themselves
+# where the turns before the answers are by themselves
+BEGINNINGS = ("prompt", "instruction", "conversations", "messages")
 ALPACA_KEYS = ("instruction", "input", "context", "system", "history")
 
 

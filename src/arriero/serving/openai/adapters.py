@@ -9,7 +9,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from arriero.errors import ArrieroError
+from arriero.errors import ArrieroError, GenerationError
 from arriero.serving.api_errors import ApiError, api_error
 from arriero.serving.body import Closed, read_body
 from arriero.serving.json_response import json_response
@@ -47,8 +47,8 @@ async def load_adapter(request: Request, service: Service) -> Response:
     assert root is not None  # else there is no such route
     folder = _inside(root, body.lora_path)
     async with service.changing_models:
-        if name == service.base.name:
-            raise ApiError(400, f"'{name}' is the model's own name: choose another", param="lora_name")
+        if name in service.models and service.models[name].stays:
+            raise ApiError(400, f"'{name}' is a name of the server's own: choose another", param="lora_name")
         if name in service.models and not body.load_inplace:
             raise ApiError(
                 400,
@@ -62,11 +62,11 @@ async def load_adapter(request: Request, service: Service) -> Response:
         except ArrieroError as error:
             if service.background.failure is not None or not service.ready:
                 raise api_error(error) from error
-            text = " ".join(str(error).split()).replace(
-                f"{root}/", ""
-            )  # where it lies is none of the client's business
-            raise ApiError(400, text, param="lora_path") from error
-        service.models[name] = ServedModel(name, name)
+            # where the folder lies is none of the client's business
+            text = " ".join(str(error).split()).replace(f"{root}/", "")
+            param = "lora_name" if isinstance(error, GenerationError) else "lora_path"
+            raise ApiError(400, text, param=param) from error
+        service.models[name] = ServedModel(name, name, stays=False)
     service.log("adapter_loaded", adapter=name, folder=str(folder), request_id=request.state.request_id)
     return json_response(card_of(service, service.models[name]))
 
@@ -77,9 +77,10 @@ async def unload_adapter(request: Request, service: Service) -> Response:
     name = body.lora_name
     async with service.changing_models:
         model = service.find(name, "lora_name")
-        if model.adapter is None:
-            raise ApiError(400, f"'{name}' is the model itself, which stays", param="lora_name")
+        if model.adapter is None or model.stays:
+            raise ApiError(400, f"'{name}' is a name of the server's own, which stays", param="lora_name")
         del service.models[name]
+        service.metrics.forget(name)
         try:
             await service.workers.run_slow(service.background.unload_adapter, model.adapter)
         except ArrieroError as error:
@@ -98,7 +99,7 @@ def _inside(root: Path, given: str) -> Path:
         folder = (root / given).resolve()
         if root in folder.parents and folder.is_dir():
             return folder
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have; links in a circle
         pass
     raise ApiError(
         400, "there is no such folder in the server's --adapter_folder: give its path in there", param="lora_path"
