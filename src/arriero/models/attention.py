@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from arriero.models import onednn_attention
 from arriero.models.attention_info import AttentionInfo
-from arriero.models.products import prefers_onednn
+from arriero.models.products import onednn_is_faster, prefers_onednn
 from arriero.models.uncompiled import uncompiled
 
 __all__ = [
@@ -89,6 +89,8 @@ def document_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
         return "flash with lengths"
     if device.type == "cuda":
         return "SDPA, packed rows with a mask (flash with lengths needs bf16 or fp16, an Ampere GPU and a torch that has it)"
+    if device.type == "cpu" and dtype == torch.float32 and onednn_is_faster():
+        return f"SDPA, of {onednn_attention.LEAST_QUERIES} tokens and more by oneDNN"
     return "SDPA"
 
 
