@@ -15,8 +15,9 @@ from arriero.config.adapter import AdapterOptions
 from arriero.config.model import ModelOptions
 from arriero.config.optimization import OPTIMIZERS
 from arriero.config.parser import parse
-from arriero.errors import ConfigError
+from arriero.errors import ConfigError, FormatError
 from arriero.formats.parts import Placement
+from arriero.formats.peft import PeftLoraConfig
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 from arriero.models.tensor_split import cut_of
@@ -202,3 +203,11 @@ def test_tensor_parallel_cuts_follow_the_layer() -> None:
             assert cut_of(f"{name}.lora_A{part}.weight", (3, 32), config, 2, 1).dim == (None if rows else 1)
             assert cut_of(f"{name}.lora_B{part}.weight", (32, 3), config, 2, 1).dim == (0 if rows else None)
         assert cut_of(f"{name}.lora_magnitude_vector", (32,), config, 2, 1).dim == (0 if rows else None)
+
+
+@pytest.mark.parametrize(("key", "value"), [("fan_in_fan_out", "\u00e9\n"), ("a\nkey", [1, "\n"])])
+def test_what_a_configuration_says_is_told_in_one_line(key: str, value: Any) -> None:
+    stored = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], key: value}
+    with pytest.raises(FormatError, match="which is not supported; only LoRA and DoRA are") as told:
+        PeftLoraConfig.from_dict(stored, "adapter_config.json")
+    assert str(told.value).splitlines() == [str(told.value)]
