@@ -27,6 +27,9 @@ class DataError(ArrieroError):
 class FormatError(ArrieroError):
     """A file of weights, configuration or tokenizer that is missing, broken or of an unsupported kind."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # a file's own words may have more than one line
+
 
 class TemplateError(ArrieroError):
     """A chat template that is malformed, unsafe, or outgrew its time or size limit."""
