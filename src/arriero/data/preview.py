@@ -10,7 +10,7 @@ from arriero.config.data import DataOptions
 from arriero.data.pairs import encode_pairs, load_pairs
 from arriero.data.samples import Sample
 from arriero.data.sft import IGNORE, Example, check_generation_prompt, encode_sample
-from arriero.data.sources import load_samples
+from arriero.data.sources import samples_for
 from arriero.data.tokenizer import Tokenizer
 
 GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
@@ -73,16 +73,7 @@ def preview(data: DataOptions, tokenizer: Tokenizer, count: int, *, color: bool)
     Raises:
         ConfigError, DataError, TemplateError: what would stop the training too.
     """
-    limits = {"train": data.max_train_samples}
-    samples = load_samples(
-        data.dataset_path,
-        data.data_name,
-        data.task_name,
-        ["train"],
-        data_format=data.data_format,
-        limits=limits,
-        val_size=data.val_size,
-    )["train"]
+    samples = samples_for(data, ["train"])["train"]
     blocks = []
     for number, sample in enumerate(samples[:count]):
         if number == 0 and sample.chat and tokenizer.has_chat_template():

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from arriero.config.data import dataset_parts
+from arriero.config.data import DataOptions, dataset_parts
 from arriero.data.row_files import MAX_ROW_BYTES, SUFFIXES, is_array, read_rows
 from arriero.data.rows.formats import sample_from_row
 from arriero.data.rows.questions import SQUAD_TASKS, question_from_row, samples_of
@@ -97,6 +97,19 @@ def load_samples(
         split: [replace(row, source=number) if number else row for number, rows in enumerate(files) for row in rows]
         for split, files in rows_of_splits(parts, names, splits, limits or {}, val_size).items()
     }
+
+
+def samples_for(data: DataOptions, splits: Sequence[str]) -> dict[str, list[Sample]]:
+    """`load_samples` of what options name."""
+    return load_samples(
+        data.dataset_path,
+        data.data_name,
+        data.task_name,
+        splits,
+        data_format=data.data_format,
+        limits={"train": data.max_train_samples, "dev": data.max_eval_samples},
+        val_size=data.val_size,
+    )
 
 
 def read_splits(splits: Sequence[str], val_size: float | None) -> Sequence[str]:

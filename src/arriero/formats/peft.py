@@ -137,8 +137,9 @@ class PeftLoraConfig:
             )
         for key, value in extra.items():
             if key not in _HARMLESS and value not in (None, False, 0) and value != {} and value != []:
-                given = " ".join(f"{key[:60]} is {str(value)[:60]}".split())  # in one line, whatever a file says
-                raise FormatError(f"{source}: {given}, which is not supported; only LoRA and DoRA are")
+                raise FormatError(
+                    f"{source}: {key[:60]} is {str(value)[:60]}, which is not supported; only LoRA and DoRA are"
+                )
         return cls(
             rank,
             alpha,

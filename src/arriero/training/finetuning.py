@@ -17,7 +17,7 @@ from arriero.data.order import StepOrder, prefix_clusters
 from arriero.data.pairs import PreferenceSteps
 from arriero.data.samples import Sample
 from arriero.data.sft import Example, encode_all
-from arriero.data.sources import check_data, load_samples, names_of_splits, rows_by_source
+from arriero.data.sources import check_data, names_of_splits, rows_by_source, samples_for
 from arriero.data.steps import DataShare, FinetuningSteps, digest_of
 from arriero.engine.loading import LoadedModel, load
 from arriero.errors import ConfigError
@@ -247,15 +247,7 @@ def _finetune(
         if options.preference.preference:
             preferred = PreferenceData.read(options, wanted)
         else:
-            samples = load_samples(
-                data.dataset_path,
-                data.data_name,
-                data.task_name,
-                wanted,
-                data_format=data.data_format,
-                limits={"train": data.max_train_samples, "dev": data.max_eval_samples},
-                val_size=data.val_size,
-            )
+            samples = samples_for(data, wanted)
         loaded = load(
             options.model,
             dtype=options.precision.weight_dtype,

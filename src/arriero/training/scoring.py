@@ -17,7 +17,7 @@ from arriero.config.model import ModelOptions
 from arriero.config.parallel import ParallelOptions
 from arriero.data.batch import packed_batches
 from arriero.data.samples import Sample
-from arriero.data.sources import check_data, load_samples, name_of_rows
+from arriero.data.sources import check_data, name_of_rows, samples_for
 from arriero.engine.loading import LoadedModel, load_for_inference, pick_device
 from arriero.engine.sampling_params import SamplingParams
 from arriero.output_file import check_folder, json_text
@@ -72,17 +72,7 @@ def rows_to_score(data: DataOptions) -> list[Sample]:
     Raises:
         DataError: rows that are not there, or that cannot be used.
     """
-    limits = {"dev": data.max_eval_samples}
-    found = load_samples(
-        data.dataset_path,
-        data.data_name,
-        data.task_name,
-        ["dev"],
-        data_format=data.data_format,
-        limits=limits,
-        val_size=data.val_size,
-    )
-    return found["dev"]
+    return samples_for(data, ["dev"])["dev"]
 
 
 def score_model(
