@@ -41,7 +41,7 @@ CURVES = {
     "train-layers": Curve("training step", "layers", (4, 8, 16, 32), "a step of 2 x 256 tokens"),
     "prefill": Curve("prompt", "tokens of a prompt", (512, 1024, 2048, 4096, 8000), "the first token"),
     "decode": Curve("decoding", "running requests", (1, 4, 8, 16, 32, 64), "a step"),
-    "corpus": Curve("preprocess, 1 worker", "MB of JSON lines", (4, 8, 16, 32), "the corpus"),
+    "corpus": Curve("preprocess, 1 worker", "MB of JSON lines", (4, 16, 64), "the corpus"),
     "clients": Curve("served", "clients", (1, 4, 8, 16, 32), "all answers, 2 for each client"),
     "ranks": Curve(
         "training on gloo, stage 3", "processes of 1 thread", (1, 2, 4), "a step of 16 x 128 tokens", (8, 16)

@@ -151,6 +151,22 @@ def test_a_slip_is_one_line_that_names_it(argv: tuple[str, ...], message: str) -
     assert len(str(error.value)) < 300
 
 
+@dataclass(kw_only=True)
+class Method(OptionGroup):
+    """Method."""
+
+    kind: str = option("int8", "what", ("int8", "int4"))
+    method: str = option("rtn", "how", ("rtn", "gptq", "same"))
+    other: str = option("a", "another", ("a", "same"))
+
+
+def test_a_word_that_another_option_takes_is_told_to_be_that_ones() -> None:
+    for word, more in (("gptq", " (which --method takes)"), ("same", ""), ("none", "")):
+        with pytest.raises(ConfigError) as error:
+            parse((Method,), ["--kind", word], "arriero test")
+        assert str(error.value) == f"--kind takes one of int8, int4, not '{word}'{more}"
+
+
 def test_positionals_by_place_and_by_name() -> None:
     (files,) = parse((Files,), ["a.json", "--force", "b.yaml"], "arriero test")
     assert (files.source, files.target, files.force) == ("a.json", "b.yaml", True)

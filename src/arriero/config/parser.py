@@ -195,8 +195,19 @@ def _named(
         if spec.name in values:
             raise ConfigError(f"{source}: {key} and {written[spec.name]} are the same option: give one")
         written[spec.name] = key
-        values[spec.name] = convert(spec, value, show_key(key))
+        values[spec.name] = _converted(spec, value, show_key(key), table)
     return values
+
+
+def _converted(spec: OptionSpec, value: Any, where: str, table: Mapping[str, OptionSpec]) -> Any:
+    """`convert`; a word that is a choice of one other option alone is told to be that."""
+    try:
+        return convert(spec, value, where)
+    except ConfigError as error:
+        others = {one.name for one in table.values() if str(value).lower() in (one.choices or ())} - {spec.name}
+        if not spec.choices or len(others) != 1:
+            raise
+        raise ConfigError(f"{error} (which --{others.pop()} takes)") from None
 
 
 def parse(groups: Sequence[type], argv: Sequence[str], prog: str, *, warn: bool = True) -> tuple[Any, ...]:
@@ -226,7 +237,7 @@ def parse(groups: Sequence[type], argv: Sequence[str], prog: str, *, warn: bool 
         spec = table[name]
         where = name.upper() if spec.positional else f"--{name}"
         try:
-            values[name] = raw if spec.remainder else convert(spec, raw, where)
+            values[name] = raw if spec.remainder else _converted(spec, raw, where, table)
         except ConfigError as error:
             if not (spec.positional and spec.choices and "model_name_or_path" in table):
                 raise
