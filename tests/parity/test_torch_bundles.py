@@ -20,8 +20,9 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
+from arriero import onednn
 from arriero.errors import ConfigError, FormatError
-from arriero.export import torch_program
+from arriero.export import aoti_export, torch_graph, torch_program
 from arriero.export.aoti_export import export_aoti
 from arriero.export.bundle import MANIFEST, open_bundle
 from arriero.export.kinds import open_runner
@@ -105,6 +106,13 @@ def test_logits_are_those_of_transformers(tmp_path: Path, family: str) -> None:
     folder, theirs = saved(tmp_path / "hf", **FAMILIES[family])
     bundle = export_torch(folder, tmp_path / "torch")
     assert_right(open_runner(bundle, slots=4), theirs, seed=1)
+
+
+def test_logits_by_onednn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On whatever processor this runs."""
+    monkeypatch.setattr(torch_graph, "onednn_is_faster", onednn.has_onednn)
+    folder, theirs = saved(tmp_path / "hf", **YARN_TIED)
+    assert_right(open_runner(export_torch(folder, tmp_path / "torch"), slots=4), theirs, seed=1)
 
 
 @pytest.mark.parametrize("changes", [YARN_TIED, FAMILIES["mistral"], FAMILIES["qwen3"]])
@@ -233,7 +241,9 @@ def test_it_runs_where_the_models_cannot_be_imported(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layers", [1, pytest.param(2, marks=pytest.mark.peers)])
-def test_compiled_programs(tmp_path: Path, layers: int) -> None:
+def test_compiled_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: int) -> None:
+    """Of one layer with oneDNN's products, of two with those of torch's BLAS, on whatever processor this runs."""
+    monkeypatch.setattr(aoti_export, "onednn_is_faster", lambda: layers == 1 and onednn.has_onednn())
     changes = {"model_type": "mistral", "sliding_window": 30, "attention_bias": True, "num_hidden_layers": layers}
     folder, theirs = saved(tmp_path / "hf", **changes)
     bundle = export_aoti(folder, tmp_path / "aoti", decode_rows=(2,))

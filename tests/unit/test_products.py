@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from arriero import onednn as onednn_library
 from arriero import processor_info
 from arriero.models import products
 
@@ -36,7 +37,7 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return onednn_gradient(grad, x, weight)
 
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(products, "LEAST", 1)
+    monkeypatch.setattr(onednn_library, "LEAST", 1)
     monkeypatch.setattr(products, "_onednn_gradient", gradient_told)
     monkeypatch.setattr(products, "_onednn", told)
     with products.fast_products(one_shape=True):
@@ -113,10 +114,10 @@ def test_small_products_and_code_outside_of_a_run_are_torchs_own(
     everywhere: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, weight = torch.randn(6, 8), torch.randn(10, 8)
-    monkeypatch.setattr(products, "LEAST", 6 * 8 * 10 + 1)
+    monkeypatch.setattr(onednn_library, "LEAST", 6 * 8 * 10 + 1)
     products.linear(x, weight)
     assert not everywhere
-    monkeypatch.setattr(products, "LEAST", 6 * 8 * 10)
+    monkeypatch.setattr(onednn_library, "LEAST", 6 * 8 * 10)
     products.linear(x, weight)
     assert len(everywhere) == 1
     monkeypatch.setattr(products, "_active", False)
@@ -145,7 +146,10 @@ def test_the_number_of_compiled_kernels_is_limited_unless_the_user_says(monkeypa
     with products.fast_products(one_shape=True):
         assert os.environ == {"LRU_CACHE_CAPACITY": "7"}
     with products.fast_products():
-        assert os.environ == {"LRU_CACHE_CAPACITY": "7", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(products.KEPT_SHAPES)}
+        assert os.environ == {
+            "LRU_CACHE_CAPACITY": "7",
+            "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(onednn_library.KEPT_SHAPES),
+        }
 
 
 @pytest.mark.parametrize(

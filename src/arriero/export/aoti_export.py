@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +17,7 @@ from torch.export import ExportedProgram
 from torch.nn.attention import sdpa_kernel
 
 from arriero.errors import ConfigError, FormatError
+from arriero.export.aoti_products import calls_of_onednn
 from arriero.export.aoti_runner import STEP, decode_name, open_runner, program_notes
 from arriero.export.bundle import Bundle
 from arriero.export.prefix_file import PrefixArray
@@ -27,6 +29,7 @@ from arriero.formats.safe_tensors import LazyTensor
 from arriero.formats.source import ModelSource
 from arriero.models.compiler import check_compiler, check_own_library, vector_isa
 from arriero.models.config import LlamaConfig
+from arriero.onednn import onednn_is_faster
 from arriero.processor_info import features
 
 # Sequences of the programs of one token each: a step of several takes the smallest that holds them.
@@ -70,7 +73,7 @@ def export_aoti(
         shape = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
         notes = program_notes(shape, config.vocab_size, context, weights, made)
         with sdpa_kernel(made.kernels):
-            _compile(programs, path, notes)
+            _compile(programs, path, notes, by_onednn=made.device.type == "cpu" and onednn_is_faster())
         if made.device.type == "cuda":
             check_loads(path, made.device)
 
@@ -119,11 +122,14 @@ def check_loads(package: Path, device: torch.device) -> None:
         )
 
 
-def _compile(programs: Mapping[str, ExportedProgram], path: Path, notes: Mapping[str, str]) -> None:
+def _compile(
+    programs: Mapping[str, ExportedProgram], path: Path, notes: Mapping[str, str], *, by_onednn: bool = False
+) -> None:
     """Compile programs, and put the libraries into one package.
 
     Args:
         notes: what each says of itself.
+        by_onednn: matrix products are oneDNN's, in place of the BLAS that torch was built with.
 
     Raises:
         FormatError: when the compiler fails.
@@ -152,7 +158,9 @@ def _compile(programs: Mapping[str, ExportedProgram], path: Path, notes: Mapping
             arguments, named = program.example_inputs
             try:
                 own = options | {"aot_inductor.metadata": dict(notes)}  # torch adds to it
-                written = aot_compile(program.module(check_guards=False), arguments, named, options=own)
+                module = program.module(check_guards=False)
+                with calls_of_onednn(module) if by_onednn else nullcontext():
+                    written = aot_compile(module, arguments, named, options=own)
             except RuntimeError as error:
                 failed = name, error
                 break

@@ -23,6 +23,7 @@ from arriero.export.slot_runner import SlotRunner
 from arriero.export.torch_target import CPU, Target
 from arriero.export.untouched_memory import untouched_zeros
 from arriero.formats.safe_tensors import read_tensors
+from arriero.onednn import limit_kept_kernels, onednn_is_faster
 
 WEIGHTS = "weights.safetensors"
 Integers = npt.NDArray[np.int64]
@@ -249,6 +250,8 @@ def program_runner(
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    if target.device.type == "cpu" and onednn_is_faster():
+        limit_kept_kernels()
     (layers, heads, head_dim), vocab_size = model_shape(bundle)
     context, length = bundle.manifest.context, bundle.manifest.prefix_length
     shape = (layers, heads, head_dim)

@@ -18,8 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from arriero.models import onednn_attention
 from arriero.models.attention_info import AttentionInfo
-from arriero.models.products import onednn_is_faster, prefers_onednn
+from arriero.models.products import prefers_onednn
 from arriero.models.uncompiled import uncompiled
+from arriero.onednn import onednn_is_faster
 
 __all__ = [
     "AttentionInfo",

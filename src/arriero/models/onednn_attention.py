@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arriero.models.products import onednn_product
+from arriero.onednn import onednn_product
 
 # Keys are taken in multiples of so many; where there are more than `FINE` times as many, of twice, four times ... as many:
 # oneDNN compiles kernels for each number of them, which a process keeps.

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arriero.models.products import has_onednn, is_plain_linear
+from arriero.models.products import is_plain_linear
+from arriero.onednn import has_onednn
 from arriero.processor_info import features, has_units_that_mkl_leaves, is_intel
 
 # oneDNN also takes weights in the ordinary layout: it then copies each part of them while it computes, which many rows pay for,

@@ -16,7 +16,7 @@ from arriero.models.cache import AttendingView
 from arriero.models.config import LlamaConfig
 from arriero.models.kv_format import KVFormat
 from arriero.models.onednn_attention import attend, takes
-from arriero.models.products import onednn_is_faster
+from arriero.onednn import onednn_is_faster
 
 # Queries of one call that needs a mask: it then computes few of the scores that the mask forbids.
 MASKED_QUERIES = 256

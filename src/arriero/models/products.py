@@ -1,34 +1,17 @@
-"""Matrix products of training and scoring on a CPU, by whichever of torch's two libraries is faster there.
-
-torch multiplies fp32 matrices by MKL, which keeps to 256-bit instructions on AMD's processors. oneDNN, which torch has too but
-calls for other formats only, uses 512-bit ones. Where these are computed at once, on Zen 5 and later, it is 2.3 times as fast
-(docs/performance.md).
-"""
+"""Matrix products of training and scoring on a CPU, by whichever of torch's two libraries is faster there: see `onednn`."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
-from functools import cache
 from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arriero.processor_info import has_units_that_mkl_leaves
+from arriero.onednn import is_suited, limit_kept_kernels, onednn_is_faster, onednn_product
 
-# Multiplications from which oneDNN gains more than its call costs.
-LEAST = 1 << 24
-# It compiles kernels for each shape of a product, 0.2 to 1.3 MiB of them. A step calls it with about 25 shapes, and attention
-# with 4 for each of its numbers of keys (`onednn_attention`): 16 in rows of 2,048 tokens. Compiling them anew in every layer
-# costs an eighth of a step.
-KEPT_SHAPES = 128
-# oneDNN's own, and that of torch's calls of it; each is read with the first call.
-_LIMITS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-
-_PLAIN = (Tensor, nn.Parameter)
 _active = False
 
 
@@ -58,8 +41,8 @@ def fast_products(*, one_shape: bool = False) -> Iterator[None]:
     if not onednn_is_faster():
         yield
         return
-    for name in () if one_shape else _LIMITS:
-        os.environ.setdefault(name, str(KEPT_SHAPES))
+    if not one_shape:
+        limit_kept_kernels()
     before, _active = _active, True
     try:
         yield
@@ -69,7 +52,7 @@ def fast_products(*, one_shape: bool = False) -> Iterator[None]:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`: (..., in), (out, in), (out,) -> (..., out)."""
-    if _active and _is_suited(x.numel() // weight.shape[1], x, weight) and not torch.is_autocast_enabled("cpu"):
+    if _active and is_suited(x.numel() // weight.shape[1], x, weight) and not torch.is_autocast_enabled("cpu"):
         y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return y
     return F.linear(x, weight, bias)
@@ -77,7 +60,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` of (..., k) and (k, n), without gradients of its own: for what is a gradient, or asks for none."""
-    if _active and _is_suited(a.numel() // len(b), a, b):
+    if _active and is_suited(a.numel() // len(b), a, b):
         y: Tensor = _onednn(a, b.t(), None)
         return y
     return a @ b
@@ -113,15 +96,9 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return onednn_product(x, weight, bias)
 
 
-def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x weight^T + bias`` by oneDNN, without gradients; fp32, and rows or columns of the weight without gaps."""
-    y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-    return y
-
-
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """``grad^T x`` of (rows, out) and (rows, in), in the shape of the weight."""
-    if _active and _is_suited(weight.shape[0], grad, x):
+    if _active and is_suited(weight.shape[0], grad, x):
         found: Tensor = _onednn_gradient(grad, x, weight)
         return found
     return grad.t() @ x
@@ -145,33 +122,6 @@ def _shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
-def _is_suited(rows: int, a: Tensor, b: Tensor) -> bool:
-    """Whether oneDNN can be called for a product of so many rows with a matrix, and the product is large enough."""
-    return (
-        rows * b.numel() >= LEAST
-        and a.dtype == b.dtype == torch.float32
-        and a.device.type == b.device.type == "cpu"
-        and type(a) in _PLAIN
-        and type(b) in _PLAIN
-    )
-
-
-@cache
-def has_onednn() -> bool:
-    """Whether torch can call oneDNN's product."""
-    return bool(
-        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and hasattr(torch.ops.aten, "mkldnn_linear_backward_weights")
-    )
-
-
 def prefers_onednn() -> bool:
     """Whether `fast_products` is in force, and has an effect here."""
     return _active
-
-
-@cache
-def onednn_is_faster() -> bool:
-    """Whether fp32 products of many rows are oneDNN's rather than MKL's on this processor."""
-    return has_units_that_mkl_leaves() and has_onednn()
