@@ -20,7 +20,8 @@ from arriero.processor_info import features, has_units_that_mkl_leaves, is_intel
 # oneDNN also takes weights in the ordinary layout: it then copies each part of them while it computes, which many rows pay for,
 # and on processors whose units MKL leaves unused any number of them.
 MANY_ROWS = 32
-# Its kernels for fewer rows read the weights at three quarters of the speed (docs/performance.md).
+# For weights in its own layout its kernels for fewer rows are no faster, on Zen 4 slower; in the ordinary layout one row takes
+# three quarters of the time of four (docs/performance.md).
 FEW_ROWS = 4
 # Linux' names of what multiplies bf16 numbers, on x86 and on ARM; elsewhere they are emulated.
 BF16_PRODUCTS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
@@ -138,13 +139,16 @@ class PackedLinear:
         other.addmm_(x, self._transposed)
         return other if self._bias is None else other.add_(self._bias)
 
+    def _filled(self, x: Tensor) -> Tensor:
+        return filled(x) if self._copied or len(x) >= FEW_ROWS else x
+
     def _pointwise(self, x: Tensor, function: str) -> Tensor:
-        x, rows = filled(x), len(x)
+        x, rows = self._filled(x), len(x)
         y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._weight, self._bias, function, [], "")
         return y if len(y) == rows else y[:rows]
 
     def _binary(self, x: Tensor, other: Tensor, function: str) -> Tensor:
-        x, other, rows = filled(x), filled(other), len(x)
+        x, other, rows = self._filled(x), self._filled(other), len(x)
         y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self._weight, self._bias, function)
         return y if len(y) == rows else y[:rows]
 
@@ -152,10 +156,14 @@ class PackedLinear:
 class PackedGate:
     """``silu(gate(x)) * up(x)`` of two plain linear layers: (T, in) -> (T, out)."""
 
-    def __init__(self, gate: nn.Linear, up: nn.Linear, *, copy: bool) -> None:
-        """Arguments as of `PackedLinear`."""
+    def __init__(self, gate: nn.Linear, up: nn.Linear, *, copy: bool, join: bool = True) -> None:
+        """
+        Args:
+            copy: as of `PackedLinear`.
+            join: without a copy, the two weights become slices of one tensor.
+        """
         copy = copy and has_kernels(gate.weight.device, gate.weight.dtype)
-        self._both = None if copy else PackedLinear((gate, up), copy=False)
+        self._both = PackedLinear((gate, up), copy=False) if join and not copy else None
         self._gate, self._up = PackedLinear((gate,), copy=copy), PackedLinear((up,), copy=copy)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache as once
+from functools import partial
 from typing import Protocol, cast
 
 import torch
@@ -149,10 +150,12 @@ class _PackedLayer:
         self._layer, self._key_value_heads, self._compiled_tokens = layer, key_value_heads, compiled_tokens
         attention, mlp = layer.self_attn, layer.mlp
         parts, gate = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
-        self._parts: tuple[nn.Module, ...] = parts
         self._qkv = PackedLinear(parts, copy=copy) if join and is_plain(*parts) else None
+        self._parts: list[Callable[[Tensor], Tensor]] = []
+        if self._qkv is None:
+            self._parts += [PackedLinear([x], copy=False) if is_plain(x) else partial(_called, x) for x in parts]
         self._output = PackedLinear([attention.o_proj], copy=copy) if is_plain(attention.o_proj) else None
-        self._gate = PackedGate(*gate, copy=copy) if join and is_plain(*gate) else None
+        self._gate = PackedGate(*gate, copy=copy, join=join) if is_plain(*gate) else None
         self._down = PackedLinear([mlp.down_proj], copy=copy) if is_plain(mlp.down_proj) else None
 
     def __call__(
@@ -187,7 +190,7 @@ class _PackedLayer:
         """Queries, keys and values, (T, H + 2 KV, head_dim)."""
         attention, x = self._layer.self_attn, self._layer.input_layernorm(hidden)
         size, kv = attention.head_dim, self._key_value_heads
-        qkv = self._qkv(x) if self._qkv is not None else torch.cat([_called(part, x) for part in self._parts], dim=-1)
+        qkv = self._qkv(x) if self._qkv is not None else torch.cat([part(x) for part in self._parts], dim=-1)
         if deltas is not None:
             widths = [qkv.shape[1] - 2 * kv * size, kv * size, kv * size]
             for name, y in zip(QKV, torch.split(qkv, widths, dim=-1), strict=True):
