@@ -65,7 +65,7 @@ def run(options: QuickstartOptions) -> int:
     if (merged / "config.json").is_file():
         print(f"done already: {merged}")
     else:
-        _merge(options, model, adapter, merged)
+        _merge(model, adapter, merged)
     _hints(model, adapter, merged, data)
     print(f"\ndone in {_minutes(time.monotonic() - started)}; everything is in {folder}")
     return 0
@@ -189,7 +189,7 @@ def _finetune(options: QuickstartOptions, model: Path, data: Path, adapter: Path
     finetune(finetuning)
 
 
-def _merge(options: QuickstartOptions, model: Path, adapter: Path, target: Path) -> None:
+def _merge(model: Path, adapter: Path, target: Path) -> None:
     from arriero.commands import merge
     from arriero.config.adapter import AdapterPathOptions
     from arriero.config.merging import MergeOptions

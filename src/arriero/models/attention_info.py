@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class AttentionInfo:
-    """Which keys each query attends to. Build it by `causal`, `documents`, `masked` or `padded`, once a batch.
+    """Which keys each query attends to. Build it by `causal`, `documents`, `branching`, `masked` or `padded`, once a batch.
 
     Masks and offsets derived from it are kept inside, so that all layers share them.
     """

@@ -18,7 +18,6 @@ from arriero.quantization.linear import QuantizedLinear, replace_layer
 from arriero.quantization.rounding import gptq, searched_scales
 from arriero.quantization.schemes import IntegerWeights, WeightScheme
 
-METHODS = ("rtn", "gptq", "awq")
 _TOKENS_AT_ONCE = 4096
 
 
@@ -111,7 +110,7 @@ def quantize_model(
     inputs.
 
     Args:
-        method: one of `METHODS`. Integers get a searched range in each; nf4 and fp8 the rule of the format.
+        method: "rtn", "gptq" or "awq". Integers get a searched range in each; nf4 and fp8 the rule of the format.
         blocks: calibration tokens, (1, T) int64 each, all of one length.
         storage: in which the plain weights will be stored.
         on_layer: called with 1 after each layer.

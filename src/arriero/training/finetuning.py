@@ -68,7 +68,7 @@ def check_supported(options: FinetuneOptions) -> None:
         metrics = objective_of(options.preference).metrics
     elif options.data.eval_with_do_generation:
         metrics = ("exact_match", "f1", "rouge1", "rouge2", "rougeL", "bleu4")
-    check_run("finetune", options, metrics)
+    check_run(options, metrics)
     if options.quantization.qat and not (options.optimization.do_train or options.checkpoint.resume_from_checkpoint):
         raise ConfigError(
             "--qat without --do_train scores a run that was trained with it: name it with --resume_from_checkpoint, or use "

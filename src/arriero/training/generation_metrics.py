@@ -60,7 +60,7 @@ def clean(text: str) -> str:
 def score(answers: Sequence[Answer]) -> dict[str, float]:
     """Metrics in percent.
 
-    Extractive answers (several references or a question-answering prompt): `exact_match` and `f1` by SQuAD's definition;
+    Where every row has a prompt of question answering and references: `exact_match` and `f1` by SQuAD's definition;
     where some questions have no answer (SQuAD v2) also those of each kind, named as by the official script: `HasAns_exact`,
     `HasAns_f1`, `HasAns_total` (their number), `NoAns_exact` and so on.
     Others: `rouge1`, `rouge2`, `rougeL` (F1) and `bleu4`, which need the extra `eval`: the numbers of rouge-score (no stemmer;

@@ -212,7 +212,7 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
         RunStopped: if a signal ended the training early.
     """
     given, checkpoint = options.model, options.checkpoint
-    check_run("pretrain", options, ("loss", "ppl", "accuracy", "bits_per_byte"))
+    check_run(options, ("loss", "ppl", "accuracy", "bits_per_byte"))
     if not (options.optimization.do_train or given.continue_training or checkpoint.resume_from_checkpoint):
         raise ConfigError(
             "--do_train no would score random weights: add --continue_training or --resume_from_checkpoint"

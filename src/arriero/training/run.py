@@ -87,7 +87,7 @@ class RunOptions:
         return cls(**{name: next(group for group in groups if isinstance(group, kinds[name])) for name in kinds})
 
 
-def check_run(verb: str, options: RunOptions, metrics: Sequence[str]) -> None:
+def check_run(options: RunOptions, metrics: Sequence[str]) -> None:
     """Refuse what this version cannot do, before anything is loaded.
 
     Args:

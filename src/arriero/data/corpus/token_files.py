@@ -30,7 +30,6 @@ HEADER = struct.Struct("<9sQBQQ")  # magic, version, type of the ids, sentences,
 ID_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10: "<u8"}
 
 SUFFIXES = ("_ids.npy", "_idx.npz", "_ids.npz", ".bin", ".idx")
-IMPLEMENTATIONS = ("auto", "npy", "mmap")
 
 SAMPLED_BLOCKS = 64
 BLOCK = 1 << 16

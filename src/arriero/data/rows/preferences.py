@@ -36,11 +36,6 @@ class PairSample:
     chosen: Sample
     rejected: Sample
 
-    @property
-    def equal(self) -> bool:
-        """Whether there is nothing to prefer."""
-        return (self.chosen.target, self.chosen.answer) == (self.rejected.target, self.rejected.answer)
-
 
 def is_pair(row: Row) -> bool:
     """Whether a row holds two answers, as TRL or as PaddleNLP has them."""

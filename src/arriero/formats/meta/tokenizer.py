@@ -21,7 +21,6 @@ from arriero.formats.tokenizer_json import LLAMA3_SPLIT, added_token, bpe_model,
 TOKENIZER_FILE = "tokenizer.model"
 MAX_TIKTOKEN_BYTES = 32 * 2**20
 MAX_TOKEN_BYTES = 256  # the longest of Llama 3 has 128
-SPECIAL_TOKENS = 256
 BEGIN, END, TURN, MESSAGE = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]{1,7}")
 

@@ -15,8 +15,6 @@ from arriero.training.planning.memory import Memory, training_memory
 from arriero.training.planning.setup import ModelFacts, TrainingSetup
 from arriero.training.planning.speed import Speed, training_speed
 
-_RECOMPUTED = {"none": "no recomputation", "core_attn": "attention recomputed", "full": "layers recomputed"}
-
 
 @dataclass(frozen=True)
 class Plan:
