@@ -37,7 +37,7 @@ ROOT = HERE.parent
 RESULTS = HERE / "results/all.jsonl"
 TABLE = HERE / "results/all.md"
 DOCUMENT = ROOT / "docs/performance.md"
-PICTURE = ROOT / "docs/performance.png"
+PICTURE, SHORT_PICTURE = ROOT / "docs/performance.png", ROOT / "docs/peers.png"  # the second is the README's
 LOGS = ROOT / "runs/benchmarks"
 GENAI = ROOT / ".venv-genai"
 GENAI_PACKAGES = ("onnxruntime-genai==0.18.0", "onnx-ir", "torch==2.13.0", "transformers==5.23.0")
@@ -335,6 +335,7 @@ def main() -> None:
     if given.write:
         records.between(DOCUMENT, "all.py", text)
         ratio_picture.draw(PICTURE, latest)
+        ratio_picture.draw_few(SHORT_PICTURE, latest)
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ class Found:
             measured, wanted = self.exponents(kind)
             text = (lambda y: f"{y:.3g} s") if kind == "seconds" else (lambda y: f"{y / 2**20:,.0f} MiB")
             against = text(expected[len(own) - 1][1]) if kind == "bytes" else self._reached()
-            mark = "**faster than it should**" if self.too_fast(kind) else ""
+            mark = "**grows faster than its law**" if self.too_fast(kind) else ""
             lines.append(
                 f"| {curve.title}: {curve.time if kind == 'seconds' else 'memory'} | {curve.x} {first.x:,} to {last.x:,} "
                 f"| {text(own[0][1])} to {text(own[-1][1])} | {against} | {measured:.2f} | {wanted:.2f} | {mark} |"

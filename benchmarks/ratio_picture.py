@@ -1,4 +1,4 @@
-"""The ratios of a table as a picture: a bar a figure that has a peer, and a mark where its goal is."""
+"""The ratios of a table as pictures: a bar a figure that has a peer, and a mark where its goal is; and a few of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,21 @@ from records import Record
 
 OURS, BEHIND, GOAL = "#e8590c", "#868e96", "#212529"
 TICKS = (0.5, 1, 2, 4, 8, 16, 32)
+# What the README shows: how a figure and its peer begin, and the label.
+FEW = (
+    ("served, 16 clients, int4: all tokens", "llama-cpp", "serving 16 clients, int4 (llama-cpp-python's server)"),
+    ("LoRA, torchtune's recipe", "torchtune", "LoRA, packed rows of uneven length (torchtune)"),
+    ("LoRA on uneven rows", "transformers", "LoRA, packed rows of uneven length (transformers + PEFT)"),
+    ("uneven:", "transformers", "generation, 64 uneven requests (transformers)"),
+    ("full fine-tune of 135M, real rows", "transformers", "full fine-tuning (transformers)"),
+    ("lora fine-tune of 135M, real rows", "transformers", "LoRA (transformers + PEFT)"),
+    ("batch_8:", "transformers", "generation, 8 requests (transformers)"),
+    ("prefill:", "transformers", "a prompt of 2,048 tokens (transformers)"),
+    ("LoRA, litgpt's own task", "litgpt", "LoRA, its own task (litgpt)"),
+    ("int4 bundle, decode 1,", "llama.cpp", "generation, one request, int4 (llama.cpp)"),
+    ("preprocess of 32 MB, 1 worker", "datasets", "preparing a corpus, one process (datasets.map)"),
+    ("int4 bundle, decode 1,", "onnxruntime-genai", "generation, one request, int4 (onnxruntime-genai)"),
+)
 
 
 def draw(path: Path, found: Sequence[Record]) -> None:
@@ -41,6 +56,29 @@ def draw(path: Path, found: Sequence[Record]) -> None:
         axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
     both[-1].set_xlabel("arriero beside the peer, in the same run; the short line is the goal")
+    figure.savefig(path, dpi=110)
+
+
+def draw_few(path: Path, found: Sequence[Record]) -> None:
+    """Speed alone, of what `FEW` names."""
+    shown = []
+    for what, peer, label in FEW:
+        fits = (one for one in found if one.what.startswith(what) and not one.what.endswith(goals.MEMORY))
+        record = next((one for one in fits if one.peer_name.startswith(peer) and one.ratio is not None), None)
+        if record is not None:
+            shown.append((_ratio(record), label))
+    shown.sort(reverse=True)
+    figure = Figure(figsize=(9, 0.7 + 0.32 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    colours = [OURS if ratio >= 1 else BEHIND for ratio, _ in shown]
+    axes.barh(range(len(shown)), [ratio for ratio, _ in shown], color=colours, height=0.7)
+    for place, (ratio, _) in enumerate(shown):
+        axes.text(ratio + 0.06, place, f"{ratio:.2f}", va="center", fontsize=9)
+    axes.set_yticks(range(len(shown)), [label for _, label in shown], fontsize=9)
+    axes.invert_yaxis()
+    axes.axvline(1, color=GOAL, linewidth=1)
+    axes.set_xlabel("times as fast as the tool in brackets, in the same run")
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
 
 

@@ -84,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name is None or error.name.startswith("arriero"):
             return _defect(error, error_file, debug)
         message = (
-            f"{error.name.partition('.')[0]} is needed for this and is not installed here: pip install arriero "
-            "(one that only runs bundles is without it, see docs/export.md)"
+            f"{error.name.partition('.')[0]} is needed for this and is not installed here: pip install . in arriero's "
+            "repository (one that only runs bundles is without it, see docs/export.md)"
         )
         return _end(error, message, ArrieroError.exit_code, error_file, debug)
     except Exception as error:

@@ -342,9 +342,13 @@ def test_many_at_once_get_their_own_answers(served: Served, loaded: LoadedModel)
         ({"frobnicate": 1}, "frobnicate", "unknown_parameter"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_value"),
         ({"messages": [{"role": "king", "content": ""}]}, "messages[0]", "invalid_value"),
-        ({"response_format": {"type": "json_schema", "json_schema": BAD}}, "response_format", None),
+        ({"response_format": {"type": "json_schema", "json_schema": {**BAD, "strict": True}}}, "response_format", None),
         ({"guided_regex": "(a"}, "guided_regex", None),
-        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": BAD["schema"]}}]}, "tools", None),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": BAD["schema"], "strict": True}}]},
+            "tools[0].function.parameters",
+            None,
+        ),
     ],
 )
 def test_errors_are_openais(served: Served, change: dict[str, Any], param: str, code: str | None) -> None:

@@ -247,14 +247,39 @@ def test_a_draft_of_another_vocabulary_is_refused() -> None:
 
 def test_speculation_stops_where_it_loses_and_tries_again() -> None:
     speculation = Speculation(PromptLookup(), window=4, hold=2)
-    now, seen = 0.0, []
+    seen = []
     for _ in range(60):
-        now += 1.0 if speculation.on else 0.5
-        speculation.measure(1, now)
+        speculation.measure(1, 1.0 if speculation.on else 0.5)
         seen.append(speculation.on)
     off = seen.count(False)
     assert 0 < seen.count(True) < off, "off for longer than on"
     assert True in seen[30:], "and tried again"
+
+
+def test_pauses_between_requests_do_not_switch_speculation(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps with guesses take half the time here, and the server waits for a request in the turn that is measured with them."""
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    model, _ = pair()
+    speculation = Speculation(PromptLookup(), window=4, hold=8)
+    engine = Engine(TorchRunner(model, max_tokens=128), tokenizer, speculation=speculation)
+    run = engine.runner.run
+
+    def timed(work: Any) -> Any:
+        clock[0] += 1.0 if speculation.on else 2.0
+        return run(work)
+
+    monkeypatch.setattr(engine.runner, "run", timed)
+    seen = []
+    for prompt in range(12):
+        engine.submit([prompt], SamplingParams(max_new_tokens=2, ignore_eos=True))
+        while engine.unfinished:
+            engine.step()
+            seen.append(speculation.on)
+        clock[0] += 100.0 if speculation.on else 0.0
+    assert seen[8:] == [True] * (len(seen) - 8), "on, after a turn of each"
 
 
 def test_smollm2(smollm2: Path) -> None:

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from arriero.adapters.lora import LoRAConfig, apply_lora  # noqa: E402
 from arriero.errors import ConfigError, FormatError  # noqa: E402
+from arriero.formats.module_patterns import is_pattern  # noqa: E402
 from arriero.formats.peft import (  # noqa: E402
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     PeftLoraConfig,
-    is_pattern,
     load_adapter,
     save_adapter,
 )
@@ -202,7 +202,36 @@ def test_nothing_to_save(tmp_path: Path) -> None:
         ("([a-z_.0-9]+)+X", False),  # twice as long for each character of a name
         ("(a|aa)*b", False),
         (".*" * 6, False),
+        (".?" * 40 + "x", False),  # twice as long for each
+        (r"(.|\w)" * 24 + "x", False),
+        (r"([qk]|[kv])" * 24 + "x", False),
+        ("(a|b)" * 24 + "x", True),
+        ("(?i:(a|A))" * 24 + "x", False),
+        ("(a|ab?)" * 24 + "x", False),
+        ("(" + "|".join(["."] * 100) + ")" + "x", False),
+        ("a{(.*.*.*.*.*.*)}", False),  # a brace that repeats nothing
+        (r"[(|\])]*x(?:y|[)]z)", True),
+        (r"(?x:a|a )b", False),  # another language
+        (r"(?#", False),
+        (r"^(?!.*head).*$", True),
+        (r"model.layers.(\d+).self_attn.(q|v)_proj", True),
+        (r".*\.(q|k|v)_proj$", True),
+        (r".*decoder.*(SelfAttention|EncDecAttention).*(q|v)$", True),  # of PEFT's help
+        (
+            rf"model\.layers\.({'|'.join(map(str, range(32)))})\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)",
+            True,
+        ),
+        ("|".join(f"model.layers.{i}.self_attn.q_proj" for i in range(40)), True),
+        (r"(?:.*?q_proj|.*?k_proj|.*?v_proj|.*?o_proj)", True),
+        (  # as Unsloth writes it
+            r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+            r"(?:k_proj|q_proj|v_proj|o_proj|gate_proj|up_proj|down_proj).*?)|"
+            r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\."
+            r"(?:(?:k_proj|q_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)))",
+            True,
+        ),
         ("(?i)q_proj", False),  # valid alone, but not where it is put
+        ("a)|(b", False),
         ("(", False),
     ],
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,6 +96,24 @@ def test_a_learned_token_is_never_shared(rows: list[Example]) -> None:
         for member in members:
             assert all(label == IGNORE for label in member.labels[:shared])
             assert member.input_ids[:shared] == members[0].input_ids[:shared]
+
+
+def test_the_labels_of_a_row_are_scanned_once_however_many_it_is_compared_with() -> None:
+    scans: list[int] = []
+
+    class Labels(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            scans.append(id(self))
+            return super().__iter__()
+
+    rows = [Example([first, 2, 3], Labels([IGNORE, 3, IGNORE])) for first in range(20)]
+    assert len(group_by_prefix(rows)) == 20
+    assert sorted(scans) == sorted(id(row.labels) for row in rows)
+    example = row([1, 2], [3])
+    assert (example.prompt_length, example.label_count) == (2, 1)
+    again = copy.deepcopy(example)  # by the protocol of pickles
+    assert (again, again.prompt_length) == (row([1, 2], [3]), 2)
+    assert replace(example, labels=[2, 3, IGNORE]).prompt_length == 1
 
 
 def test_identical_rows_keep_a_token_of_their_own() -> None:

@@ -218,6 +218,28 @@ def test_worker_survives_being_killed() -> None:
     worker.close()
 
 
+def test_an_answer_that_was_not_waited_for_is_nobodys() -> None:
+    class Interrupted:
+        def readline(self) -> bytes:
+            raise KeyboardInterrupt
+
+        def close(self) -> None:
+            pass
+
+    worker = template_process.TemplateWorker()
+    assert worker.render("{{ 1 }}", {}) == "1"
+    process = worker._process
+    assert process is not None
+    process.stdout, answers = Interrupted(), process.stdout  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        worker.render("{{ 2 }}", {})
+    process.stdout = answers
+    assert worker.render("{{ 3 }}", {}) == "3"
+    worker.close()
+    assert answers is not None
+    answers.close()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_has_its_own_renderer() -> None:
     program = (

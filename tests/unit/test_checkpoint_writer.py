@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import threading
@@ -165,6 +166,20 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     read = Store()
     tensors, _, state = load_checkpoint(tmp_path / "checkpoint-1", read)
     assert (tensors, state.tokens, list(read.held)) == ({}, 5, ["a"])
+
+
+def test_files_nested_without_end_are_one_line(tmp_path: Path) -> None:
+    CheckpointWriter().save(tmp_path, Store(), {}, TrainState(step=1), nothing)
+    folder, deep = tmp_path / "checkpoint-1", b"[" * 100_000
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    (folder / "trainer_state.json").write_bytes(deep)
+    manifest["files"]["trainer_state.json"] = {"bytes": len(deep), "sha256": hashlib.sha256(deep).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(FormatError, match="not a training checkpoint"):
+        load_checkpoint(folder, Store())
+    (folder / "manifest.json").write_bytes(deep)
+    with pytest.raises(FormatError, match=r"manifest\.json is missing or unreadable"):
+        verify(folder)
 
 
 def make_trainer(folder: Path, *callbacks: Callback, steps: int = 6) -> Trainer:

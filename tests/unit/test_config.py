@@ -16,6 +16,7 @@ from arriero.config.checkpoint import CheckpointOptions
 from arriero.config.compatibility import check
 from arriero.config.converting import ConvertOptions
 from arriero.config.data import DataOptions
+from arriero.config.evaluation import EvaluateOptions
 from arriero.config.export import ExportOptions
 from arriero.config.files import effective, write_config
 from arriero.config.generation import GenerationOptions, PredictOptions
@@ -366,6 +367,20 @@ def test_precision_names_the_types() -> None:
     assert types(fp16=True, fp16_opt_level="O2") == ("float16", "float16")
     assert types(bf16=True) == ("bfloat16", "float32")
     assert types(bf16=True, fp16_opt_level="O2") == ("bfloat16", "bfloat16")
+
+
+def test_options_of_data_loading_are_taken_and_told() -> None:
+    both = CorpusOptions(input_dir=["corpus"], share_folder=True, dataloader_num_workers=2)
+    given = frozenset({"share_folder", "dataloader_num_workers"})
+    optimization = OptimizationOptions(do_train=True)
+    assert check([both, optimization], given) == [
+        "--dataloader_num_workers has no effect: batches are made in the main process",
+        "--share_folder has no effect: a lock in the cache serves shared and separate file systems",
+    ]
+    assert check([CorpusOptions(input_dir=["corpus"]), optimization], given) == []
+    assert check([PlanOptions(), both, optimization], given) == [], "a plan takes the command line that it plans"
+    scored = check([DataOptions(dataset_path="rows", dataloader_num_workers=2), EvaluateOptions()], given)
+    assert scored == ["--dataloader_num_workers has no effect: batches are made in the main process"]
 
 
 def test_a_plan_tells_that_it_does_not_count_fp8() -> None:

@@ -121,7 +121,7 @@ def test_python_blocks_use_names_there_are(path: Path) -> None:
 def test_limits_that_security_names_are_those_of_the_code() -> None:
     from arriero.config.serving import ServeOptions
     from arriero.data import chat_template, row_files, template_process, template_worker, tokenizer_files
-    from arriero.formats import json_file, peft, pickle_machine, safe_tensors, torch_pickle
+    from arriero.formats import json_file, module_patterns, pickle_machine, safe_tensors, torch_pickle
     from arriero.formats.gguf import file as gguf
     from arriero.serving import doors, server, strict_json
 
@@ -140,7 +140,7 @@ def test_limits_that_security_names_are_those_of_the_code() -> None:
             *(template_process.CPU_SECONDS, template_worker.MEMORY_LIMIT),
         ],
         "a row": [row_files.MAX_ROW_BYTES],
-        "a regular expression": [peft.MAX_PATTERN],
+        "a regular expression": [module_patterns.MAX_PATTERN, module_patterns.MAX_CHOICES],
         "a request's body": [serve["max_body_bytes"], doors.BODY_SECONDS, strict_json.MAX_DEPTH],
         "thrown away": [doors.DISCARD_BYTES, doors.DISCARD_SECONDS],
         "connections": [serve["max_connections"], server.SPARE_CONNECTIONS],

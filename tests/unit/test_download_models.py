@@ -81,6 +81,17 @@ def test_tiny_model_is_made_once_and_mended(tmp_path: Path) -> None:
     assert digest(folder) == good
 
 
+@pytest.mark.parametrize("held", ["config.json", "model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("name", ["tiny-random-llama", "smollm2-135m-instruct", "someone/model"])
+def test_a_folder_with_another_model_is_left_alone(tmp_path: Path, held: str, name: str) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / held).write_text("mine")
+    with pytest.raises(FormatError, match=f"own holds another model \\({held}\\): name a new folder"):
+        fetch_model(name, folder=own)
+    assert {path.name: path.read_text() for path in own.iterdir()} == {held: "mine"}
+
+
 def test_receipt(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("x")
     assert not is_complete(tmp_path, "s")

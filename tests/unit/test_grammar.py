@@ -7,6 +7,7 @@ import io
 import json
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.engine.drafts import PromptLookup, Speculation
 from arriero.engine.engine import Engine
-from arriero.engine.grammar import GrammarCompiler
+from arriero.engine.grammar import CompiledGrammar, GrammarCompiler, StructureBusyError, _Tables
 from arriero.engine.runner import TorchRunner
 from arriero.engine.sampling_params import SamplingParams
 from arriero.engine.structure import Structure
@@ -427,6 +428,45 @@ def test_nobody_waits_for_longer_than_allowed(bpe: Tokenizer) -> None:
             time.sleep(0.05)
     else:
         pytest.fail("it was never compiled")
+
+
+def test_a_structure_that_waited_is_not_told_that_it_is_too_complex(
+    bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processor's time counts: what used its own is refused, what waited for others is worth another try."""
+    real, made, ended = CompiledGrammar.compile, _Tables.of, threading.Event()
+
+    def compile_after(structure: Structure, tables: Any) -> Any:
+        while structure.kind == "regex" and not ended.is_set():  # as one that is too complex
+            pass
+        ended.wait(30)
+        return real(structure, tables)
+
+    def slow_tables(*arguments: Any) -> Any:
+        time.sleep(1.0)
+        return made(*arguments)
+
+    monkeypatch.setattr(_Tables, "of", slow_tables)
+    compiler = GrammarCompiler(bpe, bpe.vocab_size, timeout_seconds=0.5)
+    compiler.compile(Structure("choice", ("a", "b")))  # whose time does not begin before the tables are there
+    monkeypatch.setattr(CompiledGrammar, "compile", compile_after)
+    waiting, complex_one = Structure("choice", ("c",)), Structure("regex", "a")
+    try:
+        for _ in range(2):
+            with pytest.raises(StructureBusyError, match=r"not compiled within 0.5 s, .* try again"):
+                compiler.compile(waiting)
+        for _ in range(100):  # on a busy machine it waits too; in the end it has used its time
+            with pytest.raises(GenerationError) as found:
+                compiler.compile(complex_one)
+            if not isinstance(found.value, StructureBusyError):
+                break
+        assert "simplify it" in str(found.value)
+        third = Structure("choice", ("d",))  # both threads are taken: its turn does not come
+        with pytest.raises(StructureBusyError):
+            compiler.compile(third)
+    finally:
+        ended.set()
+    assert compiler.compile(waiting).start().allowed.any()
 
 
 def test_without_the_library(bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ from arriero.config.files import MAX_BYTES, effective, write_config
 from arriero.config.help_page import format_help
 from arriero.config.option import REQUIRED, OptionGroup, option
 from arriero.config.parser import HelpRequested, parse
+from arriero.config.pretraining import MAX_SKIPPED, CorpusOptions
+from arriero.config.values import step_range
 from arriero.errors import ConfigError
 
 
@@ -300,6 +302,16 @@ def test_a_file_that_refers_to_itself_many_times_is_answered_at_once(tmp_path: P
         train("--config", path)
 
 
+@pytest.mark.parametrize("key", ["max_steps", "strategy", "layers"])
+def test_a_value_that_refers_to_itself_many_times_is_refused_at_once(tmp_path: Path, key: str) -> None:
+    lists = ["&a [x, x, x, x, x, x, x, x, x]"] + [
+        f"&{name} [{', '.join([f'*{before}'] * 9)}]" for before, name in zip("abcdefghi", "bcdefghij", strict=True)
+    ]
+    path = write(tmp_path / "run.yaml", f"{key}: [{', '.join(lists)}]\n")
+    with pytest.raises(ConfigError, match=f"{key} takes .*, not a list"):
+        train("--config", path)
+
+
 def test_bytes_that_are_not_text(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(b"\xff\xfe\x00")
@@ -372,3 +384,29 @@ def test_groups_built_in_python_are_checked_too() -> None:
         Training(**values)
     with pytest.raises(ConfigError, match="--strategy is 'x'"):
         Training(strategy="x")
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("5", (5, 5)),
+        (" 5 - 8 ", (5, 8)),
+        ("5-5", (5, 5)),
+        ("0", None),
+        ("8-5", None),
+        ("5-", None),
+        ("a", None),
+        ("", None),
+    ],
+)
+def test_ranges_of_steps(text: str, steps: tuple[int, int] | None) -> None:
+    assert step_range(text) == steps
+    assert step_range("9" * 13) is None
+
+
+def test_skipped_steps_count_from_0() -> None:
+    options = CorpusOptions(input_dir=["c"], skip_data_intervals=["2-4", "7"])
+    assert options.skipped_steps() == {1, 2, 3, 6}
+    for wrong in ("0", "4-2", f"1-{MAX_SKIPPED + 2}"):
+        with pytest.raises(ConfigError, match=f"--skip_data_intervals has '{wrong}'"):
+            CorpusOptions(input_dir=["c"], skip_data_intervals=[wrong])

@@ -22,6 +22,7 @@ from arriero.data.corpus.admission import CorpusTotals
 from arriero.data.corpus.build import CorpusBuilder
 from arriero.data.corpus.documents import sentences_of
 from arriero.data.corpus.encoding import EMPTY, KEPT, EncodedUnit, Encoder, EncodingRules
+from arriero.data.corpus.fingerprint import check_tokenizer
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.errors import ArrieroError, ConfigError, DataError
 from arriero.formats.download import resolve_model
@@ -198,6 +199,14 @@ def test_the_ids_are_those_of_encode_also_for_names_of_special_tokens(
     ids = read_npy(tmp_path / "c")[0]
     assert ids == tokenizer.encode("Ends </s> here") + tokenizer.encode("<s> begins")
     assert not set(ids) & set(tokenizer.special_tokens.values())
+
+
+def test_a_damaged_meta_file_is_one_line(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    meta = tmp_path / "c_meta.json"
+    for text in ("{", "[]", "{}", "[" * 100_000):
+        meta.write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match=r"c_meta\.json: is damaged; delete it"):
+            check_tokenizer(meta, tokenizer)
 
 
 def test_meta_tells_where_the_corpus_comes_from(inputs: tuple[Path, list[str]], folder: Path, tmp_path: Path) -> None:

@@ -174,6 +174,31 @@ def test_one_failing_callback_does_not_keep_the_others_from_closing(tmp_path: Pa
     assert closed == [2, 1]
 
 
+def test_the_steps_since_the_last_log_point_of_a_run_that_stops_are_logged(tmp_path: Path) -> None:
+    """Once: a run that goes on from there begins a new window, and the last step of a whole run is a log point itself."""
+
+    def logged() -> list[int]:
+        return [record["step"] for record in read_log(tmp_path / "train_log.jsonl")]
+
+    with StopSignals() as signals:
+        stop = At(3, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        make_trainer(tmp_path, Averages(2), JsonLines(), stop, signals, Checkpointing("no", 1)).train()
+    assert logged() == [1, 2, 3]
+    second = make_trainer(tmp_path, Averages(5), JsonLines())
+    second.resume(tmp_path / "checkpoint-3")
+    second.train()
+    assert logged() == [1, 2, 3, 5, 6]
+
+
+def test_a_run_that_fails_logs_no_window(tmp_path: Path) -> None:
+    def broken() -> None:
+        raise TrainingError("the loss is not finite")
+
+    with pytest.raises(TrainingError, match="the loss is not finite"):
+        make_trainer(tmp_path, Averages(2), JsonLines(), At(3, broken)).train()
+    assert [record["step"] for record in read_log(tmp_path / "train_log.jsonl")] == [1, 2]
+
+
 def test_left_out_data_is_not_shown_as_loss_zero(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, Averages(1), JsonLines(), skip_steps=frozenset({1, 2}))
     trainer.train()

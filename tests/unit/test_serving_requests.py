@@ -112,6 +112,21 @@ def allowed(*names: str, mode: str = "auto") -> dict[str, Any]:
             "input[0].call_id",
             "'c9'",
         ),
+        *(
+            (ResponseRequest, {"input": [item]}, f"input[0].{field}", message)
+            for item, field, message in (
+                ({"type": "function_call_output", "call_id": "x"}, "output", "Missing"),
+                ({"type": "function_call", "call_id": "a", "name": "b", "arguments": {}}, "arguments", "valid string"),
+                ({"type": "function_call", "call_id": "a", "name": "b", "content": "c"}, "arguments", "Missing"),
+                ({"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}, "content", "text only"),
+                ({"role": "user", "content": [{"type": "input_file", "file_id": "x"}]}, "content", "text only"),
+                ({"role": "user", "content": [{"type": "input_text"}]}, "content[0].text", "Missing"),
+                ({"type": "item_reference", "id": "x"}, "type", "nothing is kept here"),
+                ({"type": "web_search_call", "id": "x"}, "type", "it must be 'message', 'function_call'"),
+                ({"type": ["message"]}, "type", "it must be 'message'"),
+                ({"role": "user", "text": "x"}, "content", "Missing"),
+            )
+        ),
         (ChatRequest, {**HELLO, "tools": [TOOL], "tool_choice": allowed("g")}, "tool_choice", "not among the tools"),
         (SeedChatRequest, {"context": "x", "history": ["odd"]}, "history", "pairs"),
         (SeedChatRequest, {"context": "x", "history": "no json"}, "history", "no JSON list"),
@@ -202,6 +217,54 @@ def test_the_prompt_is_as_the_request_tells_the_template() -> None:
     )
     ids, _ = chat_prompt(tokenizer, asked)
     assert ids.count(tokenizer.special_tokens["</s>"]) == 1  # the template's own
+
+
+def test_text_calls_and_thoughts_of_one_answer_are_one_turn() -> None:
+    tokenizer = load_tokenizer(resolve_model(TINY_RANDOM_LLAMA))
+    tokenizer._template = ChatTemplate(
+        "{% for m in messages %}<{{ m.role }}>{{ m.reasoning_content }}|{{ m.content }}|"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments }}{% endfor %}{% endfor %}{{ tools }}"
+    )
+
+    def call(name: str) -> dict[str, Any]:
+        return {"call_id": f"c{name}", "name": name, "arguments": '{"a": 1}'}
+
+    said = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I look."}]}
+    items: list[dict[str, Any]] = [
+        {"role": "user", "content": "Hello"},
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+        said,
+        {"type": "function_call", **call("f")},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "more"}]},
+        {"type": "function_call", **call("g")},
+        *({"type": "function_call_output", "call_id": f"c{name}", "output": "x"} for name in "fg"),
+        {"type": "function_call", **call("f")},
+        {"type": "function_call_output", "call_id": "cf", "output": "y"},
+        said,
+    ]
+    calls = {
+        name: {"id": f"c{name}", "type": "function", "function": {"name": name, "arguments": '{"a": 1}'}}
+        for name in "fg"
+    }
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": "Hello"},
+        {
+            "role": "assistant",
+            "content": "I look.",
+            "tool_calls": [calls["f"], calls["g"]],
+            "reasoning_content": "hm\nmore",
+        },
+        *({"role": "tool", "tool_call_id": f"c{name}", "content": "x"} for name in "fg"),
+        {"role": "assistant", "tool_calls": [calls["f"]]},
+        {"role": "tool", "tool_call_id": "cf", "content": "y"},
+        {"role": "assistant", "content": "I look."},
+    ]
+    flat = [{"type": "function", "name": name} for name in "fg"]
+    asked = check(parse_object, json.dumps({"input": items, "tools": flat}).encode(), ResponseRequest).as_chat()
+    tools = [{"type": "function", "function": {"name": name}} for name in "fg"]
+    chat = check(parse_object, json.dumps({"messages": turns, "tools": tools}).encode(), ChatRequest)
+    assert [for_template(turn) for turn in asked.messages] == [for_template(turn) for turn in chat.messages]
+    assert chat_prompt(tokenizer, asked) == chat_prompt(tokenizer, chat)
 
 
 def test_a_refusal_by_the_engine_names_the_field() -> None:

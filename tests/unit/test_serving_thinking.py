@@ -187,6 +187,22 @@ def test_a_form_is_of_what_comes_after_the_thought(
         assert follows(compiler, tokenizer, structure, text) == wanted, thought
 
 
+@pytest.mark.parametrize("form", FORMS.values(), ids=list(FORMS))
+def test_blanks_come_after_a_thought_alone(compiler: GrammarCompiler, tokenizer: Tokenizer, form: Structure) -> None:
+    structure = Structure(form.kind, form.source, "may")
+    for text, wanted in (('\n{"a": 1}', "no"), ('{"a": 1}', "whole"), ('<think>so</think>\n{"a": 1}', "whole")):
+        assert follows(compiler, tokenizer, structure, text) == wanted, text
+
+
+def test_a_call_that_must_be_has_no_blanks_before_it(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    tool = Tool(type="function", function=FunctionSpec(name="now"))
+    for form in (CHATML, LLAMA3):
+        structure = structure_with_tools(form, [tool], required=True, parallel=True, thought="may")
+        call = form.call("now", {}).strip()
+        assert follows(compiler, tokenizer, structure, f"\n{call}") == "no"
+        assert follows(compiler, tokenizer, structure, f"<think></think>\n{call}") == "whole"
+
+
 @pytest.mark.parametrize("form", [CHATML, LLAMA3], ids=["chatml", "llama3"])
 @pytest.mark.parametrize("required", [True, False])
 def test_tools_are_called_after_the_thought(

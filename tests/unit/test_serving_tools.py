@@ -200,6 +200,14 @@ def test_log_probabilities_of_a_message_end_where_its_calls_begin(tokenizer: Tok
     ] == told
 
 
+@pytest.mark.parametrize("text", [None, {}, {"verbosity": "low"}, {"format": {"type": "json_object"}}])
+def test_a_response_says_the_form_of_its_text(tokenizer: Tokenizer, text: dict[str, Any] | None) -> None:
+    service: Any = SimpleNamespace(tokenizer=tokenizer)
+    body = ResponseRequest.model_validate({"input": "x", "text": text})
+    answer = ResponseAnswer(service, body, ServedModel("tiny"), ChatWork([1], SamplingParams(), None))
+    assert answer.object("in_progress", [], None)["text"] == {"format": {"type": "text"}, **(text or {})}
+
+
 def test_an_error_goes_on_with_the_sequence(tokenizer: Tokenizer) -> None:
     service: Any = SimpleNamespace(tokenizer=tokenizer)
     body, work = ResponseRequest(input="x"), ChatWork([1], SamplingParams(), None)

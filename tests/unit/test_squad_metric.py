@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from arriero.data import squad as squad_module
 from arriero.data.squad import exact_match, f1_score, normalize_answer, read_squad
 from arriero.errors import DataError
 
@@ -80,6 +81,8 @@ def test_reads_the_format(tmp_path: Path) -> None:
         ("[1, 2]", "no list 'data' at the top"),
         ('{"data": 3}', "no list 'data' at the top"),
         ('{"data": [', "not a readable JSON file"),
+        ('{"data": ' + "[" * 100_000, "not a readable JSON file"),
+        ('{"data": ' + "9" * 5000 + "}", "not a readable JSON file"),
         (json.dumps({"data": [{"title": "x"}]}), r"data\[0\]: no list 'paragraphs'"),
         (
             json.dumps({"data": [{"instruction": "Add.", "output": "3"}]}),
@@ -99,3 +102,14 @@ def test_a_wrong_place_is_named(content: str, message: str, tmp_path: Path) -> N
         list(read_squad(path))
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps(squad()), encoding="utf-8")
+    size = path.stat().st_size
+    monkeypatch.setattr(squad_module, "MAX_ARRAY_BYTES", size)
+    assert len(list(read_squad(path))) == 1
+    monkeypatch.setattr(squad_module, "MAX_ARRAY_BYTES", size - 1)
+    with pytest.raises(DataError, match=rf"train\.json: a JSON file of more than {size - 1} bytes"):
+        list(read_squad(path))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from arriero.errors import FormatError
 from arriero.formats.hf import load_model, load_state, open_state, save_model
+from arriero.formats.name_list import listed
 from arriero.formats.parts import Placement
 from arriero.formats.shard_forward import sharded_logits
 from arriero.formats.shard_merging import merge_shards
@@ -379,3 +380,8 @@ def test_a_real_model_comes_back_bit_by_bit(smollm2: Path, tmp_path: Path) -> No
     assert comparison.difference <= 1e-5 * comparison.largest
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "back" / name).read_bytes() == (smollm2 / name).read_bytes(), name
+
+
+def test_names_of_a_strangers_file_are_shown_in_short() -> None:
+    assert listed(["a", "b"]) == "a, b"
+    assert listed(["x" * 1000, *"abcdef"]) == f"{'x' * 120}, a, b, c, d and 2 more"

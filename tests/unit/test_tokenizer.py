@@ -237,6 +237,23 @@ def test_a_full_disk_names_the_target(tmp_path: Path, monkeypatch: pytest.Monkey
         tokenizer.save(tmp_path / "target")
 
 
+def test_a_save_that_fails_leaves_the_earlier_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    tokenizer = load_tokenizer(folder_with(source, "<e>", tokenizer_config={"eos_token": "<e>"}))
+    tokenizer.save(target)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+
+    def full(read: Path, written: Path) -> None:
+        Path(written).write_bytes(b"{")
+        raise OSError(errno.ENOSPC, "No space left on device", str(read), None, str(written))
+
+    monkeypatch.setattr("shutil.copyfile", full)
+    with pytest.raises(FormatError, match="the disk is full"):
+        tokenizer.save(target)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+
+
 def test_save_copies_the_files(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()

@@ -179,6 +179,16 @@ def test_records_with_any_text_survive_a_resume(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["samples.jsonl"]
 
 
+@pytest.mark.parametrize("last", [b'{"step": 5, "text": "\xc3', b'{"text": ' + b"[" * 200_000], ids=["cut", "deep"])
+def test_a_last_line_that_cannot_be_read_is_left_out(last: bytes, tmp_path: Path) -> None:
+    """A kill cuts inside a character too; and no depth of nesting ends a run."""
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes('{"step": 1, "text": "\u00df"}\n'.encode() + last)
+    assert read_log(path) == [{"step": 1, "text": "\u00df"}]
+    drop_later(path, 1)
+    assert path.read_bytes() == '{"step": 1, "text": "\u00df"}\n'.encode()
+
+
 def test_prompts_from_texts_and_files(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffOnce upon a time\n\n  Wer reitet so spät \n".encode())

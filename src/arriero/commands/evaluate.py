@@ -14,7 +14,7 @@ from arriero.config.data import DataOptions
 from arriero.config.evaluation import EvaluateOptions
 from arriero.config.model import ModelOptions
 from arriero.config.parallel import ParallelOptions
-from arriero.output_file import check_folder, json_text
+from arriero.output_file import check_folder, json_text, write_file
 
 HELP = (
     "Score a model, or a model with its adapter: loss, perplexity and token accuracy; exact match and F1 for squad_qa; "
@@ -86,9 +86,9 @@ def _run_tasks(
 
 
 def _write_tasks(folder: Path, results: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder, "--output_dir")
     samples = results.pop("samples", {})
-    (folder / "eval_results.json").write_text(json_text(results), encoding="utf-8")
+    write_file(folder / "eval_results.json", json_text(results), "--output_dir")
     for task, rows in samples.items():
-        with (folder / f"samples_{task}.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, default=str, ensure_ascii=False) + "\n" for row in rows)
+        lines = "".join(json.dumps(row, default=str, ensure_ascii=False) + "\n" for row in rows)
+        write_file(folder / f"samples_{task}.jsonl", lines, "--output_dir")

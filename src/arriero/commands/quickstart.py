@@ -31,14 +31,12 @@ EXAMPLES = 3
 def run(options: QuickstartOptions) -> int:
     """Score, fine-tune, score again, merge."""
     started = time.monotonic()
+    data = Path(options.dataset_path or str(resources.files("arriero") / "assets/quickstart"))
+    if not data.exists():
+        raise ConfigError(f"--dataset_path {data}: no such file or folder")
     folder = Path(options.output_dir)
     check_folder(folder, "--output_dir")
     _check_own(folder)
-    data = (
-        Path(options.dataset_path)
-        if options.dataset_path
-        else Path(str(resources.files("arriero") / "assets/quickstart"))
-    )
 
     _headline(1, "the model")
     from arriero.formats.download import resolve_model
@@ -228,7 +226,8 @@ def _hints(model: Path, adapter: Path, merged: Path, data: Path) -> None:
 What to try next:
   talk to it       {program} chat --model_name_or_path {merged}
   score it         {program} evaluate --model_name_or_path {merged} --task_name squad_qa --dataset_path {data}
-  your own data    {program} finetune --model_name_or_path {model} --dataset_path YOUR_FOLDER --lora --output_dir runs/mine
+  your own data    {program} finetune --model_name_or_path {model} --dataset_path YOUR_FOLDER --output_dir runs/mine \
+                   --lora --learning_rate 3e-4
   all weights      {program} finetune --config {adapter / "config.yaml"} --lora no --learning_rate 5e-5 --output_dir runs/full
   the curve        {adapter / "loss.png"}
   every option     {program} finetune --help"""

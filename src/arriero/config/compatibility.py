@@ -253,10 +253,12 @@ def _padding(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) 
 
 def _data_loading(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
     data = find(groups, DataOptions) or find(groups, CorpusOptions)
-    if data is None or find(groups, OptimizationOptions) is None or find(groups, PlanOptions) is not None:
+    if data is None or find(groups, PlanOptions) is not None:  # a plan takes the command line that it plans
         return
     if changed(data, "dataloader_num_workers", given):
         warnings.append("--dataloader_num_workers has no effect: batches are made in the main process")
+    if isinstance(data, CorpusOptions) and changed(data, "share_folder", given):
+        warnings.append("--share_folder has no effect: a lock in the cache serves shared and separate file systems")
 
 
 def _scoring(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:

@@ -163,7 +163,7 @@ class DataOptions(RowOptions):
         minimum=0.0,
     )
     max_train_samples: int | None = option(None, "use only the first N training rows (of each file)", minimum=1)
-    dataloader_num_workers: int = option(0, "processes that prepare batches; 0: the main process", minimum=0)
+    dataloader_num_workers: int = option(0, "taken and without effect: batches are made in the main process", minimum=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

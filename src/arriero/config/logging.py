@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from arriero.config.option import OptionGroup, option
+from arriero.config.values import step_range
 from arriero.errors import ConfigError
 
 MAX_PROFILED = 100
@@ -71,15 +71,15 @@ class LoggingOptions(OptionGroup):
         """The first and last step of `profile_steps`, counted from 1, or None."""
         if self.profile_steps is None:
             return None
-        match = re.fullmatch(r"\s*(\d{1,12})\s*(?:-\s*(\d{1,12})\s*)?", self.profile_steps)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 1 <= first <= last:
+        steps = step_range(self.profile_steps)
+        if steps is None:
             raise ConfigError(
                 f"--profile_steps is {self.profile_steps!r}: give a step or two, counted from 1, e.g. 5-8"
             )
+        first, last = steps
         if last - first >= MAX_PROFILED:
             raise ConfigError(
                 f"--profile_steps {self.profile_steps} are {last - first + 1} steps, whose trace no viewer opens: "
                 f"give at most {MAX_PROFILED}"
             )
-        return first, last
+        return steps

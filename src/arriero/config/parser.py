@@ -204,7 +204,8 @@ def _converted(spec: OptionSpec, value: Any, where: str, table: Mapping[str, Opt
     try:
         return convert(spec, value, where)
     except ConfigError as error:
-        others = {one.name for one in table.values() if str(value).lower() in (one.choices or ())} - {spec.name}
+        word = value.lower() if isinstance(value, str) else None  # a list of YAML's aliases as text could be endless
+        others = {one.name for one in table.values() if word in (one.choices or ())} - {spec.name}
         if not spec.choices or len(others) != 1:
             raise
         raise ConfigError(f"{error} (which --{others.pop()} takes)") from None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from arriero.config.model import ModelOptions
 from arriero.config.optimization import SCHEDULES, OptimizationOptions
 from arriero.config.option import REQUIRED, OptionGroup, option
+from arriero.config.values import step_range
 from arriero.errors import ConfigError
 
 MAX_SKIPPED = 1_000_000
@@ -63,11 +63,13 @@ class CorpusOptions(OptionGroup):
     data_impl: str = option("auto", "format of the corpus: npy/npz pair or Megatron's bin/idx", ("auto", "npy", "mmap"))
     data_cache: str | None = option(None, "folder of the sample indexes (default: beside the corpus)")
     share_folder: bool = option(
-        False, "PaddleNLP's word for nodes with one file system; a lock in the cache serves shared and separate ones"
+        False,
+        "PaddleNLP's word for nodes with one file system; taken and without effect: a lock in the cache serves shared and "
+        "separate ones",
     )
     reset_attention_mask: bool = option(False, "tokens do not attend across document boundaries")
     best_fit_packing: bool = option(False, "fill samples with whole documents where they fit")
-    dataloader_num_workers: int = option(0, "processes that prepare batches; 0: the main process", minimum=0)
+    dataloader_num_workers: int = option(0, "taken and without effect: batches are made in the main process", minimum=0)
     document_order: str = option(
         "file",
         "file: documents follow one another as in the file and samples are shuffled, as in PaddleNLP; shuffled: both are",
@@ -91,14 +93,13 @@ class CorpusOptions(OptionGroup):
         """The steps of `skip_data_intervals`, counted from 0 (the option counts from 1, both ends included)."""
         steps: set[int] = set()
         for interval in self.skip_data_intervals:
-            match = re.fullmatch(r"\s*(\d{1,12})\s*(?:-\s*(\d{1,12})\s*)?", interval)
-            first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-            if not 1 <= first <= last or last - first > MAX_SKIPPED:
+            found = step_range(interval)
+            if found is None or found[1] - found[0] > MAX_SKIPPED:
                 raise ConfigError(
                     f"--skip_data_intervals has {interval!r}: give ranges of at most {MAX_SKIPPED:,} steps counted from 1, "
                     "e.g. 100-120"
                 )
-            steps.update(range(first - 1, last))
+            steps.update(range(found[0] - 1, found[1]))
         return frozenset(steps)
 
     def split_parts(self) -> tuple[float, float, float]:

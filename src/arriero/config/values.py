@@ -47,6 +47,15 @@ def nearest(word: str, known: list[str]) -> str | None:
     return matches[0] if matches else None
 
 
+def step_range(text: str) -> tuple[int, int] | None:
+    """The first and last step of `5` or `5-8`, counted from 1; None if it is no such text."""
+    match = re.fullmatch(r"\s*(\d{1,12})\s*(?:-\s*(\d{1,12})\s*)?", text)
+    if match is None:
+        return None
+    first, last = int(match[1]), int(match[2] or match[1])
+    return (first, last) if 1 <= first <= last else None
+
+
 def convert(spec: OptionSpec, value: Any, where: str) -> Any:
     """The typed value of an option.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Protocol
 
@@ -61,13 +62,13 @@ class Example:
     def length(self) -> int:
         return len(self.input_ids)
 
-    @property
+    @cached_property
     def prompt_length(self) -> int:
         """Tokens before the first that is learned (all of them if none is)."""
         first = next((i for i, label in enumerate(self.labels) if label != IGNORE), len(self.labels) - 1)
         return first + 1
 
-    @property
+    @cached_property
     def label_count(self) -> int:
         return sum(label != IGNORE for label in self.labels)
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arriero.data.row_files import utf8_text
+from arriero.data.row_files import MAX_ARRAY_BYTES, utf8_text
 from arriero.errors import DataError
 
 NO_ANSWER = "unanswerable"
@@ -42,11 +42,17 @@ def read_squad(path: Path) -> Iterator[Question]:
     A question without an answer that is not marked `is_impossible` is skipped: what is right there is not known.
 
     Raises:
-        DataError: if the file is not JSON or not of that format; the place is named.
+        DataError: if the file is too large, not JSON or not of that format; the place is named.
     """
     try:
-        document = json.loads(utf8_text(path.read_bytes(), path))
-    except (OSError, json.JSONDecodeError) as error:
+        with path.open("rb") as file:
+            content = file.read(MAX_ARRAY_BYTES + 1)
+        if len(content) > MAX_ARRAY_BYTES:
+            raise DataError(
+                f"{path}: a JSON file of more than {MAX_ARRAY_BYTES} bytes, the most that are read; divide it"
+            )
+        document = json.loads(utf8_text(content, path))
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a readable JSON file ({error})") from error
     if not isinstance(document, dict) or not isinstance(document.get("data"), list):
         raise DataError(

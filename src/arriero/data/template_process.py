@@ -100,6 +100,9 @@ class TemplateWorker:
             answer = process.stdout.readline()
         except OSError:  # it died while the request was written
             answer = b""
+        except BaseException:  # such as Ctrl-C: an answer that nobody took would be the next request's
+            self.close()
+            raise
         finally:
             self._deadline = None
         if not answer.endswith(b"\n"):

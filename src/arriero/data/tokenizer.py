@@ -7,6 +7,7 @@ special token's name inside a text is encoded as the letters it is made of and n
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -171,7 +172,7 @@ class Tokenizer:
         return self._vocabulary.id_to_token(token_id)
 
     def save(self, folder: Path) -> None:
-        """Copy the files that this tokenizer was read from into a folder, with the tokens that were added since.
+        """Copy the files that this tokenizer was read from into a folder, with the tokens that were added since; each whole.
 
         Raises:
             FormatError: one cannot be read or written, a full disk say.
@@ -182,10 +183,10 @@ class Tokenizer:
             source, target = self.folder / name, folder / name
             try:
                 if name in self.replaced_files:
-                    target.write_bytes(self.replaced_files[name])
+                    _write(target, self.replaced_files[name])
                 elif source.is_file() and not (target.exists() and source.samefile(target)):
                     target.parent.mkdir(exist_ok=True)
-                    shutil.copyfile(source, target)
+                    _write(target, source)
             except OSError as error:
                 full = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
                 raise FormatError(f"{target}: cannot be written from {source} ({full})") from error
@@ -355,3 +356,16 @@ def load_tokenizer(folder: Path | str, replaced: Mapping[str, bytes] | None = No
     raise FormatError(
         f"{folder}: no tokenizer.json and no tokenizer.model; copy the tokenizer files of the model there"
     )
+
+
+def _write(target: Path, content: bytes | Path) -> None:
+    """Write a file, or copy one, whole or not at all."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        if isinstance(content, Path):
+            shutil.copyfile(content, partial)
+        else:
+            partial.write_bytes(content)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -127,7 +127,7 @@ class Speculation:
     _rates: dict[bool, float] = field(default_factory=dict)
     _steps: int = 0
     _given: int = 0
-    _began: float | None = None
+    _seconds: float = 0.0
     _left: int = 0
 
     def __post_init__(self) -> None:
@@ -138,27 +138,29 @@ class Speculation:
         """Give requests that are to go on guesses, if that pays."""
         if not self.on:
             return
+        began = time.perf_counter()
         limits = {r: min(self.tokens, r.longest - len(r.tokens) - 1) for r in requests}
         for request, guessed in self.drafter.propose({r: limit for r, limit in limits.items() if limit > 0}).items():
             request.drafts = guessed[: limits[request]]
+        self._seconds += time.perf_counter() - began
 
     def count(self, proposed: int, accepted: int) -> None:
-        """What became of one request's guesses."""
+        """What became of the guesses of a step, of all its requests together."""
         self.counters.proposed += proposed
         self.counters.accepted += accepted
 
-    def measure(self, tokens: int, now: float | None = None) -> None:
-        """A step is over and gave so many tokens."""
-        now = time.perf_counter() if now is None else now
-        if self._began is None:
-            self._began = now
-            return
+    def measure(self, tokens: int, seconds: float) -> None:
+        """A step is over: it gave so many tokens and took so many seconds, guessing apart, of which `propose` keeps count.
+
+        What passes between two steps does not count: a server waits there for requests.
+        """
         self._steps += 1
         self._given += tokens
+        self._seconds += seconds
         if self._steps < self.window:
             return
-        rate = self._given / max(now - self._began, 1e-9)
-        self._steps, self._given, self._began = 0, 0, now
+        rate = self._given / max(self._seconds, 1e-9)
+        self._steps, self._given, self._seconds = 0, 0, 0.0
         if self._left > 0:
             self._left -= 1
             return

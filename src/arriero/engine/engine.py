@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -195,6 +196,7 @@ class Engine:
 
     def step(self) -> list[Answer]:
         """Compute a step; returns the answers that got tokens, with their `new_text` and perhaps a `finish_reason`."""
+        began = time.perf_counter()
         shares, failed = self._with_adapters(self.scheduler.schedule())
         work = [(share.request, item) for share in shares if (item := self._work(share)) is not None]
         logits = self.runner.run([item for _, item in work]) if work else None
@@ -214,7 +216,7 @@ class Engine:
             if answer.finish_reason is not None:
                 self._remove(answer)
         if self.speculation is not None:
-            self.speculation.measure(given)
+            self.speculation.measure(given, time.perf_counter() - began)
             self.speculation.propose([answer.request for answer in answers if answer.finish_reason is None])
         return failed + answers
 

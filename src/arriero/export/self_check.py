@@ -24,6 +24,7 @@ from arriero.export.onnx_graph import WeightForm
 from arriero.export.onnx_session import OnnxSession
 from arriero.export.slot_runner import SlotRunner
 from arriero.export.weight_source import EMBEDDING, WeightSource
+from arriero.formats.verification import relative_difference
 from arriero.models.attention import AttentionInfo
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import DecoderLayer, LayerInputs, RMSNorm, run_layers
@@ -214,20 +215,16 @@ def check_graph(graph: Path, source: WeightSource, data: DataFile, form: WeightF
     apart = given - expected
     found = Check(
         largest_difference=float(apart.abs().max()),
-        relative_difference=_relative(given, expected),
+        relative_difference=relative_difference(expected, given),
         largest_logit=float(expected.abs().max()),
         greedy_agreement=float((expected.argmax(-1) == torch.tensor(tokens)).double().mean()),
-        original_difference=_relative(given, original),
+        original_difference=relative_difference(original, given),
         original_agreement=float((original.argmax(-1) == torch.tensor(tokens)).double().mean()),
         repeats=again == tokens and all(np.array_equal(a, b) for a, b in zip(logits, repeated, strict=True)),
         tokens=expected[..., 0].numel(),
     )
     _judge(found, form, graph)
     return found
-
-
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
 
 
 def generate(

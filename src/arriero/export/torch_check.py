@@ -10,6 +10,7 @@ from arriero.errors import FormatError
 from arriero.export.self_check import EXACT, NEW_TOKENS, PROMPTS, Check, SourceModel, generate
 from arriero.export.slot_runner import SlotRunner
 from arriero.export.weight_source import WeightSource
+from arriero.formats.verification import relative_difference
 
 # Of the root mean square of the differences beside the original weights, as a share of that of the logits.
 ORIGINAL = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -58,10 +59,10 @@ def check_runner(
     stored = original if dtype == torch.float32 else RoundedModel(source, dtype).logits(sequences, new_tokens)
     found = Check(
         largest_difference=float((given - stored).abs().max()),
-        relative_difference=_relative(given, stored),
+        relative_difference=relative_difference(stored, given),
         largest_logit=float(stored.abs().max()),
         greedy_agreement=_share(stored, greedy),
-        original_difference=_relative(given, original),
+        original_difference=relative_difference(original, given),
         original_agreement=_share(original, greedy),
         repeats=again == tokens and all(np.array_equal(a, b) for a, b in zip(logits, repeated, strict=True)),
         tokens=greedy.numel(),
@@ -80,10 +81,6 @@ def check_runner(
     if not found.repeats:
         raise FormatError(f"{name}: a second run in the same slots gave other logits")
     return found
-
-
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
 
 
 def _share(logits: Tensor, tokens: Tensor) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable
 from fnmatch import fnmatchcase
@@ -11,8 +10,9 @@ from pathlib import Path
 
 from arriero.errors import ConfigError, FormatError
 from arriero.formats import wheel_model
-from arriero.formats.hub_files import HubFile, fetch_file, fetch_files
+from arriero.formats.hub_files import HUB_ID, HUB_NOTES, HubFile, fetch_file, fetch_files
 from arriero.formats.peft import ADAPTER_CONFIG, is_adapter
+from arriero.formats.receipt import RECEIPT
 from arriero.formats.safe_tensors import weight_files
 from arriero.formats.tiny_model import make_tiny_model
 from arriero.models.config import LlamaConfig
@@ -41,8 +41,9 @@ HUB_TOKENIZER_FILES = [
     "special_tokens_map.json",
 ]
 HUB_TOKENIZER_FILES += ["config.json", "generation_config.json", "LICEN[CS]E*"]
+# What tells that a folder holds a model or an adapter.
+_OF_MODELS = ("config.json", "*.safetensors", ADAPTER_CONFIG)
 _FILE_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pth", ".pdparams", ".json")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 Report = Callable[[str], None]
 
@@ -55,6 +56,13 @@ def default_cache_dir() -> Path:
     """`$ARRIERO_HOME`, or `~/.cache/arriero`."""
     home = os.environ.get("ARRIERO_HOME")
     return Path(home).expanduser() if home else Path.home() / ".cache" / "arriero"
+
+
+def _hub_cache(cache_dir: Path | None) -> Path | None:
+    """Where files of the Hub are kept; None: the Hub's own cache, shared with other tools."""
+    if cache_dir is None and "ARRIERO_HOME" not in os.environ:
+        return None
+    return (cache_dir or default_cache_dir()) / "hub"
 
 
 def resolve_model(name_or_path: str | Path, cache_dir: Path | None = None, report: Report = _to_stderr) -> Path:
@@ -75,7 +83,7 @@ def resolve_model(name_or_path: str | Path, cache_dir: Path | None = None, repor
         return path
     if is_missing_path(name_or_path):
         taken = (
-            f" (a folder {path.parent} is here, so this is taken for no Hub id)" if _HUB_ID.fullmatch(str(path)) else ""
+            f" (a folder {path.parent} is here, so this is taken for no Hub id)" if HUB_ID.fullmatch(str(path)) else ""
         )
         raise FormatError(f"{path}: no such file or folder{taken if path.parent.is_dir() else ''}")
     if path.is_file():
@@ -119,14 +127,12 @@ def resolve_tokenizer(name_or_path: str | Path, cache_dir: Path | None = None, r
     path = Path(os.path.expanduser(name_or_path))
     name = str(name_or_path).strip()
     preset = match_preset(name)
-    if path.exists() or is_missing_path(name) or (preset is None and not _HUB_ID.fullmatch(name)):
+    if path.exists() or is_missing_path(name) or (preset is None and not HUB_ID.fullmatch(name)):
         return resolve_model(name_or_path, cache_dir, report)
     hub_id = name if preset is None else preset.hub_id
     if hub_id is None or (preset is not None and preset.name == wheel_model.PRESET and name.lower() != hub_id.lower()):
         return resolve_model(name_or_path, cache_dir, report)
-    shared = cache_dir is None and "ARRIERO_HOME" not in os.environ
-    cache = None if shared else (cache_dir or default_cache_dir()) / "hub"
-    return fetch_files(hub_id, None, cache, None, lambda _: HUB_TOKENIZER_FILES, HUB_IGNORED)
+    return fetch_files(hub_id, None, _hub_cache(cache_dir), None, lambda _: HUB_TOKENIZER_FILES, HUB_IGNORED)
 
 
 def model_config(name_or_path: str | Path, cache_dir: Path | None = None) -> LlamaConfig:
@@ -141,11 +147,10 @@ def model_config(name_or_path: str | Path, cache_dir: Path | None = None) -> Lla
     preset = match_preset(name)
     if preset is not None and not path.exists():
         return preset.config
-    if path.exists() or is_missing_path(name) or not _HUB_ID.fullmatch(name):
+    if path.exists() or is_missing_path(name) or not HUB_ID.fullmatch(name):
         return LlamaConfig.from_file(resolve_model(name_or_path, cache_dir))  # which says what is wrong with it
-    shared = cache_dir is None and "ARRIERO_HOME" not in os.environ
-    cache = None if shared else (cache_dir or default_cache_dir()) / "hub"
-    return LlamaConfig.from_file(fetch_files(name, None, cache, None, lambda _: ["config.json"], HUB_IGNORED))
+    folder = fetch_files(name, None, _hub_cache(cache_dir), None, lambda _: ["config.json"], HUB_IGNORED)
+    return LlamaConfig.from_file(folder)
 
 
 def fetch_model(
@@ -172,10 +177,12 @@ def fetch_model(
     """
     _check_name(name)
     preset = match_preset(name)
-    if preset is None and not _HUB_ID.fullmatch(name):
+    if preset is None and not HUB_ID.fullmatch(name):
         if name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not Path(name).suffix:
             preset = find_preset(name)  # raises, naming what is near
         raise FormatError(f"{name}: no such folder; give a model folder, a named model or a Hub id owner/name")
+    if folder is not None:
+        _check_folder(folder)
     models = cache_dir or default_cache_dir()
     is_hub_id = preset is not None and preset.hub_id is not None and name.strip().lower() == preset.hub_id.lower()
     if preset is not None and preset.name == wheel_model.PRESET and not is_hub_id:
@@ -192,8 +199,18 @@ def fetch_model(
     hub_id = preset.hub_id if preset is not None and preset.hub_id is not None else name.strip()
     if preset is not None:
         report(f"{hub_id}: licence {preset.licence}{'; ' + preset.note if preset.note else ''}")
-    shared = cache_dir is None and "ARRIERO_HOME" not in os.environ
-    return _fetch_hub(hub_id, folder, None if shared else models / "hub", revision, report)
+    return _fetch_hub(hub_id, folder, _hub_cache(cache_dir), revision, report)
+
+
+def _check_folder(folder: Path) -> None:
+    """
+    Raises:
+        FormatError: the folder holds a model that did not come by a download, and whose files a download would replace.
+    """
+    downloaded = (folder / RECEIPT).is_file() or (folder / HUB_NOTES).is_dir()
+    held = next((path.name for pattern in _OF_MODELS for path in folder.glob(pattern)), None)
+    if held is not None and not downloaded:
+        raise FormatError(f"--output_dir {folder} holds another model ({held}): name a new folder")
 
 
 def _refuse_revision(revision: str | None, name: str) -> None:
@@ -222,12 +239,9 @@ def fetch_hub_file(
     preset = match_preset(hub_id)
     if preset is not None and preset.hub_id is not None:
         hub_id = preset.hub_id
-    if not _HUB_ID.fullmatch(hub_id.strip()) or (preset is not None and preset.hub_id is None):
+    if not HUB_ID.fullmatch(hub_id.strip()) or (preset is not None and preset.hub_id is None):
         raise ConfigError(f"{hub_id}: --file names a file of a Hub repository; give its id owner/name")
-    shared = cache_dir is None and "ARRIERO_HOME" not in os.environ
-    return fetch_file(
-        hub_id.strip(), name, folder, None if shared else (cache_dir or default_cache_dir()) / "hub", revision
-    )
+    return fetch_file(hub_id.strip(), name, folder, _hub_cache(cache_dir), revision)
 
 
 def _choose(hub_id: str, files: list[HubFile]) -> tuple[str, list[str]]:
@@ -265,6 +279,8 @@ def _fetch_hub(hub_id: str, folder: Path | None, cache: Path | None, revision: s
         return patterns
 
     found = fetch_files(hub_id, folder, cache, revision, choose, HUB_IGNORED)
+    if folder is not None:  # also where the cache served, so that the folder can be filled again
+        (folder / HUB_NOTES).mkdir(parents=True, exist_ok=True)
     if kinds[-1] != "safetensors":
         report(f"{hub_id}: has {kinds[-1]} weights; make a model folder of them: `arriero convert {found} OUTPUT`")
     elif not is_adapter(found):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from arriero.config.model import DTYPES as NAMES
 from arriero.errors import FormatError
+from arriero.formats.name_list import listed
 from arriero.formats.parts import Part
 from arriero.formats.quantized import MARKS, QuantizedFolder, is_quantized, plain
 from arriero.formats.safe_tensors import (
@@ -49,7 +50,6 @@ __all__ = [
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_SHOWN = 5
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -197,7 +197,7 @@ def load_model(
             module.reset()
     leftover = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if leftover:
-        raise FormatError(f"{folder}: {_listed(leftover)} got no value; fetch the model again")
+        raise FormatError(f"{folder}: {listed(leftover)} got no value; fetch the model again")
     return model.eval()
 
 
@@ -259,10 +259,10 @@ def check_state(config: LlamaConfig, shapes: Mapping[str, tuple[int, ...]], sour
     missing = [name for name in expected if name not in shapes]
     if missing:
         hint = "; set tie_word_embeddings in config.json if the head is the embedding" if missing == [_HEAD] else ""
-        raise FormatError(f"{source}: missing {_listed(missing)} (config.json needs it){hint}")
+        raise FormatError(f"{source}: missing {listed(missing)} (config.json needs it){hint}")
     unexpected = [name for name in shapes if name not in expected and not _ignored(name, config)]
     if unexpected:
-        raise FormatError(f"{source}: unexpected {_listed(unexpected)}; config.json does not describe these weights")
+        raise FormatError(f"{source}: unexpected {listed(unexpected)}; config.json does not describe these weights")
     for name, shape in expected.items():
         if tuple(shapes[name]) != shape:
             raise FormatError(
@@ -385,11 +385,6 @@ def _check_vocabulary(folder: Path, config: LlamaConfig) -> None:
 def _ignored(name: str, config: LlamaConfig) -> bool:
     """Tensors that carry nothing: RoPE frequencies of old checkpoints, the second copy of a tied head."""
     return name.endswith("rotary_emb.inv_freq") or (name == _HEAD and config.tie_word_embeddings)
-
-
-def _listed(names: list[str]) -> str:
-    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + rest
 
 
 def _json(values: Mapping[str, Any]) -> str:

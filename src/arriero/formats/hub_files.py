@@ -20,6 +20,8 @@ from arriero.errors import FormatError
 from arriero.formats.hub_errors import hub_errors
 from arriero.formats.receipt import sha256_of
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")  # owner/name
+HUB_NOTES = ".cache/huggingface"  # of the Hub's library, in a folder that it filled
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 

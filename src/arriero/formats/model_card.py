@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from arriero.errors import ConfigError
+from arriero.formats.hub_files import HUB_ID
 from arriero.formats.json_file import MAX_CONFIG_BYTES
 from arriero.formats.peft import ADAPTER_CONFIG
 
 CARD = "README.md"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _LICENCE_NAME = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 # Words of a licence's first lines -> the Hub's name of it (huggingface.co/docs/hub/repositories-licenses).
 _LICENCES = (
@@ -74,7 +74,7 @@ def base_model(files: Mapping[str, Path]) -> str | None:
     except (ValueError, RecursionError):
         return None
     base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
-    return base if isinstance(base, str) and _HUB_ID.fullmatch(base) and not Path(base).exists() else None
+    return base if isinstance(base, str) and HUB_ID.fullmatch(base) and not Path(base).exists() else None
 
 
 def _licence(files: Mapping[str, Path]) -> str | None:

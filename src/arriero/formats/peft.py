@@ -15,6 +15,7 @@ from torch import Tensor
 
 from arriero.errors import FormatError
 from arriero.formats.json_file import read_json_object
+from arriero.formats.module_patterns import MAX_CHOICES, is_pattern
 from arriero.formats.parts import Part, Placement
 from arriero.formats.safe_tensors import read_tensors
 from arriero.formats.shared_files import ALONE, PartReader, Peers, agree, shared_folder, write_tensor_file
@@ -22,8 +23,6 @@ from arriero.formats.shared_files import ALONE, PartReader, Peers, agree, shared
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 Number = TypeVar("Number", int, float)
-MAX_PATTERN = 2000  # characters of a regular expression
-MAX_REPETITIONS = 5  # in one expression; each multiplies the ways to match a name of a layer by the name's length
 
 _PREFIX = "base_model.model."
 _ADAPTER = re.compile(r"(.+)\.lora_[AB]\.weight")
@@ -115,7 +114,7 @@ class PeftLoraConfig:
         elif not is_pattern(targets):
             raise FormatError(
                 f"{source}: target_modules {targets[:60]!r} is not a regular expression, or one with more than "
-                f"{MAX_REPETITIONS} repetitions or a repeated group"
+                f"{MAX_CHOICES} repetitions and choices or a repeated group"
             )
         bias = values.get("bias", "none")
         if bias not in ("none", "all", "lora_only"):
@@ -193,19 +192,6 @@ def _is_rank(value: Any) -> TypeGuard[int]:
 
 def _is_alpha(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def is_pattern(text: str) -> bool:
-    """Whether an expression of a stranger's file may be matched with names of layers: short, valid where it is put, with few
-    repetitions and none of a group, which could take for ever."""
-    repetitions = re.findall(r"(?<!\\)[*+{]", text)
-    if len(text) > MAX_PATTERN or len(repetitions) > MAX_REPETITIONS or re.search(r"(?<!\\)\)[*+{]", text):
-        return False
-    try:
-        re.compile(rf"(.*\.)?({text})$")
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True
 
 
 def _pattern_of(values: Mapping[str, Any], key: str, valid: Callable[[Any], bool], source: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from arriero.errors import FormatError
+from arriero.formats.name_list import listed
 from arriero.formats.parts import Placement
 from arriero.formats.safe_tensors import INDEX_FILE, SINGLE_FILE, LazyTensor
 from arriero.formats.shared_files import PartReader
@@ -25,7 +26,6 @@ from arriero.models.weight_shapes import weight_shapes
 
 _FILE = re.compile(r"model-tp([0-9]{2,5})-of-([0-9]{2,5})(?:-pp([0-9]{2,5})-of-([0-9]{2,5}))?\.safetensors")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_SHOWN = 5
 
 
 def shard_file(tp_rank: int, tp: int, pp_rank: int = 0, pp: int = 1) -> str:
@@ -113,11 +113,11 @@ class ShardedState:
         shapes = weight_shapes(self.config)
         missing = [name for name in shapes if name not in self._readers]
         if missing:
-            raise FormatError(f"{self.folder}: missing {_listed(missing)} (config.json needs it) in every shard")
+            raise FormatError(f"{self.folder}: missing {listed(missing)} (config.json needs it) in every shard")
         unknown = [name for name in self._readers if name not in shapes]
         if unknown:
             raise FormatError(
-                f"{self.folder}: unexpected {_listed(unknown)}; config.json does not describe these weights"
+                f"{self.folder}: unexpected {listed(unknown)}; config.json does not describe these weights"
             )
         return shapes
 
@@ -262,8 +262,3 @@ def _index_in(box: tuple[slice, ...], cut: Cut) -> tuple[slice, ...] | None:
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
-
-
-def _listed(names: list[str]) -> str:
-    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + rest

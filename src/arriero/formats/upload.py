@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from arriero.errors import ConfigError, FormatError
 from arriero.formats.hub_errors import hub_errors
+from arriero.formats.hub_files import HUB_ID
 from arriero.formats.model_card import CARD, base_model, model_card
 from arriero.formats.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
 from arriero.formats.safe_tensors import INDEX_FILE, SINGLE_FILE, WEIGHT_FILES, weight_files
@@ -31,7 +31,6 @@ SIDE_FILES += [
     "USE_POLICY*",
     CARD,
 ]
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 Kind = Literal["model", "adapter", "gguf"]
 
@@ -192,7 +191,7 @@ def check_upload(hub_id: str, *, private: bool = False, revision: str | None = N
         ConfigError: a wrong name, no token, or a public repository for what shall be private.
         FormatError: the token is not accepted or may only read, or the Hub cannot be reached.
     """
-    if not _HUB_ID.fullmatch(hub_id):
+    if not HUB_ID.fullmatch(hub_id):
         raise ConfigError(f"{hub_id}: is no Hub id; write owner/name")
     from huggingface_hub import HfApi, constants, get_token
 

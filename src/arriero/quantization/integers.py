@@ -7,6 +7,7 @@ rounding after training and the stored checkpoint all use these functions, so th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -50,7 +51,9 @@ class IntegerScheme:
         """
         size = self.group_size or in_features
         if in_features % size:
-            raise ConfigError(f"--group_size {size} does not divide the {in_features} inputs of a layer")
+            raise ConfigError(
+                f"--group_size {size} does not divide the {in_features} inputs of a layer: give one that does, such as {gcd(in_features, 128)}"
+            )
         return in_features // size
 
 

@@ -12,6 +12,7 @@ from starlette.requests import Request
 
 from arriero.data.tokenizer import Tokenizer
 from arriero.engine.background import BackgroundEngine
+from arriero.engine.grammar import StructureBusyError
 from arriero.engine.sampling_params import SamplingParams
 from arriero.engine.structure import Structure
 from arriero.errors import ArrieroError, GenerationError
@@ -192,13 +193,13 @@ class Service:
     async def _compile(self, structure: Structure, form: str | None) -> None:
         """
         Raises:
-            ApiError: 400: the structure cannot be used. 503: too many are being compiled.
+            ApiError: 400: the structure cannot be used. 503: it cannot be compiled now.
         """
         try:
             await self.workers.run_slow(self.background.engine.grammars.compile, structure)
+        except StructureBusyError as error:
+            raise ApiError(503, str(error), code="busy", retry_after=5) from error
         except GenerationError as error:
-            if "being compiled already" in str(error):
-                raise ApiError(503, str(error), code="busy", retry_after=5) from error
             raise ApiError(400, " ".join(str(error).split()), param=form) from error
 
     def told(self, error: ArrieroError, request: Request) -> ApiError:

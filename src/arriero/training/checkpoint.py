@@ -286,7 +286,7 @@ def _listed_files(folder: Path) -> dict[str, Any]:
     """The files of the manifest, each there and of its size."""
     try:
         files = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise FormatError(f"{folder}: {MANIFEST} is missing or unreadable: the checkpoint is not complete") from error
     if STATE not in files:
         raise FormatError(f"{folder}: {MANIFEST} does not list {STATE}: the checkpoint is not complete")
@@ -332,7 +332,7 @@ def load_checkpoint(
         try:
             state = TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
             optimizer, generators = _read_optimizer(folder / OPTIMIZER, placements), load_file(folder / RANDOM)
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
             raise FormatError(f"{folder}: not a training checkpoint ({_reason(error)})") from error
         if placements is not None:
             _check_precision(folder, optimizer, weights)

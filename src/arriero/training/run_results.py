@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from arriero.errors import TrainingError
+from arriero.errors import ConfigError, TrainingError
 from arriero.formats.shard_writer import write_own_shard
 from arriero.models.llama import LlamaForCausalLM
-from arriero.output_file import json_text
+from arriero.output_file import json_text, write_file
 from arriero.parallel.processes import Processes
 from arriero.training.callbacks.progress import format_scores
 from arriero.training.checkpoint import WeightStore
@@ -73,11 +73,15 @@ def save_weights(weights: WeightStore, folder: Path, processes: Processes, *, sh
 
 
 def write_results(folder: Path, results: dict[str, Any], processes: Processes, *, trained: bool) -> None:
-    """Into `all_results.json`, or `eval_results.json` if the run only scored."""
+    """Into `all_results.json`, or `eval_results.json` if the run only scored.
+
+    Raises:
+        TrainingError: it cannot be written.
+    """
     if not processes.first:
         return
     path = folder / f"{'all' if trained else 'eval'}_results.json"
     try:
-        path.write_text(json_text(results), encoding="utf-8")
-    except OSError as error:
-        raise TrainingError(f"{path}: cannot be written ({error.strerror}); the final model is intact") from error
+        write_file(path, json_text(results), "--output_dir")
+    except ConfigError as error:
+        raise TrainingError(f"{error}; the final model is intact") from error

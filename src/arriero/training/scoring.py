@@ -20,7 +20,7 @@ from arriero.data.samples import Sample
 from arriero.data.sources import check_data, name_of_rows, samples_for
 from arriero.engine.loading import LoadedModel, load_for_inference, pick_device
 from arriero.engine.sampling_params import SamplingParams
-from arriero.output_file import check_folder, json_text
+from arriero.output_file import check_folder, json_text, write_file
 from arriero.parallel.processes import Processes, launched_size, start, stop
 from arriero.training.evaluation import check_finite, evaluate_loss
 from arriero.training.execution import build_execution
@@ -130,11 +130,18 @@ def _loss(
 
 def _write(folder: Path, metrics: dict[str, float], answers: Sequence[Answer]) -> None:
     """The scores, and the answers if there are any: those that an earlier scoring left stay where this one generated none."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "eval_results.json").write_text(json_text(metrics), encoding="utf-8")
+    check_folder(folder, "--output_dir")
+    write_file(folder / "eval_results.json", json_text(metrics), "--output_dir")
     if not answers:
         return
-    with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        for answer in answers:
-            row = {"id": answer.sample.id, "prompt": answer.sample.prompt, "output": answer.text}
-            file.write(json.dumps({**row, "references": references_of(answer.sample)}, ensure_ascii=False) + "\n")
+    rows = [
+        {
+            "id": answer.sample.id,
+            "prompt": answer.sample.prompt,
+            "output": answer.text,
+            "references": references_of(answer.sample),
+        }
+        for answer in answers
+    ]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_file(folder / "predictions.jsonl", lines, "--output_dir")

@@ -78,7 +78,7 @@ def check_tokenizer(meta_file: Path, tokenizer: Tokenizer) -> None:
     try:
         made_with = json.loads(read_bounded(meta_file, META_BYTES))["tokenizer"]
         name, sha256 = str(made_with["name"]), made_with["vocabulary_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{meta_file}: is damaged; delete it to use the corpus unchecked") from error
     if sha256 != vocabulary_sha256(tokenizer):
         raise DataError(

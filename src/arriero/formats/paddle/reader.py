@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from arriero.errors import FormatError
+from arriero.formats.name_list import listed
 from arriero.formats.paddle.checkpoint import (
     MODEL_STEM,
     Checkpoint,
@@ -31,7 +32,6 @@ from arriero.models.config import LlamaConfig
 SENTENCEPIECE = "sentencepiece.bpe.model"
 TOKENIZER_MODEL = "tokenizer.model"
 CHAT_TEMPLATE = "chat_template.json"
-_SHOWN = 5
 
 
 def is_paddle_folder(folder: str | Path) -> bool:
@@ -111,10 +111,10 @@ def _places(folder: Path, config: LlamaConfig, checkpoint: Checkpoint) -> dict[s
     missing = [name for name in wanted if name not in checkpoint.pieces]
     if missing:
         bare = "; the decoder alone was saved, without its head" if "embed_tokens.weight" in checkpoint.pieces else ""
-        raise FormatError(f"{folder}: missing {_listed(missing)} (config.json needs it){bare}")
+        raise FormatError(f"{folder}: missing {listed(missing)} (config.json needs it){bare}")
     unexpected = [name for name in checkpoint.pieces if name not in wanted and not _carries_nothing(name, config)]
     if unexpected:
-        raise FormatError(f"{folder}: unexpected {_listed(unexpected)}; config.json does not describe these weights")
+        raise FormatError(f"{folder}: unexpected {listed(unexpected)}; config.json does not describe these weights")
     for name, tensor in wanted.items():
         check_pieces(checkpoint.pieces[name], tensor)
     return found
@@ -147,8 +147,3 @@ def _side_files(folder: Path) -> tuple[dict[str, bytes], tuple[str, ...]]:
         return files, ()
     del files[CHAT_TEMPLATE]
     return files, (f"{CHAT_TEMPLATE} is in PaddleNLP's own form and was left out: give a Jinja chat template instead",)
-
-
-def _listed(names: list[str]) -> str:
-    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(name[:120] for name in names[:_SHOWN]) + rest

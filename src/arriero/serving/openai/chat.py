@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -25,9 +26,10 @@ from arriero.serving.openai.call_reader import Part
 from arriero.serving.openai.fields import structure_of
 from arriero.serving.openai.heads import Head
 from arriero.serving.openai.messages import NamedTool, for_template
-from arriero.serving.openai.requests import ChatRequest
+from arriero.serving.openai.requests import ChatRequest, TokenizeRequest
 from arriero.serving.openai.thinking import ThoughtTokens, thought_of
-from arriero.serving.openai.token_text import TokenTexts, chat_logprobs
+from arriero.serving.openai.token_text import TokenTexts
+from arriero.serving.openai.told_logprobs import ToldLogprobs
 from arriero.serving.openai.tool_format import ToolFormat, format_of, specification, structure_with_tools, taught
 from arriero.serving.service import ServedModel, Service
 
@@ -49,7 +51,7 @@ class ChatWork:
     thought: Thought = "none"
 
 
-def chat_prompt(tokenizer: Tokenizer, body: ChatRequest) -> tuple[list[int], ToolFormat | None]:
+def chat_prompt(tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest) -> tuple[list[int], ToolFormat | None]:
     """The conversation as token ids, by the model's template, and how it writes calls.
 
     Raises:
@@ -57,7 +59,7 @@ def chat_prompt(tokenizer: Tokenizer, body: ChatRequest) -> tuple[list[int], Too
     """
     if not tokenizer.has_chat_template():
         raise ApiError(400, "this model has no chat template: use /v1/completions", code="no_chat_template")
-    messages: list[dict[str, Any]] = [for_template(message) for message in body.messages]
+    messages: list[dict[str, Any]] = [for_template(message) for message in body.messages or ()]
     tools = body.offered
     form = format_of(tokenizer.tool_template if tools else tokenizer.chat_template)
     described = [specification(tool) for tool in tools] if form.native and tools else None
@@ -112,6 +114,8 @@ def prepare(service: Service, body: ChatRequest, length: str | None = None, sour
         raise ApiError(400, " ".join(str(error).split())) from error
     if body.longest is None:  # then it is the answer that is shortened, as it is by the context
         params = params.shortened(len(prompt))
+    if form is not None and body.must_call:
+        params = replace(params, stop_strings=())  # they are of what is said, and a call alone comes
     values = params.logprob_values(len(prompt))
     if values > MAX_LOGPROB_VALUES:
         wanted = f"'top_logprobs' {body.top_logprobs}" if body.top_logprobs else "'logprobs'"
@@ -125,20 +129,54 @@ def prepare(service: Service, body: ChatRequest, length: str | None = None, sour
     return ChatWork(prompt, params, form, thought)
 
 
-def visible(
-    service: Service, tokens: Sequence[int], logprobs: Sequence[Any], ended: bool
-) -> tuple[list[int], list[Any]]:
-    """Tokens and their log-probabilities without the stop token that ended the answer, which is no part of its text."""
-    stops = ended and bool(tokens) and tokens[-1] in service.tokenizer.decoding.special_ids
-    last = len(tokens) - 1 if stops else len(tokens)
-    return list(tokens[:last]), list(logprobs[:last])
+def finish_reason(answer: Generation, arguments: str | None) -> str:
+    """In OpenAI's words.
+
+    Args:
+        arguments: of the last call; None: there is none. A stop string may have come within the call, or after it.
+    """
+    called = arguments is not None and (answer.finish_reason == "stop" or _is_whole(arguments))
+    return "tool_calls" if called and answer.finish_reason != "length" else FINISH[answer.finish_reason]
+
+
+def _is_whole(arguments: str) -> bool:
+    """Whether it is a JSON object: the beginning of one never is."""
+    try:
+        return isinstance(json.loads(arguments, parse_int=str), dict)
+    except (RecursionError, ValueError):
+        return False
+
+
+@dataclass
+class _Growing:
+    """An answer that is streamed.
+
+    Attributes:
+        arguments: of its last call, as far as they have come.
+    """
+
+    reader: AnswerReader
+    logprobs: ToldLogprobs
+    arguments: list[str] = field(default_factory=list)
+
+    @property
+    def last_arguments(self) -> str | None:
+        """None: there is no call."""
+        return "".join(self.arguments) if self.reader.calls else None
+
+    def take(self, part: Part) -> None:
+        """Note what a part says of calls."""
+        if part.name is not None:
+            self.arguments.clear()
+        if part.call is not None:
+            self.arguments.append(part.text)
 
 
 class ChatAnswers:
     """Makes OpenAI's objects of what the engine gives."""
 
     def __init__(self, service: Service, body: ChatRequest, model: ServedModel, work: ChatWork) -> None:
-        self._service, self._body, self._work = service, body, work
+        self._body, self._work = body, work
         self._texts = TokenTexts(service.tokenizer)
         self.head = Head("chatcmpl", model.name)
 
@@ -156,19 +194,19 @@ class ChatAnswers:
             message["tool_calls"] = read.calls
         logprobs = None
         if self._body.logprobs:
-            ended = answer.finish_reason == "stop"
-            tokens, found = visible(self._service, answer.token_ids, answer.logprobs, ended)
-            logprobs = chat_logprobs(self._texts, tokens, found)
-        finish = "tool_calls" if read.calls and answer.finish_reason == "stop" else FINISH[answer.finish_reason]
+            told = self._told_logprobs()
+            told.push(answer.token_ids, answer.logprobs)
+            logprobs = told.whole(self._reader().push(answer.text, answer), answer.text)
+        finish = finish_reason(answer, read.calls[-1]["function"]["arguments"] if read.calls else None)
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
 
     async def chunks(self, job: Job) -> AsyncIterator[dict[str, Any]]:
         """The answer to one with `stream`, piece by piece."""
-        readers = [AnswerReader(self._work.form, self._work.thought) for _ in range(self._body.answers)]
+        growing = [_Growing(self._reader(), self._told_logprobs()) for _ in range(self._body.answers)]
         for index in range(self._body.answers):
             yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
         async for _, piece in job.pieces():
-            for chunk in self._of_piece(piece, readers[piece.index]):
+            for chunk in self._of_piece(piece, growing[piece.index]):
                 yield chunk
         if self._body.usage_in_stream:
             yield {**self.head.fields("chat.completion.chunk"), "choices": [], "usage": job.usage}
@@ -177,23 +215,26 @@ class ChatAnswers:
     def _tells_thoughts(self) -> bool:
         return self._body.include_reasoning is not False
 
-    def _of_piece(self, piece: Piece, reader: AnswerReader) -> list[dict[str, Any]]:
-        result = piece.result
-        parts = reader.push(piece.text, result)
-        deltas = [_delta(part) for part in parts if self._tells_thoughts or not part.thought]
-        logprobs = None
-        if self._body.logprobs and piece.token_ids:
-            ended = result is not None and result.finish_reason == "stop"
-            tokens, found = visible(self._service, piece.token_ids, piece.logprobs, ended)
-            if tokens:
-                logprobs = chat_logprobs(self._texts, tokens, found)
-                deltas = deltas or [{"content": ""}]
-        chunks = []
-        for place, delta in enumerate(deltas):
-            chunks.append(self._chunk(piece.index, delta, logprobs if place == 0 else None))
+    def _reader(self) -> AnswerReader:
+        return AnswerReader(self._work.form, self._work.thought)
+
+    def _told_logprobs(self) -> ToldLogprobs:
+        return ToldLogprobs(self._texts, tells_thoughts=self._tells_thoughts)
+
+    def _of_piece(self, piece: Piece, growing: _Growing) -> list[dict[str, Any]]:
+        result, told, chunks = piece.result, growing.logprobs, []
+        if self._body.logprobs:
+            told.push(piece.token_ids, piece.logprobs)
+        for part in growing.reader.push(piece.text, result):
+            growing.take(part)
+            logprobs = told.take(part)
+            if self._tells_thoughts or not part.thought:
+                chunks.append(self._chunk(piece.index, _delta(part), logprobs))
         if result is not None:
-            called = reader.calls > 0 and result.finish_reason == "stop"
-            finish = "tool_calls" if called else FINISH[result.finish_reason]
+            last = told.end(result.text)
+            if last is not None:
+                chunks.append(self._chunk(piece.index, {"content": ""}, last))
+            finish = finish_reason(result, growing.last_arguments)
             chunks.append(self._chunk(piece.index, {}, finish=finish))
         return chunks
 

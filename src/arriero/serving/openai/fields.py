@@ -155,5 +155,6 @@ def structure_of(form: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) 
     if isinstance(form, JsonObjectFormat):
         return Structure("json_object")
     if isinstance(form, JsonSchemaFormat):
-        return Structure("json_schema", form.json_schema.schema_)  # type: ignore[arg-type]  # it takes what JSON gives
+        schema: Any = form.json_schema.schema_  # taken as JSON gives it
+        return Structure("json_schema", schema, lenient=not form.json_schema.strict)
     return None

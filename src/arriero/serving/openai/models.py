@@ -11,7 +11,7 @@ from arriero.errors import ArrieroError
 from arriero.serving.api_errors import ApiError, api_error
 from arriero.serving.body import read_body
 from arriero.serving.json_response import json_response
-from arriero.serving.openai.messages import for_template
+from arriero.serving.openai.chat import chat_prompt
 from arriero.serving.openai.requests import DetokenizeRequest, TokenizeRequest
 from arriero.serving.service import ServedModel, Service
 
@@ -46,14 +46,12 @@ async def tokenize(request: Request, service: Service) -> Response:
 
 
 def _token_ids(service: Service, body: TokenizeRequest) -> list[int]:
-    tokenizer = service.tokenizer
+    if body.prompt is None:
+        return chat_prompt(service.tokenizer, body)[0]
     try:
-        if body.prompt is not None:
-            return tokenizer.encode(
-                body.prompt, add_special_tokens=body.add_special_tokens, allow_special=body.parse_special
-            )
-        messages = [for_template(message) for message in body.messages or ()]
-        return tokenizer.chat(messages, **body.template_options)
+        return service.tokenizer.encode(
+            body.prompt, add_special_tokens=body.add_special_tokens, allow_special=body.parse_special
+        )
     except ArrieroError as error:
         raise api_error(error) from error
 

@@ -45,7 +45,52 @@ class Prediction(Closed):
     content: Content
 
 
-class ChatRequest(TemplateFields, SamplingFields):
+class ToolFields(TemplateFields):
+    """What a request says of tools."""
+
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedChoice | None = None
+
+    @model_validator(mode="after")
+    def _tools_agree(self) -> ToolFields:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise disagreement("tools", "two tools have the same name")
+        if not set(self.allowed or ()) <= set(names):
+            raise disagreement("tool_choice", "tool_choice names a function that is not among the tools")
+        if self.tool_choice == "required" and not names:
+            raise disagreement("tool_choice", "tool_choice is 'required' and there are no tools")
+        return self
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the model hears of."""
+        return [] if self.tool_choice == "none" else list(self.tools or ())
+
+    @property
+    def allowed(self) -> list[str] | None:
+        """The functions that `tool_choice` names; None: it leaves all of them."""
+        if isinstance(self.tool_choice, NamedTool):
+            return [self.tool_choice.function.name]
+        if isinstance(self.tool_choice, AllowedChoice):
+            return [tool.function.name for tool in self.tool_choice.allowed_tools.tools]
+        return None
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """The tools that the model may call."""
+        allowed = self.allowed
+        return [tool for tool in self.offered if allowed is None or tool.function.name in allowed]
+
+    @property
+    def must_call(self) -> bool:
+        """Whether it has to call one."""
+        if isinstance(self.tool_choice, AllowedChoice):
+            return self.tool_choice.allowed_tools.mode == "required"
+        return isinstance(self.tool_choice, NamedTool) or self.tool_choice == "required"
+
+
+class ChatRequest(ToolFields, SamplingFields):
     """Body of /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -54,8 +99,6 @@ class ChatRequest(TemplateFields, SamplingFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedChoice | None = None
     parallel_tool_calls: bool | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     reasoning_effort: ShortText | None = None
@@ -69,13 +112,6 @@ class ChatRequest(TemplateFields, SamplingFields):
 
     @model_validator(mode="after")
     def _agree(self) -> ChatRequest:
-        names = [tool.function.name for tool in self.tools or ()]
-        if len(set(names)) < len(names):
-            raise disagreement("tools", "two tools have the same name")
-        if not set(self.allowed or ()) <= set(names):
-            raise disagreement("tool_choice", "tool_choice names a function that is not among the tools")
-        if self.tool_choice == "required" and not names:
-            raise disagreement("tool_choice", "tool_choice is 'required' and there are no tools")
         strange = unasked_result(
             (
                 [call.id for call in turn.tool_calls or ()] if isinstance(turn, AssistantMessage) else [],
@@ -105,33 +141,6 @@ class ChatRequest(TemplateFields, SamplingFields):
     def longest(self) -> int | None:
         """Tokens of an answer."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-
-    @property
-    def offered(self) -> list[Tool]:
-        """The tools that the model hears of."""
-        return [] if self.tool_choice == "none" else list(self.tools or ())
-
-    @property
-    def allowed(self) -> list[str] | None:
-        """The functions that `tool_choice` names; None: it leaves all of them."""
-        if isinstance(self.tool_choice, NamedTool):
-            return [self.tool_choice.function.name]
-        if isinstance(self.tool_choice, AllowedChoice):
-            return [tool.function.name for tool in self.tool_choice.allowed_tools.tools]
-        return None
-
-    @property
-    def callable_tools(self) -> list[Tool]:
-        """The tools that the model may call."""
-        allowed = self.allowed
-        return [tool for tool in self.offered if allowed is None or tool.function.name in allowed]
-
-    @property
-    def must_call(self) -> bool:
-        """Whether it has to call one."""
-        if isinstance(self.tool_choice, AllowedChoice):
-            return self.tool_choice.allowed_tools.mode == "required"
-        return isinstance(self.tool_choice, NamedTool) or self.tool_choice == "required"
 
 
 Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS)]
@@ -166,8 +175,8 @@ class CompletionRequest(SamplingFields):
         return self
 
 
-class TokenizeRequest(TemplateFields):
-    """Body of /tokenize: a text, or a conversation."""
+class TokenizeRequest(ToolFields):
+    """Body of /tokenize: a text, or a conversation, which becomes what /v1/chat/completions makes of it."""
 
     model: ModelName | None = None
     prompt: Text | None = None

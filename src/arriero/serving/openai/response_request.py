@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from arriero.serving.body import Closed, disagreement, only, validated
@@ -182,19 +182,40 @@ class ChosenFunctions(Closed):
 
 
 _KEPT = "nothing is kept here between requests: send the whole conversation as input"
+_ITEMS = ("message", "function_call", "function_call_output", "reasoning")
+
+
+def _known(item: Any) -> Any:
+    """Say clearly which items are not taken."""
+    kind = _item_type(item) if isinstance(item, dict) else _ITEMS[0]
+    if kind == "item_reference":
+        raise disagreement("type", _KEPT)
+    if kind not in _ITEMS:
+        raise disagreement("type", f"it must be {', '.join(map(repr, _ITEMS))}: others are not supported here")
+    return item
+
+
+def _item_type(item: Any) -> Any:
+    """A message need not say that it is one."""
+    kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
+    return _ITEMS[0] if kind is None else kind
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[InputCall, Tag("function_call")]
+    | Annotated[InputCallOutput, Tag("function_call_output")]
+    | Annotated[InputThought, Tag("reasoning")],
+    Discriminator(_item_type),
+    BeforeValidator(_known),
+]
 
 
 class ResponseRequest(IgnoredFields):
     """Body of /v1/responses. Nothing is kept, so `previous_response_id`, `conversation` and `background` are refused."""
 
     model: ModelName | None = None
-    input: (
-        Text
-        | Annotated[
-            list[InputMessage | InputCall | InputCallOutput | InputThought],
-            Field(min_length=1, max_length=MAX_MESSAGES),
-        ]
-    )
+    input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: Text | None = None
     max_output_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
@@ -277,6 +298,7 @@ class ResponseRequest(IgnoredFields):
         return validated(fields, ChatRequest)
 
     def _messages(self) -> list[dict[str, Any]]:
+        """The turns: an answer's text, its calls and what was thought before each are one."""
         messages: list[dict[str, Any]] = []
         if self.instructions is not None:
             messages.append({"role": "system", "content": self.instructions})
@@ -287,7 +309,6 @@ class ResponseRequest(IgnoredFields):
             if isinstance(item, InputThought):
                 thought = item.text
                 continue
-            before = len(messages)
             if isinstance(item, InputMessage):
                 messages.append({"role": item.role, "content": _joined(item.content)})
             elif isinstance(item, InputCallOutput):
@@ -298,12 +319,12 @@ class ResponseRequest(IgnoredFields):
                     "type": "function",
                     "function": {"name": item.name, "arguments": item.arguments},
                 }
-                if messages and "tool_calls" in messages[-1]:
-                    messages[-1]["tool_calls"].append(call)
-                else:
-                    messages.append({"role": "assistant", "tool_calls": [call]})
-            if thought and len(messages) > before and messages[-1]["role"] == "assistant":
-                messages[-1]["reasoning_content"] = thought
+                if not messages or messages[-1]["role"] != "assistant":
+                    messages.append({"role": "assistant"})
+                messages[-1].setdefault("tool_calls", []).append(call)
+            if thought and messages[-1]["role"] == "assistant":
+                earlier = messages[-1].get("reasoning_content")
+                messages[-1]["reasoning_content"] = f"{earlier}\n{thought}" if earlier else thought
             thought = ""
         return messages
 

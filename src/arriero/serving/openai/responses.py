@@ -63,7 +63,7 @@ class ResponseAnswer:
             "previous_response_id": None,
             "store": False,
             "temperature": body.get("temperature", 1.0),
-            "text": body.get("text") or {"format": {"type": "text"}},
+            "text": {"format": {"type": "text"}, **(body.get("text") or {})},
             "tool_choice": body.get("tool_choice", "auto"),
             "tools": body.get("tools", []),
             "top_logprobs": body.get("top_logprobs", 0),

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from arriero.data.assistant_turns import THOUGHT_OPENING
-from arriero.engine.structure import Structure, Thought, json_form, thought_rules
+from arriero.engine.structure import Structure, Thought, best_form, json_form, schema_problem, thought_rules
 from arriero.serving.api_errors import ApiError
 from arriero.serving.openai.fields import JsonObjectFormat, JsonSchemaFormat, TextFormat
 from arriero.serving.openai.messages import Tool
 
 MAX_PARALLEL_CALLS = 16
+MAX_REASON = 300  # characters of an error
+MAX_CHECKED = 64 * 1024  # characters of schemas; more is more than a grammar may have, and refused as that
 
 
 @dataclass(frozen=True)
@@ -138,49 +140,75 @@ def structure_with_tools(
         thought: where it thinks first.
 
     Raises:
-        ApiError: parameters that are no schema of an object.
+        ApiError: parameters that are no schema of an object, or a strict schema that no grammar can hold an answer to.
     """
+    schemas = [tool.function.parameters or {} for tool in tools]
+    if isinstance(answer, JsonSchemaFormat):
+        schemas.append(answer.json_schema.schema_)
+    checked = sum(len(json.dumps(schema)) for schema in schemas) <= MAX_CHECKED
     marker = form.opening.strip()
     rest = form.before_name()[len(marker) :]
     rules = [f"call: {' | '.join(f'call_{index}' for index in range(len(tools)))}"]
     for index, tool in enumerate(tools):
         begin = json.dumps(f"{rest}{tool.function.name}{form.before_arguments()}")
         rules.append(f"call_{index}: {begin} arguments_{index} {json.dumps(form.after_arguments())}")
-        rules.append(f"arguments_{index}: %json {json.dumps(_schema(tool, index))}")
+        rules.append(f"arguments_{index}: %json {json.dumps(_parameters(tool, index, checked=checked))}")
     first = f"{json.dumps(marker)} call" if marker else "call"
     thinks, more_rules = thought_rules(thought)
-    gap = "GAP? " if thinks else ""  # a text has blanks of its own
-    rules += [*more_rules, *(["GAP: /[ \\n]{1,4}/"] if gap else [])]
+    before_text, _ = thought_rules(thought, gap=False)  # a text has blanks of its own
+    rules += more_rules
     # else a text would take the thought's beginning for its own
     other = f" & ~/(?s:[ \\n]*){THOUGHT_OPENING}(?s:.*)/" if thought == "may" else ""
     more = f" ({json.dumps(chr(10) + marker)} call){{0,{MAX_PARALLEL_CALLS - 1}}}" if parallel and marker else ""
     if required:
-        rules.insert(0, f"start: {thinks}{gap}{first}{more}")
+        rules.insert(0, f"start: {thinks}{first}{more}")
     elif isinstance(answer, JsonObjectFormat | JsonSchemaFormat):
-        schema = answer.json_schema.schema_ if isinstance(answer, JsonSchemaFormat) else {"type": "object"}
         rules[:0] = [
-            f"start: {thinks}{gap}(answer | {first}{more})",
-            f"answer: %json {json.dumps(json_form(schema))}",
+            f"start: {thinks}(answer | {first}{more})",
+            f"answer: %json {json.dumps(_answer(answer, checked=checked))}",
         ]
     elif marker:
         rules[:0] = [
-            f"start: {thinks}(TEXT | lead call{more})",
+            f"start: {before_text}(TEXT | lead call{more})",
             f"TEXT: /(?s:.*)/ & ~/(?s:.*){marker}(?s:.*)/{other}",
             f"lead[lazy]: /(?s:.*){marker}/{other}",
         ]
     else:
-        rules[:0] = [f"start: {thinks}(TEXT? | {gap}call)", f"TEXT: /[^{{](?s:.*)/{other}"]
+        gap = "GAP? " if before_text else ""
+        rules[:0] = [f"start: {before_text}(TEXT? | {gap}call)", f"TEXT: /[^{{](?s:.*)/{other}"]
     return Structure("grammar", "\n".join(rules))
 
 
-def _schema(tool: Tool, index: int) -> dict[str, Any]:
+def _parameters(tool: Tool, index: int, *, checked: bool) -> dict[str, Any]:
+    """What the arguments of a call must be: all that their schema says if it is strict, else what can be held of it.
+
+    Args:
+        checked: whether to look for a schema that no grammar can have.
+    """
+    param = f"tools[{index}].function.parameters"
     given = tool.function.parameters
     if given is None:
         given = {"type": "object", "properties": {}, "additionalProperties": False}
-    if given.get("type", "object") != "object":
+    kind = given.get("type", "object")
+    if "object" not in (kind if isinstance(kind, list) else [kind]):
+        raise ApiError(400, "the parameters of a function must be the schema of an object", param=param)
+    schema = {**given, "type": "object"}
+    if not tool.function.strict:
+        return best_form(schema, {"type": "object"}) if checked else json_form(schema, lenient=True)
+    problem = schema_problem(json_form(schema)) if checked else ""
+    if problem:
         raise ApiError(
             400,
-            "the parameters of a function must be the schema of an object",
-            param=f"tools[{index}].function.parameters",
+            f"the schema of {tool.function.name!r} cannot be kept strictly: {problem[:MAX_REASON]}: change it, or leave "
+            "strict out",
+            param=param,
         )
-    return json_form({**given, "type": "object"})
+    return json_form(schema)
+
+
+def _answer(answer: JsonObjectFormat | JsonSchemaFormat, *, checked: bool) -> dict[str, Any]:
+    """The same of an answer that calls nothing; a strict schema that cannot be is found by who compiles it."""
+    if isinstance(answer, JsonObjectFormat):
+        return json_form({"type": "object"})
+    schema, strict = answer.json_schema.schema_, answer.json_schema.strict
+    return best_form(schema, {}) if checked and not strict else json_form(schema, lenient=not strict)

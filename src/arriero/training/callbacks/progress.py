@@ -47,8 +47,16 @@ class Averages(Callback):
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
         self.pending.append(record)
         if record.step % self.every == 0 or record.step == trainer.total_steps or record.step == 1:
-            trainer.log(self._record(trainer))
-            self.pending.clear()
+            self._log(trainer)
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        if self.pending and not trainer.failed:  # a run that a signal or early stopping ended between two log points
+            self._log(trainer)
+
+    def _log(self, trainer: Trainer) -> None:
+        record = self._record(trainer)
+        self.pending.clear()
+        trainer.log(record)
 
     def _record(self, trainer: Trainer) -> dict[str, float]:
         steps = self.pending

@@ -19,11 +19,11 @@ LOG = "train_log.jsonl"
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The records of a `train_log.jsonl`; a last line cut short by a kill is left out."""
     records = []
-    # not splitlines: a text that a model wrote may hold other line ends, such as U+2028
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
+    # not splitlines: a text that a model wrote may hold other line ends, such as U+2028; bytes: a cut may be in a character
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            records.append(json.loads(line.decode("utf-8")))
+        except (ValueError, RecursionError):
             break
     return records
 
