@@ -52,7 +52,8 @@ class IntegerScheme:
         size = self.group_size or in_features
         if in_features % size:
             raise ConfigError(
-                f"--group_size {size} does not divide the {in_features} inputs of a layer: give one that does, such as {gcd(in_features, 128)}"
+                f"--group_size {size} does not divide the {in_features} inputs of a layer: give one that does, such as "
+                f"{gcd(in_features, 128)}"
             )
         return in_features // size
 

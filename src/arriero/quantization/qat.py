@@ -96,7 +96,8 @@ class QatSettings:
         size = self.weights.group_size
         if size is not None and in_features % size:
             raise ConfigError(
-                f"--qat_group_size {size} does not divide the {in_features} inputs of {name}: give one that does, such as {math.gcd(in_features, 128)}"
+                f"--qat_group_size {size} does not divide the {in_features} inputs of {name}: give one that does, such as "
+                f"{math.gcd(in_features, 128)}"
             )
         self.stored.weight_tensors(1, in_features)  # refuses what cannot be packed
         if size is not None and in_features % (size * parts):

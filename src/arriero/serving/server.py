@@ -122,8 +122,8 @@ def tls_files(certfile: str | None, keyfile: str | None) -> dict[str, Any]:
     except (OSError, ssl.SSLError) as error:
         key = f"--ssl_keyfile {keyfile}" if keyfile is not None else "no --ssl_keyfile"
         raise ConfigError(
-            f"--ssl_certfile {certfile} and {key} cannot be used ({error.strerror or error}): give a PEM certificate chain and its "
-            "private key without a pass phrase"
+            f"--ssl_certfile {certfile} and {key} cannot be used ({error.strerror or error}): give a PEM certificate chain "
+            "and its private key without a pass phrase"
         ) from error
     return {"ssl_certfile": certfile, "ssl_keyfile": keyfile}
 
