@@ -7,8 +7,10 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from arriero.cli import main
 from arriero.data.samples import Sample
@@ -186,6 +188,64 @@ def test_evaluate_cuts_as_finetune_does(in_process: Command, data: Path, monkeyp
         limits.clear()
         assert in_process(*verb, *cut, "--eval_with_do_generation").returncode == 0
         assert limits == [32, 32]
+
+
+def test_a_row_may_be_as_long_as_its_room_alone(in_process: Command, tmp_path: Path) -> None:
+    """An answer of more than the usual 256 tokens, and what a line says where it is still cut."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "count", "completion": "one two " * 150}) + "\n")
+    run = (*TRAIN, "--dataset_path", "rows.jsonl", "--overwrite_output_dir")
+    usual = in_process(*run)
+    assert "1 answers cut to fit tgt_length" in usual.stdout
+    assert "moves the border" not in usual.stdout
+    whole = in_process(*run, "--max_seq_length", "1600")
+    assert whole.returncode == 0, whole.stderr
+    assert "cut to fit" not in whole.stdout
+    cut = in_process(*run, "--max_seq_length", "900")
+    assert "1 answers cut to fit tgt_length" in cut.stdout
+    told = "--max_seq_length 900 is up to 600 tokens of prompt and 300 of answer: --tgt_length moves the border"
+    assert told in cut.stdout
+    whole = in_process(*run, "--max_seq_length", "900", "--tgt_length", "700")
+    assert whole.returncode == 0, whole.stderr
+    assert "cut to fit" not in whole.stdout
+
+
+def test_rows_are_encoded_below_a_progress_bar(
+    in_process: Command, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars: list[tuple[str, int, bool | None]] = []
+
+    def bar(samples: list[Sample], *, desc: str, disable: bool | None, **options: Any) -> tqdm[Sample]:
+        bars.append((desc, len(samples), disable))
+        return tqdm(samples, desc=desc, disable=True, **options)
+
+    monkeypatch.setattr("arriero.training.finetuning.tqdm", bar)
+    run = (*TRAIN, "--dataset_path", str(data / "table.csv"), "--overwrite_output_dir")
+    assert in_process(*run, "--disable_tqdm", "no").returncode == 0
+    assert in_process(*run, "--disable_tqdm").returncode == 0
+    assert bars == [("encode", 10, None), ("encode", 10, True)]
+
+
+def test_rows_of_one_system_message_are_shuffled(in_process: Command, tmp_path: Path) -> None:
+    """And questions on one passage as before, of which a line tells."""
+    system = {"role": "system", "content": "Answer with one word and nothing else. " * 3}
+    passages = [f"{name} " * 60 for name in ("sun", "rain", "snow", "wind", "hail", "fog", "ice", "heat", "mist")]
+    asked = [(passage, f"What is {i}?") for passage in passages for i in range(4)]
+    plain = [[system, {"role": "user", "content": question}] for _, question in asked]
+    about = [[system, {"role": "user", "content": f"{passage}\n{question}"}] for passage, question in asked]
+    run = (*TRAIN, "--dataset_path", "rows.jsonl", "--overwrite_output_dir")
+    told = []
+    for prompts in (plain, about):
+        rows = [{"messages": [*turns, {"role": "assistant", "content": "it"}]} for turns in prompts]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        result = in_process(*run)
+        assert result.returncode == 0, result.stderr
+        told.append([line for line in result.stdout.splitlines() if "begin alike" in line])
+    assert told == [
+        [],
+        [
+            "36 of 36 training rows begin alike in 9 groups, which are shuffled whole (--share_prefixes no: row by row)",
+        ],
+    ]
 
 
 @pytest.mark.parametrize("verb", ["finetune", "preference", "evaluate"])

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from random_adapter import IDS, logits_of, write_adapter
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from arriero.adapters.lora import LoRAConfig, apply_lora, load_adapter_state
 from arriero.adapters.peft_config import from_peft
 from arriero.cli import main
+from arriero.config.adapter import AdapterPathOptions
+from arriero.config.model import ModelOptions
+from arriero.engine.export_source import export_source
+from arriero.engine.loading import load_for_inference
 from arriero.formats import hf, peft
 from arriero.formats.download import resolve_model
+from arriero.formats.source import ModelSource
 
 TARGETS = ("q_proj", "down_proj")
 
@@ -100,3 +106,52 @@ def test_refusals(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert words in error
         assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_head_of_a_tied_model(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, adapter, merged = tmp_path / "base", tmp_path / "a", tmp_path / "m"
+    shutil.copytree(tiny, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    weights = load_file(base / "model.safetensors")
+    save_file({name: weights[name] for name in weights if name != "lm_head.weight"}, base / "model.safetensors")
+    expected = write_adapter(base, adapter, LoRAConfig(rank=2, target_modules=("q_proj", "lm_head")), seed=1)
+    assert float((logits_of(base) - expected).abs().max()) > 1e-3
+    arguments = ["--lora_path", str(adapter), "--output_path", str(merged), "--dtype", "float32"]
+    assert main(["merge", "--model_name_or_path", str(base), *arguments]) == 0
+    assert "logits differ from base + adapter by at most" in capsys.readouterr().out
+    assert json.loads((merged / "config.json").read_text())["tie_word_embeddings"] is False
+    assert "lm_head.weight" in load_file(merged / "model.safetensors")
+    paths = AdapterPathOptions(lora_path=str(adapter))
+    loaded = load_for_inference(ModelOptions(model_name_or_path=str(base), device="cpu"), paths)
+    with torch.no_grad():
+        for found in (logits_of(merged), loaded.model(IDS)):
+            assert float((found - expected).abs().max()) <= 1e-5
+    written = load_file(merged / "model.safetensors")
+    with export_source(ModelOptions(model_name_or_path=str(base)), paths) as source:
+        assert isinstance(source, ModelSource)
+        assert source.config.tie_word_embeddings is False
+        assert source.tensors.keys() == written.keys()
+        for name, tensor in source.tensors.items():
+            assert isinstance(tensor, torch.Tensor)
+            torch.testing.assert_close(tensor, written[name])
+
+
+def test_the_loss_of_a_head_whose_adapter_stays_apart(tiny: Path, tmp_path: Path) -> None:
+    """A quantized base cannot be merged with in memory; `merge` dequantizes it."""
+    rounded, adapter, merged = tmp_path / "q", tmp_path / "a", tmp_path / "m"
+    assert main(["quantize", "--model_name_or_path", str(tiny), "--output_path", str(rounded)]) == 0
+    write_adapter(tiny, adapter, LoRAConfig(rank=2, target_modules=("q_proj", "lm_head")), seed=1)
+    given = ["--model_name_or_path", str(rounded), "--lora_path", str(adapter)]
+    assert main(["merge", *given, "--output_path", str(merged), "--dtype", "float32"]) == 0
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in ("To be, or not to be", "that is the question"))
+    )
+    losses = []
+    for model in (["--model_name_or_path", str(merged)], given, given[:2]):
+        arguments = [*model, "--dataset_path", str(rows), "--output_dir", str(tmp_path / f"e{len(losses)}")]
+        assert main(["evaluate", *arguments, "--device", "cpu"]) == 0
+        losses.append(json.loads((tmp_path / f"e{len(losses)}/eval_results.json").read_text())["loss"])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    assert abs(losses[2] - losses[0]) > 1e-3  # the adapter matters

@@ -18,12 +18,16 @@ from arriero.adapters.lora import (
     adapted_layers,
     adapter_state,
     apply_lora,
+    check_adapter,
     load_adapter_state,
     merge_lora,
 )
+from arriero.adapters.lora_mix import mix_adapters
 from arriero.adapters.peft_config import from_peft, to_peft
 from arriero.config.adapter import AdapterOptions
+from arriero.engine.request_adapters import AdapterPool
 from arriero.errors import ConfigError, FormatError
+from arriero.formats import hf
 from arriero.formats import peft as peft_files
 from arriero.models.llama import LlamaForCausalLM
 
@@ -327,3 +331,59 @@ def test_bad_configurations_are_refused() -> None:
         apply_lora(pair()[0], config)
     # a file of PEFT's may name layers of other models
     assert {name[-6:] for name in apply_lora(pair()[0], config, fresh=False)} == {"q_proj"}
+
+
+@pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("copies", [False, "auto"])
+def test_the_head_of_a_tied_model_is_changed_alone(copies: bool | str, kind: dict[str, bool], tmp_path: Path) -> None:
+    ours, theirs = twin_models(tie_word_embeddings=True)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM", **kind)
+    wrapped = peft.get_peft_model(theirs, config).eval()
+    randomise(wrapped)
+    wrapped.save_pretrained(str(tmp_path / "a"), save_embedding_layers=copies)
+    stored, state = peft_files.load_adapter(tmp_path / "a")
+    assert ("lm_head.weight" in state) == (copies == "auto")
+    apply_lora(ours, from_peft(stored), fresh=False)
+    load_adapter_state(ours, state)
+    embedding = ours.model.embed_tokens.weight.clone()
+    with torch.no_grad():
+        wanted = wrapped(ids()).logits
+        apart = ours(ids())
+    merge_lora(ours)
+    assert ours.config.tie_word_embeddings is False
+    assert torch.equal(ours.model.embed_tokens.weight, embedding)
+    hf.save_model(ours, ours.config, tmp_path / "merged")
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        for found in (apart, ours(ids()), hf.load_model(tmp_path / "merged")(ids()), read(ids()).logits):
+            assert float((found - wanted).abs().max()) <= 1e-5
+
+
+def test_a_copy_of_another_bases_weight_is_refused(tmp_path: Path) -> None:
+    ours, theirs = twin_models(tie_word_embeddings=True)
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    peft.get_peft_model(theirs, config).save_pretrained(str(tmp_path / "a"))
+    stored, state = peft_files.load_adapter(tmp_path / "a")
+    mine = from_peft(stored)
+    apply_lora(ours, mine, fresh=False)
+    load_adapter_state(ours.bfloat16(), state)  # rounded, as it may have been loaded
+    with torch.no_grad():
+        ours.model.embed_tokens.weight[3, 3] += 1
+    with pytest.raises(FormatError, match=r"holds a lm_head\.weight that is not the model's"):
+        load_adapter_state(ours, state)
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(ours.config)
+    apply_lora(empty, mine, fresh=False)
+    with pytest.raises(FormatError, match="cannot be compared here: save it without"):
+        check_adapter(empty, state)
+    with pytest.raises(ConfigError, match=r"adapter 2 holds a copy of the base's lm_head\.weight"):
+        mix_adapters([(mine, {}), (mine, state)], [1.0, 1.0])
+
+
+def test_an_adapter_of_the_head_is_none_of_a_request(tmp_path: Path) -> None:
+    ours, theirs = twin_models(tie_word_embeddings=True)
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    peft.get_peft_model(theirs, config).save_pretrained(str(tmp_path / "a"), save_embedding_layers=False)
+    with pytest.raises(ConfigError, match="lm_head is adapted, and only linear layers of the decoder can be"):
+        AdapterPool(ours).read("a", tmp_path / "a")

@@ -132,6 +132,9 @@ REFUSED = {
     "rslora a text": ({"use_rslora": "yes"}, "use_rslora"),
     "dora without lengths": ({"use_dora": True}, "use_dora"),
     "another rank pattern": ({"rank_pattern": {"q_proj": 2}}, "does not fit the rank 2"),
+    "too many names": ({"rank_pattern": {f"layers.{i}.q_proj": 4 for i in range(10_001)}}, "rank_pattern has 10,001"),
+    "too many patterns": ({"alpha_pattern": {f"layers.({i})": 4 for i in range(501)}}, "alpha_pattern has 501"),
+    "too much work": ({"alpha_pattern": {".*" * 5 + "x": 4, ".*" * 5 + "y": 4}}, "500 regular expressions"),
     "alpha pattern of texts": ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern"),
     "modules to save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     "some layers": ({"layers_to_transform": [0]}, "layers_to_transform"),
@@ -149,6 +152,15 @@ def test_bad_or_unsupported_configuration(tmp_path: Path, change: dict[str, Any]
         load_adapter(folder)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_pattern_of_every_layer_is_read_at_once(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path)
+    names = [f"^model.layers.{i}.self_attn.q_proj" for i in range(9_000)]
+    values = json.loads((folder / ADAPTER_CONFIG).read_text())
+    values["rank_pattern"] = dict.fromkeys(names, 4) | {r"layers\.\d+\.mlp\.(up|down)_proj": 4}
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(values))
+    assert load_adapter(folder)[0].rank_of("model.layers.8999.self_attn.q_proj") == 4
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:

@@ -162,9 +162,11 @@ def test_positions_of_a_branching_row() -> None:
 
 
 def test_clusters_hold_every_row_once_and_steps_visit_each_once(rows: list[Example]) -> None:
+    others = [Example([70 + i, 1], [1, IGNORE]) for i in range(18)]  # three rows of 24 may be of one passage
     ordered = [rows[i] for i in (0, 2, 4, 1, 5, 3)]
-    clusters = prefix_clusters(ordered, largest=2)
-    assert clusters == [[0, 1], [2], [3, 4], [5]]
+    clusters = prefix_clusters([*ordered, *others], largest=2)
+    assert clusters == [[0, 1], [2], [3, 4], [5], *([i] for i in range(6, 24))]
+    clusters = clusters[:4]
     order = StepOrder(6, 2, 2, seed=1, clusters=clusters)
     for epoch in range(3):
         steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)

@@ -29,6 +29,7 @@ from arriero.config.parallel import ParallelOptions
 from arriero.config.parser import parse
 from arriero.config.planning import PlanOptions
 from arriero.config.precision import PrecisionOptions
+from arriero.config.preference import PreferenceOptions
 from arriero.config.pretraining import CorpusOptions, PretrainOptimizationOptions
 from arriero.config.quantization import QuantizationOptions
 from arriero.config.rules.groups import find
@@ -133,6 +134,14 @@ IDLE = [
     ("--eval_steps 7", "--eval_steps has no effect with --evaluation_strategy no"),
     ("--metric_for_best_model accuracy", "--metric_for_best_model has no effect without --load_best_model_at_end"),
     ("--sharding_parallel_degree 2", "--sharding_parallel_degree has no effect without --sharding"),
+    ("--save_strategy no --save_total_limit 2", "--save_total_limit has no effect with --save_strategy no"),
+    ("--save_strategy no --async_save", "--async_save has no effect with --save_strategy no"),
+    ("--eval_with_do_generation", "--eval_with_do_generation has no effect without --do_eval"),
+    ("--max_eval_samples 3", "--max_eval_samples has no effect without --do_eval"),
+    ("--per_device_eval_batch_size 2", "--per_device_eval_batch_size has no effect without --do_eval"),
+    ("--report_to none --logging_dir logs", "--logging_dir has no effect with --report_to none"),
+    ("--report_to wandb --logging_dir logs", "--logging_dir has no effect with --report_to wandb"),
+    ("--report_to none --run_name first", "--run_name has no effect with --report_to none"),
 ]
 
 
@@ -147,6 +156,36 @@ def test_an_option_without_effect_is_told(argv: str, warning: str, capsys: pytes
 def test_a_plain_command_warns_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     settle("--lora --lora_rank 4 --bf16 --fp16_opt_level O2 --do_eval --eval_steps 5 --max_steps 10 --warmup_steps 2")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "more"),
+    [
+        ("--do_eval --max_eval_samples 3 --eval_with_do_generation --per_device_eval_batch_size 2", ()),
+        ("--load_best_model_at_end --max_eval_samples 3", ()),  # which evaluates
+        ("--evaluation_strategy epoch --max_eval_samples 3", ()),
+        ("--save_total_limit 2 --async_save", ()),
+        ("--logging_dir logs --run_name first", ()),
+        ("--report_to trackio --run_name first", ()),
+        ("--preference dpo --dataset_path d --per_device_eval_batch_size 2", (PreferenceOptions,)),  # of the reference
+    ],
+)
+def test_an_option_with_an_effect_is_not_told(
+    argv: str, more: tuple[type, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settle(argv, (*TRAINING, *more))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_test_part_is_scored_in_evaluation_batches() -> None:
+    given = frozenset({"per_device_eval_batch_size"})
+    optimization = OptimizationOptions(per_device_eval_batch_size=2)
+
+    def told(corpus: CorpusOptions) -> list[str]:
+        return check([corpus, optimization, CheckpointOptions(output_dir="run")], given)
+
+    assert told(CorpusOptions(input_dir=["c"], do_predict=True)) == []
+    assert told(CorpusOptions(input_dir=["c"])) == ["--per_device_eval_batch_size has no effect without --do_eval"]
 
 
 @pytest.mark.parametrize(
@@ -406,6 +445,39 @@ def test_a_plan_tells_that_it_does_not_count_fp8() -> None:
 )
 def test_sequence_length(values: dict[str, int], length: int) -> None:
     assert DataOptions(**values).sequence_length == length
+
+
+@pytest.mark.parametrize(
+    ("line", "lengths"),
+    [
+        ("--max_seq_length 2048", (1366, 682, 2048)),
+        ("--max_seq_length 768", (512, 256, 768)),
+        ("--max_seq_length 600", (344, 256, 600)),
+        ("--max_seq_length 2048 --tgt_length 1500", (548, 1500, 2048)),
+        ("--max_seq_length 2048 --src_length 300", (300, 1748, 2048)),
+        ("--max_seq_length 2048 --src_length 300 --tgt_length 200", (300, 200, 500)),
+    ],
+)
+def test_the_room_of_a_row(
+    line: str, lengths: tuple[int, int, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for verb in ("finetune", "evaluate"):
+        arguments = ["--model_name_or_path", "m", *line.split(), "--output_dir", "run"]
+        groups = parse(load_verb(verb).options, arguments, f"arriero {verb}")
+        data = next(group for group in groups if isinstance(group, DataOptions))
+        assert (data.prompt_length, data.tgt_length, data.sequence_length) == lengths
+        told = capsys.readouterr().err
+        assert ("--max_seq_length 2048 has no effect above --src_length 300 + --tgt_length 200" in told) is (
+            lengths[2] == 500
+        )
+        write_config(tmp_path / "run.yaml", groups)
+        again = parse(load_verb(verb).options, ["--config", str(tmp_path / "run.yaml")], f"arriero {verb}")
+        assert effective(again) == effective(groups)
+        capsys.readouterr()
+    if "_length 300" in line or "1500" in line:
+        planned = parse(load_verb("plan").options, ["m", *line.split()], "arriero plan")
+        assert effective(planned)["max_seq_length"] == lengths[2]
+        capsys.readouterr()
 
 
 @pytest.mark.parametrize(

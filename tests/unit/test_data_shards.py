@@ -127,12 +127,12 @@ def test_a_description_names_the_own_rows() -> None:
 
 
 def test_the_fingerprint_follows_what_decides_the_rows() -> None:
-    beginning = list(range(100, 120))
-    alike = [Example([*beginning, i, 1], [IGNORE] * 20 + [1, IGNORE]) for i in range(6)]
+    beginnings = [list(range(start, start + 20)) for start in range(100, 900, 100)]
+    alike = [Example([*some, i, 1], [IGNORE] * 20 + [1, IGNORE]) for some in beginnings for i in range(6)]
 
     def fingerprint(micro: int, accumulation: int, processes: int, *, shared: bool) -> dict[str, Any]:
         clusters = prefix_clusters(alike, micro) if shared else None
-        order = StepOrder(6, micro, accumulation, seed=1, processes=processes, clusters=clusters)
+        order = StepOrder(48, micro, accumulation, seed=1, processes=processes, clusters=clusters)
         return FinetuningSteps(alike, order, share=DataShare(0, processes)).fingerprint()
 
     same = [fingerprint(*split, shared=False) for split in ((1, 12, 1), (3, 2, 2), (4, 1, 3), (12, 1, 1))]

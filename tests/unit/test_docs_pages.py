@@ -141,6 +141,7 @@ def test_limits_that_security_names_are_those_of_the_code() -> None:
         ],
         "a row": [row_files.MAX_ROW_BYTES],
         "a regular expression": [module_patterns.MAX_PATTERN, module_patterns.MAX_CHOICES],
+        "a table of ranks": [module_patterns.MAX_NAMES, module_patterns.MAX_EXPRESSIONS],
         "a request's body": [serve["max_body_bytes"], doors.BODY_SECONDS, strict_json.MAX_DEPTH],
         "thrown away": [doors.DISCARD_BYTES, doors.DISCARD_SECONDS],
         "connections": [serve["max_connections"], server.SPARE_CONNECTIONS],

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arriero.data.order import StepOrder
+from arriero.data.order import StepOrder, describe_clusters, prefix_clusters
+from arriero.data.sft import IGNORE, Example
 from arriero.errors import DataError
 
 
@@ -74,3 +75,56 @@ def test_file_order_and_an_empty_set() -> None:
     assert [order(i) for i in range(4)] == [[[0, 1]], [[2, 3]], [[4]], [[0, 1]]]
     with pytest.raises(DataError, match="empty"):
         StepOrder(0, 1, 1, 0)
+
+
+def row(*prompt: int) -> Example:
+    """A row with one learned token."""
+    return Example([*prompt, 1], [IGNORE] * (len(prompt) - 1) + [1, IGNORE])
+
+
+SYSTEMS = [list(range(start, start + 40)) for start in (100, 200, 300, 400)]
+
+
+@pytest.mark.parametrize(
+    "systems",
+    [
+        [SYSTEMS[0]] * 256,
+        [SYSTEMS[i // 64] for i in range(256)],  # one after another
+        [SYSTEMS[i * 7 % 4] for i in range(256)],
+        [SYSTEMS[0] if i % 100 else [] for i in range(256)],  # and rows without one
+    ],
+)
+def test_a_system_message_of_many_rows_is_no_passage(systems: list[list[int]]) -> None:
+    of_class = [i // 64 for i in range(256)]
+    rows = [row(*system, 1000 + of_class[i], i % 5, 9) for i, system in enumerate(systems)]
+    clusters = prefix_clusters(rows, 8)
+    assert clusters == [[i] for i in range(256)]
+    assert describe_clusters(clusters) == ""
+    order = StepOrder(256, 8, 1, seed=3, clusters=clusters)
+    again = StepOrder(256, 8, 1, seed=3, clusters=prefix_clusters(rows, 8))
+    for epoch in range(3):
+        batches = [order(epoch * 32 + step)[0] for step in range(32)]
+        assert [again(epoch * 32 + step)[0] for step in reversed(range(32))] == batches[::-1]
+        assert all(len({of_class[number] for number in batch}) > 1 for batch in batches)
+
+
+@pytest.mark.parametrize("system", [[], SYSTEMS[0]])
+def test_questions_on_one_passage_stay_together(system: list[int]) -> None:
+    passages = [list(range(1000 * n, 1000 * n + 30 + n)) for n in range(1, 17)]
+    rows = [row(*system, *passage, 7, question, 9) for passage in passages for question in range(5)]
+    clusters = prefix_clusters(rows, 8)
+    assert clusters == [list(range(5 * n, 5 * n + 5)) for n in range(16)]
+    assert describe_clusters(clusters) == (
+        "80 of 80 training rows begin alike in 16 groups, which are shuffled whole (--share_prefixes no: row by row)"
+    )
+    assert prefix_clusters(rows, 3) == [
+        part for n in range(16) for part in (list(range(5 * n, 5 * n + 3)), [5 * n + 3, 5 * n + 4])
+    ]
+
+
+def test_what_rows_share_counts_beyond_what_many_rows_share() -> None:
+    # a short passage after a long system message, and a long question after a short passage
+    short = [row(*SYSTEMS[0], *range(1000 * n, 1000 * n + 20), 7, q, 9) for n in range(1, 13) for q in (1, 2)]
+    assert len(prefix_clusters(short, 8)) == 12
+    long = [row(*SYSTEMS[0], *range(1000 * n, 1000 * n + 20), q, *range(50)) for n in range(1, 13) for q in (1, 2)]
+    assert len(prefix_clusters(long, 8)) == 24

@@ -15,6 +15,7 @@ from arriero.data import row_files
 from arriero.data.pairs import read_pairs
 from arriero.data.row_files import read_csv, read_json, read_rows
 from arriero.data.rows.formats import FORMATS, sample_from_row
+from arriero.data.rows.preferences import pair_from_row
 from arriero.data.samples import Sample
 from arriero.data.sft import check_generation_prompt, encode_all, encode_prompt, encode_sample
 from arriero.data.sources import find_splits, load_samples, read_samples, rows_by_source
@@ -174,6 +175,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("auto", {"prompt": "x"}, "has no 'completion'"),
     ("auto", {"prompt": [USER], "completion": "x"}, "'completion' must be a list of turns"),
     ("auto", {"text": None}, "has no 'text'"),
+    ("auto", {"messages": None, "text": None}, "'messages' must be a list of turns"),
+    ("auto", {"prompt": "x", "chosen": "a", "rejected": None}, "a pair of answers"),
     ("alpaca", {"src": "a", "tgt": "b"}, "none of the keys instruction: found src, tgt"),
     ("sharegpt", {"messages": []}, "none of the keys conversations: found messages"),
 ]
@@ -187,6 +190,28 @@ def test_a_wrong_row_is_named_with_its_line(data_format: str, row: Any, message:
         read_samples(path, None, data_format)
     assert str(error.value).startswith(f"{path}:2: ")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["auto", "prompt"])
+def test_null_columns_are_of_other_rows(name: str) -> None:
+    nulls = dict.fromkeys(
+        ("messages", "conversations", "context", "instruction", "src", "text", "chosen", "rejected", "sort", "label")
+    )
+    sample = sample_from_row({**nulls, "prompt": "a", "completion": "b"}, "x:1", data_format=name)
+    assert (sample.prompt, sample.target) == ("a", "b")
+
+
+def test_null_columns_within_a_format() -> None:
+    other = {"answers": None, "question": None, "instances": None, "input": None}
+    dolly = {"instruction": "a", "context": "b", "response": "c", **other}
+    assert sample_from_row(dolly, "x:1").prompt == "a\nb"
+    assert sample_from_row({"instruction": "a", "context": None, "output": "c"}, "x:1").prompt == "a"
+    asked = sample_from_row({"context": "a", "answers": None, "answer": "b", "question": "c"}, "x:1")
+    assert asked.prompt == "answer: b context: a"
+    said = [{"role": role, "content": role, "from": None, "value": None} for role in ("user", "assistant")]
+    assert sample_from_row({"conversations": said}, "x:1").target == "assistant"
+    pair = pair_from_row({"prompt": "a", "chosen": "b", "rejected": "c", "response": None, "sort": None}, "x:1")
+    assert (pair.chosen.target, pair.rejected.target) == ("b", "c")
 
 
 # Templates and answers.
@@ -285,6 +310,12 @@ def test_csv_and_tsv_rows(tmp_path: Path) -> None:
     first, second = read_samples(path, None)
     assert (first.prompt, first.target, first.where) == ('Say "hi", twice', "hi\nhi", f"{path}:3")
     assert (second.prompt, second.target) == ("Sum\n1,2", "3")
+    indexed = tmp_path / "pandas.csv"
+    indexed.write_text(",prompt,completion\n0,a,b\n1,c,\n")
+    assert [row for _, row in read_rows(indexed)] == [
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "c", "completion": ""},
+    ]
     table = tmp_path / "dev.tsv"
     table.write_text(
         'messages\n"[{""role"": ""user"", ""content"": ""a""}, {""role"": ""assistant"", ""content"": ""b""}]"\n'
@@ -300,6 +331,8 @@ def test_csv_and_tsv_rows(tmp_path: Path) -> None:
         (b"src,tgt\na,b,c\n", r":2: 3 fields, the header names 2"),
         (b"src,src\na,b\n", r":1: the first line must name every column"),
         (b"src,\na,b\n", r":1: the first line must name every column"),
+        (b",src,\n0,a,b\n", r":1: the first line must name every column"),
+        (b'""\n0\n', r":1: the first line must name every column"),
         (b"src,tgt\na,\xff\n", r"train.csv: line 2 byte 3 of it is no UTF-8 text; save the file as UTF-8"),
         (b'src,tgt\na,"b" c\n', r":2: not readable as a table"),
         (b"src,tgt\n", r"holds no row"),

@@ -202,6 +202,7 @@ def test_a_tokenizer_without_an_end_token_is_refused() -> None:
     broken = SimpleNamespace(
         bos_token_id=None,
         eos_token_id=None,
+        special_tokens={},
         encode=lambda text, **_: list(range(len(text))),
         has_chat_template=lambda: False,
     )
@@ -236,7 +237,11 @@ def test_any_text_fits_or_is_refused(
 def test_a_set_whose_labels_are_all_masked_is_refused() -> None:
     """No prompt at all: the end token is the first token of the row, so nothing predicts it."""
     bare = SimpleNamespace(
-        bos_token_id=None, eos_token_id=2, encode=lambda text, **_: [5] * len(text), has_chat_template=lambda: False
+        bos_token_id=None,
+        eos_token_id=2,
+        special_tokens={},
+        encode=lambda text, **_: [5] * len(text),
+        has_chat_template=lambda: False,
     )
     with pytest.raises(DataError, match="every label is masked"):
         encode_all([Sample("", "", "", "")] * 3, bare, 64, 1)  # type: ignore[arg-type]

@@ -90,7 +90,9 @@ def test_sharegpt_marks_its_turns_alike() -> None:
 def test_without_a_chat_template_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = load_tokenizer(folder)
     monkeypatch.setattr(tokenizer, "has_chat_template", lambda: False)
-    samples = [sample_from_row(row(*skipped), "f:1") for skipped in ((), (2,))]
+    question, answer = {"role": "user", "content": "Question"}, {"role": "assistant", "content": "Third answer"}
+    turns = [[question, answer], [question, {**answer, "weight": 0}]]
+    samples = [sample_from_row({"messages": messages}, "f:1") for messages in turns]
     (plain, skipped), report = encode_all(samples, tokenizer, 512, 64)
     assert skipped.input_ids == plain.input_ids
     assert (learned(plain, tokenizer), learned(skipped, tokenizer)) == (["Third answer</s>"], [])

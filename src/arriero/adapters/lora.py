@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from arriero.adapters.lora_config import DEFAULT_TARGETS, LoRAConfig
 from arriero.adapters.lora_linear import LoRALinear
 from arriero.adapters.pissa import PiSSALinear
 from arriero.errors import ConfigError, FormatError
+from arriero.formats.peft import BASE_COPIES
 from arriero.formats.quantized import plain
 from arriero.models.llama import LlamaForCausalLM
 from arriero.models.products import Linear
@@ -113,9 +115,11 @@ def check_adapter(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Compare adapter tensors, named as in `adapter_state`, with those of an adapted model (on the meta device too).
 
     Raises:
-        FormatError: naming the first tensors that are missing, unknown or of another shape, and how many more there are.
+        FormatError: naming the first tensors that are missing, unknown or of another shape, and how many more there are; or a
+            copy of a weight of the base that is another one, or cannot be compared for the model has no values.
     """
-    own = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    own = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     wrong = [
         f"{name} is {tuple(tensor.shape)}, the model needs {own[name]}"
         if name in own
@@ -129,11 +133,25 @@ def check_adapter(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         raise FormatError(
             f"the adapter does not fit the model: {'; '.join(wrong[:_NAMED])}{more}: is it for another base model?"
         )
+    for name in BASE_COPIES & state.keys():
+        _check_copy(name, parameters[name], state[name])
+
+
+def _check_copy(name: str, base: Tensor, copy: Tensor) -> None:
+    """Raises FormatError unless an adapter's copy of a weight of the base is that weight, either one perhaps rounded."""
+    if base.is_meta:
+        raise FormatError(
+            f"the adapter holds a copy of the base's {name}, which cannot be compared here: save it without "
+            "(PEFT: save_embedding_layers=False)"
+        )
+    copy = copy.to(base.device)
+    if not (torch.equal(copy.to(base.dtype), base) or torch.equal(base.to(copy.dtype), copy)):
+        raise FormatError(f"the adapter holds a {name} that is not the model's: is it for another base model?")
 
 
 @torch.no_grad()
 def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy adapter tensors, named as in `adapter_state`, into an adapted model.
+    """Copy adapter tensors, named as in `adapter_state`, into an adapted model. Copies of the base's weights stay out.
 
     Raises:
         FormatError: as `check_adapter`.
@@ -141,7 +159,8 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     check_adapter(model, state)
     own = dict(model.named_parameters())
     for name, tensor in state.items():
-        own[name].copy_(tensor)
+        if name not in BASE_COPIES:
+            own[name].copy_(tensor)
 
 
 @torch.no_grad()
@@ -149,14 +168,19 @@ def merge_lora(model: nn.Module) -> nn.Module:
     """Add every update to its base weight and put plain linear layers back, in place.
 
     The sum is formed in fp32 and rounded once to the base's dtype. A quantized base is dequantized, all of it, and the model's
-    configuration is that of a plain one then.
+    configuration is that of a plain one then. A head that is tied to the embedding gets a weight of its own, and the model's
+    configuration says so: the adapter changes the head alone.
     """
     quantized = has_quantized_layers(model)
     for name, layer in list(adapted_layers(model)):
         linear = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         merged = layer.merged().to(layer.base_dtype)
-        if layer.scheme is None:
-            linear.weight = layer.weight  # the same memory: a tied weight stays tied
+        tied = False
+        if isinstance(model, LlamaForCausalLM) and name == "lm_head":
+            tied = model.config.tie_word_embeddings
+            model.config = replace(model.config, tie_word_embeddings=False)
+        if layer.scheme is None and not tied:
+            linear.weight = layer.weight  # the same memory
             linear.weight.copy_(merged)
         else:
             linear.weight = nn.Parameter(merged, requires_grad=False)

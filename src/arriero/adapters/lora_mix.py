@@ -13,6 +13,7 @@ from torch import Tensor
 
 from arriero.adapters.lora_config import LoRAConfig
 from arriero.errors import ConfigError, FormatError
+from arriero.formats.peft import BASE_COPIES
 
 Adapter = tuple[LoRAConfig, Mapping[str, Tensor]]  # as stored: the tensors named as in the adapted model
 
@@ -63,6 +64,11 @@ def check_mix(mixed: Adapter, adapters: Sequence[Adapter], weights: Sequence[flo
 def _check_plain(number: int, config: LoRAConfig, state: Mapping[str, Tensor]) -> None:
     if config.use_dora:
         raise ConfigError(f"adapter {number} is a DoRA adapter, which is no sum of matrices: merge it alone")
+    for name in BASE_COPIES & state.keys():
+        raise ConfigError(
+            f"adapter {number} holds a copy of the base's {name}, with which nothing is compared here: save it without "
+            "(PEFT: save_embedding_layers=False), or merge it alone"
+        )
     biases = [name for name in state if ".lora_" not in name]
     if biases:
         raise ConfigError(

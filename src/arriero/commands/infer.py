@@ -25,6 +25,7 @@ def run(infer: InferOptions, generation: BundleGenerationOptions) -> int:
     """Print every prompt with its answer."""
     from arriero.bundles.running import bundle_engine, bundle_folder, check_device, default_length
     from arriero.commands.prompt_rows import check_predict_file, print_answer, read_prompts, write_answers
+    from arriero.data.sample_text import told_answer
     from arriero.data.sft import fit_prompt
     from arriero.engine.sampling_params import params_from_options
     from arriero.export.bundle import open_bundle
@@ -56,7 +57,8 @@ def run(infer: InferOptions, generation: BundleGenerationOptions) -> int:
     if infer.stream:
         answers = _stream(engine, samples, prompts, each)
     else:
-        answers = [answer.text.strip() for answer in engine.generate(prompts, each)]
+        found = engine.generate(prompts, each)
+        answers = [told_answer(sample, answer.text) for sample, answer in zip(samples, found, strict=True)]
         for sample, answer in zip(samples, answers, strict=True):
             print_answer(sample, answer)
     if infer.predict_file:
@@ -68,6 +70,8 @@ def _stream(
     engine: Engine, samples: Sequence[Sample], prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
 ) -> list[str]:
     """Print answers as they come."""
+    from arriero.data.sample_text import told_answer
+
     answers = []
     for sample, prompt, own in zip(samples, prompts, params, strict=True):
         print(without_controls(sample.prompt))
@@ -76,7 +80,7 @@ def _stream(
             print(without_controls(piece), end="", flush=True)
             pieces.append(piece)
         print("\n" + "-" * 20)
-        answers.append("".join(pieces).strip())
+        answers.append(told_answer(sample, "".join(pieces)))
     return answers
 
 

@@ -48,6 +48,7 @@ def run(
 
     from arriero.commands.prompt_rows import check_predict_file, read_prompts
     from arriero.config.layout import Layout
+    from arriero.data.sample_text import told_answer
     from arriero.data.sft import fit_prompt
     from arriero.engine.loading import load_for_inference, pick_device
     from arriero.engine.sampling_params import params_from_options
@@ -103,7 +104,11 @@ def run(
         )
 
     def publish() -> None:
-        _publish(samples, [answer.text.strip() for answer in answers], Path(predict.predict_file))
+        _publish(
+            samples,
+            [told_answer(sample, answer.text) for sample, answer in zip(samples, answers, strict=True)],
+            Path(predict.predict_file),
+        )
         if predict.merge_tensor_parallel_path:
             _write_model(loaded.folder, predict.merge_tensor_parallel_path)
         if speculation is not None:

@@ -98,15 +98,35 @@ def _evaluation(groups: Sequence[Any], given: frozenset[str], warnings: list[str
         warnings.append(f"--eval_steps has no effect with --evaluation_strategy {checkpoint.evaluation_strategy}")
     if checkpoint.save_strategy != "steps" and changed(checkpoint, "save_steps", given):
         warnings.append(f"--save_steps has no effect with --save_strategy {checkpoint.save_strategy}")
+    if checkpoint.save_strategy == "no" and find(groups, PlanOptions) is None:
+        for name in ("save_total_limit", "async_save"):
+            if changed(checkpoint, name, given):
+                warnings.append(f"--{name} has no effect with --save_strategy no")
     if checkpoint.evaluation_strategy != "no":
         optimization.do_eval = True
     elif checkpoint.early_stopping_patience is not None:
         raise ConfigError(
             "--early_stopping_patience needs evaluations and there are none: add --do_eval or --evaluation_strategy steps"
         )
+    _not_evaluated(groups, given, warnings)
     corpus = find(groups, CorpusOptions)
     if not optimization.do_train and not optimization.do_eval and not (corpus is not None and corpus.do_predict):
         raise ConfigError("--do_train and --do_eval are both off, so there is nothing to do: switch one on")
+
+
+def _not_evaluated(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
+    """Options of evaluations of which there are none."""
+    optimization, data = find(groups, OptimizationOptions), find(groups, DataOptions)
+    if optimization is None or optimization.do_eval or find(groups, PlanOptions) is not None:
+        return
+    corpus, preference = find(groups, CorpusOptions), find(groups, PreferenceOptions)
+    # a reference scores its pairs in such batches, --do_predict the test part
+    read = (preference is not None and preference.preference is not None) or (corpus is not None and corpus.do_predict)
+    if not read and changed(optimization, "per_device_eval_batch_size", given):
+        warnings.append("--per_device_eval_batch_size has no effect without --do_eval")
+    for name in ("eval_with_do_generation", "max_eval_samples"):
+        if data is not None and changed(data, name, given):
+            warnings.append(f"--{name} has no effect without --do_eval")
 
 
 def _schedule(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
@@ -179,6 +199,10 @@ def _watching(groups: Sequence[Any], given: frozenset[str], warnings: list[str])
         warnings.append("--sample_prompts has no effect with --evaluation_strategy no: it is done when evaluating")
     if not {"wandb", "trackio"} & set(logging.report_to) and changed(logging, "project", given):
         warnings.append(f"--project has no effect with --report_to {','.join(logging.report_to)}")
+    if not {"tensorboard", "auto"} & set(logging.report_to) and changed(logging, "logging_dir", given):
+        warnings.append(f"--logging_dir has no effect with --report_to {','.join(logging.report_to)}")
+    if logging.report_to == ["none"] and changed(logging, "run_name", given):
+        warnings.append("--run_name has no effect with --report_to none")
 
 
 def _precision(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
@@ -241,6 +265,18 @@ def _sampling(groups: Sequence[Any], given: frozenset[str], warnings: list[str])
     for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
         if changed(generation, name, given) and not meant.get(name):
             warnings.append(f"--{name} has no effect {why}")
+
+
+def _row_lengths(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
+    """Settle what prompts and answers have of a `--max_seq_length` above their usual lengths."""
+    data, evaluation = find(groups, DataOptions), find(groups, EvaluateOptions)
+    if data is None or (evaluation is not None and evaluation.tasks):
+        return
+    if not data.share_room(given) and "max_seq_length" in given:
+        warnings.append(
+            f"--max_seq_length {data.max_seq_length} has no effect above --src_length {data.src_length} + "
+            f"--tgt_length {data.tgt_length}: leave one of these out, which takes the rest then"
+        )
 
 
 def _padding(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
@@ -347,6 +383,7 @@ _RULES: tuple[Callable[[Sequence[Any], frozenset[str], list[str]], None], ...] =
     prefix_rule,
     vocabulary_rule,
     _sampling,
+    _row_lengths,
     _padding,
     _data_loading,
     _corpus,

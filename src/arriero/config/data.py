@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,7 +134,10 @@ class DataOptions(RowOptions):
         None, "share of the training rows that each file of --dataset_path gives, in proportion", above=0.0
     )
     max_seq_length: int | None = option(
-        None, "longest prompt + answer in tokens (default: src_length + tgt_length)", minimum=2
+        None,
+        "longest prompt + answer in tokens (default: src_length + tgt_length); where it is more, what is not given of these "
+        "two takes the rest, and of neither given the answer has a third",
+        minimum=2,
     )
     share_prefixes: bool = option(
         True,
@@ -187,6 +190,26 @@ class DataOptions(RowOptions):
                 f"--max_seq_length {self.max_seq_length} leaves no room for a prompt beside "
                 f"--tgt_length {self.tgt_length}: raise the first or lower the second"
             )
+
+    def share_room(self, given: Collection[str]) -> bool:
+        """Give a `max_seq_length` above `src_length` + `tgt_length` to what is not in `given` of these two.
+
+        Of neither given, a third is for the answer, as of the defaults.
+
+        Returns:
+            Whether it fits so: not where both are given.
+        """
+        room = self.max_seq_length or 0
+        if room <= self.src_length + self.tgt_length:
+            return True
+        if "src_length" in given and "tgt_length" in given:
+            return False
+        if "src_length" in given:
+            self.tgt_length = room - self.src_length
+        else:
+            self.tgt_length = self.tgt_length if "tgt_length" in given else room // 3
+            self.src_length = room - self.tgt_length
+        return True
 
     @property
     def sequence_length(self) -> int:

@@ -15,6 +15,10 @@ from arriero.data.mixture import Mixture
 from arriero.data.sft import Example
 from arriero.errors import DataError
 
+# a beginning of more rows is no passage (SQuAD: up to 25 questions on one)
+MAX_PASSAGE_ROWS = 64
+MAX_PASSAGE_SHARE = 1 / 8
+
 
 @lru_cache(maxsize=2)
 def epoch_order(items: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
@@ -22,19 +26,48 @@ def epoch_order(items: int, seed: int, epoch: int, shuffle: bool = True) -> np.n
     return np.random.default_rng((seed, epoch)).permutation(items) if shuffle else np.arange(items)
 
 
+def common_beginnings(examples: Sequence[Example], most: int) -> np.ndarray:
+    """Of each row, the tokens of its longest beginning that more than `most` rows have, (rows,) int64."""
+    rows = len(examples)
+    # rows that begin alike follow each other in this order, so that of `most` + 1 neighbours the first and the last tell
+    ranked = sorted(range(rows), key=lambda row: examples[row].input_ids)
+    shared = np.zeros(rows + most, dtype=np.int64)  # by the last of the neighbours
+    for last in range(most, rows):
+        shared[last] = shared_prefix(examples[ranked[last - most]], examples[ranked[last]])
+    common = np.empty(rows, dtype=np.int64)
+    common[ranked] = np.lib.stride_tricks.sliding_window_view(shared, most + 1).max(axis=1)
+    return common
+
+
 def prefix_clusters(examples: Sequence[Example], largest: int) -> list[list[int]]:
-    """Row numbers in runs of neighbours that begin alike, at most `largest` rows a run."""
+    """Row numbers in runs of neighbours that begin alike, at most `largest` rows a run.
+
+    What counts is what they have in common beyond a beginning of many rows. Such a one is no passage but a chat template's text
+    or a system message: shuffled by it, a file that is sorted by topic would give micro-batches of one topic each.
+    """
+    common = common_beginnings(examples, min(MAX_PASSAGE_ROWS, int(len(examples) * MAX_PASSAGE_SHARE))).tolist()
     clusters: list[list[int]] = []
     for row, example in enumerate(examples):
         last = clusters[-1] if clusters else []
-        together = 0 < len(last) < largest and shared_prefix(examples[last[0]], example) >= max(
-            MIN_SHARED_TOKENS, example.prompt_length // 2
+        together = 0 < len(last) < largest and shared_prefix(examples[last[0]], example) - common[row] >= max(
+            MIN_SHARED_TOKENS, (example.prompt_length - common[row]) // 2
         )
         if together:
             last.append(row)
         else:
             clusters.append([row])
     return clusters
+
+
+def describe_clusters(clusters: Sequence[Sequence[int]]) -> str:
+    """What is told of rows that are shuffled together; empty where none are."""
+    together = [len(cluster) for cluster in clusters if len(cluster) > 1]
+    if not together:
+        return ""
+    return (
+        f"{sum(together):,} of {sum(map(len, clusters)):,} training rows begin alike in {len(together):,} groups, which are "
+        "shuffled whole (--share_prefixes no: row by row)"
+    )
 
 
 def grouped_by_length(order: Sequence[int], lengths: Sequence[int], rows_per_step: int) -> list[int]:

@@ -151,7 +151,8 @@ def _value(text: str, line: bytes) -> Any:
 
 
 def read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a table in text (RFC 4180, UTF-8), keyed by the names in its first line; blank lines are skipped.
+    """The rows of a table in text (RFC 4180, UTF-8), keyed by the names in its first line; blank lines are skipped, and so is
+    a first column without a name: pandas writes its index there.
 
     Raises:
         DataError: naming the line: not UTF-8, no header, more or fewer fields than names, or a field that is too long.
@@ -172,7 +173,8 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, 
                     elif len(fields) != len(names):
                         raise DataError(f"{where}: {len(fields)} fields, the header names {len(names)}")
                     else:
-                        yield where, {name: _field(name, text) for name, text in zip(names, fields, strict=True)}
+                        named = zip(names, fields, strict=True)
+                        yield where, {name: _field(name, text) for name, text in named if name}
             except csv.Error as error:
                 raise DataError(f"{path}:{reader.line_num}: not readable as a table ({error})") from error
     except OSError as error:
@@ -196,7 +198,7 @@ def _bounded_lines(file: TextIO, path: Path) -> Iterator[str]:
 
 def _header(fields: list[str], where: str) -> list[str]:
     names = [field.strip() for field in fields]
-    if len(set(names)) < len(names) or "" in names:
+    if len(set(names)) < len(names) or "" in names[1:] or names == [""]:
         raise DataError(f"{where}: the first line must name every column, each once")
     return names
 

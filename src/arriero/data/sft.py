@@ -17,7 +17,17 @@ from typing import Protocol
 
 from arriero.data.assistant_turns import THOUGHT_OPENING, UNLEARNED, TurnFrame, is_learned, unmarked
 from arriero.data.rows.report import EncodingReport
+from arriero.data.sample_text import (
+    answer_text,
+    check_plain,
+    has_calls,
+    joining_space,
+    more_than_text,
+    plain_prompt,
+    refuse_calls,
+)
 from arriero.data.samples import Message, Sample
+from arriero.data.spelled_tokens import SpelledTokens
 from arriero.errors import DataError, TemplateError
 
 IGNORE = -100
@@ -32,12 +42,15 @@ class SFTTokenizer(Protocol):
     special_tokens: dict[str, int]
 
     def encode(self, text: str, *, add_special_tokens: bool = ..., allow_special: bool = ...) -> list[int]: ...
+    def encode_continuation(self, text: str) -> list[int]: ...
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]: ...
     def has_chat_template(self) -> bool: ...
     @property
     def marks_generation(self) -> bool: ...
     @property
     def turn_frame(self) -> TurnFrame: ...
+    def writes_tools(self) -> bool: ...
+    def writes_calls(self, *, with_tools: bool) -> bool: ...
     def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = ...) -> str: ...
     def chat(
         self,
@@ -83,14 +96,20 @@ def _turns(sample: Sample) -> list[Message]:
 
 
 def encode_prompt(sample: Sample, tokenizer: SFTTokenizer) -> list[int]:
-    """Token ids of the whole prompt, nothing cut."""
+    """Token ids of the whole prompt, nothing cut.
+
+    Raises:
+        DataError: the row has tools or turns that the model's template, or text without one, would lose.
+    """
     if _uses_template(sample, tokenizer):
+        tools = bool(sample.tools)
+        if (tools and not tokenizer.writes_tools()) or (
+            has_calls(sample) and not tokenizer.writes_calls(with_tools=tools)
+        ):
+            refuse_calls(sample)
         return tokenizer.chat(_turns(sample), add_generation_prompt=True, tools=sample.tools)
-    if sample.tools or _more_than_text(sample) or sample.turn["role"] != "user":
-        raise DataError(f"{sample.name} has tool calls, which only a model with a chat template for them can read")
-    history = "".join(f"{message['content']}\n\n" for message in sample.history)
-    before, after = sample.plain or (history + sample.before, sample.after)
-    ids = tokenizer.encode(before + sample.context + after, add_special_tokens=True)
+    check_plain(sample)
+    ids = tokenizer.encode(plain_prompt(sample), add_special_tokens=True)
     return [*ids, _eos(tokenizer)] if sample.ends_prompt else ids
 
 
@@ -136,9 +155,10 @@ def fit_sample(sample: Sample, tokenizer: SFTTokenizer, limit: int) -> tuple[Sam
 def encode_target(sample: Sample, tokenizer: SFTTokenizer, limit: int) -> tuple[list[int], bool]:
     """The answer without a template and the end-of-sequence token in at most `limit` tokens, the end token always kept."""
     assert sample.target is not None
-    closed = sample.ends_prompt or sample.only_text  # otherwise a space must part prompt and answer
-    text = sample.target.strip() if closed else " " + sample.target.strip()
-    return _ended(tokenizer.encode(text), _eos(tokenizer), limit)
+    end, space = _eos(tokenizer), joining_space(sample)
+    text = space + answer_text(sample)
+    starts = space or sample.only_text or sample.ends_prompt
+    return _ended(tokenizer.encode(text) if starts else tokenizer.encode_continuation(text), end, limit)
 
 
 def _ended(ids: list[int], end: int, limit: int) -> tuple[list[int], bool]:
@@ -198,22 +218,17 @@ def encode_sample(
     return Example(ids, labels), fitted is not sample, target_cut
 
 
-def _more_than_text(sample: Sample) -> bool:
-    """Whether the answer is a turn with more than its text (calls of tools)."""
-    return sample.answer is not None and not {"role", "content"} >= unmarked(sample.answer).keys()
-
-
 def is_empty(sample: Sample) -> bool:
     """Whether the answer says nothing."""
-    return not (sample.target or "").strip() and not _more_than_text(sample)
+    return not (sample.target or "").strip() and not more_than_text(sample)
 
 
 def _whole(sample: Sample) -> list[Message]:
     """The conversation with the answer, as the template gets it."""
     assert sample.target is not None
-    if sample.answer is not None and _more_than_text(sample):
+    if sample.answer is not None and more_than_text(sample):
         return [*_turns(sample), unmarked(sample.answer)]
-    return [*_turns(sample), {"role": "assistant", "content": sample.target.strip()}]
+    return [*_turns(sample), {"role": "assistant", "content": answer_text(sample)}]
 
 
 def _wanted(sample: Sample, tokenizer: SFTTokenizer) -> list[bool]:
@@ -268,11 +283,11 @@ def _by_template(
         thought = "" if own else _thought(sample, prompt, tokenizer)
         joined = ids[: start - 1] == prompt[:-1]  # the answer's beginning and the prompt's last token are one
         if not own and (thought or joined):
-            answer, cut = _ended(tokenizer.encode(thought or (sample.target or "").strip()), end_id, limit)
+            answer, cut = _ended(tokenizer.encode(thought or answer_text(sample)), end_id, limit)
             return prompt, _history(ids, learned, prompt), answer, [True] * len(answer), cut
         start = max((i for i in range(end) if learned[i] and (i == 0 or not learned[i - 1])), default=0)
     elif not own and end <= start:  # where the last turn is could not be told, but for where it begins
-        end = next((i + 1 for i in range(len(ids) - 1, start, -1) if ids[i] == end_id), len(ids))
+        end = next((i + 1 for i in range(len(ids) - 1, start - 1, -1) if ids[i] == end_id), len(ids))
         learned[start:end] = [True] * (end - start)
     if end <= start:
         raise DataError(
@@ -309,7 +324,7 @@ def _history(ids: list[int], learned: list[bool], prompt: list[int]) -> list[boo
 
 def _thought(sample: Sample, prompt: list[int], tokenizer: SFTTokenizer) -> str:
     """An answer that thinks first, without the mark at its beginning, if that is what its prompt ends with."""
-    target = (sample.target or "").strip()
+    target = answer_text(sample).lstrip()
     mark = tokenizer.encode(f"{THOUGHT_OPENING}\n")
     begins = target.startswith(THOUGHT_OPENING) and prompt[-len(mark) :] == mark
     return target.removeprefix(THOUGHT_OPENING).lstrip() if begins else ""
@@ -355,6 +370,7 @@ def encode_all(
     """
     examples: list[Example] = []
     report = EncodingReport()
+    spelled = SpelledTokens(tokenizer.special_tokens)
     for sample in samples:
         if not examples and _uses_template(sample, tokenizer):
             check_generation_prompt(tokenizer)
@@ -365,6 +381,7 @@ def encode_all(
         except TemplateError as error:
             raise TemplateError(f"{sample.name}: {error}") from error
         examples.append(example)
+        spelled.add(sample)
         report.rows += 1
         report.empty_target += is_empty(sample)
         report.unlearned += example.label_count == 0
@@ -382,4 +399,6 @@ def encode_all(
         raise DataError("the data set holds no row")
     if report.label_tokens == 0:
         raise DataError("every label is masked: no row has an answer token to learn from")
+    if str(spelled):
+        print(spelled)
     return examples, report

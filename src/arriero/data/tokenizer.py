@@ -23,6 +23,16 @@ from arriero.data.surrogates import all_without_surrogates, without_surrogates
 from arriero.data.tokenizer_files import END_OF_TURN, MORE_TEMPLATES, SIDE_FILES, TokenizerFiles, read_tokenizer_files
 from arriero.errors import FormatError, TemplateError
 
+# A tool and a call of another, whose names are in a rendered text if the template writes them
+TOOL: Mapping[str, Any] = {
+    "type": "function",
+    "function": {"name": "set_clock", "description": "Set it.", "parameters": {"type": "object", "properties": {}}},
+}
+CALL: Mapping[str, Any] = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"id": "call00001", "type": "function", "function": {"name": "read_clock", "arguments": {}}}],
+}
 SENTENCEPIECE_NAMES = ("tokenizer.model", "sentencepiece.bpe.model")
 
 
@@ -69,6 +79,7 @@ class Tokenizer:
         self.stop_token_ids = self._stop_ids()
         self._prefix, self._suffix = self._framing()
         self._template = ChatTemplate(files.chat_template, str(files.folder)) if files.chat_template else None
+        self._written: dict[tuple[str, bool], bool] = {}
         self._tool_template = ChatTemplate(files.tool_template, str(files.folder)) if files.tool_template else None
 
     def _named_id(self, key: str, id_key: str) -> int | None:
@@ -137,6 +148,12 @@ class Tokenizer:
         if strange:
             token = self.id_to_token(min(strange))
             raise FormatError(f"{self.folder}: its vocabulary makes the control token {token!r} of ordinary text")
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of a text that goes on after another: without the blank that some vocabularies put before a text."""
+        ids, _ = self._vocabulary.offsets(without_surrogates(text), after_token=True)
+        self._check_ordinary(ids)
+        return ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """`encode(text)`, with the (start, end) of each token in characters of the text."""
@@ -283,6 +300,23 @@ class Tokenizer:
         except TemplateError:
             return TurnFrame("", "" if self.eos_token_id is None else self.id_to_token(self.eos_token_id) or "")
         return TurnFrame.of(opened, closed, answered, self.special_tokens)
+
+    def writes_tools(self) -> bool:
+        """Whether the template tells the model what tools it may call; one that fails on a plain tool may do so."""
+        return self._writes([QUESTION], [TOOL], "set_clock")
+
+    def writes_calls(self, *, with_tools: bool) -> bool:
+        """Whether the template (that for tools, if some are given) writes the assistant's calls; see `writes_tools`."""
+        return self._writes([QUESTION, CALL], [TOOL] if with_tools else None, "read_clock")
+
+    def _writes(self, messages: list[Mapping[str, Any]], tools: list[Mapping[str, Any]] | None, name: str) -> bool:
+        key = (name, tools is not None)
+        if key not in self._written:
+            try:
+                self._written[key] = name in self._render(messages, False, tools).text
+            except TemplateError:
+                self._written[key] = True
+        return self._written[key]
 
     def _pieces(self, chat: MarkedChat) -> Iterator[tuple[list[int], list[tuple[int, int]], int]]:
         """A conversation's control tokens and the texts between them: ids, (start, end) of each within the piece in

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 MAX_PATTERN = 2000  # characters of an expression
 # Of one expression. Python's `re` may try every combination: a repetition multiplies the ways to match a name by the name's
 # length, an optional part and two alternatives that can begin alike by two.
 MAX_CHOICES = 5
+# Of all entries of a table of expressions. Each is matched with every layer, which a choice makes ten times as long.
+MAX_NAMES = 10_000
+MAX_EXPRESSIONS = 500  # those that are no plain names
+_MAX_WORK: int = 10**MAX_CHOICES
+
+_NAME = re.compile(r"\^?(?:\w|\\?\.)+\$?", re.ASCII)
 
 _TOKEN = re.compile(
     r"(?P<open>\((?!\?)|\(\?(?:[:=!>]|<[=!]|P<\w+>|i:))"  # no flags but i: others change what the rest means
@@ -64,6 +70,17 @@ def is_pattern(text: str) -> bool:
         return False
     choices = _choices(text)
     return choices is not None and choices <= MAX_CHOICES
+
+
+def are_too_many(texts: Collection[str]) -> bool:
+    """Whether matching all of a table's expressions would take too long; those that are none of `is_pattern` count little."""
+    if len(texts) > MAX_NAMES:
+        return True
+    expressions = [text for text in texts if not _NAME.fullmatch(text)]
+    if len(expressions) > MAX_EXPRESSIONS:
+        return True
+    short = (text for text in expressions if len(text) <= MAX_PATTERN)
+    return sum(int(10 ** min(_choices(text) or 0, MAX_CHOICES)) for text in short) > _MAX_WORK
 
 
 def _choices(text: str) -> int | None:

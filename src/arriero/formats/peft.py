@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -15,13 +16,15 @@ from torch import Tensor
 
 from arriero.errors import FormatError
 from arriero.formats.json_file import read_json_object
-from arriero.formats.module_patterns import MAX_CHOICES, is_pattern
+from arriero.formats.module_patterns import MAX_CHOICES, MAX_EXPRESSIONS, MAX_NAMES, are_too_many, is_pattern
 from arriero.formats.parts import Part, Placement
 from arriero.formats.safe_tensors import read_tensors
 from arriero.formats.shared_files import ALONE, PartReader, Peers, agree, shared_folder, write_tensor_file
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# Weights of the base that PEFT writes beside an adapter of the layer; they are compared with the base's, and not loaded.
+BASE_COPIES = frozenset({"lm_head.weight", "model.embed_tokens.weight"})
 Number = TypeVar("Number", int, float)
 
 _PREFIX = "base_model.model."
@@ -183,7 +186,12 @@ class PeftLoraConfig:
 
 def of_pattern(patterns: Mapping[str, Number], layer: str, default: Number) -> Number:
     """The value of the first pattern that a layer's full name, or its end after a dot, matches (PEFT's rule)."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), default)
+    return next((value for key, value in patterns.items() if _compiled(key).match(layer)), default)
+
+
+@functools.lru_cache(2 * MAX_NAMES)  # `re` keeps 512 only, and every layer is compared with every pattern
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _is_rank(value: Any) -> TypeGuard[int]:
@@ -197,6 +205,11 @@ def _is_alpha(value: Any) -> TypeGuard[float]:
 def _pattern_of(values: Mapping[str, Any], key: str, valid: Callable[[Any], bool], source: str) -> dict[str, Any]:
     """One of the two patterns of the file."""
     found = values.get(key) or {}
+    if isinstance(found, dict) and are_too_many(found):
+        raise FormatError(
+            f"{source}: {key} has {len(found):,} entries, which would take too long: {MAX_NAMES:,} names of layers may be "
+            f"given, and {MAX_EXPRESSIONS} regular expressions of few repetitions and choices in all"
+        )
     if not isinstance(found, dict) or not all(is_pattern(name) and valid(value) for name, value in found.items()):
         raise FormatError(
             f"{source}: {key} must give a number above 0 for patterns of layer names, got {str(found)[:60]}"
@@ -313,7 +326,8 @@ def load_adapter(folder: str | Path) -> tuple[PeftLoraConfig, dict[str, Tensor]]
     """Read an adapter written by PEFT or by `save_adapter`.
 
     Returns:
-        Its configuration, and its tensors under the names of the adapted model (without PEFT's prefix).
+        Its configuration, and its tensors under the names of the adapted model (without PEFT's prefix). Copies of the base's
+        weights (`BASE_COPIES`) are among them where PEFT wrote them.
 
     Raises:
         FormatError: when a file is missing or broken, or a tensor is none of a LoRA adapter.
@@ -327,7 +341,8 @@ def load_adapter(folder: str | Path) -> tuple[PeftLoraConfig, dict[str, Tensor]]
             raise FormatError(f"{path}: {name} is not a tensor of a PEFT adapter (it does not start with {_PREFIX})")
         plain = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
         match = _ADAPTER.fullmatch(plain)
-        if match is None and not plain.endswith((".bias", _MAGNITUDE)):
+        is_copy = plain in BASE_COPIES and name.endswith(".base_layer.weight")
+        if match is None and not is_copy and not plain.endswith((".bias", _MAGNITUDE)):
             raise FormatError(f"{path}: {name} is neither a LoRA matrix nor a bias; only LoRA and DoRA are supported")
         if match is not None:
             rank = config.rank_of(match[1])

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from arriero.adapters.lora_linear import LoRALinear
 from arriero.data.batch import Batch, PairedRows, to_common_shape
 from arriero.models.embedding_noise import EmbeddingNoise
 from arriero.models.llama import LayerInputs, LlamaForCausalLM
@@ -179,13 +180,15 @@ class Layers:
 
     def at_head(self, hidden: Tensor) -> tuple[Tensor, Tensor, VocabularyPart | None]:
         """The last stage's output, all its tokens; the head's weight; and which of its rows this process holds."""
-        head = self.stages[-1].lm_head
+        head: nn.Module | None = self.stages[-1].lm_head
         assert head is not None
+        # an adapter of the head stays apart where the base is shared out or quantized
+        weight = head.merged().to(head.base_dtype) if isinstance(head, LoRALinear) else cast("nn.Linear", head).weight
         tensor = self.parallel.tensor if self.parallel is not None else None
         if tensor is None:
-            return hidden, head.weight, None
+            return hidden, weight, None
         part = VocabularyPart(tensor.group, tensor.vocabulary[0], self.model.config.vocab_size)
-        return tensor.enter(hidden), head.weight, part
+        return tensor.enter(hidden), weight, part
 
     def loss(self, hidden: Tensor, micro: MicroBatch) -> ObjectiveSums:
         """The sums of the last stage's output; in every process that shares out the vocabulary they are the same."""

@@ -7,13 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from arriero.adapters.lora import apply_lora, load_adapter_state, merge_lora
 from arriero.adapters.peft_config import from_peft
 from arriero.config.data import DataOptions, dataset_parts
 from arriero.data.batch import packed_batches
 from arriero.data.mixture import Mixture
 from arriero.data.mixture import describe as describe_mixture
-from arriero.data.order import StepOrder, prefix_clusters
+from arriero.data.order import StepOrder, describe_clusters, prefix_clusters
 from arriero.data.pairs import PreferenceSteps
 from arriero.data.samples import Sample
 from arriero.data.sft import Example, encode_all
@@ -119,6 +121,8 @@ def build_steps(
     # what a mixture draws and what goes by tokens are single rows
     single = mixture is not None or by_length or data.max_tokens_per_batch is not None
     clusters = prefix_clusters(train, micro_batch) if share and not single else None
+    if clusters and (told := describe_clusters(clusters)):
+        print(told)
     own = DataShare(processes.data_rank, processes.layout.data)
     order = StepOrder(
         len(train),
@@ -136,20 +140,35 @@ def build_steps(
 
 
 def encode_rows(
-    samples: Sequence[Sample], loaded: LoadedModel, data: DataOptions, name: str, *, hint: bool = False
+    samples: Sequence[Sample],
+    loaded: LoadedModel,
+    data: DataOptions,
+    name: str,
+    *,
+    hint: bool = False,
+    progress_bar: bool = False,
 ) -> list[Example]:
     """The rows of a run or a scoring as token ids; a line under `name` tells what was cut.
 
     Args:
         hint: say too where rows are bare text and the model has a chat template.
+        progress_bar: show one on a terminal.
 
     Raises:
         DataError: one cannot be encoded.
     """
-    examples, report = encode_all(
-        samples, loaded.tokenizer, data.prompt_length, data.tgt_length, train_on=data.train_on
-    )
+    quiet = None if progress_bar else True  # None: where there is no terminal
+    with tqdm(samples, unit="row", desc="encode", leave=False, delay=1.0, disable=quiet) as rows:
+        examples, report = encode_all(
+            rows, loaded.tokenizer, data.prompt_length, data.tgt_length, train_on=data.train_on
+        )
     print(f"{name}: {report}")
+    cut = report.truncated_context or report.truncated_target
+    if cut and data.max_seq_length == data.src_length + data.tgt_length:
+        print(
+            f"--max_seq_length {data.max_seq_length} is up to {data.src_length} tokens of prompt and {data.tgt_length} of "
+            "answer: --tgt_length moves the border"
+        )
     if hint and report.bare and loaded.tokenizer.has_chat_template():
         print(report.hint)
     return examples
@@ -258,7 +277,15 @@ def _finetune(
         set_seed(optim.seed)
         first = next(iter(samples), "")
         examples = {
-            split: encode_rows(rows, loaded, data, names[split], hint=split == first) for split, rows in samples.items()
+            split: encode_rows(
+                rows,
+                loaded,
+                data,
+                names[split],
+                hint=split == first,
+                progress_bar=processes.first and not options.logging.disable_tqdm,
+            )
+            for split, rows in samples.items()
         }
         if preferred is not None:
             preferred.encode(loaded.tokenizer, names)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from arriero.data.assistant_turns import UNLEARNED, unmarked
-from arriero.data.rows.values import Row, kind_of, optional_text
+from arriero.data.rows.values import Row, given_keys, kind_of, optional_text
 from arriero.data.samples import Message, Sample
 from arriero.errors import DataError
 
@@ -62,7 +62,7 @@ def any_turns(items: list[Any], key: str, where: str) -> list[Message]:
     Raises:
         DataError: naming the turn.
     """
-    if not items or not isinstance(items[0], dict) or not {"from", "value"} & items[0].keys():
+    if not items or not isinstance(items[0], dict) or not {"from", "value"} & given_keys(items[0]):
         return turns_of(items, key, where)
     turns: list[Message] = []
     for i, item in enumerate(items):

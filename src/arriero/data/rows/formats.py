@@ -24,7 +24,8 @@ from arriero.errors import DataError
 Reader = Callable[[Row, str, bool], Sample]
 
 # Format: the key without which a row is none of it, and its reader. A row without a named format is of the first whose
-# key it has; `context`, `instruction`, `src` in PaddleNLP's order. `alpaca` has the keys of `instruction` and must be named.
+# key it has, not null; `context`, `instruction`, `src` in PaddleNLP's order. `alpaca` has the keys of `instruction` and must
+# be named.
 FORMATS: dict[str, tuple[str, Reader]] = {
     "messages": ("messages", messages_row),
     "sharegpt": ("conversations", sharegpt_row),
@@ -73,8 +74,10 @@ def sample_from_row(row: Any, where: str, *, data_format: str = "auto", needs_ta
 
 def _told(row: Row) -> str:
     """The format that a row's keys tell, "" if they tell none."""
-    names = (name for name, (key, _) in FORMATS.items() if key in row)
-    return next((name for name in names if name != "context" or not is_dolly(row)), "")
+    names = [name for name, (key, _) in FORMATS.items() if key in row and (name != "context" or not is_dolly(row))]
+    # a set of rows of several formats, as a table, has null in the columns of the others
+    filled = (name for name in names if row[FORMATS[name][0]] is not None)
+    return next(filled, names[0] if names else "")
 
 
 def _refuse_judged(row: Row, where: str) -> None:

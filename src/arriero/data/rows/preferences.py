@@ -39,7 +39,8 @@ class PairSample:
 
 def is_pair(row: Row) -> bool:
     """Whether a row holds two answers, as TRL or as PaddleNLP has them."""
-    return {"chosen", "rejected"} <= row.keys() or ("sort" in row and isinstance(row.get("response"), list))
+    both = {"chosen", "rejected"} <= row.keys() and (row["chosen"] is not None or row["rejected"] is not None)
+    return both or (row.get("sort") is not None and isinstance(row.get("response"), list))
 
 
 def is_true_or_false(value: Any) -> bool:
@@ -58,7 +59,7 @@ def pair_from_row(row: Any, where: str) -> PairSample:
     """
     if not isinstance(row, dict):
         raise DataError(f"{where}: a JSON object is expected, found {kind_of(row)}")
-    if "response" in row:
+    if row.get("response") is not None:
         pair = _sorted_pair(row, where)
     elif "chosen" in row or "rejected" in row:
         pair = _chosen_and_rejected(row, where)

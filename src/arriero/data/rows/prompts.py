@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from arriero.data.rows.conversations import conversation, turns_of, with_system
 from arriero.data.rows.questions import answers_of
-from arriero.data.rows.values import Row, answer_text, first_text, one_key, optional_text
+from arriero.data.rows.values import Row, answer_text, first_text, given_keys, one_key, optional_text
 from arriero.data.samples import Message, Sample
 from arriero.errors import DataError
 
@@ -34,13 +34,14 @@ def context_row(row: Row, where: str, needs_target: bool) -> Sample:
 
 def is_dolly(row: Row) -> bool:
     """Whether a row is one of databricks-dolly-15k: a `context` that is the input, and nothing of questions on a passage."""
-    return {"instruction", "context"} <= row.keys() and not {"answers", "answer", "question"} & row.keys()
+    given = given_keys(row)
+    return {"instruction", "context"} <= given and not {"answers", "answer", "question"} & given
 
 
 def _parts(row: Row, where: str, needs_target: bool) -> tuple[str, str, str | None]:
     """Instruction, input ("" if there is none) and answer of a row, or of its first example (self-instruct's `instances`)."""
     instance = row
-    if "instances" in row:
+    if row.get("instances") is not None:
         instances = row["instances"]
         if not isinstance(instances, list) or not instances or not isinstance(instances[0], dict):
             raise DataError(f"{where}: 'instances' must be a list of objects with 'input' and 'output'")

@@ -54,7 +54,7 @@ def samples_of(questions: Iterable[Question], task: str) -> list[Sample]:
 
 def answers_of(row: Row, where: str) -> tuple[str, ...]:
     """Every answer of a row: a string, a list of strings, or the Hub's {"text": [...], "answer_start": [...]}."""
-    answers = row.get("answers", row.get("answer"))
+    answers = row.get("answers") if row.get("answers") is not None else row.get("answer")
     if isinstance(answers, dict):
         answers = answers.get("text")
     first = first_text({"answers": answers}, "answers", where)

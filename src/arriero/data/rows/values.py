@@ -29,6 +29,11 @@ def keys_of(row: Row) -> str:
     return ", ".join(map(str, row))[:200] or "nothing"
 
 
+def given_keys(row: Row) -> set[str]:
+    """The keys of a row whose values are not null: tables of mixed rows have null in the columns of the other rows."""
+    return {key for key, value in row.items() if value is not None}
+
+
 def one_key(row: Row, keys: tuple[str, ...], where: str) -> str:
     """Which of several keys for the same thing a row has; the first where it has none of them.
 
