@@ -226,8 +226,8 @@ def _hints(model: Path, adapter: Path, merged: Path, data: Path) -> None:
 What to try next:
   talk to it       {program} chat --model_name_or_path {merged}
   score it         {program} evaluate --model_name_or_path {merged} --task_name squad_qa --dataset_path {data}
-  your own data    {program} finetune --model_name_or_path {model} --dataset_path YOUR_FOLDER --output_dir runs/mine \
-                   --lora --learning_rate 3e-4
+  your own data    {program} finetune --model_name_or_path {model} --dataset_path YOUR_FOLDER --output_dir runs/mine \\
+                       --lora --learning_rate 3e-4
   all weights      {program} finetune --config {adapter / "config.yaml"} --lora no --learning_rate 5e-5 --output_dir runs/full
   the curve        {adapter / "loss.png"}
   every option     {program} finetune --help"""
