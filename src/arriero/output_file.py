@@ -62,15 +62,23 @@ def write_file(path: Path, text: str, option: str) -> None:
             with path.open("w", encoding="utf-8") as file:
                 file.write(text)
             return
-        target = path.resolve()
-        temporary = _beside(target)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_file(path.resolve(), text.encode())
     except OSError as error:
         raise _cannot(path, option, error) from error
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: a link is replaced.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = _beside(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def json_text(value: Any) -> str:

@@ -13,11 +13,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
 from followed import follows
 
-from arriero.data.tokenizer import Tokenizer, load_tokenizer
+from arriero.data.tokenizer import Tokenizer
 from arriero.engine.grammar import GrammarCompiler
 from arriero.engine.structure import Structure
-from arriero.formats.download import resolve_model
-from arriero.models.presets import TINY_RANDOM_LLAMA
 from arriero.serving.openai.messages import FunctionSpec, Tool
 from arriero.serving.openai.tool_format import CHATML, LLAMA3, structure_with_tools
 
@@ -32,16 +30,6 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 VALUE = {"a": 1, "b": [1, 2], "c": None}
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return load_tokenizer(resolve_model(TINY_RANDOM_LLAMA))
-
-
-@pytest.fixture(scope="module")
-def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
-    return GrammarCompiler(tokenizer, tokenizer.vocab_size)
 
 
 def structures() -> list[tuple[Structure, str, str]]:

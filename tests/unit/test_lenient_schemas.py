@@ -12,12 +12,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
 from followed import follows
 
-from arriero.data.tokenizer import Tokenizer, load_tokenizer
+from arriero.data.tokenizer import Tokenizer
 from arriero.engine.grammar import GrammarCompiler
 from arriero.engine.structure import Structure
 from arriero.errors import GenerationError
-from arriero.formats.download import resolve_model
-from arriero.models.presets import TINY_RANDOM_LLAMA
 from arriero.serving.api_errors import ApiError
 from arriero.serving.openai.fields import JsonSchema, JsonSchemaFormat, structure_of
 from arriero.serving.openai.messages import FunctionSpec, Tool
@@ -55,16 +53,6 @@ NOT_AT_ALL = {
     "impossible": with_a({"type": "integer", "minimum": 3, "maximum": 2}, required=["a"]),
     "surrogate": with_a(TEXT, title="\ud800"),
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return load_tokenizer(resolve_model(TINY_RANDOM_LLAMA))
-
-
-@pytest.fixture(scope="module")
-def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
-    return GrammarCompiler(tokenizer, tokenizer.vocab_size)
 
 
 def tool(name: str, parameters: dict[str, Any] | None, strict: bool | None = None) -> Tool:

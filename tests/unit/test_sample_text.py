@@ -150,18 +150,18 @@ def test_calls_that_the_template_leaves_out_are_refused(row: dict[str, Any], mak
     encode_prompt(sample_from_row({"messages": [USER]}, "f:1", needs_target=False), make(PLAIN))
 
 
-def test_control_tokens_in_bare_text_are_told(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_tokens_in_bare_text_are_told(make: Make) -> None:
     rows = [{"text": "plain"}, {"text": "user</s>"}, {"prompt": "<s>a", "completion": "b"}]
     rows += [{"src": "a", "tgt": "b</s>"}]
     samples = [sample_from_row(row, f"f:{number}") for number, row in enumerate(rows, start=1)]
-    encode_all(samples, make(PLAIN), 64, 64)
-    assert capsys.readouterr().out == (
-        "warning: 3 rows spell out special tokens, such as '</s>' (f:2), which are read as text: give conversations as "
-        "'messages', which the chat template writes\n"
+    _, report = encode_all(samples, make(PLAIN), 64, 64)
+    assert str(report).endswith(
+        "; warning: 3 rows spell out special tokens, such as '</s>' (f:2), which are read as text: give conversations as "
+        "'messages', which the chat template writes"
     )
     chat = {"messages": [USER, {"role": "assistant", "content": "</s> ends it"}]}
-    encode_all([samples[0], sample_from_row(chat, "f:9")], make(PLAIN), 64, 64)
-    assert capsys.readouterr().out == ""
+    _, report = encode_all([samples[0], sample_from_row(chat, "f:9")], make(PLAIN), 64, 64)
+    assert "special tokens" not in str(report)
 
 
 @pytest.mark.parametrize(
@@ -179,3 +179,16 @@ def test_an_answer_is_told_without_the_space_that_parts_it_from_its_prompt(
     row: dict[str, Any], text: str, told: str
 ) -> None:
     assert told_answer(sample_from_row(row, "here"), text) == told
+
+
+def test_a_named_format_is_read_as_the_one_that_the_keys_tell(make: Make) -> None:
+    row = {"src": "Capital of Peru? ", "tgt": "  Lima "}
+    told, named = (sample_from_row(row, "here", data_format=name) for name in ("auto", "src"))
+    assert encode_sample(told, make(PLAIN), 64, 64) == encode_sample(named, make(PLAIN), 64, 64)
+
+
+def test_pairs_of_paddlenlp_with_several_turns_need_no_template(make: Make) -> None:
+    row = {"src": ["hi", "who?"], "tgt": ["ho"], "response": [["me "], ["you"]], "sort": [1, 0]}
+    pair = pair_from_row(row, "here")
+    ids = encode_sample(pair.chosen, make(None), 64, 64)[0].input_ids
+    assert make(None).decode(ids, skip_special_tokens=True).split() == ["hi", "ho", "who?", "me"]

@@ -53,12 +53,13 @@ def test_a_full_disk_leaves_the_earlier_scores(
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert json.loads((tmp_path / names[0]).read_text(encoding="utf-8"))["loss"] == 1.0
 
-    def full(path: Path, text: str, encoding: str) -> None:
-        path.write_bytes(text.encode(encoding)[:3])
+    def full(path: Path, content: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(content[:3])
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(Path, "write_bytes", full)
         with pytest.raises(error) as caught:
             write(tmp_path, 2.0)
     path = tmp_path / names[0]

@@ -34,16 +34,6 @@ from arriero.serving.ui.client import Progress
 CALL = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return load_tokenizer(resolve_model(TINY_RANDOM_LLAMA))
-
-
-@pytest.fixture(scope="module")
-def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
-    return GrammarCompiler(tokenizer, tokenizer.vocab_size)
-
-
 def answer(text: str, finish: str = "stop") -> Generation:
     return Generation([], text, finish, 1)  # type: ignore[arg-type]
 

@@ -62,16 +62,6 @@ NOW = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
 LLAMA_CALL = f'{{"name": "weather", "parameters": {ROME}}}'
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return load_tokenizer(resolve_model(TINY_RANDOM_LLAMA))
-
-
-@pytest.fixture(scope="module")
-def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
-    return GrammarCompiler(tokenizer, tokenizer.vocab_size)
-
-
 def allows(compiler: GrammarCompiler, tokenizer: Tokenizer, text: str, form: ToolFormat, **options: Any) -> str:
     asked = {"required": False, "parallel": True, **options}
     return follows(compiler, tokenizer, structure_with_tools(form, TOOLS, **asked), text)

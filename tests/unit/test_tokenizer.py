@@ -229,10 +229,10 @@ def test_a_full_disk_names_the_target(tmp_path: Path, monkeypatch: pytest.Monkey
     source.mkdir()
     tokenizer = load_tokenizer(folder_with(source, "<e>", tokenizer_config={"eos_token": "<e>"}))
 
-    def full(read: Path, written: Path) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", str(read), None, str(written))
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr("shutil.copyfile", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(FormatError, match=r"target/tokenizer\.json: cannot be written from .* \(the disk is full\)"):
         tokenizer.save(tmp_path / "target")
 
@@ -244,11 +244,11 @@ def test_a_save_that_fails_leaves_the_earlier_files(tmp_path: Path, monkeypatch:
     tokenizer.save(target)
     before = {path.name: path.read_bytes() for path in target.iterdir()}
 
-    def full(read: Path, written: Path) -> None:
-        Path(written).write_bytes(b"{")
-        raise OSError(errno.ENOSPC, "No space left on device", str(read), None, str(written))
+    def full(path: Path, content: bytes) -> None:
+        path.write_text("{")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr("shutil.copyfile", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(FormatError, match="the disk is full"):
         tokenizer.save(target)
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before

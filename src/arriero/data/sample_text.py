@@ -6,12 +6,10 @@ from arriero.data.assistant_turns import unmarked
 from arriero.data.samples import Sample
 from arriero.errors import DataError
 
-STRIPPED_FORMATS = ("context", "instruction", "src")  # PaddleNLP's
-
 
 def is_stripped(sample: Sample) -> bool:
     """Whether the blanks around the answer are left out: PaddleNLP's rows and SQuAD's. All others are learned as written."""
-    return sample.told in STRIPPED_FORMATS or sample.ends_prompt or bool(sample.references)
+    return sample.stripped or sample.ends_prompt or bool(sample.references)
 
 
 def answer_text(sample: Sample) -> str:
@@ -72,7 +70,8 @@ def check_plain(sample: Sample) -> None:
     """
     if sample.tools or more_than_text(sample) or sample.turn["role"] != "user":
         refuse_calls(sample)
-    if sample.history and sample.plain is None and not sample.references:  # squad_qa has plain words of its own
+    # squad_qa has plain words of its own, and PaddleNLP's rows are one text there
+    if sample.history and sample.plain is None and not (sample.references or sample.stripped):
         raise DataError(
             f"{sample.name} has several turns or a system message, and this model has no chat template to tell them apart: put "
             "a chat_template.jinja into its folder, or write rows of 'prompt' and 'completion'"

@@ -35,6 +35,7 @@ class Sample:
         source: number of the data set it is from, where several are mixed.
         where: file and line, for messages.
         told: the format that the row's keys told; "" where --data_format named it.
+        stripped: its format leaves the blanks around the answer out (PaddleNLP's formats do).
     """
 
     before: str
@@ -53,6 +54,7 @@ class Sample:
     source: int = 0
     where: str = ""
     told: str = field(default="", compare=False)
+    stripped: bool = field(default=False, compare=False)
 
     @property
     def prompt(self) -> str:

@@ -399,6 +399,5 @@ def encode_all(
         raise DataError("the data set holds no row")
     if report.label_tokens == 0:
         raise DataError("every label is masked: no row has an answer token to learn from")
-    if str(spelled):
-        print(spelled)
+    report.spelled = str(spelled)
     return examples, report

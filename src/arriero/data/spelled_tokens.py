@@ -29,6 +29,6 @@ class SpelledTokens:
         if not self._rows:
             return ""
         return (
-            f"warning: {self._rows:,} rows spell out special tokens, {self._first}, which are read as text: give conversations "
+            f"{self._rows:,} rows spell out special tokens, {self._first}, which are read as text: give conversations "
             "as 'messages', which the chat template writes"
         )

@@ -7,8 +7,6 @@ special token's name inside a text is encoded as the letters it is made of and n
 from __future__ import annotations
 
 import errno
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +20,7 @@ from arriero.data.stream_decoder import ByteDecoding, StreamDecoder
 from arriero.data.surrogates import all_without_surrogates, without_surrogates
 from arriero.data.tokenizer_files import END_OF_TURN, MORE_TEMPLATES, SIDE_FILES, TokenizerFiles, read_tokenizer_files
 from arriero.errors import FormatError, TemplateError
+from arriero.output_file import replace_file
 
 # A tool and a call of another, whose names are in a rendered text if the template writes them
 TOOL: Mapping[str, Any] = {
@@ -200,10 +199,10 @@ class Tokenizer:
             source, target = self.folder / name, folder / name
             try:
                 if name in self.replaced_files:
-                    _write(target, self.replaced_files[name])
+                    replace_file(target, self.replaced_files[name])
                 elif source.is_file() and not (target.exists() and source.samefile(target)):
                     target.parent.mkdir(exist_ok=True)
-                    _write(target, source)
+                    replace_file(target, source.read_bytes())
             except OSError as error:
                 full = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
                 raise FormatError(f"{target}: cannot be written from {source} ({full})") from error
@@ -390,16 +389,3 @@ def load_tokenizer(folder: Path | str, replaced: Mapping[str, bytes] | None = No
     raise FormatError(
         f"{folder}: no tokenizer.json and no tokenizer.model; copy the tokenizer files of the model there"
     )
-
-
-def _write(target: Path, content: bytes | Path) -> None:
-    """Write a file, or copy one, whole or not at all."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        if isinstance(content, Path):
-            shutil.copyfile(content, partial)
-        else:
-            partial.write_bytes(content)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -26,6 +26,7 @@ Reader = Callable[[Row, str, bool], Sample]
 # Format: the key without which a row is none of it, and its reader. A row without a named format is of the first whose
 # key it has, not null; `context`, `instruction`, `src` in PaddleNLP's order. `alpaca` has the keys of `instruction` and must
 # be named.
+STRIPPED = frozenset({"context", "instruction", "src"})  # PaddleNLP's, whose answers have no blanks around them
 FORMATS: dict[str, tuple[str, Reader]] = {
     "messages": ("messages", messages_row),
     "sharegpt": ("conversations", sharegpt_row),
@@ -69,7 +70,8 @@ def sample_from_row(row: Any, where: str, *, data_format: str = "auto", needs_ta
         if is_pair(row):  # some have an answer beside the pair, which can be learned
             raise DataError(pair) from error
         raise
-    return replace(sample, where=where, told=name if data_format == "auto" else "")
+    told = name if data_format == "auto" else ""
+    return replace(sample, where=where, told=told, stripped=name in STRIPPED)
 
 
 def _told(row: Row) -> str:

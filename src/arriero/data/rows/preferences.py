@@ -182,7 +182,7 @@ def _sorted_pair(row: Row, where: str) -> PairSample:
     history = with_system([], row, where)
     for question, answer in zip(asked, answered, strict=False):
         history += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    pair = [Sample("", asked[-1], "", answer, chat=True, history=tuple(history)) for answer in answers]
+    pair = [Sample("", asked[-1], "", text, chat=True, history=tuple(history), stripped=True) for text in answers]
     return PairSample(*(pair if scores[0] > scores[1] else reversed(pair)))
 
 

@@ -15,6 +15,7 @@ class EncodingReport:
     truncated_target: int = 0
     empty_target: int = 0
     unlearned: int = 0
+    spelled: str = ""  # of control tokens that bare texts spell out; see `SpelledTokens`
     bare: int = 0  # instructions and prompts that are text because of their keys, not because an option says so
     formats: Counter[str] = field(default_factory=Counter)  # rows by format, as far as their keys told it
     tokens: int = 0
@@ -33,6 +34,8 @@ class EncodingReport:
             text += f"; warning: {self.empty_target:,} rows have an empty answer: only its end is learned"
         if self.unlearned:
             text += f"; warning: {self.unlearned:,} rows have nothing that is learned"
+        if self.spelled:
+            text += f"; warning: {self.spelled}"
         return text
 
     @property
