@@ -40,7 +40,7 @@ UNEVEN_REQUESTS, UNEVEN_RUNNING, UNEVEN_ANSWER = 64, 16, (8, 128)
 
 def uneven(arguments: argparse.Namespace, tokenizer: Any) -> Any:
     """Real prompts, each with as many tokens to generate as its reference answer has."""
-    from arriero.data.sft import fit_prompt
+    from arriero.data.prompt_tokens import fit_prompt
     from arriero.data.sources import read_samples
     from arriero.engine.benchmark.measured import Job
 

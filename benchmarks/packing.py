@@ -35,13 +35,15 @@ RANK, ALPHA = 8, 16
 
 def encode(arguments: argparse.Namespace, model: Path) -> list[dict[str, list[int]]]:
     """The rows of every step, in order; labels are shifted (ours), `hf_labels` are not (transformers shifts itself)."""
+    from arriero.config.row_lengths import RowLengths
     from arriero.data.order import StepOrder
     from arriero.data.sft import IGNORE, encode_all
     from arriero.data.sources import read_samples
     from arriero.data.tokenizer import load_tokenizer
 
     samples = read_samples(Path(arguments.dataset_path), None, "alpaca")
-    examples, report = encode_all(samples, load_tokenizer(model), arguments.src_length, arguments.tgt_length)
+    lengths = RowLengths(arguments.src_length, arguments.tgt_length)
+    examples, report = encode_all(samples, load_tokenizer(model), lengths)
     print(f"data: {report}")
     order = StepOrder(
         len(examples),

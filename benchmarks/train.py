@@ -32,6 +32,7 @@ QUESTIONS = str(Path(__file__).parents[1] / "src/arriero/assets/quickstart")
 
 def encode(arguments: argparse.Namespace, model: Path) -> list[dict[str, list[int]]]:
     """The rows both sides train on; labels are shifted (ours), `hf_labels` are not (transformers shifts itself)."""
+    from arriero.config.row_lengths import RowLengths
     from arriero.data.sft import IGNORE, encode_all
     from arriero.data.sources import load_samples
     from arriero.data.tokenizer import load_tokenizer
@@ -40,7 +41,7 @@ def encode(arguments: argparse.Namespace, model: Path) -> list[dict[str, list[in
     count = arguments.steps * arguments.batch
     # spread over the file, so that neighbours are strangers; or, to share beginnings, in the file's own order
     stride = 1 if arguments.share_prefixes else max(1, len(samples) // count)
-    examples, report = encode_all(samples[::stride][:count], load_tokenizer(model), 1024, 32)
+    examples, report = encode_all(samples[::stride][:count], load_tokenizer(model), RowLengths(1024, 32))
     print(f"data: {report}")
     rows = []
     for example in examples:

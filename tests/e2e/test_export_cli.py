@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from arriero.commands.prompt_rows import read_prompts
-from arriero.data.sft import fit_prompt
+from arriero.data.prompt_tokens import fit_prompt
 from arriero.data.tokenizer import load_tokenizer
 from arriero.export.bundle import MANIFEST
 from arriero.formats.detection import detect

@@ -13,8 +13,8 @@ import pytest
 from tqdm import tqdm
 
 from arriero.cli import main
+from arriero.data.prompt_tokens import fit_prompt
 from arriero.data.samples import Sample
-from arriero.data.sft import fit_prompt
 from arriero.data.tokenizer import Tokenizer
 
 TINY = "__internal_testing__/tiny-random-llama"
@@ -200,13 +200,16 @@ def test_a_row_may_be_as_long_as_its_room_alone(in_process: Command, tmp_path: P
     whole = in_process(*run, "--max_seq_length", "1600")
     assert whole.returncode == 0, whole.stderr
     assert "cut to fit" not in whole.stdout
-    cut = in_process(*run, "--max_seq_length", "900")
+    again = in_process(*run, "--max_seq_length", "900")
+    assert "cut to fit" not in again.stdout, "the prompt needs little of it"
+    cut = in_process(*run, "--max_seq_length", "300")
     assert "1 answers cut to fit tgt_length" in cut.stdout
-    told = "--max_seq_length 900 is up to 600 tokens of prompt and 300 of answer: --tgt_length moves the border"
+    told = (
+        "--max_seq_length 300 holds prompt and answer together; where both are too long 200 tokens are of the prompt and 100 "
+        "of the answer: --tgt_length moves the border"
+    )
     assert told in cut.stdout
-    whole = in_process(*run, "--max_seq_length", "900", "--tgt_length", "700")
-    assert whole.returncode == 0, whole.stderr
-    assert "cut to fit" not in whole.stdout
+    assert "longest 300" in cut.stdout
 
 
 def test_rows_are_encoded_below_a_progress_bar(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from learned_runs import learned_runs
 
+from arriero.config.row_lengths import RowLengths
 from arriero.data.rows.formats import sample_from_row
 from arriero.data.sft import encode_sample
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
@@ -62,7 +63,7 @@ def make(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
 def learned_texts(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> tuple[str, list[str]]:
     """The whole row as text, and what is learned of it, by runs."""
     sample = sample_from_row({"messages": messages}, "f:1")
-    example, *_ = encode_sample(sample, tokenizer, 512, 512)
+    example, *_ = encode_sample(sample, tokenizer, RowLengths(512, 512))
     return tokenizer.decode(example.input_ids, skip_special_tokens=False), learned_runs(example, tokenizer)
 
 
@@ -91,7 +92,7 @@ def test_an_answer_ends_as_the_template_ends_a_turn(name: str, end: str, make: M
     ours, _ = make(name)
     assert learned_texts(ours, SEVERAL)[1] == [f"{turn['content']}{end}" for turn in SEVERAL[1::2]]
     assert ours.special_tokens[end] in ours.stop_token_ids
-    cut, _, was_cut = encode_sample(sample_from_row({"messages": SEVERAL[:2]}, "f:1"), ours, 512, 3)
+    cut, _, was_cut = encode_sample(sample_from_row({"messages": SEVERAL[:2]}, "f:1"), ours, RowLengths(512, 3))
     assert was_cut
     assert (cut.label_count, cut.input_ids[-1]) == (3, ours.special_tokens[end])
 

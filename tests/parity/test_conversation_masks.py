@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from arriero.config.row_lengths import RowLengths
 from arriero.data.rows.formats import sample_from_row
 from arriero.data.sft import IGNORE, encode_sample
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
@@ -126,12 +127,12 @@ def test_the_mask_is_that_of_transformers(template: str, name: str, make: Make) 
     for message in stored["messages"]:
         for call in message.get("tool_calls", []):  # a file holds them as JSON text
             call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
-    example, *cut = encode_sample(sample_from_row(stored, "f:1"), ours, 512, 512)
+    example, *cut = encode_sample(sample_from_row(stored, "f:1"), ours, RowLengths(512, 512))
     assert cut == [False, False]
     end = max(i for i, inside in enumerate(mask) if inside) + 1
     assert example.input_ids == ids[:end], "what follows the last learned token teaches nothing"
     assert learned(example.input_ids, example.labels) == mask[:end]
-    last, *_ = encode_sample(sample_from_row(stored, "f:1"), ours, 512, 512, train_on="last")
+    last, *_ = encode_sample(sample_from_row(stored, "f:1"), ours, RowLengths(512, 512), train_on="last")
     prompt = len(ours.chat(row["messages"][:-1], tools=row.get("tools")))
     assert learned(last.input_ids, last.labels) == [False] * prompt + mask[prompt:end]
 
@@ -144,8 +145,8 @@ def test_without_blocks_the_same_tokens_are_found(name: str, make: Make) -> None
     assert not ours.marks_generation
     assert marked.marks_generation
     row = TOOLS if name == "tools" else ROWS[name]
-    plain, *_ = encode_sample(sample_from_row(row, "f:1"), ours, 512, 512)
-    blocks, *_ = encode_sample(sample_from_row(row, "f:1"), marked, 512, 512)
+    plain, *_ = encode_sample(sample_from_row(row, "f:1"), ours, RowLengths(512, 512))
+    blocks, *_ = encode_sample(sample_from_row(row, "f:1"), marked, RowLengths(512, 512))
     assert plain.input_ids == blocks.input_ids
     assert plain.labels == blocks.labels
 
@@ -179,6 +180,6 @@ def test_special_tokens_in_a_message_do_not_shift_the_mask(make: Make) -> None:
 def test_a_long_answer_is_cut_inside_its_block(make: Make) -> None:
     ours, _ = make(CHATML)
     row = {"messages": [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "1 2 3 4 5 6 7 8 9"}]}
-    example, context_cut, target_cut = encode_sample(sample_from_row(row, "f:1"), ours, 512, 5)
+    example, context_cut, target_cut = encode_sample(sample_from_row(row, "f:1"), ours, RowLengths(512, 5))
     assert (context_cut, target_cut, example.label_count) == (False, True, 5)
     assert ours.decode(example.input_ids[-5:], skip_special_tokens=False) == "1 2 <|im_end|>"

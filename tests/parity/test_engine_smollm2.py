@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from arriero.data.sft import fit_prompt
+from arriero.data.prompt_tokens import fit_prompt
 from arriero.data.sources import read_samples
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.engine.engine import Engine

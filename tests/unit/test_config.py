@@ -452,7 +452,10 @@ def test_sequence_length(values: dict[str, int], length: int) -> None:
     [
         ("--max_seq_length 2048", (1366, 682, 2048)),
         ("--max_seq_length 768", (512, 256, 768)),
-        ("--max_seq_length 600", (344, 256, 600)),
+        ("--max_seq_length 600", (400, 200, 600)),
+        ("--max_seq_length 200", (134, 66, 200)),
+        ("--max_seq_length 600 --tgt_length 256", (344, 256, 600)),
+        ("--max_seq_length 600 --src_length 512 --tgt_length 256", (344, 256, 600)),
         ("--max_seq_length 2048 --tgt_length 1500", (548, 1500, 2048)),
         ("--max_seq_length 2048 --src_length 300", (300, 1748, 2048)),
         ("--max_seq_length 2048 --src_length 300 --tgt_length 200", (300, 200, 500)),
@@ -465,7 +468,7 @@ def test_the_room_of_a_row(
         arguments = ["--model_name_or_path", "m", *line.split(), "--output_dir", "run"]
         groups = parse(load_verb(verb).options, arguments, f"arriero {verb}")
         data = next(group for group in groups if isinstance(group, DataOptions))
-        assert (data.prompt_length, data.tgt_length, data.sequence_length) == lengths
+        assert (data.lengths.prompt, data.lengths.answer, data.sequence_length) == lengths
         told = capsys.readouterr().err
         assert ("--max_seq_length 2048 has no effect above --src_length 300 + --tgt_length 200" in told) is (
             lengths[2] == 500

@@ -17,6 +17,7 @@ from arriero.config.option import specs_of
 from arriero.config.parallel import ParallelOptions
 from arriero.config.preference import PreferenceOptions
 from arriero.config.quantization import QuantizationOptions
+from arriero.config.row_lengths import RowLengths
 from arriero.data.pairs import encode_pairs, load_pairs, read_pairs
 from arriero.data.rows.preferences import pair_from_row
 from arriero.data.sft import IGNORE, Example
@@ -164,7 +165,7 @@ def test_both_answers_follow_one_prompt_and_cuts_are_counted(tokenizer: Tokenize
         {"prompt": "word " * 40, "chosen": "yes", "rejected": "yes"},
         {"prompt": "word", "chosen": "no", "rejected": "a long answer " * 20},
     ]
-    pairs, report = encode_pairs([pair_from_row(row, "f:1") for row in rows], tokenizer, 24, 8)
+    pairs, report = encode_pairs([pair_from_row(row, "f:1") for row in rows], tokenizer, RowLengths(24, 8))
     first = pairs[0]
     begin = first.chosen.prompt_length
     assert first.chosen.input_ids[:begin] == first.rejected.input_ids[:begin]
@@ -178,7 +179,7 @@ def test_both_answers_follow_one_prompt_and_cuts_are_counted(tokenizer: Tokenize
 
 def test_only_the_last_answer_of_a_conversation_is_compared(tokenizer: Tokenizer) -> None:
     row = {"src": ["a", "c"], "tgt": ["b"], "response": ["x", "y"], "sort": [0, 1]}
-    (pair,), report = encode_pairs([pair_from_row(row, "f:1")], tokenizer, 64, 8)
+    (pair,), report = encode_pairs([pair_from_row(row, "f:1")], tokenizer, RowLengths(64, 8))
     assert tokenizer.decode(learned(pair.chosen), skip_special_tokens=True).strip() == "y"
     assert "bare text" not in str(report)
 

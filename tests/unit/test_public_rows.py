@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from arriero.cli import main
+from arriero.config.row_lengths import RowLengths
+from arriero.data.prompt_tokens import encode_prompt
 from arriero.data.row_files import read_rows
 from arriero.data.rows.formats import sample_from_row
-from arriero.data.sft import encode_all, encode_prompt
+from arriero.data.sft import encode_all
 from arriero.data.sources import read_samples
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.errors import DataError
@@ -169,7 +171,7 @@ def test_alpaca_rows_with_history_are_conversations(tokenizer: Tokenizer, tmp_pa
     (table,) = (row for _, row in read_rows(path))
     samples = [sample_from_row(row, "f:1", data_format="alpaca") for row in (ALPACA, table)]
     samples.append(sample_from_row({"messages": turns}, "f:1"))
-    alpaca, from_table, messages = encode_all(samples, tokenizer, 512, 64)[0]
+    alpaca, from_table, messages = encode_all(samples, tokenizer, RowLengths(512, 64))[0]
     assert alpaca == from_table == messages
 
 
@@ -196,10 +198,10 @@ def test_several_formats_and_empty_answers_are_told(tokenizer: Tokenizer) -> Non
         {"messages": [USER, {"role": "assistant", "content": " "}]},
         {"src": "", "tgt": ""},
     ]
-    report = str(encode_all([sample_from_row(row, "f:1") for row in rows], tokenizer, 64, 8)[1])
+    report = str(encode_all([sample_from_row(row, "f:1") for row in rows], tokenizer, RowLengths(64, 8))[1])
     assert "; rows by format: 3 messages, 2 src" in report
     assert "; warning: 2 rows have an empty answer" in report
-    one = str(encode_all([sample_from_row(row, "f:1") for row in rows[:1]], tokenizer, 64, 8)[1])
+    one = str(encode_all([sample_from_row(row, "f:1") for row in rows[:1]], tokenizer, RowLengths(64, 8))[1])
     assert "format" not in one
     assert "warning" not in one
 
@@ -213,9 +215,9 @@ def test_bare_text_is_counted_where_the_keys_alone_decide(tokenizer: Tokenizer) 
         sample_from_row({"context": "c", "answers": "a", "question": "q"}, "f:1"),
         sample_from_row({"text": "t"}, "f:1"),
     ]
-    assert encode_all(quiet, tokenizer, 64, 8)[1].bare == 0
+    assert encode_all(quiet, tokenizer, RowLengths(64, 8))[1].bare == 0
     bare = [sample_from_row(row, "f:1"), sample_from_row({"prompt": "p", "completion": "c"}, "f:2")]
-    report = encode_all([*quiet, *bare], tokenizer, 64, 8)[1]
+    report = encode_all([*quiet, *bare], tokenizer, RowLengths(64, 8))[1]
     assert report.bare == 2
     assert report.hint.startswith("2 rows are bare text, while chat and serve ask through the model's chat template")
 

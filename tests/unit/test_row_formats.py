@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 
 from arriero.config.data import DATA_FORMATS, DataOptions, DataPart, dataset_parts
+from arriero.config.row_lengths import RowLengths
 from arriero.data import row_files
 from arriero.data.pairs import read_pairs
+from arriero.data.prompt_tokens import encode_prompt
 from arriero.data.row_files import read_csv, read_json, read_rows
 from arriero.data.rows.formats import FORMATS, sample_from_row
 from arriero.data.rows.preferences import pair_from_row
 from arriero.data.samples import Sample
-from arriero.data.sft import check_generation_prompt, encode_all, encode_prompt, encode_sample
+from arriero.data.sft import encode_all, encode_sample
 from arriero.data.sources import find_splits, load_samples, read_samples, rows_by_source
 from arriero.data.squad import NO_ANSWER, exact_match, f1_score
+from arriero.data.template_rows import check_generation_prompt
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.errors import ConfigError, DataError
 from arriero.formats.download import resolve_model
@@ -86,10 +89,10 @@ def test_alpaca_is_a_turn_of_a_chat_or_alpacas_own_words(tokenizer: Tokenizer) -
 
 
 def test_text_is_learned_from_its_first_word(tokenizer: Tokenizer) -> None:
-    example, _, cut = encode_sample(sample_from_row({"text": "once upon a time"}, "f:1"), tokenizer, 8, 4)
+    example, _, cut = encode_sample(sample_from_row({"text": "once upon a time"}, "f:1"), tokenizer, RowLengths(8, 4))
     assert tokenizer.decode(example.input_ids, skip_special_tokens=False) == "<s>once upon a time</s>"
     assert example.label_count == example.length - 1, "every token but the first, which nothing predicts"
-    long, _, cut = encode_sample(sample_from_row({"text": "word " * 50}, "f:1"), tokenizer, 8, 4)
+    long, _, cut = encode_sample(sample_from_row({"text": "word " * 50}, "f:1"), tokenizer, RowLengths(8, 4))
     assert cut
     assert long.length == 8 + 4, "both lengths are its own"
 
@@ -141,7 +144,7 @@ def test_tool_calls_need_a_template(tokenizer: Tokenizer) -> None:
         {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
     ]
     with pytest.raises(DataError, match=r"^f:1 has tool calls"):
-        encode_sample(sample_from_row({"messages": turns}, "f:1"), WithoutTemplate(tokenizer), 64, 64)  # type: ignore[arg-type]
+        encode_sample(sample_from_row({"messages": turns}, "f:1"), WithoutTemplate(tokenizer), RowLengths(64, 64))  # type: ignore[arg-type]
 
 
 USER = {"role": "user", "content": "q"}
@@ -249,7 +252,7 @@ def test_a_template_without_a_generation_prompt_is_refused() -> None:
 def test_empty_and_long_answers_are_counted(tokenizer: Tokenizer) -> None:
     rows = [{"src": "a", "tgt": " "}, {"src": "a", "tgt": "b " * 40}, {"src": "a", "tgt": "b"}]
     samples = [sample_from_row(row, f"f:{i}") for i, row in enumerate(rows)]
-    examples, report = encode_all(samples, tokenizer, 32, 8)
+    examples, report = encode_all(samples, tokenizer, RowLengths(32, 8))
     assert (report.empty_target, report.truncated_target, report.rows) == (1, 1, 3)
     assert examples[1].label_count == 8
     assert "1 answers cut to fit tgt_length; warning: 1 rows have an empty answer" in str(report)
@@ -258,7 +261,7 @@ def test_empty_and_long_answers_are_counted(tokenizer: Tokenizer) -> None:
 def test_a_prompt_that_cannot_fit_is_named_with_its_line(tokenizer: Tokenizer) -> None:
     row = {"context": "c", "answers": "answer " * 30, "question": "q"}
     with pytest.raises(DataError, match=r"^f:7 needs \d+ prompt tokens"):
-        encode_all([sample_from_row(row, "f:7")], tokenizer, 8, 8)
+        encode_all([sample_from_row(row, "f:7")], tokenizer, RowLengths(8, 8))
 
 
 # SQuAD v2.

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
+from arriero.config.row_lengths import RowLengths
 from arriero.data.pairs import encode_pairs
 from arriero.data.preview import render
+from arriero.data.prompt_tokens import encode_prompt
 from arriero.data.rows.formats import sample_from_row
 from arriero.data.rows.preferences import pair_from_row
 from arriero.data.sample_text import told_answer
-from arriero.data.sft import encode_all, encode_prompt, encode_sample
+from arriero.data.sft import encode_all, encode_sample
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.errors import DataError
 from arriero.formats.download import resolve_model
@@ -52,7 +54,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 def shown(row: dict[str, Any], tokenizer: Tokenizer, data_format: str = "auto") -> str:
     """The row's text, what is learned of it in [[ ]]."""
     sample = sample_from_row(row, "f:1", data_format=data_format)
-    return render(encode_sample(sample, tokenizer, 512, 64)[0], tokenizer, color=False)
+    return render(encode_sample(sample, tokenizer, RowLengths(512, 64))[0], tokenizer, color=False)
 
 
 @pytest.mark.parametrize("content", ["", "x"])
@@ -78,7 +80,7 @@ def test_completions_are_learned_as_written(prompt: str, completion: str, text: 
     row = {"prompt": prompt, "completion": completion}
     assert shown(row, make(None), named) == f"<s>{text}"
     pair = pair_from_row({"prompt": prompt, "chosen": completion, "rejected": "other"}, "f:1")
-    (encoded,), _ = encode_pairs([pair], make(None), 512, 64)
+    (encoded,), _ = encode_pairs([pair], make(None), RowLengths(512, 64))
     assert render(encoded.chosen, make(None), color=False) == f"<s>{text}"
 
 
@@ -109,7 +111,7 @@ def test_an_answer_goes_on_without_a_blank_of_the_vocabulary(tmp_path: Path) -> 
     )  # fmt: skip
     tokenizer = load_tokenizer(tmp_path)
     row = {"prompt": "the prompt\n", "completion": "answer"}
-    example, *_ = encode_sample(sample_from_row(row, "f:1"), tokenizer, 64, 64)
+    example, *_ = encode_sample(sample_from_row(row, "f:1"), tokenizer, RowLengths(64, 64))
     assert tokenizer.decode(example.input_ids) == "the prompt\nanswer"
 
 
@@ -123,8 +125,8 @@ def test_an_answer_goes_on_without_a_blank_of_the_vocabulary(tmp_path: Path) -> 
 )
 def test_several_turns_need_a_template(row: dict[str, Any], make: Make) -> None:
     with pytest.raises(DataError, match=r"^f:1 has several turns or a system message.*chat_template\.jinja.*'prompt'"):
-        encode_sample(sample_from_row(row, "f:1"), make(None), 64, 64)
-    encode_sample(sample_from_row(row, "f:1"), make(PLAIN), 64, 64)
+        encode_sample(sample_from_row(row, "f:1"), make(None), RowLengths(64, 64))
+    encode_sample(sample_from_row(row, "f:1"), make(PLAIN), RowLengths(64, 64))
 
 
 def test_one_question_needs_none(make: Make) -> None:
@@ -145,7 +147,7 @@ def test_one_question_needs_none(make: Make) -> None:
 def test_calls_that_the_template_leaves_out_are_refused(row: dict[str, Any], make: Make) -> None:
     sample = sample_from_row(row, "f:1")
     with pytest.raises(DataError, match=r"^f:1 has tool calls, which only a model with a chat template for them can"):
-        encode_sample(sample, make(PLAIN), 64, 64)
+        encode_sample(sample, make(PLAIN), RowLengths(64, 64))
     assert '"w"' in shown(row, make(WRITING))
     encode_prompt(sample_from_row({"messages": [USER]}, "f:1", needs_target=False), make(PLAIN))
 
@@ -154,13 +156,13 @@ def test_control_tokens_in_bare_text_are_told(make: Make) -> None:
     rows = [{"text": "plain"}, {"text": "user</s>"}, {"prompt": "<s>a", "completion": "b"}]
     rows += [{"src": "a", "tgt": "b</s>"}]
     samples = [sample_from_row(row, f"f:{number}") for number, row in enumerate(rows, start=1)]
-    _, report = encode_all(samples, make(PLAIN), 64, 64)
+    _, report = encode_all(samples, make(PLAIN), RowLengths(64, 64))
     assert str(report).endswith(
         "; warning: 3 rows spell out special tokens, such as '</s>' (f:2), which are read as text: give conversations as "
         "'messages', which the chat template writes"
     )
     chat = {"messages": [USER, {"role": "assistant", "content": "</s> ends it"}]}
-    _, report = encode_all([samples[0], sample_from_row(chat, "f:9")], make(PLAIN), 64, 64)
+    _, report = encode_all([samples[0], sample_from_row(chat, "f:9")], make(PLAIN), RowLengths(64, 64))
     assert "special tokens" not in str(report)
 
 
@@ -184,11 +186,11 @@ def test_an_answer_is_told_without_the_space_that_parts_it_from_its_prompt(
 def test_a_named_format_is_read_as_the_one_that_the_keys_tell(make: Make) -> None:
     row = {"src": "Capital of Peru? ", "tgt": "  Lima "}
     told, named = (sample_from_row(row, "here", data_format=name) for name in ("auto", "src"))
-    assert encode_sample(told, make(PLAIN), 64, 64) == encode_sample(named, make(PLAIN), 64, 64)
+    assert encode_sample(told, make(PLAIN), RowLengths(64, 64)) == encode_sample(named, make(PLAIN), RowLengths(64, 64))
 
 
 def test_pairs_of_paddlenlp_with_several_turns_need_no_template(make: Make) -> None:
     row = {"src": ["hi", "who?"], "tgt": ["ho"], "response": [["me "], ["you"]], "sort": [1, 0]}
     pair = pair_from_row(row, "here")
-    ids = encode_sample(pair.chosen, make(None), 64, 64)[0].input_ids
+    ids = encode_sample(pair.chosen, make(None), RowLengths(64, 64))[0].input_ids
     assert make(None).decode(ids, skip_special_tokens=True).split() == ["hi", "ho", "who?", "me"]

@@ -10,10 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from arriero.commands.prompt_rows import read_prompts
+from arriero.config.row_lengths import RowLengths
 from arriero.data.batch import pack
+from arriero.data.prompt_tokens import encode_prompt, fit_prompt
 from arriero.data.rows.formats import sample_from_row
 from arriero.data.samples import Sample
-from arriero.data.sft import IGNORE, Example, encode_all, encode_prompt, encode_sample, fit_prompt
+from arriero.data.sft import IGNORE, Example, encode_all, encode_sample
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.errors import DataError
 from arriero.formats.download import resolve_model
@@ -53,7 +55,7 @@ def seed_row() -> dict[str, str]:
 
 def test_squad_is_the_seeds_question_generation(tokenizer: Tokenizer) -> None:
     sample = sample_from_row(seed_row(), "f:1")
-    example, *cut = encode_sample(sample, tokenizer, 1024, 1024)
+    example, *cut = encode_sample(sample, tokenizer, RowLengths(1024, 1024))
     assert cut == [False, False]
     target = learned(example)
     assert target[-1] == tokenizer.eos_token_id
@@ -88,7 +90,7 @@ ROWS = [
 
 @pytest.mark.parametrize(("row", "text"), ROWS)
 def test_exactly_the_answer_and_eos_is_learned(row: dict[str, object], text: str, tokenizer: Tokenizer) -> None:
-    example, *_ = encode_sample(sample_from_row(row, "f:1"), tokenizer, 512, 64)
+    example, *_ = encode_sample(sample_from_row(row, "f:1"), tokenizer, RowLengths(512, 64))
     target = learned(example)
     assert tokenizer.decode(target[:-1], skip_special_tokens=False) == text
     assert target[-1] == tokenizer.eos_token_id
@@ -97,7 +99,7 @@ def test_exactly_the_answer_and_eos_is_learned(row: dict[str, object], text: str
 
 
 def test_a_batch_holds_the_rows_end_to_end(tokenizer: Tokenizer) -> None:
-    examples, _ = encode_all([sample_from_row(row, "f:1") for row, _ in ROWS], tokenizer, 512, 64)
+    examples, _ = encode_all([sample_from_row(row, "f:1") for row, _ in ROWS], tokenizer, RowLengths(512, 64))
     batch = pack(examples)
     assert batch.parts == tuple((example.length,) for example in examples)
     assert batch.label_tokens == sum(example.label_count for example in examples)
@@ -118,7 +120,7 @@ def test_every_assistant_turn_of_a_conversation_is_learned(tokenizer: Tokenizer)
         {"role": "user", "content": "Third question"},
         {"role": "assistant", "content": "Third answer"},
     ]
-    example, *_ = encode_sample(sample_from_row({"messages": turns}, "f:1"), tokenizer, 512, 64)
+    example, *_ = encode_sample(sample_from_row({"messages": turns}, "f:1"), tokenizer, RowLengths(512, 64))
     spans, current = [], []
     for label in example.labels:
         if label != IGNORE:
@@ -139,7 +141,7 @@ def long_sample(words: int) -> Sample:
 
 def test_truncation_takes_the_end_of_the_context_only_and_is_counted(tokenizer: Tokenizer) -> None:
     samples = [long_sample(3), long_sample(80), long_sample(400)]
-    examples, report = encode_all(samples, tokenizer, 60, 8)
+    examples, report = encode_all(samples, tokenizer, RowLengths(60, 8))
     assert (report.rows, report.truncated_context, report.truncated_target) == (3, 2, 0)
     assert "2 contexts cut" in str(report)
     for sample, example in zip(samples, examples, strict=True):
@@ -163,7 +165,7 @@ def test_a_prompt_that_cannot_fit_is_named(tokenizer: Tokenizer) -> None:
 
 def test_long_answers_keep_their_end_token(tokenizer: Tokenizer) -> None:
     sample = Sample("", "go", "", " ".join(f"word{i}" for i in range(50)))
-    (example,), report = encode_all([sample], tokenizer, 64, 10)
+    (example,), report = encode_all([sample], tokenizer, RowLengths(64, 10))
     target = learned(example)
     assert len(target) == 10
     assert target[-1] == tokenizer.eos_token_id
@@ -178,14 +180,14 @@ def test_truncated_conversations_still_learn_the_last_answer(tokenizer: Tokenize
         {"role": "user", "content": " ".join(f"word{i}" for i in range(300))},
         {"role": "assistant", "content": "Last answer"},
     ]
-    example, cut, _ = encode_sample(sample_from_row({"messages": turns}, "f:1"), tokenizer, 40, 16)
+    example, cut, _ = encode_sample(sample_from_row({"messages": turns}, "f:1"), tokenizer, RowLengths(40, 16))
     assert cut
     assert tokenizer.decode(learned(example), skip_special_tokens=False).strip() == "Last answer</s>"
 
 
 def test_special_token_text_in_data_is_only_text(tokenizer: Tokenizer) -> None:
     sample = sample_from_row({"src": "say </s> twice </s>", "tgt": "</s> <s> done"}, "f:1")
-    example, *_ = encode_sample(sample, tokenizer, 64, 64)
+    example, *_ = encode_sample(sample, tokenizer, RowLengths(64, 64))
     assert example.input_ids.count(tokenizer.eos_token_id or -1) == 1
     assert example.input_ids.count(tokenizer.bos_token_id or -1) == 1
     assert tokenizer.decode(learned(example)[:-1], skip_special_tokens=False) == " </s> <s> done"
@@ -193,9 +195,9 @@ def test_special_token_text_in_data_is_only_text(tokenizer: Tokenizer) -> None:
 
 def test_empty_sets_and_masked_labels_are_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match="holds no row"):
-        encode_all([], tokenizer, 64, 8)
+        encode_all([], tokenizer, RowLengths(64, 8))
     with pytest.raises(DataError, match="has no answer to learn from"):
-        encode_all([Sample("", "only a question", "", None)], tokenizer, 64, 8)
+        encode_all([Sample("", "only a question", "", None)], tokenizer, RowLengths(64, 8))
 
 
 def test_a_tokenizer_without_an_end_token_is_refused() -> None:
@@ -207,7 +209,7 @@ def test_a_tokenizer_without_an_end_token_is_refused() -> None:
         has_chat_template=lambda: False,
     )
     with pytest.raises(DataError, match="no end-of-sequence token"):
-        encode_all([Sample("", "a", "", "b")], broken, 64, 8)  # type: ignore[arg-type]
+        encode_all([Sample("", "a", "", "b")], broken, RowLengths(64, 8))  # type: ignore[arg-type]
 
 
 TEXT = st.text(st.characters(blacklist_categories=["Cs"]), max_size=40)
@@ -220,7 +222,7 @@ def test_any_text_fits_or_is_refused(
 ) -> None:
     sample = Sample(before, context, after, target)
     try:
-        example, cut, _ = encode_sample(sample, tokenizer, limit, 16)
+        example, cut, _ = encode_sample(sample, tokenizer, RowLengths(limit, 16))
     except DataError:
         assert len(tokenizer.encode(before + after, add_special_tokens=True)) > limit
         return
@@ -244,4 +246,4 @@ def test_a_set_whose_labels_are_all_masked_is_refused() -> None:
         has_chat_template=lambda: False,
     )
     with pytest.raises(DataError, match="every label is masked"):
-        encode_all([Sample("", "", "", "")] * 3, bare, 64, 1)  # type: ignore[arg-type]
+        encode_all([Sample("", "", "", "")] * 3, bare, RowLengths(64, 1))  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from learned_runs import learned_runs
 
+from arriero.config.row_lengths import RowLengths
 from arriero.data.batch import pack
 from arriero.data.preview import render
 from arriero.data.rows.formats import sample_from_row
@@ -62,13 +63,15 @@ def test_unlearned_turns_are_context(
 ) -> None:
     tokenizer = with_template(folder, template, tmp_path / "model")
     assert tokenizer.marks_generation == (template is not None)
-    plain, *_ = encode_sample(sample_from_row(row(), "f:1"), tokenizer, 512, 64)
+    plain, *_ = encode_sample(sample_from_row(row(), "f:1"), tokenizer, RowLengths(512, 64))
     for mark in ({"weight": 0}, {"train": False}, {"weight": 0.0, "train": None}):
-        example, *_ = encode_sample(sample_from_row(row(*skipped, mark=mark), "f:1"), tokenizer, 512, 64)
+        example, *_ = encode_sample(sample_from_row(row(*skipped, mark=mark), "f:1"), tokenizer, RowLengths(512, 64))
         assert example.input_ids == plain.input_ids, "the model sees the same row"
         wanted = [text + "</s>" for number, text in enumerate(TEXTS) if number not in skipped]
         assert learned(example, tokenizer) == wanted
-        last, *_ = encode_sample(sample_from_row(row(*skipped, mark=mark), "f:1"), tokenizer, 512, 64, train_on="last")
+        last, *_ = encode_sample(
+            sample_from_row(row(*skipped, mark=mark), "f:1"), tokenizer, RowLengths(512, 64), train_on="last"
+        )
         assert learned(last, tokenizer) == [text for text in wanted if text.startswith("Third")]
 
 
@@ -93,7 +96,7 @@ def test_without_a_chat_template_too(folder: Path, monkeypatch: pytest.MonkeyPat
     question, answer = {"role": "user", "content": "Question"}, {"role": "assistant", "content": "Third answer"}
     turns = [[question, answer], [question, {**answer, "weight": 0}]]
     samples = [sample_from_row({"messages": messages}, "f:1") for messages in turns]
-    (plain, skipped), report = encode_all(samples, tokenizer, 512, 64)
+    (plain, skipped), report = encode_all(samples, tokenizer, RowLengths(512, 64))
     assert skipped.input_ids == plain.input_ids
     assert (learned(plain, tokenizer), learned(skipped, tokenizer)) == (["Third answer</s>"], [])
     assert "; warning: 1 rows have nothing that is learned" in str(report)
@@ -102,7 +105,7 @@ def test_without_a_chat_template_too(folder: Path, monkeypatch: pytest.MonkeyPat
 def test_rows_without_anything_to_learn_are_counted_and_packed(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     samples = [sample_from_row(row(*skipped), "f:1") for skipped in ((0, 1, 2), (0, 1), (2,))]
-    examples, report = encode_all(samples, tokenizer, 512, 64)
+    examples, report = encode_all(samples, tokenizer, RowLengths(512, 64))
     assert "; warning: 1 rows have nothing that is learned" in str(report)
     assert report.empty_target == 0
     assert [example.label_count > 0 for example in examples] == [False, True, True]
@@ -112,12 +115,12 @@ def test_rows_without_anything_to_learn_are_counted_and_packed(folder: Path) -> 
         assert sorted(counted) == sorted(label for example in examples for label in example.labels if label != IGNORE)
         assert batch.label_tokens == len(counted)
     with pytest.raises(DataError, match="every label is masked"):
-        encode_all(samples[:1], tokenizer, 512, 64)
+        encode_all(samples[:1], tokenizer, RowLengths(512, 64))
 
 
 def test_the_preview_shows_them_unlearned(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
-    example, *_ = encode_sample(sample_from_row(row(1), "f:1"), tokenizer, 512, 64)
+    example, *_ = encode_sample(sample_from_row(row(1), "f:1"), tokenizer, RowLengths(512, 64))
     shown = render(example, tokenizer, color=False)
     assert "[[ First answer</s>]]" in shown
     assert " Second answer</s>" in shown
@@ -128,7 +131,7 @@ def test_the_preview_shows_them_unlearned(folder: Path) -> None:
 def test_no_template_gets_the_mark_and_no_prediction_has_it(folder: Path, tmp_path: Path) -> None:
     shows = MARKED.replace("{{ m.content }}", "{{ m.content }}{{ m.train }}{{ m.weight }}")
     tokenizer = with_template(folder, shows, tmp_path / "model")
-    example, *_ = encode_sample(sample_from_row(row(0, 2), "f:1"), tokenizer, 512, 64)
+    example, *_ = encode_sample(sample_from_row(row(0, 2), "f:1"), tokenizer, RowLengths(512, 64))
     assert "False" not in tokenizer.decode(example.input_ids)
     turns = row(0, 1)["messages"][:-1]
     asked = sample_from_row({"messages": turns}, "f:1", needs_target=False)
@@ -139,5 +142,5 @@ def test_a_template_whose_turns_cannot_be_told_apart_is_refused(folder: Path, tm
     tokenizer = with_template(folder, UNSTABLE, tmp_path / "model")
     sample = sample_from_row(row(0), "f:9")
     with pytest.raises(DataError, match=r"^f:9: the chat template writes an earlier turn otherwise.*--train_on last"):
-        encode_sample(sample, tokenizer, 512, 64)
-    assert learned(encode_sample(sample, tokenizer, 512, 64, train_on="last")[0], tokenizer)
+        encode_sample(sample, tokenizer, RowLengths(512, 64))
+    assert learned(encode_sample(sample, tokenizer, RowLengths(512, 64), train_on="last")[0], tokenizer)

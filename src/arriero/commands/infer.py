@@ -25,8 +25,8 @@ def run(infer: InferOptions, generation: BundleGenerationOptions) -> int:
     """Print every prompt with its answer."""
     from arriero.bundles.running import bundle_engine, bundle_folder, check_device, default_length
     from arriero.commands.prompt_rows import check_predict_file, print_answer, read_prompts, write_answers
+    from arriero.data.prompt_tokens import fit_prompt
     from arriero.data.sample_text import told_answer
-    from arriero.data.sft import fit_prompt
     from arriero.engine.sampling_params import params_from_options
     from arriero.export.bundle import open_bundle
 

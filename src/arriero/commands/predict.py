@@ -48,8 +48,8 @@ def run(
 
     from arriero.commands.prompt_rows import check_predict_file, read_prompts
     from arriero.config.layout import Layout
+    from arriero.data.prompt_tokens import fit_prompt
     from arriero.data.sample_text import told_answer
-    from arriero.data.sft import fit_prompt
     from arriero.engine.loading import load_for_inference, pick_device
     from arriero.engine.sampling_params import params_from_options
     from arriero.engine.shared_generation import generate_shared

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arriero.config.option import OptionGroup, option
+from arriero.config.row_lengths import RowLengths
 from arriero.errors import ConfigError
 
 DATA_FORMATS = ("auto", "messages", "sharegpt", "context", "instruction", "alpaca", "src", "prompt", "text")
@@ -135,8 +136,8 @@ class DataOptions(RowOptions):
     )
     max_seq_length: int | None = option(
         None,
-        "longest prompt + answer in tokens (default: src_length + tgt_length); where it is more, what is not given of these "
-        "two takes the rest, and of neither given the answer has a third",
+        "longest prompt + answer in tokens (default: src_length + tgt_length); each may have what the other leaves, as far as "
+        "these two are not given; where both are too long the answer has a third",
         minimum=2,
     )
     share_prefixes: bool = option(
@@ -181,46 +182,39 @@ class DataOptions(RowOptions):
             raise ConfigError(
                 "--max_tokens_per_batch fills micro-batches with packed rows and --packing no pads them: drop one of them"
             )
-        if (
-            self.max_seq_length is not None
-            and self.max_seq_length <= self.tgt_length
-            and self.max_seq_length < (self.src_length + self.tgt_length)
-        ):
-            raise ConfigError(
-                f"--max_seq_length {self.max_seq_length} leaves no room for a prompt beside "
-                f"--tgt_length {self.tgt_length}: raise the first or lower the second"
-            )
 
     def share_room(self, given: Collection[str]) -> bool:
-        """Give a `max_seq_length` above `src_length` + `tgt_length` to what is not in `given` of these two.
-
-        Of neither given, a third is for the answer, as of the defaults.
+        """Let what is not in `given` of `src_length` and `tgt_length` be as long as `max_seq_length`, which holds for both.
 
         Returns:
-            Whether it fits so: not where both are given.
+            Whether all of that can be had: not where the two are given, and less together.
+
+        Raises:
+            ConfigError: a given `tgt_length` leaves nothing for a prompt.
         """
-        room = self.max_seq_length or 0
-        if room <= self.src_length + self.tgt_length:
+        room = self.max_seq_length
+        if room is None:
             return True
-        if "src_length" in given and "tgt_length" in given:
-            return False
-        if "src_length" in given:
-            self.tgt_length = room - self.src_length
-        else:
-            self.tgt_length = self.tgt_length if "tgt_length" in given else room // 3
-            self.src_length = room - self.tgt_length
-        return True
+        if "tgt_length" in given and self.tgt_length > room:
+            raise ConfigError(
+                f"--max_seq_length {room} leaves no room for a prompt beside "
+                f"--tgt_length {self.tgt_length}: raise the first or lower the second"
+            )
+        if "src_length" not in given:
+            self.src_length = room
+        if "tgt_length" not in given:
+            self.tgt_length = room
+        return self.src_length + self.tgt_length >= room
+
+    @property
+    def lengths(self) -> RowLengths:
+        """What a row has room for."""
+        return RowLengths(self.src_length, self.tgt_length, self.max_seq_length)
 
     @property
     def sequence_length(self) -> int:
         """The longest row in tokens, prompt and answer together."""
-        both = self.src_length + self.tgt_length
-        return both if self.max_seq_length is None else min(both, self.max_seq_length)
-
-    @property
-    def prompt_length(self) -> int:
-        """The longest prompt in tokens."""
-        return min(self.src_length, self.sequence_length - self.tgt_length)
+        return self.lengths.row
 
 
 @dataclass(kw_only=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from arriero.config.row_lengths import RowLengths
 from arriero.data.row_files import SUFFIXES
 from arriero.data.samples import Sample
 from arriero.data.sft import encode_sample
@@ -106,6 +107,6 @@ def _row_ids(sample: Sample, tokenizer: Tokenizer) -> list[int]:
     if not (sample.chat or sample.history):
         return tokenizer.encode(sample.prompt + (sample.target or ""))
     try:
-        return encode_sample(sample, tokenizer, sys.maxsize, sys.maxsize)[0].input_ids
+        return encode_sample(sample, tokenizer, RowLengths(sys.maxsize, sys.maxsize))[0].input_ids
     except TemplateError as error:
         raise TemplateError(f"{sample.name}: {error}") from error

@@ -12,11 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
+from arriero.config.row_lengths import RowLengths
 from arriero.data.batch import MIN_SHARED_TOKENS, Batch, LazyBatches, PairedRows, pack_groups, shared_prefix
 from arriero.data.order import StepOrder
+from arriero.data.prompt_tokens import SFTTokenizer
 from arriero.data.row_files import read_rows
 from arriero.data.rows.preferences import PairSample, pair_from_row
-from arriero.data.sft import Example, SFTTokenizer, encode_sample, is_empty
+from arriero.data.sft import Example, encode_sample, is_empty
 from arriero.data.sources import files_of, read_splits, rows_of_splits
 from arriero.data.steps import DataShare, OrderedSteps, digest_of
 from arriero.errors import DataError
@@ -98,19 +100,19 @@ def read_pairs(path: Path) -> list[PairSample]:
 
 
 def encode_pairs(
-    samples: Iterable[PairSample], tokenizer: SFTTokenizer, src_length: int, tgt_length: int
+    samples: Iterable[PairSample], tokenizer: SFTTokenizer, lengths: RowLengths
 ) -> tuple[list[Pair], PairReport]:
     """Every pair as token ids, with the report of what was cut.
 
     Args:
-        src_length, tgt_length: longest prompt and longest answer in tokens.
+        lengths: of prompts and answers.
     """
     pairs: list[Pair] = []
     report = PairReport()
     for sample in samples:
         rows = []
         for answer in (sample.chosen, sample.rejected):
-            row, context_cut, target_cut = encode_sample(answer, tokenizer, src_length, tgt_length, train_on="last")
+            row, context_cut, target_cut = encode_sample(answer, tokenizer, lengths.of_one_prompt, train_on="last")
             rows.append(row)
             report.tokens += row.length
             report.longest = max(report.longest, row.length)

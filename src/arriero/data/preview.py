@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from arriero.config.data import DataOptions
 from arriero.data.pairs import encode_pairs, load_pairs
 from arriero.data.samples import Sample
-from arriero.data.sft import IGNORE, Example, check_generation_prompt, encode_sample
+from arriero.data.sft import IGNORE, Example, encode_sample
 from arriero.data.sources import samples_for
+from arriero.data.template_rows import check_generation_prompt
 from arriero.data.tokenizer import Tokenizer
 
 GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
@@ -78,7 +79,7 @@ def preview(data: DataOptions, tokenizer: Tokenizer, count: int, *, color: bool)
     for number, sample in enumerate(samples[:count]):
         if number == 0 and sample.chat and tokenizer.has_chat_template():
             check_generation_prompt(tokenizer)
-        example, *cut = encode_sample(sample, tokenizer, data.prompt_length, data.tgt_length, train_on=data.train_on)
+        example, *cut = encode_sample(sample, tokenizer, data.lengths, train_on=data.train_on)
         blocks.append(f"{describe(sample, example, *cut)}\n{render(example, tokenizer, color=color)}\n")
     return "\n".join([*blocks, f"{min(count, len(samples)):,} of {len(samples):,} training rows; nothing was trained"])
 
@@ -88,7 +89,7 @@ def preview_pairs(data: DataOptions, tokenizer: Tokenizer, count: int, *, color:
     assert data.dataset_path is not None
     limits = {"train": data.max_train_samples}
     samples = load_pairs(data.dataset_path, ["train"], limits, data.val_size)["train"]
-    pairs, report = encode_pairs(samples[:count], tokenizer, data.prompt_length, data.tgt_length)
+    pairs, report = encode_pairs(samples[:count], tokenizer, data.lengths)
     blocks = [
         f"--- pair {number}, {name}, {example.length:,} tokens, {example.label_count:,} learned ---\n"
         f"{render(example, tokenizer, color=color)}\n"

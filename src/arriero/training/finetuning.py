@@ -159,15 +159,14 @@ def encode_rows(
     """
     quiet = None if progress_bar else True  # None: where there is no terminal
     with tqdm(samples, unit="row", desc="encode", leave=False, delay=1.0, disable=quiet) as rows:
-        examples, report = encode_all(
-            rows, loaded.tokenizer, data.prompt_length, data.tgt_length, train_on=data.train_on
-        )
+        examples, report = encode_all(rows, loaded.tokenizer, data.lengths, train_on=data.train_on)
     print(f"{name}: {report}")
     cut = report.truncated_context or report.truncated_target
-    if cut and data.max_seq_length == data.src_length + data.tgt_length:
+    lengths = data.lengths
+    if cut and lengths.row < lengths.longest_prompt + lengths.longest_answer:
         print(
-            f"--max_seq_length {data.max_seq_length} is up to {data.src_length} tokens of prompt and {data.tgt_length} of "
-            "answer: --tgt_length moves the border"
+            f"--max_seq_length {lengths.row} holds prompt and answer together; where both are too long {lengths.prompt} tokens "
+            f"are of the prompt and {lengths.answer} of the answer: --tgt_length moves the border"
         )
     if hint and report.bare and loaded.tokenizer.has_chat_template():
         print(report.hint)

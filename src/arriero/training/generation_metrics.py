@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from arriero.config.data import DataOptions
+from arriero.data.prompt_tokens import fit_prompt
 from arriero.data.samples import Sample
-from arriero.data.sft import fit_prompt
 from arriero.data.squad import exact_match, f1_score, is_unanswerable
 from arriero.engine.loading import LoadedModel
 from arriero.engine.sampling_params import SamplingParams
@@ -113,5 +113,7 @@ def evaluate_generation(
     loaded: LoadedModel, samples: Sequence[Sample], data: DataOptions, batch_size: int
 ) -> dict[str, float]:
     """Generate greedily and score: the evaluation of `--eval_with_do_generation`."""
-    params = SamplingParams(max_new_tokens=data.tgt_length)
-    return score(generate_answers(loaded, samples, src_length=data.prompt_length, params=params, batch_size=batch_size))
+    params = SamplingParams(max_new_tokens=data.lengths.answer)
+    return score(
+        generate_answers(loaded, samples, src_length=data.lengths.prompt, params=params, batch_size=batch_size)
+    )

@@ -91,7 +91,7 @@ class PreferenceData:
         """Make token ids of the rows, and tell what was cut, of each split under its name."""
         data = self.options.data
         for split, samples in self.samples.items():
-            self.pairs[split], report = encode_pairs(samples, tokenizer, data.prompt_length, data.tgt_length)
+            self.pairs[split], report = encode_pairs(samples, tokenizer, data.lengths)
             print(f"{names[split]}: {report}")
 
     def rows(self) -> dict[str, list[Example]]:

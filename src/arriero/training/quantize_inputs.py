@@ -44,4 +44,4 @@ def check_rows(data: DataOptions, model: ModelOptions) -> None:
     """
     check_data(data.dataset_path, data.data_name, data.task_name)
     tokenizer = load_tokenizer(model_folder(model.tokenizer_name_or_path or model.model_name_or_path, model.cache_dir))
-    encode_all(rows_to_score(data), tokenizer, data.prompt_length, data.tgt_length, train_on=data.train_on)
+    encode_all(rows_to_score(data), tokenizer, data.lengths, train_on=data.train_on)

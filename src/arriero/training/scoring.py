@@ -95,12 +95,12 @@ def score_model(
     metrics = _loss(loaded, samples, data, evaluation, processes)
     if not (data.eval_with_do_generation or data.task_name == "squad_qa"):
         return metrics, []
-    default_length = SQUAD_ANSWER_TOKENS if data.task_name == "squad_qa" else data.tgt_length
+    default_length = SQUAD_ANSWER_TOKENS if data.task_name == "squad_qa" else data.lengths.answer
     with tqdm(total=len(samples), unit="row", desc="answers", leave=False, disable=not processes.first) as bar:
         answers = generate_answers(
             loaded,
             samples,
-            src_length=data.prompt_length,
+            src_length=data.lengths.prompt,
             params=SamplingParams(max_new_tokens=evaluation.max_new_tokens or default_length),
             compile=compile,
             on_done=bar.update,
