@@ -124,7 +124,7 @@ class Case:
     extra: tuple[str, ...] = ()
 
 
-KINDS = ("int4", "int4, symmetric", "int4, symmetric, head int4", "aoti fp32", "eager fp32")
+KINDS = ("int4", "int4, symmetric", "int4, symmetric, head int4", "aoti int4", "aoti fp32", "eager fp32")
 SETTLED = ("--skip", "2")  # the first two steps still get their memory from the kernel
 CASES = {
     "startup": Case("startup", (), 0.5),

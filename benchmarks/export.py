@@ -48,6 +48,8 @@ BUNDLES: dict[str, tuple[str, dict[str, Any]]] = {
     "torch fp32": ("torch", {"weights": "fp32"}),
     "aoti fp32": ("aoti", {"weights": "fp32"}),
     "aoti fp16": ("aoti", {"weights": "fp16"}),
+    "aoti int8": ("aoti", {"weights": "int8"}),
+    "aoti int4": ("aoti", {"weights": "int4"}),
 }
 EAGER = "eager fp32"
 PIECE = 512

@@ -48,7 +48,7 @@ std::vector<Tensor> map_weights(const std::string& path) {
   if (length > size - 8) throw std::runtime_error(path + ": is broken");
   char* text = static_cast<char*>(mapped) + 8;
   const std::map<std::string, torch::Dtype> dtypes = {
-      {"F32", torch::kFloat32}, {"F16", torch::kFloat16}, {"BF16", torch::kBFloat16}};
+      {"F32", torch::kFloat32}, {"F16", torch::kFloat16}, {"BF16", torch::kBFloat16}, {"U8", torch::kUInt8}};
   std::vector<Tensor> found;
   for (const auto& [name, entry] : Json::parse({text, length}).object) {
     if (name == "__metadata__") continue;
@@ -80,7 +80,9 @@ int main(int count, char** arguments) try {
   std::vector<int64_t> tokens = prompt_tokens(count, arguments, config.at("vocab_size").integer(), context, wanted);
 
   const std::string package = folder + "/" + manifest.at("graph").string;
-  AOTIModelPackageLoader step(package, "step"), decode(package, "decode_1");
+  // Of int8 and int4 one program goes on with any number of sequences, whose caches lie in one tensor.
+  const bool integers = manifest.at("weights").string.rfind("int", 0) == 0;
+  AOTIModelPackageLoader step(package, "step"), decode(package, integers ? "rows" : "decode_1");
   // What a program was compiled for; it does not look at the shapes of its inputs.
   for (auto* program : {&step, &decode})
     if (program->get_metadata()["arriero_context"] != std::to_string(context))
@@ -108,9 +110,11 @@ int main(int count, char** arguments) try {
     tokens.push_back(logits[0].argmax().item<int64_t>());
     if (i + 1 == wanted) break;
     const auto at = static_cast<int64_t>(tokens.size()) - 1;
-    inputs = {torch::tensor({tokens.back()}), torch::tensor({at}), span.slice(0, 0, at + 1)};
+    inputs = {torch::tensor({tokens.back()}), torch::tensor({at})};
+    if (!integers) inputs.push_back(span.slice(0, 0, at + 1));
     inputs.insert(inputs.end(), weights.begin(), weights.end());
-    inputs.insert(inputs.end(), row.begin(), row.end());
+    const std::vector<Tensor>& own = integers ? caches : row;
+    inputs.insert(inputs.end(), own.begin(), own.end());
     logits = decode.run(inputs)[0];
   }
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;

@@ -67,6 +67,7 @@ def assert_same_tokens(program: Path, bundle: Path, theirs: Any, **variables: st
 
 def test_aoti_generate(tmp_path: Path) -> None:
     from arriero.export.aoti_export import export_aoti
+    from arriero.export.torch_export import TorchOptions
 
     theirs = model(tmp_path / "hf")
     bundle = export_aoti(tmp_path / "hf", tmp_path / "bundle", decode_rows=(1,))
@@ -78,6 +79,23 @@ def test_aoti_generate(tmp_path: Path) -> None:
     refused = subprocess.run(command, capture_output=True, text=True, check=False, env={})
     assert refused.returncode == 2
     assert "is not compiled for the context of the manifest, 95" in refused.stderr
+    assert_tokens_of_python(program, export_aoti(tmp_path / "hf", tmp_path / "int4", TorchOptions("int4")))
+
+
+def assert_tokens_of_python(program: Path, bundle: Any) -> None:
+    """Of a bundle whose rounding no other program has: those that its runner gives."""
+    from arriero.export.kinds import open_runner
+    from arriero.export.self_check import Step
+
+    command = [str(program), str(bundle.folder), str(NEW_TOKENS), *map(str, PROMPT)]
+    told = subprocess.run(command, capture_output=True, text=True, check=False, env={"OMP_NUM_THREADS": "1"})
+    assert told.returncode == 0, told.stderr
+    runner, tokens, done = open_runner(bundle, slots=1, threads=1), [*PROMPT], 0
+    while len(tokens) < len(PROMPT) + NEW_TOKENS:
+        logits = runner.run([Step(tokens[done:], done, [0], 1)])
+        done = len(tokens)
+        tokens.append(int(logits[0].argmax()))
+    assert [int(word) for word in told.stdout.split()] == tokens
 
 
 @pytest.mark.skipif(HEADERS is None, reason="needs $ONNXRUNTIME_INCLUDE, the folder of onnxruntime_c_api.h")

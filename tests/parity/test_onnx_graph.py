@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -20,8 +21,9 @@ from onnxruntime.capi import _pybind_state as native
 from arriero.errors import ConfigError, FormatError, GenerationError
 from arriero.export import onnx_graph
 from arriero.export.block_levels import fit_levels
-from arriero.export.block_weights import BlockFormat, BlockWeight, quantize
+from arriero.export.block_weights import BlockFormat, BlockWeight, from_integers, quantize
 from arriero.export.bundle import open_bundle
+from arriero.export.kinds import open_runner
 from arriero.export.onnx_export import OnnxOptions, export_onnx
 from arriero.export.onnx_session import OnnxSession
 from arriero.export.self_check import Step
@@ -35,61 +37,14 @@ from arriero.quantization.schemes import IntegerWeights
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
 from bundle_families import FAMILIES
-from twin_models import VOCAB, their_model
+from program_runs import expected, live, saved, sequence
+from twin_models import VOCAB
 
 SOURCE = Path(__file__).parents[2] / "src"
-# Heads of 16, which the rotation of the operator needs.
-WIDE = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 96}
-
-
-def saved(folder: Path, **changes: Any) -> tuple[Path, Any]:
-    """A model of transformers, and its folder."""
-    theirs = their_model(**WIDE | changes)
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "norm" in name:
-                parameter += 1  # as trained ones are; with small ones attention would hardly look at positions
-    theirs.save_pretrained(folder)  # type: ignore[operator]
-    return folder, theirs
-
-
-def expected(theirs: Any, ids: list[int]) -> np.ndarray[Any, Any]:
-    with torch.inference_mode():
-        return theirs(torch.tensor([ids])).logits[0].numpy()
 
 
 def runner(folder: Path, slots: int = 4) -> SlotRunner:
     return SlotRunner(OnnxSession(open_bundle(folder).graph, slots, threads=1))
-
-
-def sequence(seed: int, length: int, vocab: int = VOCAB) -> list[int]:
-    return random.Random(seed).choices(range(vocab), k=length)
-
-
-def live(given: SlotRunner, sequences: list[list[int]], seed: int) -> list[np.ndarray[Any, Any]]:
-    """All logits of sequences that begin when a slot is free and go on by random steps, some of them at a time."""
-    rng = random.Random(seed)
-    waiting, free = list(range(len(sequences))), list(range(given.num_blocks))
-    slots: dict[int, int] = {}
-    done = [0] * len(sequences)
-    found: list[list[Any]] = [[] for _ in sequences]
-    while waiting or slots:
-        while waiting and free:
-            slots[waiting.pop(0)] = free.pop(rng.randrange(len(free)))
-        chosen = rng.sample(list(slots), rng.randint(1, len(slots)))
-        counts = [min(rng.choice((1, 1, 1, 2, 5, 20)), len(sequences[s]) - done[s]) for s in chosen]
-        steps = [
-            Step(sequences[s][done[s] : done[s] + n], done[s], [slots[s]], n)
-            for s, n in zip(chosen, counts, strict=True)
-        ]
-        logits, at = given.run(steps), 0
-        for s, n in zip(chosen, counts, strict=True):
-            found[s].append(logits[at : at + n])
-            at, done[s] = at + n, done[s] + n
-            if done[s] == len(sequences[s]):
-                free.append(slots.pop(s))
-        assert at == len(logits)
-    return [np.concatenate(parts) for parts in found]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -312,7 +267,7 @@ def test_a_quantized_folder_keeps_its_integers(tmp_path: Path, bits: int, group:
     with pytest.raises(ConfigError, match=f"int{bits} already"):
         export_onnx(tmp_path / "hf", tmp_path / "other", OnnxOptions(weights=f"int{12 - bits}"))
     if group is not None:
-        with pytest.raises(ConfigError, match="choose a block size that divides 32"):
+        with pytest.raises(ConfigError, match="use --format onnx with --block_size 32, or --weights fp32"):
             export_onnx(tmp_path / "hf", tmp_path / "other", OnnxOptions(weights="int4", block_size=64))
     assert not (tmp_path / "other").exists()
 
@@ -346,6 +301,7 @@ sys.meta_path.insert(0, Blocked())
 import json
 from types import SimpleNamespace as Step
 from arriero.export.bundle import open_bundle
+from arriero.export.kinds import open_runner
 from arriero.export.onnx_session import OnnxSession
 from arriero.export.slot_runner import SlotRunner
 runner = SlotRunner(OnnxSession(open_bundle(sys.argv[1]).graph, 2))
@@ -398,3 +354,46 @@ def test_a_graph_that_computes_something_else_is_not_kept(tmp_path: Path, monkey
     with pytest.raises(FormatError, match="its logits differ from the model's"):
         export_onnx(folder, tmp_path / "onnx", OnnxOptions())
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_graph_of_another_manifest(tmp_path: Path) -> None:
+    bundle = export_onnx(saved(tmp_path / "hf")[0], tmp_path / "onnx")
+    for changes in ({"context": 90}, {"config": {**bundle.manifest.config, "vocab_size": 299}}):
+        with pytest.raises(FormatError, match="is of another model or context than the manifest says"):
+            open_runner(replace(bundle, manifest=replace(bundle.manifest, **changes)), slots=1)
+    with pytest.raises(FormatError, match=r"GB for keys and values of 10{17} sequences of 96 tokens cannot be had"):
+        open_runner(bundle, slots=10**17)
+
+
+def test_a_graph_that_cannot_be_computed(tmp_path: Path) -> None:
+    bundle = export_onnx(saved(tmp_path / "hf")[0], tmp_path / "onnx")
+    graph = onnx.load(bundle.graph, load_external_data=False)
+    next(
+        value for value in graph.graph.input if value.name == "logits_at"
+    ).type.tensor_type.elem_type = TensorProto.INT32
+    bundle.graph.write_bytes(graph.SerializeToString())
+    session = SlotRunner(OnnxSession(bundle.graph, 1, threads=1))
+    with pytest.raises(FormatError, match=r"model\.onnx: ONNX Runtime cannot compute it"):
+        session.run([Step([1, 2], 0, [0], 1)])
+
+
+def test_a_number_that_json_does_not_have(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path / "hf")
+    (folder / "generation_config.json").write_text('{"temperature": Infinity}')
+    with pytest.raises(FormatError, match="has NaN or Infinity as a number"):
+        export_onnx(folder, tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_blocks_that_divide_the_groups(tmp_path: Path) -> None:
+    """Of integers with a scale for 16 inputs, which blocks of 32 cannot hold."""
+    weights = torch.randint(-7, 8, (24, 48), dtype=torch.int8)
+    scales = torch.rand(24, 3) + 0.1
+    form = OnnxOptions("int4").form(kept=True, group=16).layers
+    assert form is not None
+    stored = from_integers(weights, scales, form).dequantize()
+    np.testing.assert_array_equal(stored, (weights * scales.repeat_interleave(16, 1)).numpy())
+    with pytest.raises(ConfigError, match=r"a scale for 16 inputs .* 32: use --format onnx with --block_size 16, or"):
+        from_integers(weights, scales, BlockFormat(4, 32))
+    with pytest.raises(ConfigError, match=r"a scale for 8 inputs .* 32: use --weights fp32, which dequantizes them"):
+        from_integers(weights, torch.rand(24, 6), BlockFormat(4, 32))

@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import pickle
-import random
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils import _pytree as pytree
 
 from arriero import onednn
 from arriero.errors import ConfigError, FormatError
@@ -32,67 +31,19 @@ from arriero.export.torch_export import TorchOptions, export_torch
 from arriero.export.torch_graph import OPERATORS, TorchGraph
 from arriero.export.torch_session import TorchSession
 from arriero.export.torch_trace import trace_decode, trace_step
-from arriero.export.torch_weights import program_weights
+from arriero.export.torch_weights import MatrixForm, program_weights
 from arriero.export.weight_source import WeightSource
 from arriero.formats.hf_source import open_hf
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
 from bundle_families import FAMILIES as SHARED
 from bundle_families import YARN
-from twin_models import VOCAB, their_model
+from program_runs import CONTEXT, expected, flat, live, saved, sequence
+from twin_models import VOCAB
 
 SOURCE = Path(__file__).parents[2] / "src"
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 96}
 FAMILIES: dict[str, dict[str, Any]] = SHARED | {"qwen3": {"model_type": "qwen3", "head_dim": 24}}
 YARN_TIED = {"rope_scaling": YARN, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}
-CONTEXT = SIZES["max_position_embeddings"]
-
-
-def saved(folder: Path, **changes: Any) -> tuple[Path, Any]:
-    """A model of transformers, and its folder."""
-    theirs = their_model(**SIZES | changes)
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "norm" in name:
-                parameter += 1  # as trained ones are; with small ones attention would hardly look at positions
-    theirs.save_pretrained(folder)  # type: ignore[operator]
-    return folder, theirs
-
-
-def expected(theirs: Any, ids: list[int]) -> np.ndarray[Any, Any]:
-    with torch.inference_mode():
-        return theirs(torch.tensor([ids])).logits[0].numpy()
-
-
-def sequence(seed: int, length: int) -> list[int]:
-    return random.Random(seed).choices(range(VOCAB), k=length)
-
-
-def live(given: Any, sequences: list[list[int]], seed: int) -> list[np.ndarray[Any, Any]]:
-    """All logits of sequences that begin when a slot is free and go on by random steps, some of them at a time."""
-    rng = random.Random(seed)
-    waiting, free = list(range(len(sequences))), list(range(given.num_blocks))
-    slots: dict[int, int] = {}
-    done = [0] * len(sequences)
-    found: list[list[Any]] = [[] for _ in sequences]
-    while waiting or slots:
-        while waiting and free:
-            slots[waiting.pop(0)] = free.pop(rng.randrange(len(free)))
-        chosen = rng.sample(list(slots), rng.randint(1, len(slots)))
-        most = rng.choice((1, 20))
-        counts = [min(rng.choice((1, 1, 2, 5, most)), most, len(sequences[s]) - done[s]) for s in chosen]
-        steps = [
-            Step(sequences[s][done[s] : done[s] + n], done[s], [slots[s]], n)
-            for s, n in zip(chosen, counts, strict=True)
-        ]
-        logits, at = given.run(steps), 0
-        for s, n in zip(chosen, counts, strict=True):
-            found[s].append(logits[at : at + n])
-            at, done[s] = at + n, done[s] + n
-            if done[s] == len(sequences[s]):
-                free.append(slots.pop(s))
-        assert at == len(logits)
-    return [np.concatenate(parts) for parts in found]
 
 
 def assert_right(given: Any, theirs: Any, seed: int, lengths: Sequence[int] = (40, 3, 90, 17, 60, 1, 33)) -> None:
@@ -120,7 +71,7 @@ def test_logits_of_programs_for_a_compiler(tmp_path: Path, changes: dict[str, An
     """As they are traced; whether they survive being compiled is tested once, below."""
     folder, theirs = saved(tmp_path / "hf", **changes)
     with open_hf(folder) as source:
-        weights = program_weights(WeightSource(source), torch.float32)
+        weights = program_weights(WeightSource(source), MatrixForm())
         config, own = source.config, [value.load() for value in weights.values()]
         programs = {3: flat(trace_decode(config, CONTEXT, weights, 3))}
         shape = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
@@ -129,18 +80,12 @@ def test_logits_of_programs_for_a_compiler(tmp_path: Path, changes: dict[str, An
         assert_right(SlotRunner(session), theirs, seed=2)
 
 
-def flat(traced: Any) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:
-    """A traced program as one of a list of tensors."""
-    module, (_, form) = traced.module(), pytree.tree_flatten(traced.example_inputs[0])
-    return lambda inputs: module(*pytree.tree_unflatten(inputs, form))
-
-
 def test_operators_are_those_that_programs_need(tmp_path: Path) -> None:
     used = set()
     for family, kind in (("mistral", torch.float32), ("qwen3", torch.bfloat16)):
         folder, _ = saved(tmp_path / family, **FAMILIES[family])
         with open_hf(folder) as source:
-            traced = trace_step(source.config, CONTEXT, program_weights(WeightSource(source), kind))
+            traced = trace_step(source.config, CONTEXT, program_weights(WeightSource(source), MatrixForm(kind)))
         used |= {str(node.target) for node in traced.graph.nodes if node.op == "call_function"}
     assert {name.removeprefix("aten.") for name in used if name.startswith("aten.")} == OPERATORS
 
@@ -314,7 +259,7 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ({}, {"context": 97}, "a context of 97 cannot be exported: from 2 to the model's 96 can"),
         ({}, {"context": 1}, "a context of 1 cannot be exported"),
-        ({}, {"weights": "int4"}, "'int4' are none of fp32, fp16, bf16: --format onnx has them"),
+        ({}, {"weights": "int4"}, "--format torch has no weights of the kind int4: --format onnx and aoti have"),
     ],
 )
 def test_what_cannot_be_exported(tmp_path: Path, changes: dict[str, Any], options: dict[str, Any], text: str) -> None:
@@ -454,3 +399,47 @@ def test_weights_of_another_model_are_refused(program: Path, tmp_path: Path) -> 
 def test_more_memory_than_there_is(program: Path) -> None:
     with pytest.raises(FormatError, match=r"GB for keys and values of 10{17} sequences of 96 tokens cannot be had"):
         open_runner(open_bundle(program), slots=10**17)
+
+
+def endless(values: dict[str, Any]) -> None:
+    """Numbers that double their digits from node to node."""
+    nodes = values["graph_module"]["graph"]["nodes"]
+    place, first = next((i, node) for i, node in enumerate(nodes) if node["target"] == "_operator.mul")
+    for number in range(60):
+        last = {
+            "arg": {
+                "as_sym_int": {
+                    "as_name": f"big_{number - 1}" if number else first["outputs"][0]["as_sym_int"]["as_name"]
+                }
+            }
+        }
+        inputs = [{"name": name, "kind": 1, **last} for name in ("a", "b")]
+        output = {"as_sym_int": {"as_name": f"big_{number}"}}
+        nodes.insert(place + 1 + number, {**first, "inputs": inputs, "outputs": [output]})
+
+
+def misshapen(values: dict[str, Any]) -> None:
+    node_of(values, "view.default")["inputs"][1]["arg"] = {"as_ints": [7, 7, 7]}
+
+
+@pytest.mark.parametrize(("change", "text"), [(endless, "a size of"), (misshapen, "is invalid for input of size")])
+def test_a_program_that_cannot_be_computed(program: Path, tmp_path: Path, change: Any, text: str) -> None:
+    shutil.copytree(program, tmp_path / "other")
+    rewritten(program / "model.pt2", tmp_path / "other" / "model.pt2", change)
+    given = open_runner(replace(open_bundle(program), folder=tmp_path / "other"), slots=1)
+    with pytest.raises(FormatError, match=f"its program cannot be computed .*{text}"):
+        given.run([Step([1, 2, 3], 0, [0], 1)])
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"num_hidden_layers": 10**12}, r"takes \d+ inputs, and the model has \d+"),
+        ({"vocab_size": 299}, f"tells of 299 tokens, and its weights are of {VOCAB}"),
+    ],
+)
+def test_a_manifest_of_another_model(program: Path, config: dict[str, int], text: str) -> None:
+    bundle = open_bundle(program)
+    other = replace(bundle.manifest, config={**bundle.manifest.config, **config})
+    with pytest.raises(FormatError, match=text):
+        open_runner(replace(bundle, manifest=other), slots=1)

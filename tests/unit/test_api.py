@@ -124,7 +124,7 @@ def test_the_types_of_keywords_are_those_of_the_options() -> None:
             lambda: arriero.quantize(TINY, "out", quant_method="gptq"),
             "quant_method='gptq' calibrates on text: give data_file",
         ),
-        (lambda: arriero.export_model(TINY, "out", format="torch", weights="int4"), "is for onnx and gguf"),
+        (lambda: arriero.export_model(TINY, "out", format="torch", weights="int4"), "is for onnx, aoti and gguf"),
         (lambda: arriero.pretrain(TINY, output_dir="y"), "input_dir must be given"),
         (lambda: arriero.preprocess(), "must be given"),
     ],

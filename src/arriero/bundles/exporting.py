@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from arriero.config.adapter import AdapterPathOptions
@@ -48,29 +49,41 @@ def _check_place(export: ExportOptions) -> None:
 
 
 def _check_tokenizer(export: ExportOptions, model: Path | ModelSource) -> None:
-    """Refuse a model without a tokenizer, before the work: nothing here would run its bundle."""
+    """Refuse a model without a tokenizer, or with a broken one, before the work: nothing here would run its bundle."""
+    from arriero.data.tokenizer import load_tokenizer
+    from arriero.errors import TemplateError
     from arriero.formats.detection import TOKENIZER_FILES
+    from arriero.formats.hf import check_vocabulary
+    from arriero.models.config import LlamaConfig
 
-    for name in TOKENIZER_FILES:
-        if (model / name).is_file() if isinstance(model, Path) else name in model.files:
-            return
-    raise FormatError(
-        f"--model_path {export.model_name_or_path}: has neither tokenizer.json nor tokenizer.model, and a bundle needs a "
-        "tokenizer; copy that of the base model into the folder"
-    )
+    if not any((model / n).is_file() if isinstance(model, Path) else n in model.files for n in TOKENIZER_FILES):
+        raise FormatError(
+            f"--model_path {export.model_name_or_path}: has neither tokenizer.json nor tokenizer.model, and a bundle needs a "
+            "tokenizer; copy that of the base model into the folder"
+        )
+    with TemporaryDirectory(prefix="arriero-export-") as name:
+        folder = model if isinstance(model, Path) else Path(name)
+        for file, content in {} if isinstance(model, Path) else model.files.items():
+            (folder / file).write_bytes(content)
+        try:
+            tokenizer = load_tokenizer(folder)
+            check_vocabulary(folder, LlamaConfig.from_file(folder) if isinstance(model, Path) else model.config)
+            if tokenizer.has_chat_template():
+                tokenizer.render_chat([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
+        except TemplateError as error:
+            print(
+                f"warning: chat and serve will not work with this bundle: its chat template fails on a question ({error})"
+            )
+        except FormatError as error:
+            raise FormatError(str(error).replace(name, export.model_name_or_path)) from error
 
 
 def _export_onnx(export: ExportOptions, adapter: AdapterPathOptions, model: Path | ModelSource) -> Bundle:
-    from arriero.engine.export_source import prefix_array, stored_bits
-    from arriero.export.gguf_bits import layer_bits, usual_bits
+    from arriero.engine.export_source import prefix_array
     from arriero.export.onnx_export import OnnxOptions, export_onnx
 
-    weights = export.weights
-    if weights == "auto":
-        bits = stored_bits(model) if isinstance(model, Path) else usual_bits(layer_bits(model))
-        weights = "fp32" if bits is None else f"int{bits}"
     settings = OnnxOptions(
-        weights=weights,
+        weights=_own_integers(model) if export.weights == "auto" else export.weights,
         block_size=export.block_size,
         symmetric=export.symmetric,
         accuracy_level=export.accuracy_level,
@@ -81,6 +94,15 @@ def _export_onnx(export: ExportOptions, adapter: AdapterPathOptions, model: Path
     if adapter.prefix_path:
         prefix = prefix_array(adapter.prefix_path, model, export.model_name_or_path)
     return export_onnx(model, export.output_path, settings, prefix=prefix, defaults=_defaults(export))
+
+
+def _own_integers(model: Path | ModelSource) -> str:
+    """In the words of `--weights` the integers that a model has already, or fp32."""
+    from arriero.engine.export_source import stored_bits
+    from arriero.export.gguf_bits import layer_bits, usual_bits
+
+    bits = stored_bits(model) if isinstance(model, Path) else usual_bits(layer_bits(model))
+    return "fp32" if bits is None else f"int{bits}"
 
 
 def _export_gguf(export: ExportOptions, adapter: AdapterPathOptions, model: Path | ModelSource) -> Bundle:
@@ -105,8 +127,11 @@ def _export_torch(export: ExportOptions, adapter: AdapterPathOptions, model: Pat
     if export.format == "aoti":
         from arriero.export.aoti_export import export_aoti as write
     device = "cpu" if export.device == "auto" else export.device
-    usual = "fp32" if device == "cpu" else "bf16"
-    settings = TorchOptions(usual if export.weights == "auto" else export.weights, export.context, device)
+    weights = export.weights
+    if weights == "auto":
+        keeps = export.format == "aoti" and device == "cpu"
+        weights = _own_integers(model) if keeps else "fp32" if device == "cpu" else "bf16"
+    settings = TorchOptions(weights, export.context, device, export.head_bits)
     prefix = None
     if adapter.prefix_path:
         prefix = prefix_array(adapter.prefix_path, model, export.model_name_or_path)

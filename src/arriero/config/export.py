@@ -43,7 +43,7 @@ class ExportOptions(OptionGroup):
     block_size: int | None = option(
         None,
         "int8, int4: consecutive inputs that share a scale, 16 to 256 (default: 64 of 8 bits, 32 of 4 bits and of integers "
-        "that a model has already)",
+        "that a model has already; of aoti always 32)",
         minimum=1,
     )
     symmetric: bool | None = option(
@@ -95,15 +95,17 @@ class ExportOptions(OptionGroup):
             self.weights = meant
         if self.format == "onnx" and self.weights == "bf16":
             raise ConfigError("--weights bf16 is for torch, aoti and gguf: ONNX bundles have fp32, fp16, int8 or int4")
-        if self.format in ("torch", "aoti") and self.weights in ("int8", "int4"):
+        if self.format == "torch" and self.weights in ("int8", "int4"):
             raise ConfigError(
-                f"--weights {self.weights} is for onnx and gguf: {self.format} bundles have fp32, fp16 or bf16"
+                f"--weights {self.weights} is for onnx, aoti and gguf: torch bundles have fp32, fp16 or bf16"
             )
+        if self.format == "aoti" and self.weights in ("int8", "int4") and self.device.startswith("cuda"):
+            raise ConfigError(f"--weights {self.weights} is for CPUs: a bundle for a GPU has fp32, fp16 or bf16")
         if self.format != "onnx":
             self._check_options_of_onnx()
 
     def _check_options_of_onnx(self) -> None:
-        names = ("block_size", "symmetric", "accuracy_level", "head_bits")
-        for name in (*names, "context") if self.format == "gguf" else names:
+        others = {"aoti": (), "torch": ("head_bits",), "gguf": ("head_bits", "context")}
+        for name in ("block_size", "symmetric", "accuracy_level", *others[self.format]):
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ConfigError(f"--{name} is not for --format {self.format}: leave it out, or use --format onnx")

@@ -18,13 +18,14 @@ from torch.nn.attention import sdpa_kernel
 
 from arriero.errors import ConfigError, FormatError
 from arriero.export.aoti_products import calls_of_onednn
-from arriero.export.aoti_runner import STEP, decode_name, open_runner, program_notes
+from arriero.export.aoti_runner import ROWS, STEP, decode_name, open_runner, program_notes
 from arriero.export.bundle import Bundle
+from arriero.export.native_code import native_operators, needed_features
 from arriero.export.prefix_file import PrefixArray
 from arriero.export.processor import needed_isa
 from arriero.export.torch_export import PLAIN, ProgramKind, TorchOptions, export_programs
 from arriero.export.torch_target import Target, capability
-from arriero.export.torch_trace import trace_decode, trace_step
+from arriero.export.torch_trace import trace_decode, trace_rows, trace_step
 from arriero.formats.safe_tensors import LazyTensor
 from arriero.formats.source import ModelSource
 from arriero.models.compiler import check_compiler, check_own_library, vector_isa
@@ -57,23 +58,29 @@ def export_aoti(
     """Write the bundle of a model, for processors like this one; a weight at a time is in memory.
 
     Args:
-        decode_rows: sequences of the programs that continue them by a token; each is compiled for itself.
+        decode_rows: sequences of the programs that continue them by a token; each is compiled for itself. Of int8 and int4
+            one program does that for any number.
 
     Other arguments and errors are those of `export_torch`.
 
     Raises:
         ConfigError: also, without a C++ compiler.
     """
-    isa = _isa(options.target)
+    isa = _isa(options)
 
     def write(path: Path, config: LlamaConfig, context: int, weights: Mapping[str, LazyTensor], made: Target) -> None:
         programs = {STEP: trace_step(config, context, weights, made)}
-        if made.device.type == "cpu":  # on a GPU one token of each is best computed as any number of them
+        native = options.form.bits is not None
+        if native:
+            programs[ROWS] = trace_rows(config, context, weights)
+        elif made.device.type == "cpu":  # on a GPU one token of each is best computed as any number of them
             programs |= {decode_name(rows): trace_decode(config, context, weights, rows) for rows in decode_rows}
         shape = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
         notes = program_notes(shape, config.vocab_size, context, weights, made)
         with sdpa_kernel(made.kernels):
-            _compile(programs, path, notes, by_onednn=made.device.type == "cpu" and onednn_is_faster())
+            by_onednn = made.device.type == "cpu" and onednn_is_faster()
+            with native_operators() if native else nullcontext():
+                _compile(programs, path, notes, by_onednn=by_onednn)
         if made.device.type == "cuda":
             check_loads(path, made.device)
 
@@ -81,7 +88,7 @@ def export_aoti(
     return export_programs(kind, model, target, options, prefix, defaults or {})
 
 
-def _isa(target: Target) -> str:
+def _isa(options: TorchOptions) -> str:
     """What the compiled code will need.
 
     Raises:
@@ -89,6 +96,7 @@ def _isa(target: Target) -> str:
     """
     from torch._inductor import config
 
+    target = options.target
     if not hasattr(config.cpp, "march") and target.device.type == "cpu":
         raise ConfigError(
             f"--format aoti needs torch 2.13 or newer, and this is {torch.__version__}: use --format torch"
@@ -98,7 +106,7 @@ def _isa(target: Target) -> str:
     if not hasattr(config.cpp, "march"):  # what runs on the host uses whatever this processor has
         isa = " ".join((platform.machine(), *sorted(features())))
     else:
-        isa = needed_isa(vector_isa().build_arch_flags())
+        isa = needed_isa(vector_isa().build_arch_flags(), needed_features() if options.form.bits is not None else ())
     return isa if target.device.type == "cpu" else f"{isa} {capability(str(target.device))}"
 
 
@@ -146,6 +154,7 @@ def _compile(
         "cpp.dynamic_threads": True,
         "cpp.threads": _THREADS,
         "compile_threads": 1,
+        "epilogue_fusion": False,  # into the calls of `native_code`
     }
     known = config.get_config_copy()  # torch 2.11, for a GPU, has not all of them
     options = {name: value for name, value in options.items() if name in known}

@@ -22,16 +22,15 @@ from arriero.export.slot_runner import SlotRunner
 from arriero.export.torch_session import model_shape, on_device, open_weights, program_runner, stored_dtype
 from arriero.export.torch_target import Target, target_of
 
-STEP = "step"
+STEP, ROWS = "step", "rows"
 # What a program says of itself: the context, and a digest of the shapes that it was compiled for.
 _CONTEXT, _SHAPES = "arriero_context", "arriero_shapes"
-_DECODE = "decode_"
-_NAME = re.compile(rf"[^/]+/data/aotinductor/{_DECODE}([1-9][0-9]{{0,3}})/[^/]+\.so")
+_NAME = re.compile(r"[^/]+/data/aotinductor/([a-z0-9_]+)/[^/]+\.so")
 
 
 def decode_name(rows: int) -> str:
     """Of the program that continues so many sequences by a token each."""
-    return f"{_DECODE}{rows}"
+    return f"decode_{rows}"
 
 
 def program_notes(
@@ -95,11 +94,16 @@ def open_runner(
     notes = program_notes(*model_shape(bundle), bundle.manifest.context, weights, target)
     where = target.device
     step = AotiProgram(bundle, STEP, where)
-    decode = {rows: AotiProgram(bundle, decode_name(rows), where) for rows in _decode_rows(bundle.graph)}
-    for program in (step, *decode.values()):
-        _check_notes(bundle.graph, program, notes)
+    names = _names(bundle.graph)
+    decode = {
+        rows: AotiProgram(bundle, decode_name(rows), where) for rows in range(1, 1000) if decode_name(rows) in names
+    }
+    rows_program = AotiProgram(bundle, ROWS, where) if ROWS in names else None
+    for program in (step, *decode.values(), rows_program):
+        if program is not None:
+            _check_notes(bundle.graph, program, notes)
     weights = on_device(bundle, weights, target)
-    return program_runner(bundle, step, decode, weights, slots, threads, target)
+    return program_runner(bundle, step, decode, weights, slots, threads, target, one_token=rows_program)
 
 
 def _check_notes(path: Path, program: AotiProgram, wanted: Mapping[str, str]) -> None:
@@ -122,11 +126,11 @@ def _check_notes(path: Path, program: AotiProgram, wanted: Mapping[str, str]) ->
         )
 
 
-def _decode_rows(package: Path) -> list[int]:
-    """Of the programs in a package that continue sequences by a token."""
+def _names(package: Path) -> set[str]:
+    """Of the programs in a package."""
     try:
         with zipfile.ZipFile(package) as archive:
             found = [_NAME.fullmatch(name) for name in archive.namelist()]
     except (OSError, zipfile.BadZipFile) as error:
         raise FormatError(f"{package}: is no package of programs ({error}); export the model again") from error
-    return sorted(int(match[1]) for match in found if match is not None)
+    return {match[1] for match in found if match is not None}

@@ -97,10 +97,14 @@ class BlockWeight:
     scales: npt.NDArray[np.float32]
     zero_points: npt.NDArray[np.uint8] | None
 
+    def levels(self) -> npt.NDArray[np.uint8]:
+        """(out, blocks, block_size), the integers as they are stored, unsigned."""
+        return _unpack(self.packed, self.format.bits)
+
     def dequantize(self) -> npt.NDArray[np.float32]:
         """(out, in), each the product of an integer and a scale in fp32, with the offset of its block."""
         rows, blocks = self.scales.shape
-        values = _unpack(self.packed, self.format.bits)
+        values = self.levels()
         zero: npt.NDArray[np.uint8] | int = 1 << (self.format.bits - 1)
         if self.zero_points is not None:
             zero = _unpack(self.zero_points, self.format.bits)[:, :blocks, None]
@@ -244,9 +248,11 @@ def from_integers(values: Tensor, scales: Tensor, form: BlockFormat, in_features
     rows, columns = values.shape
     group = columns // scales.shape[1]
     if scales.shape[1] > 1 and group % form.block_size:
+        fits = max((size for size in BLOCK_SIZES if group % size == 0), default=None)
+        other = "" if fits is None else f"--format onnx with --block_size {fits}, or "
         raise ConfigError(
-            f"weights with a scale for {group} inputs cannot be stored in blocks of {form.block_size}: "
-            f"choose a block size that divides {group}"
+            f"weights with a scale for {group} inputs cannot be stored in blocks of {form.block_size}: use {other}"
+            "--weights fp32, which dequantizes them"
         )
     blocks = form.blocks(columns)
     filled = F.pad(values, (0, -columns % form.block_size)).to(torch.int16) + (1 << (form.bits - 1))

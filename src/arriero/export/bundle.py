@@ -122,6 +122,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
     Raises:
         OSError: when it cannot be written.
+        FormatError: a number of the model's files is none (NaN, Infinity), which JSON does not have.
     """
     files = {
         path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
@@ -129,7 +130,14 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         if path.name != MANIFEST
     }
     values = asdict(manifest) | {"files": files}
-    (folder / MANIFEST).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    try:
+        text = json.dumps(values, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise FormatError(
+            "config.json or generation_config.json of the model has NaN or Infinity as a number, which JSON does not have: "
+            "correct it"
+        ) from error
+    (folder / MANIFEST).write_text(f"{text}\n", encoding="utf-8")
 
 
 def open_bundle(folder: str | Path) -> Bundle:

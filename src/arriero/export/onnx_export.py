@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from arriero.errors import ConfigError
-from arriero.export.block_weights import BlockFormat
+from arriero.export.block_weights import BLOCK_SIZES, BlockFormat
 from arriero.export.bundle import Bundle, Manifest, new_bundle, open_bundle, write_manifest
 from arriero.export.data_file import DataFile
 from arriero.export.gguf_bits import layer_bits, usual_bits
@@ -17,9 +18,8 @@ from arriero.export.model_files import generation_defaults, write_model_files
 from arriero.export.onnx_graph import OnnxGraph, WeightForm, check_config
 from arriero.export.prefix_file import PrefixArray, write_prefix
 from arriero.export.self_check import check_graph
-from arriero.export.weight_source import WeightSource
+from arriero.export.weight_source import WeightSource, integer_source
 from arriero.formats.hf_source import open_hf
-from arriero.formats.quantized import QuantizedFolder, is_quantized
 from arriero.formats.source import ModelSource
 from arriero.models.config import LlamaConfig
 
@@ -66,11 +66,12 @@ class OnnxOptions:
         """Tokens of a sequence of this model."""
         return config.max_position_embeddings if self.context is None else self.context
 
-    def form(self, kept: bool = False, blocks_of_32: bool = False) -> WeightForm:
+    def form(self, kept: bool = False, blocks_of_32: bool = False, group: int | None = None) -> WeightForm:
         """The form of the graph's weights.
 
         Args:
             kept: whether they are integers already, around 0.
+            group: inputs that share a scale of those; None: all of an output.
             blocks_of_32: whether they are 8-bit integers of a GGUF file.
         """
         if self.weights in ("fp32", "fp16"):
@@ -88,6 +89,8 @@ class OnnxOptions:
             (wide if count == 8 else BLOCK) if self.block_size is None else self.block_size
             for count in (bits, head_bits)
         )
+        if kept and self.block_size is None and group is not None:
+            block = max((size for size in BLOCK_SIZES if size <= block and group % size == 0), default=block)
         zeros = self.symmetric is False
         wanted = self.symmetric is None and not kept and block <= OFFSET_BLOCK
         offsets = bits == 4 and (zeros or wanted)
@@ -116,18 +119,14 @@ def export_onnx(
         ConfigError: what an ONNX graph cannot hold.
         FormatError: a broken folder, a target in use, or a graph that does not compute what the model computes.
     """
-    if isinstance(model, ModelSource):
-        return _export(model, None, target, options, prefix, defaults or {})
-    config = LlamaConfig.from_file(model)
-    check_config(config, options.context_of(config))
-    quantized = QuantizedFolder(Path(model), config) if is_quantized(config) else None
-    with open_hf(model) as opened:
-        return _export(opened, quantized, target, options, prefix, defaults or {})
+    with nullcontext(model) if isinstance(model, ModelSource) else open_hf(model) as opened:
+        check_config(opened.config, options.context_of(opened.config))
+        return _export(opened, integer_source(opened, model), target, options, prefix, defaults or {})
 
 
 def _export(
     opened: ModelSource,
-    quantized: QuantizedFolder | None,
+    source: WeightSource,
     target: str | Path,
     options: OnnxOptions,
     prefix: PrefixArray | None,
@@ -139,10 +138,8 @@ def _export(
         if length >= context:
             raise ConfigError(f"a prefix of {length} fills a context of {context}: make that larger")
     with new_bundle(target) as staging:
-        bits = layer_bits(opened)
-        mixed = usual_bits(bits) == 4  # a matrix of more bits has them for a reason
-        source = WeightSource(opened, quantized, bits if mixed else {})
-        form = options.form(kept=bool(source.layers), blocks_of_32=usual_bits(bits) == 8)
+        wide = usual_bits(layer_bits(opened)) == 8
+        form = options.form(kept=bool(source.layers), blocks_of_32=wide, group=source.group_size)
         with DataFile(staging / DATA) as data:
             graph = OnnxGraph(source, form, context, data).build()
         (staging / GRAPH).write_bytes(graph.SerializeToString())
@@ -153,7 +150,7 @@ def _export(
         manifest = Manifest(
             kind="onnx",
             graph=GRAPH,
-            weights=_words(form, sum(count > 4 for count in bits.values()) if mixed else 0),
+            weights=_words(form, source.wider_count),
             context=context,
             config=config,
             generation=generation_defaults(opened) | dict(defaults),

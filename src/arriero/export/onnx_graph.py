@@ -26,7 +26,8 @@ from arriero.errors import ConfigError
 from arriero.export.block_weights import BlockFormat, BlockWeight
 from arriero.export.data_file import DataFile
 from arriero.export.rope_tables import rope_tables
-from arriero.export.weight_source import EMBEDDING, WeightSource
+from arriero.export.weight_names import EMBEDDING
+from arriero.export.weight_source import WeightSource
 from arriero.models.config import LlamaConfig
 from arriero.models.weight_shapes import HEAD
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from arriero.errors import FormatError
 from arriero.export.bundle import Bundle
 from arriero.export.onnx_session import OnnxSession
 from arriero.export.prefix_file import read_prefix
@@ -13,6 +14,12 @@ def open_runner(
 ) -> SlotRunner:
     """See `kinds.open_runner`; the device is a CPU."""
     session = OnnxSession(bundle.graph, slots, threads, spinning=spinning)
+    config = bundle.manifest.config
+    shape = tuple(config.get(key) for key in ("num_hidden_layers", "num_key_value_heads", "head_dim", "vocab_size"))
+    if (*session.cache_shape, session.vocab_size, session.context) != (*shape, bundle.manifest.context):
+        raise FormatError(
+            f"{bundle.graph}: is of another model or context than the manifest says; export the model again"
+        )
     length = bundle.manifest.prefix_length
     if not length:
         return SlotRunner(session)

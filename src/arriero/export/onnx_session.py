@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,11 +42,11 @@ class OnnxSession:
             spinning: threads wait for each other without giving up their cores, which pays only where nothing else runs.
 
         Raises:
-            FormatError: when ONNX Runtime cannot load it.
+            FormatError: when ONNX Runtime cannot load it, or the keys and values do not fit into the address space.
             MissingExtraError: without ONNX Runtime.
         """
         runtime = require("onnxruntime", "export")
-        self.rows = rows
+        self.rows, self._graph = rows, graph
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads or _cores()
         options.inter_op_num_threads = 1
@@ -66,7 +67,14 @@ class OnnxSession:
         if not cached or not fixed or len(outputs[0]) != 2 or not isinstance(outputs[0][1], int):
             raise FormatError(f"{graph}: is not a graph that arriero wrote; export the model again")
         self.vocab_size, self.context = outputs[0][1], int(next(iter(cached.values()))[2])
-        self._cache = {name: untouched_zeros((rows, *shape[1:])) for name, shape in cached.items()}
+        try:
+            self._cache = {name: untouched_zeros((rows, *shape[1:])) for name, shape in cached.items()}
+        except (OSError, OverflowError, ValueError, MemoryError) as error:
+            size = 4e-9 * rows * sum(prod(shape[1:]) for shape in cached.values())
+            raise FormatError(
+                f"{graph}: {size:,.0f} GB for keys and values of {rows} sequences of {self.context} tokens cannot be had "
+                f"({error}): compute fewer at once (--batch_size), or export with a smaller --context"
+            ) from error
         self._bindings: dict[tuple[int, int], _Binding] = {}
 
     def run(self, first: int, ids: Integers, starts: Integers, counts: Integers, logits_at: Integers) -> Logits:
@@ -87,7 +95,11 @@ class OnnxSession:
         bound.put(ids, starts + counts, counts, logits_at)
         logits = np.empty((len(logits_at), self.vocab_size), np.float32)
         bound.binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        self._session.run_with_iobinding(bound.binding)
+        try:
+            self._session.run_with_iobinding(bound.binding)
+        except Exception as error:  # see above
+            reason = " ".join(str(error).split())[:300]
+            raise FormatError(f"{self._graph}: ONNX Runtime cannot compute it ({reason})") from error
         return logits
 
     def joined(self, parts: Sequence[Logits]) -> Logits:

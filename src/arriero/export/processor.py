@@ -7,6 +7,7 @@ of the processor's business: see `torch_target`.
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 
 from arriero.processor_info import features
 
@@ -24,17 +25,18 @@ _KERNEL_NAMES = {
 }
 
 
-def needed_isa(flags: str) -> str:
+def needed_isa(flags: str, more: Iterable[str] = ()) -> str:
     """The `isa` of code that was compiled for this machine's base (x86-64-v3, on x86) with more flags.
 
     Args:
         flags: of the compiler, `-mavx512f -mfma` say; those that name no feature do not count.
+        more: features by Linux' names.
     """
     machine, own = platform.machine(), features()
     if machine != "x86_64":
         return " ".join((machine, *sorted(own)))  # the compiler may use all of them
     named = (flag.removeprefix("-m") for flag in flags.split() if flag.startswith("-m") and "=" not in flag)
-    return " ".join((machine, *sorted({*X86_64_V3, *(_KERNEL_NAMES.get(name, name) for name in named)})))
+    return " ".join((machine, *sorted({*X86_64_V3, *more, *(_KERNEL_NAMES.get(name, name) for name in named)})))
 
 
 def lacks(isa: str) -> str | None:

@@ -23,7 +23,8 @@ from arriero.export.data_file import DataFile
 from arriero.export.onnx_graph import WeightForm
 from arriero.export.onnx_session import OnnxSession
 from arriero.export.slot_runner import SlotRunner
-from arriero.export.weight_source import EMBEDDING, WeightSource
+from arriero.export.weight_names import EMBEDDING
+from arriero.export.weight_source import WeightSource
 from arriero.formats.verification import relative_difference
 from arriero.models.attention import AttentionInfo
 from arriero.models.config import LlamaConfig
@@ -39,7 +40,7 @@ EXACT, _LOGIT = 1e-4, 32.0
 # Of the root mean square of the differences, as a share of that of the logits, where inputs are rounded to 8 bits.
 ROUNDED = 0.1
 # The same beside the original weights, by what they were rounded to. A weight that is wrong is far beyond.
-ORIGINAL = {"fp32": 1e-4, "fp16": 0.02, "int8": 0.2, "int4": 0.7}
+ORIGINAL = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1, "int8": 0.2, "int4": 0.7}
 
 
 @dataclass(frozen=True)

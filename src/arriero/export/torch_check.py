@@ -7,14 +7,17 @@ import torch
 from torch import Tensor
 
 from arriero.errors import FormatError
-from arriero.export.self_check import EXACT, NEW_TOKENS, PROMPTS, Check, SourceModel, generate
+from arriero.export.integer_tiles import levels_of
+from arriero.export.self_check import EXACT, NEW_TOKENS, ORIGINAL, PROMPTS, ROUNDED, Check, SourceModel, generate
 from arriero.export.slot_runner import SlotRunner
+from arriero.export.torch_weights import MatrixForm
+from arriero.export.weight_names import EMBEDDING
 from arriero.export.weight_source import WeightSource
 from arriero.formats.verification import relative_difference
+from arriero.models.weight_shapes import HEAD
 
-# Of the root mean square of the differences beside the original weights, as a share of that of the logits.
-ORIGINAL = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
-# The same beside the stored weights, where products are computed in half precision.
+# Of the root mean square of the differences beside the stored weights, as a share of that of the logits, where products are
+# computed in half precision.
 COMPUTED = {torch.float16: 0.01, torch.bfloat16: 0.05}
 # A logit of this size may differ by EXACT, a larger one by as much more.
 _LOGIT = 32.0
@@ -23,24 +26,30 @@ _LOGIT = 32.0
 class RoundedModel(SourceModel):
     """The model that is exported, its matrices rounded as a bundle stores them."""
 
-    def __init__(self, source: WeightSource, dtype: torch.dtype) -> None:
+    def __init__(self, source: WeightSource, form: MatrixForm) -> None:
         super().__init__(source)
-        self._dtype = dtype
+        self._form = form
 
     def _read(self, name: str) -> Tensor:
         value = super()._read(name)
-        return value.to(self._dtype).double() if value.dim() == 2 else value
+        if value.dim() != 2:
+            return value
+        bits = self._form.bits_of(name)
+        if bits is None:
+            return value.to(self._form.dtype).double()
+        tied = name == HEAD and self._config.tie_word_embeddings
+        return levels_of(self._source, [EMBEDDING if tied else name], bits).dequantized(value.shape[1])
 
 
 def check_runner(
-    runner: SlotRunner, source: WeightSource, dtype: torch.dtype, name: str, computed: torch.dtype = torch.float32
+    runner: SlotRunner, source: WeightSource, form: MatrixForm, name: str, computed: torch.dtype = torch.float32
 ) -> Check:
     """Generate greedily, twice in the same slots, and compare every logit with those of the eager model in fp64, with the
     stored weights and with the original ones.
 
     Args:
         runner: with a slot for each of `PROMPTS`, without a prefix.
-        dtype: that matrices are stored in.
+        form: that matrices are stored in.
         name: of the bundle, for messages.
         computed: the dtype of products.
 
@@ -56,7 +65,7 @@ def check_runner(
     sequences = [[*ids, *new[:-1]] for ids, new in zip(prompts, tokens, strict=True)]
     given, greedy = torch.from_numpy(np.stack(logits)).double(), torch.tensor(tokens)
     original = SourceModel(source).logits(sequences, new_tokens)
-    stored = original if dtype == torch.float32 else RoundedModel(source, dtype).logits(sequences, new_tokens)
+    stored = original if form == MatrixForm() else RoundedModel(source, form).logits(sequences, new_tokens)
     found = Check(
         largest_difference=float((given - stored).abs().max()),
         relative_difference=relative_difference(stored, given),
@@ -67,16 +76,18 @@ def check_runner(
         repeats=again == tokens and all(np.array_equal(a, b) for a, b in zip(logits, repeated, strict=True)),
         tokens=greedy.numel(),
     )
-    if computed == torch.float32:
+    if form.bits is not None:
+        how, value, bound = "relatively by", found.relative_difference, ROUNDED
+    elif computed == torch.float32:
         how, value, bound = "by", found.largest_difference, EXACT * max(1.0, found.largest_logit / _LOGIT)
     else:
         how, value, bound = "relatively by", found.relative_difference, COMPUTED[computed]
     if not value <= bound:
         raise FormatError(f"{name}: its logits differ from the model's {how} {value:.1e}, and {bound:g} is allowed")
-    if not found.original_difference <= ORIGINAL[dtype]:
+    if not found.original_difference <= ORIGINAL[form.name]:
         raise FormatError(
             f"{name}: its logits differ from those of the original weights relatively by {found.original_difference:.1e}, and "
-            f"{ORIGINAL[dtype]:g} is allowed for {str(dtype).removeprefix('torch.')}"
+            f"{ORIGINAL[form.name]:g} is allowed for {form.name}"
         )
     if not found.repeats:
         raise FormatError(f"{name}: a second run in the same slots gave other logits")

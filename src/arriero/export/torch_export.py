@@ -13,6 +13,7 @@ import torch
 
 from arriero.errors import ConfigError
 from arriero.export.bundle import ANY, Bundle, Manifest, new_bundle, open_bundle, write_manifest
+from arriero.export.integer_tiles import BLOCK
 from arriero.export.model_files import generation_defaults, write_model_files
 from arriero.export.prefix_file import PrefixArray, write_prefix
 from arriero.export.self_check import PROMPTS
@@ -22,8 +23,8 @@ from arriero.export.torch_runner import open_runner
 from arriero.export.torch_session import WEIGHTS
 from arriero.export.torch_target import Target, gpus
 from arriero.export.torch_trace import trace_step
-from arriero.export.torch_weights import program_weights
-from arriero.export.weight_source import WeightSource
+from arriero.export.torch_weights import MatrixForm, program_weights
+from arriero.export.weight_source import WeightSource, integer_source
 from arriero.formats.hf_source import open_hf
 from arriero.formats.safe_tensors import LazyTensor
 from arriero.formats.shared_files import write_tensor_file
@@ -31,7 +32,13 @@ from arriero.formats.source import ModelSource
 from arriero.models.config import LlamaConfig
 
 GRAPH = "model.pt2"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FORMS = {
+    "fp32": MatrixForm(),
+    "fp16": MatrixForm(torch.float16),
+    "bf16": MatrixForm(torch.bfloat16),
+    "int8": MatrixForm(bits=8),
+    "int4": MatrixForm(bits=4),
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,8 @@ class TorchOptions:
 
     Attributes:
         weights: fp32; fp16 or bf16, in which matrices are stored. A CPU computes with them in fp32, a GPU in their own type.
+            Of native code for CPUs also int8 and int4, which are multiplied as they are.
+        head_bits: 8 or 4, of the output head and the embedding (int8, int4); None: 8.
         context: tokens of a sequence; None: all that the model has.
         device: that it is made for: cpu, cuda or cuda:N.
 
@@ -50,25 +59,38 @@ class TorchOptions:
     weights: str = "fp32"
     context: int | None = None
     device: str = "cpu"
+    head_bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.device != "cpu" and not gpus():
             raise ConfigError(
                 f"--device {self.device}: there is no GPU here, and a bundle is checked where it is to run"
             )
-        if self.weights not in DTYPES:
-            other = ": --format onnx has them" if self.weights in ("int8", "int4") else ""
-            raise ConfigError(f"weights of the kind {self.weights!r} are none of {', '.join(DTYPES)}{other}")
+        if self.weights not in FORMS:
+            raise ConfigError(f"weights of the kind {self.weights!r} are none of {', '.join(FORMS)}")
+        if self.form.bits is not None and self.device != "cpu":
+            raise ConfigError(f"--weights {self.weights} is for CPUs: a bundle for a GPU has fp32, fp16 or bf16")
+        if self.head_bits not in (None, 4, 8):
+            raise ConfigError(f"--head_bits {self.head_bits}: 8 or 4")
 
     @property
-    def dtype(self) -> torch.dtype:
+    def form(self) -> MatrixForm:
         """Of matrices."""
-        return DTYPES[self.weights]
+        form = FORMS[self.weights]
+        return form if self.head_bits is None else replace(form, head_bits=self.head_bits)
 
     @property
     def target(self) -> Target:
         """What programs are made for."""
-        return Target.of(self.device, self.dtype)
+        return Target.of(self.device, self.form.dtype)
+
+    @property
+    def words(self) -> str:
+        """How the weights are stored, for a manifest."""
+        if self.form.bits is not None:
+            layers = f"int{self.form.bits}, blocks of {BLOCK} with steps and lows"
+            return f"{layers}; head and embedding int{self.form.head_bits}; inputs of products rounded to 8 bits"
+        return self.weights if self.form.dtype == self.target.dtype else f"{self.weights}, computed with in fp32"
 
     def context_of(self, config: LlamaConfig) -> int:
         """Tokens of a sequence of this model.
@@ -129,6 +151,8 @@ def export_torch(
         ConfigError: what the programs cannot compute.
         FormatError: a broken folder, a target in use, or a program that does not compute what the model computes.
     """
+    if options.form.bits is not None:
+        raise ConfigError(f"--format torch has no weights of the kind {options.weights}: --format onnx and aoti have")
     kind = ProgramKind("torch", _write_program, open_runner)
     return export_programs(kind, model, target, options, prefix, defaults or {})
 
@@ -153,19 +177,20 @@ def export_programs(
 ) -> Bundle:
     """See `export_torch`; for any such kind."""
     with nullcontext(model) if isinstance(model, ModelSource) else open_hf(model) as opened:
-        config, source, dtype, made = opened.config, WeightSource(opened), options.dtype, options.target
+        config, form, made = opened.config, options.form, options.target
+        source = WeightSource(opened) if form.bits is None else integer_source(opened, model)
         context, length = options.context_of(config), 0 if prefix is None else prefix.shape[3]
         _check_config(config, kind.name)
         if length >= context:
             raise ConfigError(f"a prefix of {length} fills a context of {context}: make that larger")
         with new_bundle(target) as staging:
-            weights = program_weights(source, dtype)
+            weights = program_weights(source, form)
             write_tensor_file(weights, staging / WEIGHTS)
             kind.write(staging / GRAPH, config, context, weights, made)
             manifest = Manifest(
                 kind=kind.name,
                 graph=GRAPH,
-                weights=options.weights if dtype == made.dtype else f"{options.weights}, computed with in fp32",
+                weights=options.words,
                 context=context,
                 config=write_model_files(staging, opened),
                 generation=generation_defaults(opened) | dict(defaults),
@@ -176,7 +201,7 @@ def export_programs(
                 files={WEIGHTS: {}},
             )
             runner = kind.open_runner(Bundle(staging, manifest), len(PROMPTS), device=options.device)
-            found = check_runner(runner, source, dtype, f"{kind.name} bundle", computed=made.dtype)
+            found = check_runner(runner, source, form, f"{kind.name} bundle", computed=made.dtype)
             if prefix is not None:
                 write_prefix(staging, prefix)
             write_manifest(staging, replace(manifest, check=asdict(found), prefix_length=length))

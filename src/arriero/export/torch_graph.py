@@ -65,7 +65,26 @@ OPERATORS = frozenset(
         "_assert_tensor_metadata.default",
     ]
 )
-_ARITHMETIC = {"_operator.mul": operator.mul, "_operator.add": operator.add, "_operator.floordiv": operator.floordiv}
+_SIZE = 2**48  # beyond that of any tensor
+
+
+def _of_sizes(function: Callable[[int, int], int]) -> Callable[[int, int], int]:
+    """The same, which refuses a result that is no size: chains of products grow without end."""
+
+    def bounded(one: int, other: int) -> int:
+        found = function(one, other)
+        if not -_SIZE < found < _SIZE:
+            raise ValueError(f"a size of {str(found)[:30]}")
+        return found
+
+    return bounded
+
+
+_ARITHMETIC = {
+    "_operator.mul": _of_sizes(operator.mul),
+    "_operator.add": _of_sizes(operator.add),
+    "_operator.floordiv": _of_sizes(operator.floordiv),
+}
 # Of torch/_export/serde/schema.py, as far as programs use them.
 _DTYPES = {5: torch.int64, 6: torch.float16, 7: torch.float32, 12: torch.bool, 13: torch.bfloat16}
 _MEMORY_FORMATS = {1: torch.contiguous_format, 4: torch.preserve_format}
@@ -141,7 +160,19 @@ class TorchGraph:
 
         Args:
             inputs: of `self.inputs`; some may be written to.
+
+        Raises:
+            FormatError: when it cannot be computed: memory is short, or the program is none of arriero's.
         """
+        try:
+            return self._computed(inputs)
+        except torch.OutOfMemoryError:  # of a GPU
+            raise
+        except (ArithmeticError, IndexError, MemoryError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise FormatError(f"{self._path}: its program cannot be computed ({reason})") from error
+
+    def _computed(self, inputs: Sequence[Tensor]) -> Tensor:
         values: list[Any] = [*inputs, *[None] * (len(self._places) - len(inputs))]
         for call in self._calls:
             arguments = [_resolved(argument, values) for argument in call.arguments]

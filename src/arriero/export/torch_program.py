@@ -13,14 +13,17 @@ span        (L) int64, 0 to L - 1: L is the most tokens that a sequence has with
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arriero.export.integer_tiles import FACTORS, LEVELS, STEPS, token_rows
+from arriero.export.native_operators import cached_attention, integer_product
 from arriero.export.torch_target import CPU, Target
-from arriero.export.weight_source import EMBEDDING
+from arriero.export.weight_names import EMBEDDING
 from arriero.models.config import LlamaConfig
 from arriero.models.rope import rope_frequencies
 from arriero.models.weight_shapes import HEAD
@@ -64,7 +67,78 @@ class _Decoder(nn.Module):
         return both.narrow(-2, 0, heads), torch.cat((both.narrow(-2, heads, kv), value), -2)
 
 
-class StepProgram(_Decoder):
+class _Batched(_Decoder):
+    """What the programs have in common that take sequences as rows of a batch."""
+
+    def __init__(self, config: LlamaConfig, dtype: torch.dtype) -> None:
+        super().__init__(config, dtype)
+        # by the last part of a linear layer's name
+        self._outputs = {
+            "qkv_proj": (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim,
+            "o_proj": config.hidden_size,
+            "gate_up_proj": 2 * config.intermediate_size,
+            "down_proj": config.hidden_size,
+            self._head.removesuffix(".weight").rpartition(".")[2]: config.vocab_size,
+        }
+
+    def _layers(
+        self,
+        hidden: Tensor,
+        angles: tuple[Tensor, Tensor],
+        places: Tensor,
+        weights: Weights,
+        caches: Sequence[Tensor],
+        attend: Callable[[Tensor, Tensor, int], Tensor],
+    ) -> Tensor:
+        """(..., hidden_size) -> the same.
+
+        Args:
+            places: of new keys and values in the flattened cache.
+            attend: of queries (..., H, D), a cache and the number of its layer.
+        """
+        for layer, cache in enumerate(caches):
+            name = f"model.layers.{layer}"
+            x = self._norm(hidden, weights[f"{name}.input_layernorm.weight"])
+            qkv = self._linear(x, weights, f"{name}.self_attn.qkv_proj")
+            query, new = self._heads(qkv, angles, weights, f"{name}.self_attn")
+            cache.view(-1, cache.shape[3]).index_copy_(0, places, self._cast(new).reshape(-1, cache.shape[3]))
+            hidden = hidden + self._linear(attend(query, cache, layer), weights, f"{name}.self_attn.o_proj")
+            x = self._norm(hidden, weights[f"{name}.post_attention_layernorm.weight"])
+            gate, up = self._linear(x, weights, f"{name}.mlp.gate_up_proj").chunk(2, -1)
+            hidden = hidden + self._linear(F.silu(gate) * up, weights, f"{name}.mlp.down_proj")
+        return hidden
+
+    def _logits(self, hidden: Tensor, weights: Weights) -> Tensor:
+        """(n, hidden_size) -> (n, vocab_size)."""
+        return self._linear(
+            self._norm(hidden, weights["model.norm.weight"]), weights, self._head.removesuffix(".weight")
+        )
+
+    def _cast(self, x: Tensor) -> Tensor:
+        return x if self.dtype == torch.float32 else x.to(self.dtype)
+
+    def _product(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(..., in) -> (..., out) fp32."""
+        if self.dtype == torch.float32:
+            return F.linear(x, matrix.float(), bias)
+        found = F.linear(x.to(self.dtype), matrix.to(self.dtype)).float()
+        return found if bias is None else found + bias
+
+    def _linear(self, x: Tensor, weights: Weights, name: str) -> Tensor:
+        bias = weights.get(f"{name}.bias")
+        if f"{name}.weight.{LEVELS}" in weights:
+            found = self._integer_product(x.flatten(0, -2), weights, name).view(*x.shape[:-1], -1)
+            return found if bias is None else found + bias
+        return self._product(x, weights[f"{name}.weight"], bias)
+
+    def _integer_product(self, x: Tensor, weights: Weights, name: str) -> Tensor:
+        """(rows, in) -> (rows, out)."""
+        levels, steps, factors = (weights[f"{name}.weight.{part}"] for part in (LEVELS, STEPS, FACTORS))
+        found: Tensor = integer_product(x, levels, steps, factors, self._outputs[name.rpartition(".")[2]])
+        return found
+
+
+class StepProgram(_Batched):
     """Any number of tokens of any number of sequences.
 
     tokens      (B, S) int64, rows filled up on the right
@@ -88,33 +162,10 @@ class StepProgram(_Decoder):
         masks = {window: self._mask(positions, span, window) for window in self._windows()}
         rows = torch.arange(batch, device=tokens.device)[:, None] * kv + torch.arange(kv, device=tokens.device)
         places = (rows[:, None] * context + positions[..., None]).view(-1)  # of (B, S, 2 KV) in the flattened cache
-        hidden = F.embedding(tokens, weights[EMBEDDING]).float()
-        for layer, cache in enumerate(caches):
-            name = f"model.layers.{layer}"
-            x = self._norm(hidden, weights[f"{name}.input_layernorm.weight"])
-            qkv = self._linear(x, weights, f"{name}.self_attn.qkv_proj")
-            query, new = self._heads(qkv, angles, weights, f"{name}.self_attn")
-            cache.view(-1, config.head_dim).index_copy_(0, places, self._cast(new).reshape(-1, config.head_dim))
-            x = self._attend(self._cast(query), cache, span.shape[0], masks[config.layer_sliding_window(layer)])
-            hidden = hidden + self._linear(x, weights, f"{name}.self_attn.o_proj")
-            x = self._norm(hidden, weights[f"{name}.post_attention_layernorm.weight"])
-            gate, up = self._linear(x, weights, f"{name}.mlp.gate_up_proj").chunk(2, -1)
-            hidden = hidden + self._linear(F.silu(gate) * up, weights, f"{name}.mlp.down_proj")
+        attend = partial(self._attend, length=span.shape[0], masks=masks)
+        hidden = self._layers(_embedded(tokens, weights), angles, places, weights, caches, attend)
         x = hidden.view(-1, config.hidden_size).index_select(0, wanted)
-        return self._product(self._norm(x, weights["model.norm.weight"]), weights[self._head])
-
-    def _cast(self, x: Tensor) -> Tensor:
-        return x if self.dtype == torch.float32 else x.to(self.dtype)
-
-    def _product(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(..., in) -> (..., out) fp32."""
-        if self.dtype == torch.float32:
-            return F.linear(x, matrix.float(), bias)
-        found = F.linear(x.to(self.dtype), matrix.to(self.dtype)).float()
-        return found if bias is None else found + bias
-
-    def _linear(self, x: Tensor, weights: Weights, name: str) -> Tensor:
-        return self._product(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+        return self._logits(x, weights)
 
     def _windows(self) -> set[int | None]:
         return {self.config.layer_sliding_window(layer) for layer in range(self.config.num_hidden_layers)}
@@ -127,8 +178,11 @@ class StepProgram(_Decoder):
             seen = seen & (span > own - window)
         return self._cast(torch.where(seen, 0.0, -math.inf))[:, None]
 
-    def _attend(self, query: Tensor, cache: Tensor, length: int, mask: Tensor) -> Tensor:
+    def _attend(
+        self, query: Tensor, cache: Tensor, layer: int, *, length: int, masks: Mapping[int | None, Tensor]
+    ) -> Tensor:
         """Queries (B, S, H, D) -> (B, S, H D)."""
+        query, mask = self._cast(query), masks[self.config.layer_sliding_window(layer)]
         batch, size, heads, head_dim = query.shape
         kv, groups = self.config.num_key_value_heads, self._groups
         # A group's heads are as good as queries of one head. The copies are explicit: whether a view would do depends on S.
@@ -140,6 +194,36 @@ class StepProgram(_Decoder):
         )
         x = _copied(x.view(batch, kv, groups, size, head_dim).permute(0, 3, 1, 2, 4))
         return x.view(batch, size, heads * head_dim)
+
+
+class RowsProgram(_Batched):
+    """One token of each of any number of neighbouring sequences, for a compiler that has native code for the operators.
+
+    tokens      (B) int64
+    starts      (B) int64, tokens of each sequence that came before
+
+    Returns (B, vocab_size) fp32.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config, torch.float32)
+
+    def forward(self, tokens: Tensor, starts: Tensor, weights: Weights, caches: Sequence[Tensor]) -> Tensor:
+        """See the class and the file."""
+        kv = 2 * self.config.num_key_value_heads
+        rows = torch.arange(tokens.shape[0])[:, None] * kv + torch.arange(kv)
+        places = (rows * caches[0].shape[2] + starts[:, None]).view(-1)  # of (B, 2 KV) in the flattened cache
+        attend = partial(self._attend, starts=starts)
+        hidden = self._layers(
+            _embedded(tokens, weights), self._angles(starts, weights), places, weights, caches, attend
+        )
+        return self._logits(hidden, weights)
+
+    def _attend(self, query: Tensor, cache: Tensor, layer: int, *, starts: Tensor) -> Tensor:
+        """Queries (B, H, D) -> (B, H D)."""
+        window = self.config.layer_sliding_window(layer) or 0
+        found: Tensor = cached_attention(query, cache, starts, window, self.config.head_dim**-0.5)
+        return found.flatten(1)
 
 
 class DecodeProgram(_Decoder):
@@ -171,7 +255,7 @@ class DecodeProgram(_Decoder):
         """See the class and the file."""
         config = self.config
         angles = [self._angles(starts[row], weights) for row in range(self.rows)]
-        hidden = list(F.embedding(tokens, weights[EMBEDDING]).float().unbind(0))
+        hidden = list(_embedded(tokens, weights).unbind(0))
         for layer in range(config.num_hidden_layers):
             name = f"model.layers.{layer}"
             normed = [self._norm(x, weights[f"{name}.input_layernorm.weight"]) for x in hidden]
@@ -210,6 +294,14 @@ def _products(inputs: Sequence[Tensor], weights: Weights, name: str) -> list[Ten
     stored = [x.as_strided(x.shape, (1,)) for x in inputs]
     found = [(x * matrix).sum(-1) for x in stored]
     return found if bias is None else [x + bias for x in found]
+
+
+def _embedded(tokens: Tensor, weights: Weights) -> Tensor:
+    """(...) -> (..., hidden) fp32."""
+    if EMBEDDING in weights:
+        return F.embedding(tokens, weights[EMBEDDING]).float()
+    parts = {part: weights[f"{EMBEDDING}.{part}"] for part in (LEVELS, STEPS, FACTORS)}
+    return token_rows(tokens, parts).narrow(-1, 0, weights["model.norm.weight"].shape[0])
 
 
 def _added(ones: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:

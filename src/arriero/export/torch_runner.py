@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from arriero.errors import FormatError
 from arriero.export.bundle import Bundle
 from arriero.export.slot_runner import SlotRunner
 from arriero.export.torch_graph import TorchGraph
@@ -16,6 +17,7 @@ from arriero.export.torch_session import (
     stored_dtype,
 )
 from arriero.export.torch_target import target_of
+from arriero.export.weight_names import EMBEDDING
 
 
 def open_runner(
@@ -29,11 +31,17 @@ def open_runner(
     weights = open_weights(bundle)
     target = target_of(bundle, stored_dtype(weights), device)
     graph = TorchGraph(bundle.graph, target.device)
-    (layers, heads, head_dim), _ = model_shape(bundle)
+    (layers, heads, head_dim), vocab_size = model_shape(bundle)
+    if weights[EMBEDDING].shape[0] != vocab_size:
+        raise FormatError(
+            f"{bundle.folder}: its configuration tells of {vocab_size} tokens, and its weights are of "
+            f"{weights[EMBEDDING].shape[0]}; export the model again"
+        )
     integers = [((None,) * dims, torch.int64) for dims in (2, 1, 1, 1)]
     matrices = [(tuple(value.shape), value.dtype) for value in weights.values()]
     cache = ((None, 2 * heads, target.room(bundle.manifest.context), head_dim), target.dtype)
     found = list(zip(graph.shapes, graph.dtypes, strict=True))
+    layers = min(layers, len(found))  # whatever the manifest says: as many inputs would fill the memory
     check_inputs(bundle.graph, found, [*integers, *matrices, *[cache] * layers])
     weights = on_device(bundle, weights, target)
     return program_runner(bundle, graph, {}, weights, slots, threads, target, captured=True)

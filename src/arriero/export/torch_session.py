@@ -57,6 +57,7 @@ class TorchSession:
         rows: int,
         target: Target = CPU,
         capture: Capture | None = None,
+        one_token: Program | None = None,
     ) -> None:
         """
         Args:
@@ -64,11 +65,12 @@ class TorchSession:
             decode: `DecodeProgram`s by their number of sequences, on a CPU; with none, `step` does it.
             weights: inputs of both, in order, on the target's device.
             capture: of steps of one token; None where they are computed as they are.
+            one_token: a `RowsProgram`, on a CPU, which then does what `decode` would.
         """
         self.rows, self.context, self.vocab_size, self.cache_shape = rows, context, vocab_size, cache_shape
         self.library: Literal["torch", "numpy"] = "numpy" if target.device.type == "cpu" else "torch"
         self.device, self._target = target.device, target
-        self._step, self._decode, self._weights = step, decode, list(weights)
+        self._step, self._decode, self._one_token, self._weights = step, decode, one_token, list(weights)
         layers, heads, head_dim = cache_shape
         spare = bool(decode)  # for what is computed in a place that no sequence needs
         shape = (rows + spare, 2 * heads, target.room(context), head_dim)
@@ -99,7 +101,7 @@ class TorchSession:
         return nullcontext() if self._target.unit == 1 else sdpa_kernel(self._target.kernels)
 
     def _run(self, first: int, ids: Integers, starts: Integers, counts: Integers, logits_at: Integers) -> Logits:
-        if self._decode and ids.shape[1] == 1 and len(logits_at):
+        if (self._decode or self._one_token) and ids.shape[1] == 1 and len(logits_at):
             logits = self._run_rows(first, ids[:, 0], starts)
             return logits if logits_at.tolist() == list(range(len(logits))) else logits[logits_at]
         if self._captured is not None and ids.shape[1] == 1 and len(logits_at):
@@ -130,6 +132,10 @@ class TorchSession:
 
     def _run_rows(self, first: int, ids: Integers, starts: Integers) -> npt.NDArray[np.float32]:
         """One token of each of some rows: the logits of all, (B, vocab_size)."""
+        if self._one_token is not None:
+            inputs = [torch.from_numpy(np.ascontiguousarray(ids)), torch.from_numpy(starts), *self._weights]
+            caches = [cache[first : first + len(ids)] for cache in self._caches]
+            return self._one_token([*inputs, *caches]).numpy()
         found, done = [], 0
         while done < len(ids):
             left = len(ids) - done
@@ -236,6 +242,7 @@ def program_runner(
     target: Target = CPU,
     *,
     captured: bool = False,
+    one_token: Program | None = None,
 ) -> SlotRunner:
     """An engine's `Runner` of a bundle's programs.
 
@@ -261,7 +268,9 @@ def program_runner(
     capture = CudaCapture(target.device) if captured and target.device.type == "cuda" else None
     ordered = list(weights.values())
     try:
-        session = TorchSession(step, decode, ordered, shape, context, vocab_size, slots, target, capture)
+        session = TorchSession(
+            step, decode, ordered, shape, context, vocab_size, slots, target, capture, one_token=one_token
+        )
     except (OSError, OverflowError, ValueError, TypeError, RuntimeError) as error:
         size = slot_bytes * slots / 1e9
         raise FormatError(

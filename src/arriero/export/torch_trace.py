@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.attention import sdpa_kernel
 
 from arriero.errors import ConfigError
-from arriero.export.torch_program import DecodeProgram, StepProgram
+from arriero.export.torch_program import DecodeProgram, RowsProgram, StepProgram
 from arriero.export.torch_target import CPU, Target
 from arriero.formats.safe_tensors import LazyTensor
 from arriero.models.config import LlamaConfig
@@ -73,6 +73,16 @@ def trace_decode(config: LlamaConfig, context: int, weights: Mapping[str, LazyTe
         [[None for _ in layers] for _ in range(rows)],
     )
     return _trace(DecodeProgram(config, rows), example, shapes)
+
+
+def trace_rows(config: LlamaConfig, context: int, weights: Mapping[str, LazyTensor]) -> ExportedProgram:
+    """`RowsProgram` for any number of sequences."""
+    layers, rows = range(config.num_hidden_layers), 3
+    with FakeTensorMode():
+        example = (_integers(rows), _integers(rows), _empty(weights), [_cache(config, context, rows) for _ in layers])
+    batch = Dim("batch", min=1, max=MAX_ROWS)
+    shapes = ({0: batch}, {0: batch}, dict.fromkeys(weights), [{0: batch} for _ in layers])
+    return _trace(RowsProgram(config), example, shapes)
 
 
 def _integers(*shape: int) -> Tensor:
