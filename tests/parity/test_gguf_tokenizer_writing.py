@@ -287,3 +287,25 @@ def test_normalizers_and_blanks_of_llama(spm: Any) -> None:  # noqa: F811
         body = json.loads(tokenizer.to_str())
         keys, _ = tokenizer_metadata({**written, "tokenizer.json": json.dumps(body).encode()}, config_of(700), "x")
         assert keys["tokenizer.ggml.add_space_prefix"] is prefix
+
+
+@pytest.mark.parametrize("removes", [True, False, None])
+def test_blanks_that_a_model_takes_out_are_told(tmp_path: Path, removes: bool | None) -> None:
+    settings = {} if removes is None else {"remove_extra_whitespaces": removes}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["low lower lowest new newer newest wide wider widest"] * 20),
+        model_prefix=str(tmp_path / "t"),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **settings,
+    )
+    content = (tmp_path / "t.model").read_bytes()
+    library = sentencepiece.SentencePieceProcessor(model_proto=content)
+    takes_out = library.encode("  low   new ") == library.encode("low new")
+    assert takes_out == (removes is not False)
+    _, lines = tokenizer_metadata({"tokenizer.model": content}, config_of(library.get_piece_size()), "x")
+    assert [("remove_extra_whitespaces" in line) for line in lines] == [True] * takes_out

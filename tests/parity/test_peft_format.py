@@ -137,7 +137,6 @@ REFUSED = {
     "too much work": ({"alpha_pattern": {".*" * 5 + "x": 4, ".*" * 5 + "y": 4}}, "500 regular expressions"),
     "alpha pattern of texts": ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern"),
     "modules to save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    "some layers": ({"layers_to_transform": [0]}, "layers_to_transform"),
     "pissa": ({"init_lora_weights": "pissa"}, "pissa"),
     "a later variant": ({"use_newest_trick": True}, "use_newest_trick"),
 }

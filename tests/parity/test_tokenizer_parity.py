@@ -180,18 +180,18 @@ def byte_level(folder: Path, kind: str) -> Path:
     return folder
 
 
-def sentencepiece_model(model_type: str = "bpe") -> bytes:
-    """Trained with the settings of LLaMA's own tokenizer."""
+def sentencepiece_model(model_type: str = "bpe", remove_extra_whitespaces: bool = False) -> bytes:
+    """Trained with the settings of LLaMA's own tokenizer; SentencePiece's own default is to remove blanks."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(line for text in CORPUS for line in text.split("\n") if line),
         model_writer=model,
-        vocab_size=500,
+        vocab_size=400 if remove_extra_whitespaces else 500,
         model_type=model_type,
         byte_fallback=True,
         character_coverage=0.99,
         normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
+        remove_extra_whitespaces=remove_extra_whitespaces,
         allow_whitespace_only_pieces=True,
         split_digits=True,
         minloglevel=2,
@@ -335,6 +335,26 @@ def test_sentencepiece_equals_the_library(tmp_path: Path) -> None:
         ids = ours.encode(text)
         assert ids == reference.encode(text), repr(text)
         assert ours.decode(ids) == reference.decode(ids), repr(text)
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_a_model_that_removes_blanks(tmp_path: Path, model_type: str) -> None:
+    folder = write(tmp_path, LLAMA2_CONFIG)
+    model = sentencepiece_model(model_type, remove_extra_whitespaces=True)
+    (folder / "tokenizer.model").write_bytes(model)
+    ours = load_tokenizer(folder)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=model)
+    for text in [*TEXTS, *CORPUS[:7], " two  spaces", "   ", "\n two", " </s> in text"]:
+        if text.startswith("▁"):
+            continue  # as above
+        ids = reference.encode(text)
+        assert ours.encode(text) == ids, repr(text)
+        assert ours.encode_with_offsets(text)[0] == ids, repr(text)
+        assert ours.decode(ids) == reference.decode(ids), repr(text)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    if model_type == "bpe":  # and of single blanks transformers takes none away
+        for text in ("two spaces", " two spaces", "</s> two", "</s>two", "two</s> spaces"):
+            assert ours.encode(text, allow_special=True) == theirs.encode(text, add_special_tokens=False), repr(text)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,11 +17,13 @@ from arriero.formats.conversion import staged_output
 from arriero.formats.detection import Found
 from arriero.formats.download import model_config
 from arriero.formats.gguf.lora import read_gguf_lora, write_gguf_lora
+from arriero.formats.narrowing import narrowed
 from arriero.formats.paddle.lora import read_paddle_lora, write_paddle_lora
 from arriero.formats.paddle.prefix import read_paddle_prefix, write_paddle_prefix
 from arriero.formats.parts import Placement
 from arriero.formats.peft import PeftLoraConfig
 from arriero.formats.peft_prefix import PeftPrefixConfig
+from arriero.formats.side_files import ROUNDING_FILES, read_side_files, rounding_left_out
 from arriero.formats.verification import relative_difference, same_numbers
 from arriero.models.config import LlamaConfig
 
@@ -111,7 +113,8 @@ class _Base:
 
 
 def _cast(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    return {name: tensor.to(dtype) for name, tensor in state.items()}
+    """Raises FormatError where a number would become infinite."""
+    return {name: tensor if dtype is None else narrowed(tensor, dtype, name) for name, tensor in state.items()}
 
 
 def _compare(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], place: Path) -> str:
@@ -134,6 +137,11 @@ def _read_lora(kind: str, path: Path, model: LlamaConfig | None) -> Lora:
 def _convert_lora(found: Found, output: Path, to: str, base: _Base, dtype: torch.dtype | None, tp: int) -> str:
     config, state = _read_lora(found.format, found.path, base.given())
     state = _cast(state, dtype)
+    left_out = ""
+    if to != "hf" and state.keys() & peft.BASE_COPIES:
+        left_out = f"\nwarning: left out, as {to} has no place for copies of the base's weights: "
+        left_out += ", ".join(sorted(state.keys() & peft.BASE_COPIES))
+        state = {name: tensor for name, tensor in state.items() if name not in peft.BASE_COPIES}
     if base.name is not None:
         config = replace(config, base_model_name_or_path=base.name)
     model = None if to == "hf" else base.needed(config.base_model_name_or_path, found)
@@ -146,6 +154,7 @@ def _convert_lora(found: Found, output: Path, to: str, base: _Base, dtype: torch
             write_paddle_lora(place, config, state, model, tp)
         again, written = _read_lora(to, place, model)
         text = _compare_lora((config, state), (again, written), place)
+        text += left_out + _keep_rounding(found, to, place)
     return f"rank {config.r}; {text}"
 
 
@@ -204,6 +213,16 @@ def _read_prefix(kind: str, path: Path, model: LlamaConfig | None) -> Prefix:
     return replace(config, prefix_projection=False), state
 
 
+def _keep_rounding(found: Found, to: str, place: Path) -> str:
+    """Copy what says how the weights, or those of the base, are rounded; a further line about it where that cannot be."""
+    files = read_side_files(found.path, ROUNDING_FILES) if found.path.is_dir() else {}
+    if files and to != "hf":
+        return f"\n{rounding_left_out(files, found.path, f'--to {to}')}"
+    for name, content in files.items():
+        (place / name).write_bytes(content)
+    return ""
+
+
 def _convert_prefix(found: Found, output: Path, to: str, base: _Base, dtype: torch.dtype | None, tp: int) -> str:
     """Positions behind a prefix count otherwise in PaddleNLP, so its keys are rotated: equal up to rounding."""
     model = base.needed(None, found) if found.format == "paddle" else base.given()
@@ -217,9 +236,10 @@ def _convert_prefix(found: Found, output: Path, to: str, base: _Base, dtype: tor
         else:
             model = model or base.needed(config.base_model_name_or_path, found)
             write_paddle_prefix(place, config, state, model, tp=tp)
+        kept = _keep_rounding(found, to, place)
         _, written = _read_prefix(to, place, model)
         if written.keys() != state.keys():  # PaddleNLP's network would be another one
-            return f"{config.num_virtual_tokens} tokens; written as the keys and values that its network makes"
+            return f"{config.num_virtual_tokens} tokens; written as the keys and values that its network makes{kept}"
         largest = 0.0
         for name, tensor in state.items():
             difference = relative_difference(tensor, written[name])
@@ -228,4 +248,4 @@ def _convert_prefix(found: Found, output: Path, to: str, base: _Base, dtype: tor
                     f"{place}: {name} differs from the original by {difference:.1e}: do not use this prefix"
                 )
             largest = max(largest, difference)
-    return f"{config.num_virtual_tokens} tokens; all {len(state)} tensors equal to {largest:.0e} of their norm"
+    return f"{config.num_virtual_tokens} tokens; all {len(state)} tensors equal to {largest:.0e} of their norm{kept}"

@@ -17,6 +17,7 @@ from arriero.adapters.peft_config import from_peft
 from arriero.adapters.prefix_files import BOTH, open_prefix, parameter_name
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.model import ModelOptions
+from arriero.engine.adapter_tokenizer import with_adapters_tokenizer
 from arriero.engine.loading import load, model_folder
 from arriero.engine.qat import convert_trained
 from arriero.errors import ConfigError
@@ -29,7 +30,7 @@ from arriero.formats.quantized import QuantizedFolder, is_quantized, plain
 from arriero.formats.side_files import read_side_files
 from arriero.formats.source import ModelSource
 from arriero.formats.tensor_shards import is_sharded
-from arriero.models.config import LlamaConfig
+from arriero.formats.tied_head import read_config
 from arriero.models.weight_shapes import weight_shapes
 from arriero.quantization.linear import dequantize_layers
 from arriero.quantization.qat import read_settings
@@ -74,6 +75,7 @@ def export_source(options: ModelOptions, adapter: AdapterPathOptions) -> Iterato
             f"--model_path {path} is an adapter: give its base there and this folder as --lora_path, or --prefix_path"
         )
     if found.format == "hf" and path.is_dir() and not is_sharded(path):
+        _warn_of_input_rounding(path)
         yield path
         return
     with open_model(found) as source:
@@ -95,6 +97,7 @@ def _merged(options: ModelOptions, folder: Path, lora_path: Path) -> ModelSource
     loaded = load(replace(options, device="cpu", dtype="float32"), adapters=[str(lora_path)])
     names = dequantize_layers(loaded.model)
     if names and loaded.scheme is None:
+        _warn_of_input_rounding(folder)
         _warn(
             f"the base is quantized: {len(names)} layers are dequantized for the adapter, and rounded again as --weights says"
         )
@@ -103,9 +106,8 @@ def _merged(options: ModelOptions, folder: Path, lora_path: Path) -> ModelSource
     merge_lora(loaded.model)
     config = plain(loaded.model.config)
     weights = loaded.model.state_dict()
-    return ModelSource(
-        folder, "hf", config, {name: weights[name] for name in weight_shapes(config)}, read_side_files(folder)
-    )
+    files = with_adapters_tokenizer(read_side_files(folder), lora_path, config.vocab_size)
+    return ModelSource(folder, "hf", config, {name: weights[name] for name in weight_shapes(config)}, files)
 
 
 def prefix_array(prefix_path: str, model: Path | ModelSource, base_model: str) -> npt.NDArray[np.float32]:
@@ -114,7 +116,7 @@ def prefix_array(prefix_path: str, model: Path | ModelSource, base_model: str) -
     Raises:
         FormatError: a broken prefix, or one for another model.
     """
-    config = model.config if isinstance(model, ModelSource) else LlamaConfig.from_file(model)
+    config = model.config if isinstance(model, ModelSource) else read_config(model)
     stored = open_prefix(prefix_path, config, base_model)
     shape = (stored.config.length, config.num_key_value_heads * config.head_dim)
     rows = [
@@ -132,9 +134,17 @@ def stored_bits(model: Path | ModelSource) -> int | None:
     """Of the integers that a quantized HF folder has for its layers, which an export can keep; None for any other model."""
     if isinstance(model, ModelSource):
         return None
-    config = LlamaConfig.from_file(model)
+    config = read_config(model)
     scheme = QuantizedFolder(model, config).scheme if is_quantized(config) else None
     return scheme.integer.bits if isinstance(scheme, IntegerWeights) else None
+
+
+def _warn_of_input_rounding(folder: Path) -> None:
+    """No bundle rounds what goes into a layer, as a model of 8-bit activations does."""
+    config = read_config(folder)
+    scheme = QuantizedFolder(folder, config).scheme if is_quantized(config) else None
+    if scheme is not None and scheme.activation is not None:
+        _warn(f"inputs of layers are not rounded as in {folder} ({scheme}): a bundle computes with exact ones")
 
 
 def _warn(text: str) -> None:

@@ -20,6 +20,7 @@ from arriero.formats.detection import MODELS, Found, detect
 from arriero.formats.json_file import read_json_object
 from arriero.formats.shared_files import natural_order
 from arriero.formats.stored_tensors import StoredTensor, stored_tensors, tensors_of_file
+from arriero.formats.tied_head import read_config
 from arriero.models.config import LlamaConfig
 
 _NAMED = ("bos", "eos", "pad", "unk")
@@ -148,17 +149,17 @@ def _config(found: Found) -> LlamaConfig | None:
     """The configuration; None for a folder of Meta's, whose file says less than one."""
     if found.kind == "gguf":
         from arriero.formats.gguf.file import GGUFFile
-        from arriero.formats.gguf.model import read_config
+        from arriero.formats.gguf.model import read_config as gguf_config
 
         with GGUFFile(found.path) as file:
-            return read_config(file)
+            return gguf_config(file)
     if found.kind == "paddle":
         from arriero.formats.paddle.config import read_paddle_config
 
         return read_paddle_config(found.path).model
     if found.kind == "meta" and not (found.path / "config.json").is_file():
         return None
-    return LlamaConfig.from_file(found.path)
+    return read_config(found.path)
 
 
 def _foreign(path: Path, reason: str) -> dict[str, Any]:

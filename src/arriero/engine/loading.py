@@ -19,6 +19,7 @@ from arriero.config.model import ModelOptions
 from arriero.config.vocabulary import VocabularyOptions
 from arriero.data.new_tokens import with_new_tokens
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
+from arriero.engine.adapter_tokenizer import note_other_tokenizer
 from arriero.engine.new_rows import NewRows, fill
 from arriero.engine.qat import apply_stored_rounding
 from arriero.errors import ConfigError, FormatError
@@ -28,7 +29,7 @@ from arriero.formats.bundle_folder import is_bundle
 from arriero.formats.download import resolve_model
 from arriero.formats.parts import Placement
 from arriero.formats.quantized import quantizing
-from arriero.models.config import LlamaConfig
+from arriero.formats.tied_head import read_config
 from arriero.models.llama import Attention, LlamaForCausalLM, RMSNorm
 from arriero.models.vocabulary import resize_vocabulary
 from arriero.parallel.materialize import Values, materialize
@@ -38,6 +39,22 @@ from arriero.quantization.choice import scheme_for
 from arriero.quantization.linear import has_quantized_layers, linear_layers, refuse_quantized
 from arriero.quantization.qat import SETTINGS_FILE
 from arriero.quantization.schemes import WeightScheme
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A model and the folder it came from.
+
+    Attributes:
+        values: where the weights come from, if the model is still on the meta device.
+        scheme: of the linear layers that were quantized while they were loaded.
+    """
+
+    model: LlamaForCausalLM
+    folder: Path
+    device: torch.device
+    values: Values | None = None
+    scheme: WeightScheme | None = None
 
 
 @dataclass(frozen=True)
@@ -95,11 +112,34 @@ def load(
             tells where it is another one. Several processes share out the rounded weights, in the model's dtype.
     """
     processes = processes or Processes()
-    device = pick_device(options.device)
     names = options.tokenizer_name_or_path
-    for name in (options.model_name_or_path, names):  # one process downloads
-        if name:
-            processes.by_first(lambda name=name: str(model_folder(name, options.cache_dir)))  # type: ignore[misc]
+    folder = _base_folder(options, processes)
+    if names:
+        processes.by_first(lambda: str(model_folder(names, options.cache_dir)))
+    tokenizer = load_tokenizer(model_folder(names, options.cache_dir) if names else folder)
+    base = _load_base(options, folder, dtype, processes, quantize_base, adapters)
+    model, values = base.model, base.values
+    if vocabulary is not None and vocabulary.changes:
+        tokenizer, values = grow_vocabulary(tokenizer, model, folder, vocabulary, values)
+    if not processes.alone:
+        check_layout(model.config, processes.layout)
+    check_vocabulary(tokenizer, model)
+    choose_kernels(model, options)
+    return LoadedModel(model, tokenizer, folder, base.device, values, base.scheme)
+
+
+def load_base(options: ModelOptions, adapters: Sequence[str] = ()) -> LoadedBase:
+    """As `load`, for what encodes no text: in one process, and without a tokenizer."""
+    processes = Processes()
+    base = _load_base(options, _base_folder(options, processes), None, processes, None, adapters)
+    choose_kernels(base.model, options)
+    return base
+
+
+def _base_folder(options: ModelOptions, processes: Processes) -> Path:
+    """The local folder of the base model, which one process downloads if need be."""
+    pick_device(options.device)  # refused before anything is downloaded
+    processes.by_first(lambda: str(model_folder(options.model_name_or_path, options.cache_dir)))
     folder = model_folder(options.model_name_or_path, options.cache_dir)
     if peft.is_adapter(folder):
         raise ConfigError(
@@ -110,14 +150,25 @@ def load(
             f"--model_name_or_path {folder} is a bundle of arriero export, which infer and chat run: give the model it was "
             "made from"
         )
+    return folder
+
+
+def _load_base(
+    options: ModelOptions,
+    folder: Path,
+    dtype: str | None,
+    processes: Processes,
+    quantize_base: str | None,
+    adapters: Sequence[str],
+) -> LoadedBase:
+    device = pick_device(options.device)
     wanted = options.dtype if options.dtype != "auto" else dtype
     kind = getattr(torch, wanted) if wanted else None
     values = scheme = None
     report = tell if processes.first else lambda text: None
     trained_on = base_of_adapters(adapters, options.model_name_or_path, folder, report)
     if quantize_base is not None or trained_on is not None:
-        scheme = scheme_for(quantize_base or trained_on or "", LlamaConfig.from_file(folder))
-    tokenizer = load_tokenizer(model_folder(names, options.cache_dir) if names else folder)
+        scheme = scheme_for(quantize_base or trained_on or "", read_config(folder))
     if processes.alone:
         model = hf.load_model(folder, dtype=kind, device=device, scheme=scheme)
     elif scheme is not None and quantize_base is None:
@@ -128,13 +179,7 @@ def load(
         model, _ = hf.empty_model(folder, kind, scheme=scheme)
         read = hf.open_parts(folder, model.config).read_part
         values = read if scheme is None else quantizing(read, scheme, linear_layers(model.config))
-    if vocabulary is not None and vocabulary.changes:
-        tokenizer, values = grow_vocabulary(tokenizer, model, folder, vocabulary, values)
-    if not processes.alone:
-        check_layout(model.config, processes.layout)
-    check_vocabulary(tokenizer, model)
-    choose_kernels(model, options)
-    return LoadedModel(model, tokenizer, folder, device, values, scheme)
+    return LoadedBase(model, folder, device, values, scheme)
 
 
 def grow_vocabulary(
@@ -202,6 +247,9 @@ def load_for_inference(
     dtype = None if pick_device(options.device).type == "cuda" else "float32"
     adapters = [path for path in (adapter.lora_path, adapter.prefix_path) if path]
     loaded = load(options, dtype=dtype, processes=processes, adapters=adapters)
+    for path in adapters:
+        if not options.tokenizer_name_or_path and (processes is None or processes.first):
+            note_other_tokenizer(Path(path), loaded.tokenizer)
     trained = Path(adapter.lora_path) if adapter.lora_path else loaded.folder
     rounded = (trained / SETTINGS_FILE).is_file()
     if adapter.lora_path:

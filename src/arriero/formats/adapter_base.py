@@ -17,12 +17,12 @@ from arriero.formats.json_file import read_json_object
 from arriero.formats.parts import Placement
 from arriero.formats.peft import ADAPTER_CONFIG, is_adapter, read_adapter_config
 from arriero.formats.quantized import is_quantized
+from arriero.formats.side_files import BASE_QUANTIZATION as BASE_QUANTIZATION
 from arriero.models.config import LlamaConfig
 from arriero.models.presets import match_preset
 from arriero.quantization.linear import quantize_weight
 from arriero.quantization.schemes import WeightScheme
 
-BASE_QUANTIZATION = "base_quantization.json"  # beside adapter_config.json; PEFT leaves it alone
 KINDS = ("nf4", "int8")
 _KEY = "quantize_base"
 

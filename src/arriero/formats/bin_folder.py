@@ -9,8 +9,9 @@ from torch import Tensor
 from arriero.errors import FormatError
 from arriero.formats.hf import check_state
 from arriero.formats.safe_tensors import read_index
-from arriero.formats.side_files import read_side_files
+from arriero.formats.side_files import ROUNDING_FILES, read_side_files
 from arriero.formats.source import ModelSource
+from arriero.formats.tied_head import OWN_HEAD, state_untied
 from arriero.formats.torch_files import TorchFile, read_torch_file
 from arriero.models.config import LlamaConfig
 from arriero.models.weight_shapes import weight_shapes
@@ -60,6 +61,7 @@ def open_bin_folder(folder: str | Path) -> ModelSource:
                 raise FormatError(f"{path}: holds {name}, which another file holds too; fetch the model again")
             state[name] = tensor
     state = _plain_names(state)
+    stated, config = config, state_untied(config, state)
     check_state(config, {name: tuple(tensor.shape) for name, tensor in state.items()}, str(folder))
     tensors = {name: state[name] for name in weight_shapes(config)}
     kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
@@ -75,8 +77,12 @@ def open_bin_folder(folder: str | Path) -> ModelSource:
         config=config,
         tensors=tensors,
         files=read_side_files(folder),
-        about=(f"weights of torch.save ({', '.join(kinds)}), read as data: nothing in them was run",),
+        about=(
+            f"weights of torch.save ({', '.join(kinds)}), read as data: nothing in them was run",
+            *([f"{folder}: {OWN_HEAD}"] if config != stated else []),
+        ),
         close=close,
+        rounding=read_side_files(folder, ROUNDING_FILES),
     )
 
 

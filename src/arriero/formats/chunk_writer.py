@@ -36,6 +36,7 @@ from arriero.formats.file_chunks import (
     thread_memory,
     write_piece,
 )
+from arriero.formats.narrowing import narrowed
 from arriero.formats.rearranged import Rearranged, in_order
 from arriero.formats.safe_tensors import FileTensor, LazyTensor
 
@@ -139,7 +140,8 @@ class ChunkWriter:
 
         Raises:
             OSError: when this or an earlier tensor cannot be read or written.
-            FormatError: when it is not of the shape that was announced, or `pack` refuses an earlier one.
+            FormatError: when it is not of the shape that was announced, or `pack` refuses an earlier one, or
+                the cast makes a number infinite.
         """
         kind = dtype or value.dtype
         if nbytes is None:
@@ -162,7 +164,7 @@ class ChunkWriter:
             rows = value.view(whole.tensor) if isinstance(value, Rearranged) else whole.tensor
             rows = rows.detach().reshape(1) if rows.dim() == 0 else rows.detach()
             whole.users += 1
-            made = _Rows(rows, nbytes // rows.shape[0], pack or _Cast(kind))
+            made = _Rows(rows, nbytes // rows.shape[0], pack or _Cast(kind, name))
             job = _Job(nbytes, whole, made)
             self._make(job, made, opened, at, checksum)
         return list(job.pieces)
@@ -298,11 +300,11 @@ class ChunkWriter:
 @dataclass(frozen=True)
 class _Cast:
     dtype: torch.dtype
+    name: str
 
     def __call__(self, rows: Tensor) -> NDArray[np.uint8]:
-        made: NDArray[np.uint8] = (
-            in_order(rows, partial(thread_memory, "in order")).to(self.dtype).view(-1).view(torch.uint8).numpy()
-        )
+        ordered = in_order(rows, partial(thread_memory, "in order"))
+        made: NDArray[np.uint8] = narrowed(ordered, self.dtype, self.name).view(-1).view(torch.uint8).numpy()
         return made
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import tempfile
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,9 @@ from pathlib import Path
 from arriero.errors import FormatError
 from arriero.formats.detection import Found, detect
 from arriero.formats.opening import MODEL_FILES, Writing, open_model, write_model
-from arriero.formats.staging import staged_folder, sync_file, write_error
+from arriero.formats.staging import beside, staged_file, staged_folder
 from arriero.formats.verification import Comparison, compare
-from arriero.models.config import LlamaConfig
+from arriero.models.config import LlamaConfig, told_already
 
 # Below it a conversion is verified unless told otherwise, and logits are compared: the model fits into memory.
 SMALL = 2_000_000_000
@@ -65,7 +64,9 @@ def convert_model(
         notes = source.about + write_model(source, place, how, report("convert"))
         comparison = None
         if verify or (verify is None and small):
-            with open_model(detect(place)) as written:
+            with told_already():
+                copy = open_model(detect(place))
+            with copy as written:
                 comparison = compare(
                     source,
                     written,
@@ -88,7 +89,7 @@ def staged_output(output: Path, *, is_file: bool) -> Iterator[Path]:
     place = output
     try:
         if is_file:
-            with _staged_file(output) as place:
+            with staged_file(output) as place:
                 yield place
         else:
             with staged_folder(output, replaces=MODEL_FILES) as staging:
@@ -98,23 +99,14 @@ def staged_output(output: Path, *, is_file: bool) -> Iterator[Path]:
                     path.rename(staging / path.name)
                 place.rmdir()
     except FormatError as error:
-        raise FormatError(str(error).replace(str(place), str(output))) from error
+        raise FormatError(_told_of(output, place, str(error))) from error
 
 
-@contextlib.contextmanager
-def _staged_file(path: Path) -> Iterator[Path]:
-    """A temporary place beside a file, from which it moves there when the block ends without an error."""
-    if path.is_dir():
-        raise FormatError(f"{path}: is a folder, and a GGUF file is to be written; name a file in it")
-    folder: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        yield folder / path.name
-        os.replace(folder / path.name, path)
-        sync_file(path.parent)
-    except OSError as error:
-        raise write_error(path, error) from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+def _told_of(output: Path, place: Path, text: str) -> str:
+    """A message with the output's name instead of that of its place, or of a temporary one beside that."""
+    if place == output:
+        return text
+    inner = rf"{beside(place)}(?:{os.sep}{re.escape(place.name)})?"
+    return re.sub(
+        rf"{re.escape(str(place.parent) + os.sep)}(?:{inner}|{re.escape(place.name)})", lambda _: str(output), text
+    )

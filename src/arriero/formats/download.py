@@ -14,6 +14,7 @@ from arriero.formats.hub_files import HUB_ID, HUB_NOTES, HubFile, fetch_file, fe
 from arriero.formats.peft import ADAPTER_CONFIG, is_adapter
 from arriero.formats.receipt import RECEIPT
 from arriero.formats.safe_tensors import weight_files
+from arriero.formats.tied_head import read_config
 from arriero.formats.tiny_model import make_tiny_model
 from arriero.models.config import LlamaConfig
 from arriero.models.presets import find_preset, match_preset
@@ -143,14 +144,14 @@ def model_config(name_or_path: str | Path, cache_dir: Path | None = None) -> Lla
     """
     path, name = Path(os.path.expanduser(name_or_path)), str(name_or_path).strip()
     if path.is_dir() or path.suffix.lower() == ".json":
-        return LlamaConfig.from_file(path)
+        return read_config(path)
     preset = match_preset(name)
     if preset is not None and not path.exists():
         return preset.config
     if path.exists() or is_missing_path(name) or not HUB_ID.fullmatch(name):
-        return LlamaConfig.from_file(resolve_model(name_or_path, cache_dir))  # which says what is wrong with it
+        return read_config(resolve_model(name_or_path, cache_dir))  # which says what is wrong with it
     folder = fetch_files(name, None, _hub_cache(cache_dir), None, lambda _: ["config.json"], HUB_IGNORED)
-    return LlamaConfig.from_file(folder)
+    return read_config(folder)
 
 
 def fetch_model(

@@ -15,6 +15,7 @@ from arriero.formats.quantized import QuantizedFolder
 from arriero.formats.safe_tensors import weight_files
 from arriero.formats.safetensors_header import read_entries
 from arriero.formats.tensor_shards import is_sharded
+from arriero.formats.tied_head import read_config
 from arriero.models.config import LlamaConfig
 from arriero.models.weight_shapes import weight_shapes
 
@@ -65,7 +66,7 @@ def weights_fingerprint(folder: Path) -> str:
     Raises:
         FormatError: when a file is missing or broken.
     """
-    config = LlamaConfig.from_file(folder)
+    config = read_config(folder)
     reader = hf.open_parts(folder, config)
     digest = hashlib.blake2b(digest_size=12)
     read = ("layers.0.", f"layers.{config.num_hidden_layers - 1}.")

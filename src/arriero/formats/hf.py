@@ -27,6 +27,7 @@ from arriero.formats.safe_tensors import (
 from arriero.formats.shared_files import ALONE, PartReader, Peers, State, agree, shared_folder, write_tensors
 from arriero.formats.side_files import copy_side_files
 from arriero.formats.tensor_shards import ShardedState, is_sharded
+from arriero.formats.tied_head import read_config, untied
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 from arriero.models.rope import RotaryEmbedding
@@ -125,7 +126,7 @@ def _quantized_folder(folder: Path) -> QuantizedFolder | None:
     """What reads a folder whose config.json says that layers are quantized; None for a plain one."""
     if not (folder / "config.json").is_file():  # bare weights
         return None
-    config = LlamaConfig.from_file(folder)
+    config = read_config(folder)
     return QuantizedFolder(folder, config) if is_quantized(config) else None
 
 
@@ -215,10 +216,10 @@ def empty_model(
     """
     if not folder.is_dir():
         raise FormatError(f"{folder}: is not a folder; give a model folder or see `arriero download --help`")
-    config = config or LlamaConfig.from_file(folder)
+    config = untied(config, folder) if config is not None else read_config(folder)
     stored = _stored(folder, config)
     check_state(config, {name: shape for name, (_, shape) in stored.items()}, str(folder))
-    _check_vocabulary(folder, config)
+    check_vocabulary(folder, config)
     kinds = {kind for kind, _ in stored.values() if kind is not None}
     if dtype is None:
         dtype = parse_dtype(config.dtype) or torch.float32 if len(kinds) > 1 else next(iter(kinds))
@@ -358,7 +359,7 @@ def _check_tied(state: Mapping[str, Tensor | LazyTensor | Part]) -> None:
         raise FormatError(f"{_HEAD} differs from {_EMBEDDING}, but tie_word_embeddings is set; the head would be lost")
 
 
-def _check_vocabulary(folder: Path, config: LlamaConfig) -> None:
+def check_vocabulary(folder: Path, config: LlamaConfig) -> None:
     """Refuse a tokenizer that produces ids the embedding does not have."""
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -383,7 +384,7 @@ def _check_vocabulary(folder: Path, config: LlamaConfig) -> None:
 
 
 def _ignored(name: str, config: LlamaConfig) -> bool:
-    """Tensors that carry nothing: RoPE frequencies of old checkpoints, the second copy of a tied head."""
+    """Tensors that carry nothing: RoPE frequencies of old checkpoints, the copy of a tied head (see `tied_head.py`)."""
     return name.endswith("rotary_emb.inv_freq") or (name == _HEAD and config.tie_word_embeddings)
 
 

@@ -14,9 +14,10 @@ from arriero.formats.hf import check_state, open_state, save_model
 from arriero.formats.quantized import is_quantized, plain
 from arriero.formats.safe_tensors import FileTensor, LazyTensor
 from arriero.formats.shared_files import PartReader
-from arriero.formats.side_files import read_side_files
+from arriero.formats.side_files import ROUNDING_FILES, read_side_files
 from arriero.formats.source import ModelSource
 from arriero.formats.tensor_shards import is_sharded
+from arriero.formats.tied_head import read_config
 from arriero.models.config import LlamaConfig
 from arriero.models.weight_shapes import weight_shapes
 
@@ -30,7 +31,7 @@ def open_hf(folder: str | Path) -> ModelSource:
         FormatError: when a file is missing or broken, or the weights do not fit config.json.
     """
     folder = Path(folder)
-    config = LlamaConfig.from_file(folder)
+    config = read_config(folder)
     tensors: Mapping[str, Tensor | LazyTensor]
     about: tuple[str, ...] = ()
     if is_sharded(folder):
@@ -41,7 +42,8 @@ def open_hf(folder: str | Path) -> ModelSource:
     else:
         tensors = _file_tensors(folder, config)
     ordered = {name: tensors[name] for name in weight_shapes(config)}
-    return ModelSource(folder, "hf", config, ordered, read_side_files(folder), about)
+    rounding = read_side_files(folder, ROUNDING_FILES)
+    return ModelSource(folder, "hf", config, ordered, read_side_files(folder), about, rounding=rounding)
 
 
 def _file_tensors(folder: Path, config: LlamaConfig) -> dict[str, FileTensor]:
@@ -80,6 +82,6 @@ def write_hf(
         target,
         max_shard_size=max_shard_size,
         dtype=dtype,
-        extra_files=source.files,
+        extra_files={**source.files, **source.rounding},
         progress=progress,
     )

@@ -11,9 +11,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache as once
 from pathlib import Path, PureWindowsPath
 
 from arriero.errors import FormatError
@@ -22,6 +24,7 @@ from arriero.formats.receipt import sha256_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")  # owner/name
 HUB_NOTES = ".cache/huggingface"  # of the Hub's library, in a folder that it filled
+_CONNECTION_ERRORS = frozenset({"TransportError", "ConnectionError", "Timeout"})
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -76,7 +79,8 @@ def fetch_files(
 ) -> Path:
     """Bring some files of a repository.
 
-    Without a way to the Hub, what the cache holds of the revision serves; it is copied where a folder is given.
+    Without a way to the Hub, what the cache holds of the revision serves, which a line tells; it is copied where a folder is
+    given. What the Hub refuses is not served so.
 
     Args:
         hub_id: `owner/name`.
@@ -100,10 +104,11 @@ def fetch_files(
     with hub_errors(hub_id, "download", "run it again, what has come so far is kept"):
         try:
             commit, files = list_files(hub_id, revision)
-        except Exception:
-            held = _cached(hub_id, cache, revision, choose, ignored)
+        except Exception as error:
+            held = _cached(hub_id, cache, revision, choose, ignored) if _is_cut_off(error) else None
             if held is None:
                 raise
+            _tell_served(hub_id, held[0].name)
             return _copied(*held, folder) if folder is not None else held[0]
         wanted = _wanted(files, choose(files), ignored)
         for file in wanted:
@@ -174,6 +179,25 @@ def _wanted(files: list[HubFile], patterns: list[str], ignored: list[str]) -> li
 
 def _matches(file: HubFile, patterns: list[str]) -> bool:
     return any(fnmatchcase(file.path, pattern) for pattern in patterns)
+
+
+def _is_cut_off(error: Exception) -> bool:
+    """Whether a call got no answer of the Hub: no connection, a broken one, none in time, or none allowed.
+
+    The HTTP libraries (httpx, httpx2, requests) have these classes each of its own; the Hub's library makes a
+    `ConnectionError` of HF_HUB_OFFLINE.
+    """
+    kinds = {kind.__name__ for found in (error, error.__cause__) for kind in type(found).__mro__}
+    return bool(kinds & _CONNECTION_ERRORS)
+
+
+@once
+def _tell_served(hub_id: str, commit: str) -> None:
+    """Said once in a process: a verb resolves a name several times."""
+    from huggingface_hub import constants
+
+    reason = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"{constants.ENDPOINT} cannot be reached"
+    print(f"{hub_id}: {reason}; the cache serves commit {commit}", file=sys.stderr, flush=True)
 
 
 def _cached(

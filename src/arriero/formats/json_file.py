@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.errors import FormatError
+from arriero.json_text import check_text
 
 MAX_CONFIG_BYTES = 4 * 2**20
 
@@ -43,6 +44,7 @@ def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where} is not valid JSON; fetch it again") from error
+    check_text(values, where.removesuffix(":"))
     if not isinstance(values, dict):
         raise FormatError(f"{where} must hold a JSON object, got {type(values).__name__}")
     return values

@@ -12,7 +12,7 @@ import torch
 
 from arriero.errors import FormatError
 from arriero.formats.detection import MODELS, NAMES, Found, Kind
-from arriero.formats.side_files import TOKENIZER_SIDE_FILES
+from arriero.formats.side_files import ROUNDING_FILES, TOKENIZER_SIDE_FILES, rounding_left_out
 from arriero.formats.source import ModelSource
 
 _READERS: dict[Kind, tuple[str, str]] = {
@@ -52,6 +52,7 @@ MODEL_FILES = (
     "peft_model*.safetensors",
     "peft_model.safetensors.index.json",
     *TOKENIZER_SIDE_FILES,
+    *ROUNDING_FILES,
 )
 _GGUF_KINDS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f32"}
 _GGUF_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -140,4 +141,7 @@ def write_model(
     elif how.format == "meta":
         options["model_parallel_size"] = how.tensor_parallel_degree
     told = write(source, target, **options)
-    return tuple(told) if isinstance(told, tuple) else ()
+    notes = tuple(told) if isinstance(told, tuple) else ()
+    if source.rounding and how.format != "hf":
+        notes += (rounding_left_out(source.rounding, source.path, f"--to {how.format}"),)
+    return notes

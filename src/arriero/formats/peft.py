@@ -18,6 +18,7 @@ from arriero.errors import FormatError
 from arriero.formats.json_file import read_json_object
 from arriero.formats.module_patterns import MAX_CHOICES, MAX_EXPRESSIONS, MAX_NAMES, are_too_many, is_pattern
 from arriero.formats.parts import Part, Placement
+from arriero.formats.peft_layers import LAYER_KEYS, check_layer_keys, stored_layers
 from arriero.formats.safe_tensors import read_tensors
 from arriero.formats.shared_files import ALONE, PartReader, Peers, agree, shared_folder, write_tensor_file
 
@@ -47,7 +48,6 @@ _HARMLESS = frozenset(
         "eva_config",
         "corda_config",
         "lora_ga_config",
-        "layers_pattern",
         "qalora_group_size",
         "ensure_weight_tying",
         "init_lora_weights",
@@ -74,7 +74,7 @@ class PeftLoraConfig:
         use_dora: every adapted layer has a vector of row lengths, `...lora_magnitude_vector`.
         rank_pattern, alpha_pattern: other values of r and lora_alpha, by regular expressions for ends of layer names.
         base_model_name_or_path: the model it was trained on.
-        extra: every other key of the file, written back.
+        extra: every other key of the file, written back. `LAYER_KEYS` are among them; `load_adapter` says what they mean.
     """
 
     r: int = 8
@@ -95,7 +95,7 @@ class PeftLoraConfig:
 
         Raises:
             FormatError: for a missing or impossible value, a method that is not LoRA, or a variant of it that is not
-                supported (trained embeddings, some layers only, …), naming the key.
+                supported (trained embeddings, …), naming the key.
         """
         if values.get("peft_type") != "LORA":
             hint = "; it goes with --prefix_path" if values.get("peft_type") == "PREFIX_TUNING" else ""
@@ -137,8 +137,9 @@ class PeftLoraConfig:
                 f"{source}: init_lora_weights {str(extra['init_lora_weights'])[:40]!r} changes the base model; "
                 "convert the adapter to plain LoRA with PEFT first"
             )
+        check_layer_keys(values, source)
         for key, value in extra.items():
-            if key not in _HARMLESS and value not in (None, False, 0) and value != {} and value != []:
+            if key not in _HARMLESS | LAYER_KEYS and value not in (None, False, 0) and value != {} and value != []:
                 raise FormatError(
                     f"{source}: {key[:60]} is {str(value)[:60]}, which is not supported; only LoRA and DoRA are"
                 )
@@ -326,7 +327,8 @@ def load_adapter(folder: str | Path) -> tuple[PeftLoraConfig, dict[str, Tensor]]
     """Read an adapter written by PEFT or by `save_adapter`.
 
     Returns:
-        Its configuration, and its tensors under the names of the adapted model (without PEFT's prefix). Copies of the base's
+        Its configuration, whose `target_modules` are the full names of the stored layers where more keys choose among them, and
+        its tensors under the names of the adapted model (without PEFT's prefix). Copies of the base's
         weights (`BASE_COPIES`) are among them where PEFT wrote them.
 
     Raises:
@@ -353,7 +355,17 @@ def load_adapter(folder: str | Path) -> tuple[PeftLoraConfig, dict[str, Tensor]]
             raise FormatError(f"{path}: {name} has the dtype {str(tensor.dtype).removeprefix('torch.')}")
         state[plain] = tensor.clone(memory_format=torch.contiguous_format)  # small, and the file may be replaced
     _check_complete(config, state, path)
-    return config, state
+    return _with_stored_layers(config, state, path), state
+
+
+def _with_stored_layers(config: PeftLoraConfig, state: Mapping[str, Tensor], path: Path) -> PeftLoraConfig:
+    """The configuration with the names of all adapted layers, where it has keys that choose among its targets."""
+    if not check_layer_keys(config.extra, str(path)):
+        return config
+    layers = {match[1] for name in state if (match := _ADAPTER.fullmatch(name))}
+    targets = stored_layers(config.extra, config.target_modules, layers, str(path))
+    extra = {key: value for key, value in config.extra.items() if key not in LAYER_KEYS}
+    return replace(config, target_modules=targets, extra=extra)
 
 
 def _check_complete(config: PeftLoraConfig, state: Mapping[str, Tensor], path: Path) -> None:

@@ -35,12 +35,14 @@ class SentencePieceModel:
     Attributes:
         tokens, scores, types: of each piece, by id.
         add_dummy_prefix: whether a blank comes before every text.
+        removes_blanks: whether leading, trailing and repeated blanks of a text are taken out (`remove_extra_whitespaces`).
     """
 
     tokens: list[str]
     scores: list[float]
     types: list[int]
     add_dummy_prefix: bool
+    removes_blanks: bool
 
 
 def read_sentencepiece_model(content: bytes, source: str) -> SentencePieceModel:
@@ -56,7 +58,7 @@ def read_sentencepiece_model(content: bytes, source: str) -> SentencePieceModel:
     scores: list[float] = []
     types: list[int] = []
     model_type: int | float | bytes = _UNIGRAM
-    prefix = True
+    prefix = removes_blanks = True  # as the library takes a file without these fields
     try:
         for number, value in _fields(content):
             if number == 1 and isinstance(value, bytes):
@@ -73,7 +75,7 @@ def read_sentencepiece_model(content: bytes, source: str) -> SentencePieceModel:
                 model_type = dict(_fields(value)).get(3, _UNIGRAM)
             elif number == 3 and isinstance(value, bytes):
                 normalizer = dict(_fields(value))
-                prefix = bool(normalizer.get(3, 1))
+                prefix, removes_blanks = bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1))
                 if normalizer.get(2):
                     raise FormatError(
                         f"{source}: replaces characters of a text before it splits it; only plain text is supported"
@@ -84,7 +86,7 @@ def read_sentencepiece_model(content: bytes, source: str) -> SentencePieceModel:
         raise FormatError(f"{source}: is not a SentencePiece model (it has no pieces); fetch it again")
     if model_type != _BPE:
         raise FormatError(f"{source}: is a SentencePiece model of another type than BPE, which is not supported")
-    return SentencePieceModel(tokens, scores, types, prefix)
+    return SentencePieceModel(tokens, scores, types, prefix, removes_blanks)
 
 
 def merges_from_scores(tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> list[list[str]]:

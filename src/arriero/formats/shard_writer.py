@@ -15,12 +15,14 @@ from torch import Tensor
 
 from arriero.formats.hf import copy_side_files, dtype_name, open_state, parse_dtype
 from arriero.formats.hf_source import open_hf
+from arriero.formats.narrowing import narrowed
 from arriero.formats.safe_tensors import WEIGHT_FILES, LazyTensor
 from arriero.formats.safetensors_header import build_header
 from arriero.formats.shared_files import Peers, shared_folder
 from arriero.formats.source import ModelSource
 from arriero.formats.staging import staged_folder
 from arriero.formats.tensor_shards import check_degree, piece_shape, shard_file, shard_metadata
+from arriero.formats.tied_head import read_config
 from arriero.models.config import LlamaConfig
 from arriero.models.tensor_split import cut_of
 from arriero.models.weight_shapes import weight_shapes
@@ -65,7 +67,7 @@ def write_shards(
             held = {name: kind for name, kind in kinds.items() if _stage_of(name, stages) == pp_rank}
             paths = {rank: staging / shard_file(rank, tp, pp_rank, len(stages)) for rank in range(tp)}
             _write_files(state, held, config, paths, tp, pp_rank, len(stages), advance)
-        for name, content in source.files.items():
+        for name, content in {**source.files, **source.rounding}.items():
             (staging / name).write_bytes(content)
         _write_config(config, staging)
 
@@ -95,7 +97,7 @@ def write_own_shard(
     """
     (tp, pp), (tp_rank, pp_rank) = degrees, at
     with shared_folder(folder, peers, replaces=WEIGHT_FILES) as staging, peers.together():
-        config = LlamaConfig.from_file(source)
+        config = read_config(source)
         if writes:
             state = open_state(source, config)
             held = {name: state[name].dtype for name in weight_shapes(config) if name in names}
@@ -138,7 +140,7 @@ def _write_files(
             for rank, file in files.items():
                 cut = cut_of(name, tuple(whole.shape), config, tp, rank)
                 piece = whole if cut.dim is None else whole.narrow(cut.dim, cut.start, cut.size)
-                file.write(name, piece.to(kind))
+                file.write(name, narrowed(piece, kind, name))
             if advance is not None:
                 advance(prod(whole.shape) * kind.itemsize)
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from arriero.errors import FormatError
+from arriero.json_text import check_text
+from arriero.quantization.qat import RANGES_FILE, SETTINGS_FILE
 
 TOKENIZER_SIDE_FILES = (
     "tokenizer.json",
@@ -34,6 +37,10 @@ SIDE_FILES = (
     "COPYING*",
     "USE_POLICY*",
 )
+# How a model or adapter computes with rounded weights, and how the base of an adapter was rounded: other tools have no such
+# files, and folders of HF and PEFT keep them.
+BASE_QUANTIZATION = "base_quantization.json"  # beside adapter_config.json; PEFT leaves it alone
+ROUNDING_FILES = (SETTINGS_FILE, RANGES_FILE, BASE_QUANTIZATION)
 MAX_SIDE_FILES_BYTES = 512 * 2**20
 # What only writing fails with; `shutil.copyfile` names the source then too.
 _OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -60,6 +67,11 @@ def read_side_files(folder: Path, patterns: tuple[str, ...] = SIDE_FILES) -> dic
         raise FormatError(f"{error.filename or folder}: cannot be read ({error.strerror})") from error
 
 
+def rounding_left_out(names: Iterable[str], path: Path, target: str) -> str:
+    """The warning about `ROUNDING_FILES` that a format has no place for."""
+    return f"warning: {', '.join(names)} of {path} left out: {target} has no place for how weights are rounded"
+
+
 def _with_templates(files: dict[str, bytes], more: dict[str, bytes], folder: Path) -> dict[str, bytes]:
     """Files with named chat templates in tokenizer_config.json.
 
@@ -84,6 +96,7 @@ def _with_templates(files: dict[str, bytes], more: dict[str, bytes], folder: Pat
     if "default" not in named:  # as all readers want it
         return files
     config["chat_template"] = [{"name": name, "template": text} for name, text in named.items()]
+    check_text(config, f"{folder}: tokenizer_config.json")
     written = (json.dumps(config, ensure_ascii=False, indent=2) + "\n").encode("utf-8")
     return {name: content for name, content in files.items() if name != "chat_template.jinja"} | {
         "tokenizer_config.json": written

@@ -34,6 +34,7 @@ class ModelSource:
         files: what an HF folder has beside config.json and the weights (tokenizer, chat template, generation defaults,
             licence), by name.
         about: lines that a user wants to know, such as the number formats in the file and its licence.
+        rounding: of an HF folder, the files that say how the model computes with rounded weights, by name.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class ModelSource:
     files: Mapping[str, bytes] = field(default_factory=dict)
     about: tuple[str, ...] = ()
     close: Callable[[], None] = _nothing
+    rounding: Mapping[str, bytes] = field(default_factory=dict)
 
     def __enter__(self) -> ModelSource:
         return self

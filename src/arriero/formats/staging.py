@@ -15,6 +15,8 @@ from pathlib import Path
 
 from arriero.errors import ConfigError, FormatError
 
+# Without one of them a folder is no model and no adapter.
+_ENTRIES = ("config.json", "params.json", "adapter_config.json", "lora_config.json", "prefix_config.json")
 _SECONDS = 5  # that a temporary folder may be without the lock of its owner
 
 
@@ -47,8 +49,9 @@ def _home(target: Path) -> Path:
 def staged_folder(folder: str | Path, *, replaces: tuple[str, ...] = ()) -> Iterator[Path]:
     """A temporary folder beside `folder`; what is in it moves there when the block ends without an error.
 
-    Every file is synced to disk first. A folder that does not exist yet (or is empty) appears by one rename. Into an
-    existing one the files move one by one, each by an atomic replacement: weights before indexes, `config.json` last. Nothing
+    Every file is synced to disk first. A folder that does not exist yet (or is empty) appears by one rename. In an
+    existing one first the old `config.json` (or the like) is deleted, then the other old files; the new ones move there one by
+    one, `config.json` last. So what a process that is killed leaves is no model at all and never a mixture of two. Nothing
     can be renamed to a mount point, nor moved there from beside it: into one they move so from a folder within it.
 
     What a process that was killed left there for the same destination is removed.
@@ -64,22 +67,69 @@ def staged_folder(folder: str | Path, *, replaces: tuple[str, ...] = ()) -> Iter
     if folder.exists() and not folder.is_dir():
         raise FormatError(f"{folder}: is a file, and a folder is to be written; choose another place")
     target = Path(os.path.realpath(folder))  # "." has no name, and nothing can be renamed to a link
-    staging: Path | None = None
-    lock: int | None = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_left(target)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=_home(target)))
-        lock = _lock(staging)
-        yield staging
-        _publish(staging, target, replaces)
+        with _temporary(target) as staging:
+            yield staging
+            _publish(staging, target, replaces)
     except OSError as error:
         raise write_error(folder, error) from error
+
+
+@contextlib.contextmanager
+def staged_file(path: str | Path) -> Iterator[Path]:
+    """A place of the same name in a temporary folder beside a file; what is written there takes the file's place, synced, when
+    the block ends without an error.
+
+    What a process that was killed left there for the same file is removed.
+
+    Args:
+        path: the destination. Of a symbolic link the file that it leads to.
+
+    Raises:
+        FormatError: when it is a folder or cannot be written, with the reason. Nothing half-written remains.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise FormatError(f"{path}: is a folder, and a file is to be written; name a file in it")
+    target = Path(os.path.realpath(path))
+    try:
+        with _temporary(target) as staging:
+            place = staging / path.name
+            yield place
+            place.chmod(0o666 & ~_mask())
+            sync_file(place)
+            os.replace(place, target)
+            sync_file(target.parent)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def beside(path: Path) -> str:
+    """The regular expression of the temporary folders' names of a destination."""
+    return rf"\.{re.escape(path.name)}\.\w{{8}}\.tmp"
+
+
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    """A folder beside a destination, locked, that is gone when the block ends."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left(target)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=_home(target)))
+    lock: int | None = None
+    try:
+        lock = _lock(staging)
+        yield staging
     finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def _mask() -> int:
+    """Of the permissions of new files: mkdtemp and the safetensors library make private ones, a model has the usual."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _lock(staging: Path) -> int | None:
@@ -98,7 +148,7 @@ def _lock(staging: Path) -> int | None:
 
 def _remove_left(target: Path) -> None:
     """Delete temporary folders of a destination whose owners are gone; those that are new may not be locked yet."""
-    name = re.compile(rf"\.{re.escape(target.name)}\.\w{{8}}\.tmp")
+    name = re.compile(beside(target))
     with contextlib.suppress(OSError):  # the folder around it need not be readable
         for entry in [entry for entry in _home(target).iterdir() if name.fullmatch(entry.name)]:
             with contextlib.suppress(OSError):
@@ -133,9 +183,7 @@ def _publish(staging: Path, folder: Path, replaces: tuple[str, ...]) -> None:
         (path for path in staging.rglob("*") if not path.is_dir()), key=lambda path: (path.suffix == ".json", path.name)
     )
     folders = [path for path in staging.iterdir() if path.is_dir()]  # of chat templates; they hold none
-    # mkdtemp and the safetensors library make private files; a model folder has the usual permissions.
-    mask = os.umask(0)
-    os.umask(mask)
+    mask = _mask()
     staging.chmod(0o777 & ~mask)
     for path in files:
         path.chmod(0o666 & ~mask)
@@ -146,19 +194,30 @@ def _publish(staging: Path, folder: Path, replaces: tuple[str, ...]) -> None:
     sync_file(staging)
     if not _rename_whole(staging, folder):
         written = {path.name for path in files}
-        config = [path for path in files if path.name == "config.json"]
-        for path in [path for path in files if path.name != "config.json"] + config:
+        _remove_old(folder, written, replaces)
+        entries = [staging / name for name in _ENTRIES if name in written]
+        for path in [path for path in files if path not in entries] + entries:
             place = folder / path.relative_to(staging)
             place.parent.mkdir(exist_ok=True)
+            if path in entries:
+                sync_file(folder)
             os.replace(path, place)
-        for pattern in replaces:
-            for stale in folder.glob(pattern):
-                if stale.name not in written and not stale.is_dir():
-                    stale.unlink()
         for path in folders:
             sync_file(folder / path.name)
         sync_file(folder)
     sync_file(folder.parent)
+
+
+def _remove_old(folder: Path, written: set[str], replaces: tuple[str, ...]) -> None:
+    """Delete what makes a folder a model or adapter, if it is to be replaced, and then what new files do not overwrite."""
+    old = {path for pattern in replaces for path in folder.glob(pattern) if not path.is_dir()}
+    entries = {folder / name for name in _ENTRIES if name in written or folder / name in old}
+    for path in entries:
+        path.unlink(missing_ok=True)
+    sync_file(folder)
+    for path in old - entries:
+        if path.name not in written:
+            path.unlink()
 
 
 def _rename_whole(staging: Path, folder: Path) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import tokenize
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -175,6 +177,23 @@ def _torch(path: Path) -> list[StoredTensor]:
         ]
 
 
+# What NumPy, and Python's tokenizer that it reads a header with, say of bytes that are none.
+_BROKEN_NPY = (
+    *(
+        ValueError,
+        TypeError,
+        SyntaxError,
+        EOFError,
+        RecursionError,
+        MemoryError,
+        OverflowError,
+        AttributeError,
+        KeyError,
+    ),
+    *(struct.error, tokenize.TokenError),
+)
+
+
 def _npy(path: Path) -> list[StoredTensor]:
     try:
         with path.open("rb") as file:
@@ -182,7 +201,7 @@ def _npy(path: Path) -> list[StoredTensor]:
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(file, max_header_size=MAX_NPY_HEADER_BYTES)
             start = file.tell()
-    except (ValueError, TypeError, SyntaxError, EOFError, RecursionError, MemoryError, UnicodeDecodeError) as error:
+    except _BROKEN_NPY as error:
         reason = " ".join(str(error).split())[:120]
         raise FormatError(f"{path}: is not a valid .npy file ({reason}); fetch it again") from error
     if dtype.hasobject or dtype.names is not None:

@@ -14,6 +14,7 @@ from arriero.formats.hub_files import HUB_ID
 from arriero.formats.model_card import CARD, base_model, model_card
 from arriero.formats.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
 from arriero.formats.safe_tensors import INDEX_FILE, SINGLE_FILE, WEIGHT_FILES, weight_files
+from arriero.formats.side_files import ROUNDING_FILES
 from arriero.formats.tensor_shards import is_sharded
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ SIDE_FILES += [
     "NOTICE*",
     "USE_POLICY*",
     CARD,
+    *ROUNDING_FILES,
 ]
 
 Kind = Literal["model", "adapter", "gguf"]

@@ -6,20 +6,26 @@ is kept in `extra` and written back untouched; nothing in a file is ever execute
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from arriero.errors import FormatError
+from arriero.json_text import check_text
 from arriero.models.config_reader import ConfigReader
 from arriero.models.family import FAMILIES, FULL, SLIDING, Family
 from arriero.models.rope_scaling import normalise_rope_scaling, read_rope
 
 logger = logging.getLogger(__name__)
+
+_told: ContextVar[bool] = ContextVar("told", default=False)
 
 MAX_CONFIG_BYTES = 4 * 1024 * 1024
 MAX_LAYERS = 10_000
@@ -200,6 +206,7 @@ class LlamaConfig:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise FormatError(f"{path}: is not valid JSON ({error})") from error
+        check_text(values, str(path))
         return cls.from_dict(values, source=str(path))
 
     @classmethod
@@ -237,7 +244,7 @@ class LlamaConfig:
         theta, scaling = read_rope(values, max_position_embeddings=max_positions, default_theta=10000.0, source=source)
         window, layer_types = _read_sliding(reader, family, layers)
         if values.get("attention_dropout"):
-            logger.warning("%s: attention_dropout %s has no effect here", source, values["attention_dropout"])
+            _warn_of_dropout(source, repr(values["attention_dropout"])[:40])
         try:
             return cls(
                 vocab_size=reader.integer("vocab_size"),
@@ -293,6 +300,26 @@ class LlamaConfig:
             full = self.layer_types.index(SLIDING) if SLIDING in self.layer_types else self.num_hidden_layers
             values["max_window_layers"] = full
         return values | self.extra
+
+
+@contextmanager
+def told_already() -> Iterator[None]:
+    """A block that reads configurations of which a user was warned: copies of one that was read before."""
+    token = _told.set(True)
+    try:
+        yield
+    finally:
+        _told.reset(token)
+
+
+def _warn_of_dropout(source: str, value: str) -> None:
+    if not _told.get():
+        _warn_once(source, value)
+
+
+@functools.lru_cache(64)  # a command reads a file several times
+def _warn_once(source: str, value: str) -> None:
+    logger.warning("%s: attention_dropout %s has no effect here", source, value)
 
 
 _DIMENSIONS = (

@@ -8,6 +8,8 @@ from typing import Any
 
 from arriero.errors import FormatError
 
+_SHOWN = 60  # characters of a value in a message
+
 
 @dataclass(frozen=True)
 class ConfigReader:
@@ -17,7 +19,7 @@ class ConfigReader:
     source: str
 
     def _wrong(self, key: str, expected: str) -> FormatError:
-        return FormatError(f"{self.source}: {key} must be {expected}, got {self.values[key]!r}")
+        return FormatError(f"{self.source}: {key} must be {expected}, got {repr(self.values[key])[:_SHOWN]}")
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.values.get(key)

@@ -21,11 +21,13 @@ from arriero.data.samples import Sample
 from arriero.data.sft import Example, encode_all
 from arriero.data.sources import check_data, names_of_splits, rows_by_source, samples_for
 from arriero.data.steps import DataShare, FinetuningSteps, digest_of
+from arriero.engine.adapter_tokenizer import with_adapters_tokenizer
 from arriero.engine.loading import LoadedModel, load
 from arriero.errors import ConfigError
 from arriero.formats import hf, peft
 from arriero.formats.adapter_base import BASE_QUANTIZATION, read_base_quantization, warn_of_other_base
 from arriero.formats.quantized import is_quantized
+from arriero.formats.side_files import read_side_files
 from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.processes import Processes
 from arriero.training.agreement import check_same_data
@@ -364,7 +366,8 @@ def save_final(
                 in_place = processes.alone and stored is weights
                 model = loaded.model if in_place else _whole_model(loaded, folder)
                 merge_lora(model)
-                hf.save_model(model, model.config, folder / MERGED, extra_files_from=loaded.folder)
+                files = with_adapters_tokenizer(read_side_files(loaded.folder), folder, model.config.vocab_size)
+                hf.save_model(model, model.config, folder / MERGED, extra_files=files)
                 copy_rounding(folder, folder / MERGED)
                 print(f"merged model: {folder / MERGED}")
 

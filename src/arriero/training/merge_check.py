@@ -71,6 +71,35 @@ def _check_sum(name: str, layer: LoRALinear) -> None:
         )
 
 
+@torch.inference_mode()
+def rounding_noise(model: nn.Module, ids: Tensor) -> float:
+    """How far the logits of a prompt move when every weight of a linear layer is off by about one rounding.
+
+    A product ``W x`` then moves by ``eps sqrt(W^2 x^2)`` times a normal number: that is what is added, so that no weight is
+    copied but one layer's square at a time. Two ways to compute the same model differ by a few times this.
+
+    Args:
+        ids: (1, S) of the prompt.
+
+    Returns:
+        The largest difference of a logit.
+    """
+    plain: Tensor = model(ids)
+    generator = torch.Generator().manual_seed(0)
+
+    def nudge(layer: nn.Linear, given: tuple[Tensor], output: Tensor) -> Tensor:
+        spread = F.linear(given[0].square(), layer.weight.square()).sqrt_()
+        drawn = torch.randn(output.shape, generator=generator).to(output)
+        return output + torch.finfo(output.dtype).eps * spread * drawn
+
+    hooks = [layer.register_forward_hook(nudge) for layer in model.modules() if isinstance(layer, nn.Linear)]
+    try:
+        return float((model(ids) - plain).abs().max())
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def check_weights(expected: dict[str, str], written: nn.Module, place: object) -> None:
     """
     Args:

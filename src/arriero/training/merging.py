@@ -14,7 +14,8 @@ from arriero.adapters.peft_config import from_peft, to_peft
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.merging import MergeOptions
 from arriero.config.model import ModelOptions
-from arriero.engine.loading import load, model_folder
+from arriero.engine.adapter_tokenizer import with_adapters_tokenizer
+from arriero.engine.loading import load_base, model_folder
 from arriero.errors import ConfigError, FormatError
 from arriero.formats import hf, peft
 from arriero.formats.adapter_base import BASE_QUANTIZATION, base_quantization_text, read_base_quantization
@@ -22,13 +23,20 @@ from arriero.formats.conversion import staged_output
 from arriero.formats.download import published_name
 from arriero.formats.quantized import plain
 from arriero.formats.shard_merging import merge_shards
+from arriero.formats.side_files import read_side_files
 from arriero.formats.staging import check_target
 from arriero.formats.tensor_shards import is_sharded
+from arriero.models.config import told_already
 from arriero.models.llama import LlamaForCausalLM
 from arriero.quantization.linear import dequantize_layers
 from arriero.quantization.qat import SETTINGS_FILE
-from arriero.training.merge_check import check_weights, expected_weights
+from arriero.training.merge_check import check_weights, expected_weights, rounding_noise
 from arriero.training.qat_weights import copy_rounding
+
+# Of the largest logit: no difference of the merged model that is worth a look.
+_NEAR = 1e-5
+# Roundings of all weights that another order of additions may come to; of 30 small merges it was 0.5 to 3.6.
+_ROUNDINGS = 16
 
 
 def merge_model(
@@ -84,7 +92,7 @@ def _merge_adapter(model: ModelOptions, lora_path: str, merge: MergeOptions) -> 
                 *_keep_rounding(paths, place),
             ]
         return notes
-    loaded = load(model, adapters=paths)
+    loaded = load_base(model, adapters=paths)
     if loaded.scheme is None:
         notes += _dequantize(loaded.model)
     apply_lora(loaded.model, config, fresh=False)
@@ -99,34 +107,42 @@ def _merge_adapter(model: ModelOptions, lora_path: str, merge: MergeOptions) -> 
         with torch.inference_mode():
             before = loaded.model(probe).float()
     merge_lora(loaded.model)
+    beside = read_side_files(loaded.folder)
+    files = beside
+    if len(paths) == 1:  # several may each have one of their own
+        files = with_adapters_tokenizer(beside, Path(paths[0]), loaded.model.config.vocab_size)
     with staged_output(target, is_file=False) as place:
         hf.save_model(
             loaded.model,
             loaded.model.config,
             place,
             max_shard_size=merge.max_shard_size,
-            extra_files_from=loaded.folder,
+            extra_files_from=loaded.folder if files == beside else None,
+            extra_files=None if files == beside else files,
         )
         notes += _keep_rounding(paths, place)
         compared = "not compared"
         if merge.verify:
-            written = hf.load_model(place, device=loaded.device)
+            with told_already():
+                written = hf.load_model(place, device=loaded.device)
             check_weights(expected, written, place)
             with torch.inference_mode():
-                compared = _compare(before, written(probe).float(), written.model.embed_tokens.weight.dtype, place)
+                compared = _compare(before, written, probe, place)
     return [*notes, f"merged model: {target} ({compared})"]
 
 
-def _compare(before: Tensor, after: Tensor, dtype: torch.dtype, place: Path) -> str:
+def _compare(before: Tensor, written: LlamaForCausalLM, probe: Tensor, place: Path) -> str:
     """How far the logits of a merged model are from those of base + adapter: in half precision its weights are rounded.
 
     Raises:
-        FormatError: in fp32 or fp64 further than another order of additions makes them.
+        FormatError: in fp32 or fp64 further than another order of additions makes them: `_ROUNDINGS` times what one rounding
+            of the weights does to these logits, where the difference is worth computing that.
     """
+    after, dtype = written(probe).float(), written.model.embed_tokens.weight.dtype
     difference, size = float((before - after).abs().max()), float(before.abs().max())
     text = f"logits differ from base + adapter by at most {difference:.1e}, largest logit {size:.1f}"
     if dtype.itemsize >= 4:
-        if not difference <= 1e-5 * max(1.0, size):
+        if not difference <= _NEAR * max(1.0, size) and not difference <= _ROUNDINGS * rounding_noise(written, probe):
             raise FormatError(
                 f"{place}: the merged model's logits differ by {difference:.2e} from base + adapter: nothing was written"
             )

@@ -19,6 +19,7 @@ from arriero.engine.loading import load, model_folder
 from arriero.errors import ConfigError, FormatError
 from arriero.formats import hf, quantized
 from arriero.formats.safe_tensors import weight_files
+from arriero.formats.tied_head import read_config
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 from arriero.quantization.choice import scheme_for
@@ -38,7 +39,7 @@ def quantize_folder(options: QuantizeOptions, model: ModelOptions) -> TextBlocks
         DataError, FormatError: a text or a model that cannot be read; all before anything is written.
     """
     folder = model_folder(model.model_name_or_path, model.cache_dir)
-    config = LlamaConfig.from_file(folder)
+    config = read_config(folder)
     if quantized.is_quantized(config):
         raise ConfigError(f"{folder}: its weights are quantized already; give the original model")
     storage = _stored_dtype(folder, config)

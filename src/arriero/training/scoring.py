@@ -16,6 +16,7 @@ from arriero.config.evaluation import EvaluateOptions
 from arriero.config.model import ModelOptions
 from arriero.config.parallel import ParallelOptions
 from arriero.data.batch import packed_batches
+from arriero.data.run_task import warn_of_other_task
 from arriero.data.samples import Sample
 from arriero.data.sources import check_data, name_of_rows, samples_for
 from arriero.engine.loading import LoadedModel, load_for_inference, pick_device
@@ -91,6 +92,8 @@ def score_model(
     """
     with processes.together():
         samples = rows_to_score(data)
+    if processes.first and not isinstance(model, LoadedModel):
+        warn_of_other_task(model.model_name_or_path, adapter, data.task_name, samples)
     loaded = model if isinstance(model, LoadedModel) else load_for_inference(model, adapter, processes)
     metrics = _loss(loaded, samples, data, evaluation, processes)
     if not (data.eval_with_do_generation or data.task_name == "squad_qa"):

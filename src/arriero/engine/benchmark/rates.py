@@ -48,9 +48,9 @@ def measure(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingPa
 
 def _round(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> tuple[float, float, int]:
     """Seconds until all have their first token, seconds from then on, and the tokens that came then."""
-    salt = secrets.token_bytes(8)  # nothing of an earlier round is of use
+    salts = [secrets.token_bytes(8) for _ in prompts]  # nothing of an earlier round or of another prompt is of use
     start = time.perf_counter()
-    answers = [engine.submit(prompt, params, salt=salt) for prompt in prompts]
+    answers = [engine.submit(prompt, params, salt=salt) for prompt, salt in zip(prompts, salts, strict=True)]
     first, early = start, 0
     while engine.unfinished:
         waiting = any(not answer.token_ids for answer in answers)

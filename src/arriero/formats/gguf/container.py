@@ -5,12 +5,9 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (version 3, li
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import struct
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,9 +23,10 @@ from arriero.formats.file_chunks import write_at
 from arriero.formats.gguf import k_quants
 from arriero.formats.gguf.file import DEFAULT_ALIGNMENT, MAGIC
 from arriero.formats.gguf.tensor_types import BF16, F16, F32, PLAIN, Q4_K, Q5_K, Q6_K, TensorType
+from arriero.formats.narrowing import narrowed
 from arriero.formats.rearranged import in_order
 from arriero.formats.safe_tensors import LazyTensor
-from arriero.formats.staging import sync_file, write_error
+from arriero.formats.staging import staged_file
 
 # A metadata value. Its Python type decides how it is stored: bool, uint32, float32, string; in arrays int32, float32, string.
 Value = bool | int | float | str | Sequence[int] | Sequence[float] | Sequence[str]
@@ -79,11 +77,15 @@ def write_container(
     Raises:
         FormatError: when it cannot be written, or a value fits no number format of the file.
     """
-    if path.is_dir():
-        raise FormatError(f"{path}: is a folder; give the name of a .gguf file")
     header = _header(metadata, tensors, path)
     total, done = sum(tensor.nbytes for tensor in tensors), 0
-    with _staged_file(path) as descriptor, ChunkWriter(total) as writer, writer.filling():
+    with (
+        staged_file(path) as place,
+        place.open("wb", buffering=0) as file,
+        ChunkWriter(total) as writer,
+        writer.filling(),
+    ):
+        descriptor = file.fileno()
         write_at(descriptor, memoryview(header), 0)
         at = len(header)
         for tensor in tensors:
@@ -126,7 +128,7 @@ def _packed(rows: Tensor, kind: TensorType, name: str) -> NDArray[np.uint8]:
     if kind in PLAIN:
         if kind == F16 and rows.dtype != torch.float16 and (rows.isfinite() & (rows.abs() > _LARGEST_HALF)).any():
             raise FormatError(f"{name} has values beyond {_LARGEST_HALF:g}, the largest of f16; write f32 or bf16")
-        plain: NDArray[np.uint8] = rows.to(_TORCH_TYPES[kind]).contiguous().view(torch.uint8).numpy()
+        plain: NDArray[np.uint8] = narrowed(rows, _TORCH_TYPES[kind], name).contiguous().view(torch.uint8).numpy()
         return plain
     values = rows.to(torch.float32).contiguous().numpy()
     if not np.isfinite(values).all():
@@ -183,26 +185,3 @@ def _typed(value: Value) -> Iterable[bytes]:
     if all(isinstance(item, int) for item in value):
         return (struct.pack(f"<IIQ{count}i", _ARRAY, _INT32, count, *value),)
     return (struct.pack(f"<IIQ{count}f", _ARRAY, _FLOAT32, count, *value),)
-
-
-@contextlib.contextmanager
-def _staged_file(path: Path) -> Iterator[int]:
-    """A temporary file beside `path` that takes its place, synced, when the block ends without an error."""
-    staging: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent, delete=False) as file:
-            staging = Path(file.name)
-            yield file.fileno()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        staging.chmod(0o666 & ~mask)
-        os.replace(staging, path)
-        staging = None
-        sync_file(path.parent)
-    except OSError as error:
-        raise write_error(path, error) from error
-    finally:
-        if staging is not None:
-            staging.unlink(missing_ok=True)

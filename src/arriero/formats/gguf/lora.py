@@ -23,6 +23,7 @@ from arriero.formats.gguf.metadata import QUANTIZATION_VERSION
 from arriero.formats.gguf.names import ARCHITECTURES, architecture_of, gguf_name, heads_of, hf_name, permuted_heads
 from arriero.formats.gguf.tensor_types import F32
 from arriero.formats.peft import PeftLoraConfig, of_pattern
+from arriero.formats.peft_layers import targets_of
 from arriero.formats.rope_layout import halves_to_pairs, pairs_to_halves
 from arriero.models.config import LlamaConfig
 from arriero.models.weight_shapes import HEAD, weight_shapes
@@ -78,6 +79,7 @@ def write_gguf_lora(
         # Not needed by llama.cpp, but the rows of B can be put back in order only with them.
         f"{architecture}.attention.head_count": base_config.num_attention_heads,
         f"{architecture}.attention.head_count_kv": base_config.num_key_value_heads,
+        f"{architecture}.block_count": base_config.num_hidden_layers,  # for `target_modules`
         "general.file_type": 0,
         "general.quantization_version": QUANTIZATION_VERSION,
     }
@@ -120,11 +122,14 @@ def read_gguf_lora(
             if match[2] == "b":
                 tensor = _ordered(match[1], tensor, file, architecture, base_config)
             parts.setdefault(layer, {})[match[2].upper()] = tensor
-    return _adapter(parts, alpha, str(path))
+        depth = (
+            file.metadata.get(f"{architecture}.block_count") if base_config is None else base_config.num_hidden_layers
+        )
+    return _adapter(parts, alpha, str(path), depth if isinstance(depth, int) else None)
 
 
 def _adapter(
-    parts: Mapping[str, Mapping[str, Tensor]], alpha: float, source: str
+    parts: Mapping[str, Mapping[str, Tensor]], alpha: float, source: str, depth: int | None
 ) -> tuple[PeftLoraConfig, dict[str, Tensor]]:
     if not parts:
         raise FormatError(f"{source}: has no tensors; the file is incomplete")
@@ -140,7 +145,7 @@ def _adapter(
     config = PeftLoraConfig(
         r=rank,
         lora_alpha=alpha or rank,  # llama.cpp takes 0 for "as it is", a scale of 1
-        target_modules=tuple(sorted({layer.rpartition(".")[2] for layer in parts})),
+        target_modules=targets_of(parts.keys(), depth),
         rank_pattern=others,
         alpha_pattern={} if alpha else {name: float(own) for name, own in others.items()},
     )

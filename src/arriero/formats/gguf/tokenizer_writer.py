@@ -16,7 +16,12 @@ from arriero.errors import FormatError
 from arriero.formats.gguf import pre_tokenizers
 from arriero.formats.gguf.container import Value
 from arriero.formats.json_file import parse_json_object
-from arriero.formats.sentencepiece_model import PieceType, merges_from_scores, read_sentencepiece_model
+from arriero.formats.sentencepiece_model import (
+    PieceType,
+    SentencePieceModel,
+    merges_from_scores,
+    read_sentencepiece_model,
+)
 from arriero.models.config import LlamaConfig
 
 _PREFIX = "tokenizer.ggml."
@@ -78,7 +83,13 @@ def tokenizer_metadata(
             keys = _from_json_pieces(body, files.get(pieces or ""), vocabulary, where)
         lines += _swallowing(body)
     elif pieces is not None:
-        keys = _from_pieces(files[pieces], vocabulary, f"{source}: {pieces}")
+        model = read_sentencepiece_model(files[pieces], f"{source}: {pieces}")
+        keys = _from_pieces(model, vocabulary, source)
+        if model.removes_blanks:
+            lines.append(
+                f"llama.cpp keeps leading, trailing and repeated blanks, which {pieces} takes out of a text "
+                "(remove_extra_whitespaces): such texts have other tokens there"
+            )
         _put_added({"added_tokens": _added_beside(files, settings, source)}, vocabulary, source)
     else:
         raise FormatError(
@@ -161,8 +172,7 @@ def _from_json_pieces(
     return _piece_keys(vocabulary, prefix)
 
 
-def _from_pieces(content: bytes, vocabulary: _Vocabulary, source: str) -> dict[str, Value]:
-    pieces = read_sentencepiece_model(content, source)
+def _from_pieces(pieces: SentencePieceModel, vocabulary: _Vocabulary, source: str) -> dict[str, Value]:
     _put_pieces(pieces.tokens, pieces.scores, pieces.types, vocabulary, source)
     return _piece_keys(vocabulary, pieces.add_dummy_prefix)
 
@@ -252,7 +262,9 @@ def _special_keys(
             found.setdefault(role, index)
     keys: dict[str, Value] = {}
     for role, before in (("bos", True), ("eos", False)):
-        keys[f"{_PREFIX}add_{role}_token"] = role in found and _is_added(body, settings, role, found[role], before)
+        keys[f"{_PREFIX}add_{role}_token"] = role in found and _is_added(
+            body, settings, role, found[role], before, source
+        )
     keys |= {f"{_PREFIX}{_ROLES[role]}_token_id": index for role, index in found.items()}
     generation = _object(files, "generation_config.json", source).get("eos_token_id")
     ends += [i for i in (generation if isinstance(generation, list) else [generation]) if isinstance(i, int)]
@@ -263,14 +275,21 @@ def _special_keys(
     return keys
 
 
-def _is_added(body: Mapping[str, Any], settings: Mapping[str, Any], role: str, index: int, first: bool) -> bool:
+def _is_added(
+    body: Mapping[str, Any], settings: Mapping[str, Any], role: str, index: int, first: bool, source: str
+) -> bool:
     """Whether bos (eos) is put before (after) every text: by the post-processor, or by tokenizer_config.json."""
     for step in pre_tokenizers.steps_of(body.get("post_processor"), "processors"):
         single = step.get("single")
         if step.get("type") == "TemplateProcessing" and isinstance(single, list) and single:
-            special = single[0 if first else -1].get("SpecialToken")
-            tokens = step.get("special_tokens") or {}
-            ids = tokens.get(special.get("id"), {}).get("ids") if isinstance(special, Mapping) else None
+            try:
+                special = single[0 if first else -1].get("SpecialToken")
+                tokens = step.get("special_tokens") or {}
+                ids = tokens.get(special["id"], {}).get("ids") if special else None
+            except (AttributeError, TypeError, KeyError, IndexError) as error:
+                raise FormatError(
+                    f"{source}: tokenizer.json: the template of its post_processor is broken; fetch the file again"
+                ) from error
             return bool(ids == [index])
     flag = settings.get(f"add_{role}_token")
     if isinstance(flag, bool):

@@ -31,6 +31,7 @@ from arriero.formats.paddle.names import (
 )
 from arriero.formats.paddle.pdparams_writer import write_pdparams
 from arriero.formats.peft import PeftLoraConfig
+from arriero.formats.peft_layers import targets_of
 from arriero.formats.staging import staged_folder
 from arriero.models.config import LlamaConfig
 from arriero.models.config_reader import ConfigReader
@@ -89,7 +90,7 @@ def read_paddle_lora(folder: str | Path, model: LlamaConfig | None = None) -> tu
     finally:
         checkpoint.close()
     _check(state, config, folder)
-    return _with_targets(config, state), state
+    return _with_targets(config, state, None if model is None else model.num_hidden_layers), state
 
 
 def write_paddle_lora(
@@ -302,17 +303,10 @@ def _check(state: Mapping[str, Tensor], config: PeftLoraConfig, folder: Path) ->
         raise FormatError(f"{folder}: holds no LoRA matrices")
 
 
-def _with_targets(config: PeftLoraConfig, state: Mapping[str, Tensor]) -> PeftLoraConfig:
+def _with_targets(config: PeftLoraConfig, state: Mapping[str, Tensor], depth: int | None) -> PeftLoraConfig:
     """With the adapted layers, by the last part of their names if every layer of the model has the same."""
-    layers = sorted({match["layer"] for name in state if (match := _OUR_MATRIX.fullmatch(name))}, key=_natural)
-    kinds = sorted({layer.rpartition(".")[2] for layer in layers})
-    numbers = {layer.split(".")[2] for layer in layers}
-    targets = kinds if len(layers) == len(kinds) * len(numbers) == len(kinds) * (1 + _last(layers)) else layers
-    return PeftLoraConfig.from_dict(config.to_dict() | {"target_modules": targets})
-
-
-def _last(layers: Sequence[str]) -> int:
-    return max(int(layer.split(".")[2]) for layer in layers)
+    layers = {match["layer"] for name in state if (match := _OUR_MATRIX.fullmatch(name))}
+    return PeftLoraConfig.from_dict(config.to_dict() | {"target_modules": list(targets_of(layers, depth))})
 
 
 def _natural(layer: str) -> tuple[int, str]:

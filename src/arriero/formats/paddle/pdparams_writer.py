@@ -19,6 +19,7 @@ from torch import Tensor
 from arriero.errors import FormatError
 from arriero.formats.chunk_writer import ChunkWriter
 from arriero.formats.growing_file import GrowingFile
+from arriero.formats.narrowing import narrowed
 from arriero.formats.paddle.pdparams_reader import SLICED_ARRAYS, STRUCTURED_NAMES
 from arriero.formats.safe_tensors import LazyTensor
 
@@ -194,7 +195,8 @@ def _content(name: str, tensor: Tensor | LazyTensor, kind: torch.dtype) -> bytes
         )
     if not whole.numel():
         return b""
-    return whole.detach().to("cpu", kind).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    cast = narrowed(whole.detach().cpu(), kind, name)
+    return cast.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 class _Pickle:

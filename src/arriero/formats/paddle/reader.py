@@ -23,10 +23,11 @@ from arriero.formats.paddle.checkpoint import (
     tensor_dtype,
 )
 from arriero.formats.paddle.config import read_paddle_config
-from arriero.formats.paddle.names import BASE_PREFIXES, HEAD, Place, places, stored_tensors
+from arriero.formats.paddle.names import BASE_PREFIXES, HEAD, HF_PREFIX, Place, places, stored_tensors
 from arriero.formats.safe_tensors import INDEX_FILE, SINGLE_FILE, LazyTensor, read_index, read_shapes
 from arriero.formats.side_files import read_side_files
 from arriero.formats.source import ModelSource
+from arriero.formats.tied_head import EMBEDDING, OWN_HEAD, same_bits
 from arriero.models.config import LlamaConfig
 
 SENTENCEPIECE = "sentencepiece.bpe.model"
@@ -68,13 +69,16 @@ def open_paddle(folder: str | Path) -> ModelSource:
     stored = read_paddle_config(folder)
     checkpoint = open_model_files(folder, stored.tensor_parallel_degree)
     try:
-        found = _places(folder, stored.model, checkpoint)
+        config = _untied(folder, stored.model, checkpoint)
+        found = _places(folder, config, checkpoint)
         kinds = {name: tensor_dtype(checkpoint.pieces[place.stored.name][0], name) for name, place in found.items()}
         tensors = {
             name: LazyTensor(place.shape, kinds[name], partial(_load, checkpoint.pieces, place))
             for name, place in found.items()
         }
         files, remarks = _side_files(folder)
+        if config != stored.model:
+            remarks = (f"{folder}: {OWN_HEAD}", *remarks)
     except BaseException:
         checkpoint.close()
         raise
@@ -83,7 +87,7 @@ def open_paddle(folder: str | Path) -> ModelSource:
     return ModelSource(
         path=folder,
         format="paddle",
-        config=dataclasses.replace(stored.model, dtype=str(widest).removeprefix("torch.")),
+        config=dataclasses.replace(config, dtype=str(widest).removeprefix("torch.")),
         tensors=tensors,
         files=files,
         about=(_origin(checkpoint, names), *stored.about, *remarks),
@@ -93,6 +97,28 @@ def open_paddle(folder: str | Path) -> ModelSource:
 
 def _load(pieces: Mapping[str, tuple[Piece, ...]], place: Place) -> Tensor:
     return join(pieces[place.stored.name], place)
+
+
+def _untied(folder: Path, config: LlamaConfig, checkpoint: Checkpoint) -> LlamaConfig:
+    """The configuration without tie_word_embeddings where the files hold a head of its own, as `tied_head.untied`.
+
+    A copy of the embedding may lie as the embedding does, or as a head does.
+    """
+    name = EMBEDDING.replace(HF_PREFIX, BASE_PREFIXES[config.model_type], 1)
+    if not config.tie_word_embeddings or not {HEAD, name} <= checkpoint.pieces.keys():
+        return config
+    if config.num_hidden_layers > len(checkpoint.pieces):  # as in `_places`
+        return config
+    own = dataclasses.replace(config, tie_word_embeddings=False)
+    whole = {hf: place for hf, place in places(own, checkpoint.tp).items() if hf in (HEAD, EMBEDDING)}
+    for hf, place in whole.items():
+        pieces = checkpoint.pieces[place.stored.name]
+        if hf == HEAD and tuple(pieces[0].shape) != place.stored.piece_shape(len(pieces)):
+            as_embedding = dataclasses.replace(whole[EMBEDDING].stored, name=HEAD)
+            place = whole[hf] = dataclasses.replace(whole[EMBEDDING], stored=as_embedding)
+        check_pieces(pieces, place.stored)
+    head, embedding = (_load(checkpoint.pieces, whole[hf]) for hf in (HEAD, EMBEDDING))
+    return config if same_bits(head, embedding) else own
 
 
 def _places(folder: Path, config: LlamaConfig, checkpoint: Checkpoint) -> dict[str, Place]:
