@@ -17,7 +17,7 @@ import pytest
 
 from arriero.config.parser import parse
 from arriero.config.preprocessing import PreprocessOptions
-from arriero.data.corpus import parts, publishing, units
+from arriero.data.corpus import encoding, parts, publishing, units
 from arriero.data.corpus.admission import CorpusTotals
 from arriero.data.corpus.build import CorpusBuilder
 from arriero.data.corpus.documents import sentences_of
@@ -466,7 +466,17 @@ def test_a_corpus_without_documents_is_refused(folder: Path, tmp_path: Path) -> 
     (tmp_path / "y.txt").write_text("\n \n", encoding="utf-8")
     with pytest.raises(DataError, match="no document is left of 0 read"):
         run(folder, tmp_path, tmp_path / "out" / "c")
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("shards", [{}, {"num_shards": 2, "shard_id": 0}])
+def test_a_refused_first_document_leaves_nothing(folder: Path, tmp_path: Path, shards: dict[str, int]) -> None:
+    (tmp_path / "x.txt").write_bytes(b"\x89PNG\xff\xfe\x00")
+    (tmp_path / "kept").mkdir()
+    for prefix in ("new/folders/c", "kept/new/c"):
+        with pytest.raises(DataError, match="is no UTF-8 text"):
+            run(folder, tmp_path / "x.txt", tmp_path / prefix, **shards)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["kept", "x.txt"]
 
 
 def test_documents_of_one_token(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -481,6 +491,25 @@ def test_an_id_outside_the_vocabulary_is_refused(folder: Path) -> None:
     tokenizer.vocab_size = 10
     with pytest.raises(DataError, match=r"gives the id .* and its vocabulary has 10"):
         Encoder(tokenizer, EncodingRules()).encode("text", b"hello world", 11)
+
+
+def test_long_texts_are_not_encoded_all_at_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [text for text in make_texts() if text.strip()]
+    sizes: list[int] = []
+    encode_batch = tokenizer.encode_batch
+
+    def counted(batch: list[str]) -> list[list[int]]:
+        sizes.append(sum(map(len, batch)))
+        return encode_batch(batch)
+
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 300)
+    monkeypatch.setattr(tokenizer, "encode_batch", counted)
+    encoded = Encoder(tokenizer, EncodingRules()).encode("rows", texts, 0)
+    assert isinstance(encoded, EncodedUnit)
+    assert encoded.tokens.tolist() == [token for text in texts for token in tokenizer.encode(text)]
+    assert sum(sizes) == sum(map(len, texts))
+    assert max(sizes) <= max(300, *map(len, texts))
+    assert len(sizes) > sum(sizes) // 600
 
 
 def test_a_text_without_tokens_is_empty(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

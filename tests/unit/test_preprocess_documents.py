@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -49,6 +50,16 @@ def test_json_lines_give_the_texts_as_they_are() -> None:
     rows = [{"body": "  a\n\nb  "}, {"body": "", "id": 7}, {"body": "</s> ü 😀"}]
     payload = "\n".join([json.dumps(rows[0]), "", json.dumps(rows[1]), "  ", json.dumps(rows[2])]).encode()
     assert documents_of("jsonl", payload, "body", False)[0] == [row["body"] for row in rows]
+
+
+def test_a_long_number_that_nobody_asked_for_does_not_matter() -> None:
+    digits = "7" * (sys.get_int_max_str_digits() + 700)
+    with pytest.raises(ValueError, match="integer string conversion"):
+        json.loads(digits)
+    payload = f'{{"id": {digits}, "text": "a"}}\n{{"more": [{{"id": -{digits}}}], "text": "b"}}'.encode()
+    assert documents_of("jsonl", payload, "text", False)[0] == ["a", "b"]
+    with pytest.raises(RefusedDocument, match="has a number and no text under 'id'"):
+        documents_of("jsonl", payload, "id", False)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import os
 import random
+import re
 import struct
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -82,6 +86,64 @@ def test_a_folder_is_read_by_name_and_to_its_ground(tmp_path: Path) -> None:
     assert others == ["README", "f.csv", "g.tar.gz"]
 
 
+def test_links_to_folders_are_followed_and_loops_end(tmp_path: Path) -> None:
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    for place in (data / "z" / "in.txt", elsewhere / "deep" / "out.jsonl", elsewhere / ".hidden.txt"):
+        write(place, b"")
+    (data / "a").symlink_to(data / "z")  # read once, under its own name
+    (data / "b").symlink_to(elsewhere)
+    (elsewhere / "deep" / "up").symlink_to(data)
+    (elsewhere / "deep" / "self").symlink_to(elsewhere / "deep")
+    (data / ".c").symlink_to(elsewhere)
+    found, others = find_sources(str(data))
+    assert [source.name for source in found] == ["b/deep/out.jsonl", "z/in.txt"]
+    assert others == []
+    (tmp_path / "link").symlink_to(data)
+    assert [source.name for source in find_sources(str(tmp_path / "link"))[0]] == ["b/deep/out.jsonl", "z/in.txt"]
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    write(tmp_path / "x.txt", b"a")
+    for name in ("pipe.txt", "pipe.json"):
+        os.mkfifo(tmp_path / name)
+    found, others = find_sources(str(tmp_path))
+    assert [source.name for source in found] == ["x.txt"]
+    assert others == ["pipe.json (no regular file)", "pipe.txt (no regular file)"]
+    with pytest.raises(ConfigError, match="is no regular file"):
+        find_sources(str(tmp_path / "pipe.txt"))
+
+
+JSON_FILES = {
+    "lines": ('\n{"text": "a"}\n{"text": "b"}', ""),
+    "one": ('{"text": "a"}', ""),
+    "marked": ('\ufeff{"text": "a", "n": ' + "7" * 5000 + "}\n", ""),
+    "long": (json.dumps({"text": "a" * 3_000_000}), ""),
+    "empty": ("", ""),
+    "array": (json.dumps([{"text": "a"}]), "one JSON array and not JSON lines"),
+    "indented": (json.dumps({"text": "a"}, indent=1), "not JSON lines"),
+    "string": ('"text"', "not JSON lines"),
+    "foreign": ('{"version": 2}', "JSON without 'text'"),
+}
+
+
+def test_json_files_are_read_if_they_are_json_lines(tmp_path: Path) -> None:
+    for name, (content, _) in JSON_FILES.items():
+        (tmp_path / f"{name}.json").write_text(content, encoding="utf-8")
+    found, others = find_sources(str(tmp_path))
+    assert [source.name for source in found] == sorted(
+        f"{name}.json" for name, (_, why) in JSON_FILES.items() if not why
+    )
+    assert others == sorted(f"{name}.json ({why})" for name, (_, why) in JSON_FILES.items() if why)
+    rows = [json.loads(line) for line in JSON_FILES["lines"][0].split("\n") if line]
+    for path in (tmp_path / "lines.json", tmp_path / "lines.json.gz"):
+        write(path, JSON_FILES["lines"][0].encode())
+        sources, _ = find_sources(str(path))
+        assert texts_in(list(read_units(sources, Share(), "text", "blank_line"))) == [row["text"] for row in rows]
+    with pytest.raises(ConfigError, match=r"array\.json: one JSON array and not JSON lines; write one object a line"):
+        find_sources(str(tmp_path / "array.json"))
+    assert find_sources(str(tmp_path / "foreign.json"))[0]  # given by its name: what it lacks is told when it is read
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [("absent", "no such file or folder"), ("empty", "holds no file of a known kind"), ("x.csv", "of no known kind")],
@@ -121,6 +183,53 @@ def test_units_hold_every_document_once_and_in_order(tmp_path: Path, kind: str, 
     for unit in found:
         before = b"".join(u.payload for u in found[: unit.key[1]] if isinstance(u.payload, bytes))
         assert line_at(sources[0].path, sources[0].packing, unit.offset) == before.count(b"\n") + 1
+
+
+class CountedFile(io.FileIO):
+    """Counts the bytes that are read, of all files of its class."""
+
+    read_bytes = 0
+
+    def readinto(self, buffer: Any) -> int:
+        count = super().readinto(buffer) or 0
+        CountedFile.read_bytes += count
+        return count
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_long_document_is_read_twice_and_not_once_a_unit(
+    tmp_path: Path, name: str, shards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = b"first\n\n" + b"line\n" * 20_000 if name == "x.txt" else b"x" * 100_000
+    write(tmp_path / name, content)
+    sources, _ = find_sources(str(tmp_path))
+    monkeypatch.setattr(Path, "open", lambda path, mode: io.BufferedReader(CountedFile(path), 16))
+    monkeypatch.setattr(CountedFile, "read_bytes", 0)
+    dealt = [list(read_units(sources, Share(shards, number), "text", "blank_line")) for number in range(shards)]
+    found = sorted((unit.key, unit.payload) for part in dealt for unit in part)
+    assert b"".join(payload for _, payload in found if isinstance(payload, bytes)) == content
+    assert len(found) == -(-len(content) // 200)
+    # to find its end, and to take it
+    assert CountedFile.read_bytes < (shards + 1.1) * len(content)
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("seed", range(5))
+def test_cuts_do_not_depend_on_which_were_sought_before(tmp_path: Path, seed: int) -> None:
+    source = random.Random(seed)
+    pieces = [b"x" * source.choice([0, 1, 50, 150, 199, 200, 201, 450]) + source.choice([b"\n", b"\n", b" \n"])]
+    pieces += [source.choice([b"\n", b" " * 250 + b"\n", b"y" * source.randint(1, 199) + b"\n"]) for _ in range(200)]
+    for name in ("x.txt", "x.jsonl"):
+        write(tmp_path / name, b"".join(pieces))
+        (found, *_), _ = find_sources(str(tmp_path / name))
+        whole = [unit.payload for unit in read_units([found], Share(), "text", "blank_line")]
+        alone = [
+            next(read_units([found], Share(len(whole), n), "text", "blank_line")).payload for n in range(len(whole))
+        ]
+        assert alone == whole
+        assert b"".join(whole) == b"".join(pieces)
 
 
 @pytest.mark.usefixtures("small_units")
@@ -185,14 +294,23 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
 
 
 @pytest.mark.usefixtures("small_units")
-@pytest.mark.parametrize("name", ["x.jsonl", "x.txt", "x.jsonl.gz", "x.txt.zst"])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.txt", "x.jsonl.gz", "x.txt.zst", "x.parquet"])
 def test_a_document_without_end_is_refused_before_it_fills_the_memory(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(units, "DOCUMENT_LIMIT", 3000)
-    write(tmp_path / name, b"x" * 20_000)
+    if name.endswith(".parquet"):
+        pq.write_table(pa.table({"text": ["a", "x" * 20_000]}), tmp_path / name)
+    else:
+        write(tmp_path / name, b"x" * 20_000)
     with pytest.raises(DataError, match="a document of more than"):
         list(read_units(find_sources(str(tmp_path))[0], Share(), "text", "blank_line"))
+
+
+def test_the_limit_is_the_documented_one() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "corpus.md").read_text(encoding="utf-8")
+    (limit,) = re.findall(r"have up\s+to (\d+) MiB", text)
+    assert int(limit) * 2**20 == units.DOCUMENT_LIMIT
 
 
 def test_a_text_file_can_be_one_unit(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import threading
@@ -12,6 +13,7 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 from arriero.data.stream_decoder import REPLACEMENT, ByteDecoding, TokenBytes, byte_level_alphabet, byte_of_piece
+from arriero.data.tokenizer_checks import PROBES, check_description, no_panic
 from arriero.data.tokenizer_files import VOCABULARY_FILE_LIMIT, AddedTokenSpec, TokenizerFiles
 from arriero.errors import FormatError
 
@@ -31,7 +33,9 @@ class JsonTokenizer:
         try:
             source = files.read(path.name, VOCABULARY_FILE_LIMIT).decode("utf-8")
             description = json.loads(source)
-            tokenizer = tokenizers.Tokenizer.from_str(source)
+            check_description(description, path)
+            with no_panic(path):
+                tokenizer = tokenizers.Tokenizer.from_str(source)
         except FormatError:
             raise
         except Exception as error:  # the library raises plain Exception for everything that it cannot read
@@ -44,6 +48,10 @@ class JsonTokenizer:
         if files.config.get("tokenizer_class") in LLAMA_CLASSES and "ByteLevel" not in kinds:
             _use_llama_metaspace(tokenizer, files.config)
         _add_missing_tokens(tokenizer, files)
+        with no_panic(path):
+            for text in PROBES:
+                with contextlib.suppress(Exception):  # the text may have characters that the vocabulary lacks
+                    tokenizer.encode(text, add_special_tokens=True)
         self._tokenizer = tokenizer
         self._added = tokenizer.get_added_tokens_decoder()
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
@@ -70,16 +78,17 @@ class JsonTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, special tokens in it recognised; nothing added."""
-        ids: list[int] = _encode(self._tokenizer, text).ids
+        ids: list[int] = self._encode(self._tokenizer, text).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each, on all cores."""
-        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with no_panic(self._path):
+            return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_literal(self, text: str) -> list[int]:
         """Ids of a text, special tokens in it not recognised."""
-        ids: list[int] = _encode(self._literal_tokenizer(), text).ids
+        ids: list[int] = self._encode(self._literal_tokenizer(), text).ids
         return ids
 
     def offsets(self, text: str, *, after_token: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
@@ -89,12 +98,12 @@ class JsonTokenizer:
             after_token: the text follows a control token, rather than beginning a sequence.
         """
         if after_token:
-            encoding = _encode(self._literal_tokenizer(), self._seam + text)
+            encoding = self._encode(self._literal_tokenizer(), self._seam + text)
             seam = len(self._seam)
             return encoding.ids[1:], [(max(0, start - seam), end - seam) for start, end in encoding.offsets[1:]]
-        encoding = _encode(self._tokenizer, text)
+        encoding = self._encode(self._tokenizer, text)
         if any(i in self.decoding.special_ids for i in encoding.ids):
-            encoding = _encode(self._literal_tokenizer(), text)
+            encoding = self._encode(self._literal_tokenizer(), text)
         return encoding.ids, encoding.offsets
 
     def framing(self) -> tuple[list[int], list[int]]:
@@ -138,6 +147,12 @@ class JsonTokenizer:
                 self._literal = literal
             return self._literal
 
+    def _encode(self, tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+        with no_panic(self._path):
+            if len(text) < LONG_TEXT:
+                return tokenizer.encode(text, add_special_tokens=False)
+            return tokenizer.encode_batch([text], add_special_tokens=False)[0]
+
     def _byte_decoding(self, decoder: dict[str, Any] | None, kinds: list[str]) -> ByteDecoding:
         special_ids = frozenset(self.special.values())
         id_to_token = self._tokenizer.id_to_token
@@ -171,12 +186,6 @@ class JsonTokenizer:
             strip_leading_space=_strips_leading_space(decoder),
             separator=b"" if kinds else b" ",  # without a decoder the library joins tokens with a space
         )
-
-
-def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
-    if len(text) < LONG_TEXT:
-        return tokenizer.encode(text, add_special_tokens=False)
-    return tokenizer.encode_batch([text], add_special_tokens=False)[0]
 
 
 def _decoder_steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:

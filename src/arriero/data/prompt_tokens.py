@@ -73,8 +73,13 @@ def encode_prompt(sample: Sample, tokenizer: SFTTokenizer) -> list[int]:
     return [*ids, end_of_sequence(tokenizer)] if sample.ends_prompt else ids
 
 
-def fit_prompt(sample: Sample, tokenizer: SFTTokenizer, limit: int) -> tuple[list[int], bool]:
+def fit_prompt(
+    sample: Sample, tokenizer: SFTTokenizer, limit: int, *, advice: str | None = None
+) -> tuple[list[int], bool]:
     """The prompt in at most `limit` tokens, its context shortened from the end where needed.
+
+    Args:
+        advice: of the error, where raising --src_length would not help.
 
     Returns:
         The ids, and whether the context was cut.
@@ -82,12 +87,17 @@ def fit_prompt(sample: Sample, tokenizer: SFTTokenizer, limit: int) -> tuple[lis
     Raises:
         DataError: if the prompt does not fit even without its context.
     """
-    fitted, ids = fit_sample(sample, tokenizer, limit)
+    fitted, ids = fit_sample(sample, tokenizer, limit, advice=advice)
     return ids, fitted is not sample
 
 
-def fit_sample(sample: Sample, tokenizer: SFTTokenizer, limit: int) -> tuple[Sample, list[int]]:
+def fit_sample(
+    sample: Sample, tokenizer: SFTTokenizer, limit: int, *, advice: str | None = None
+) -> tuple[Sample, list[int]]:
     """The sample itself, or one with a shorter context, whose prompt has at most `limit` tokens; and these tokens.
+
+    Args:
+        advice: of the error.
 
     Raises:
         DataError: if the prompt does not fit even without its context.
@@ -107,10 +117,8 @@ def fit_sample(sample: Sample, tokenizer: SFTTokenizer, limit: int) -> tuple[Sam
     ids = encode_prompt(shorter, tokenizer)
     if len(ids) <= limit:
         return shorter, ids
-    raise DataError(
-        f"{sample.name} needs {len(ids)} prompt tokens even without its context: raise --src_length (or --max_seq_length) "
-        f"above {limit}"
-    )
+    advice = advice or f"raise --src_length (or --max_seq_length) above {limit}"
+    raise DataError(f"{sample.name} needs {len(ids)} prompt tokens even without its context: {advice}")
 
 
 def encode_target(sample: Sample, tokenizer: SFTTokenizer, limit: int) -> tuple[list[int], bool]:

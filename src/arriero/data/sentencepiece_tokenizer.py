@@ -33,6 +33,9 @@ class SentencePieceTokenizer:
             ) from error
         if pieces == 0:
             raise FormatError(f"{path}: a SentencePiece model without pieces; download or convert it again")
+        # `remove_extra_whitespaces` of the model, the default of SentencePiece's training: leading blanks go before the
+        # prefix comes. The library tells it by what it does only.
+        self._strips_blanks = self._plain_model.encode(" a") == self._plain_model.encode("a")
         # The old way puts the leading blank also after every control token.
         self._always_prefix = bool(files.config.get("legacy", False))
         self._path = path
@@ -55,7 +58,7 @@ class SentencePieceTokenizer:
         self.decoding = ByteDecoding(
             TokenBytes(self._bytes),
             frozenset(self.special.values()),
-            strip_leading_space=self._model.encode(" ") != self._plain_model.encode(" "),
+            strip_leading_space=self._model.encode("a") != self._plain_model.encode("a"),
         )
 
     def _add_tokens(self, files: TokenizerFiles) -> None:
@@ -151,8 +154,10 @@ class SentencePieceTokenizer:
     def _model_for(self, text: str, at_start: bool) -> sentencepiece.SentencePieceProcessor:
         """The model with or without a leading blank, as transformers 5 decides: a text that has one gets no second one.
 
-        SentencePiece itself would add a second one.
+        SentencePiece itself would add a second one; but a model that strips blanks takes a text's own away first.
         """
+        if self._strips_blanks and text.startswith(" "):
+            return self._model
         prefix = (at_start or self._always_prefix) and not text.startswith((" ", REPLACEMENT))
         return self._model if prefix else self._plain_model
 

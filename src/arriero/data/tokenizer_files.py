@@ -131,11 +131,21 @@ def _token(value: Any, path: Path, key: str) -> AddedTokenSpec | None:
     if value is None:
         return None
     if isinstance(value, str):
-        return AddedTokenSpec(value)
+        return AddedTokenSpec(_checked(value, path, key))
     if isinstance(value, dict) and isinstance(value.get("content"), str):
+        _checked(value["content"], path, key)
         flags = {flag: bool(value[flag]) for flag in ("lstrip", "rstrip", "single_word", "normalized") if flag in value}
         return AddedTokenSpec(value["content"], special=bool(value.get("special", True)), **flags)
     raise FormatError(f"{path}: {key} must be a string or an object with a string `content`")
+
+
+def _checked(content: str, path: Path, key: str) -> str:
+    """Refuse half a character, which JSON can write and no text can hold."""
+    if any("\ud800" <= character <= "\udfff" for character in content):
+        raise FormatError(
+            f"{path}: {key} holds half a character (a lone surrogate), which no token can; write it again"
+        )
+    return content
 
 
 def _special_tokens(
@@ -166,7 +176,7 @@ def _added_tokens(folder: Path, config: dict[str, Any], replaced: Mapping[str, b
     for content, token_id in _read_json(path, replaced).items():
         if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
             raise FormatError(f"{path}: {content!r} has no valid id")
-        added[token_id] = AddedTokenSpec(content, special=False)
+        added[token_id] = AddedTokenSpec(_checked(content, path, "a token"), special=False)
     path = folder / "tokenizer_config.json"
     decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):

@@ -27,7 +27,7 @@ from arriero.data.corpus.units import Key, Share, Unit, done_bytes, line_at, rea
 from arriero.data.corpus.workers import EncodingJob, encode_units
 from arriero.data.corpus.writers import reserved_bytes
 from arriero.data.tokenizer import load_tokenizer
-from arriero.errors import DataError
+from arriero.errors import ArrieroError, DataError
 
 Report = Callable[[str], None]
 # key, bytes of the input files that it stands for, ids
@@ -51,7 +51,7 @@ class CorpusBuilder:
     def __init__(self, options: PreprocessOptions, report: Report = _to_stderr) -> None:
         self._options = options
         self._report = report
-        self._sources, others = find_sources(options.input_path)
+        self._sources, others = find_sources(options.input_path, options.json_key)
         if others:
             shown = ", ".join(others[:5]) + (" ..." if len(others) > 5 else "")
             report(f"skipped {len(others)} of other kinds: {shown}")
@@ -114,7 +114,7 @@ class CorpusBuilder:
             if not is_ready:
                 totals = self._make_ready(writer, publisher, shards, mark)
                 if not totals.documents:
-                    writer.remove()
+                    writer.discard()
                     raise DataError(
                         f"{options.input_path}: no document is left of {totals.read:,} read; no corpus was written"
                     )
@@ -169,6 +169,10 @@ class CorpusBuilder:
                     key, consumed, unit = item
                     writer.append(key, admission.admit(unit))
                     progress.update(consumed, admission.totals)
+        except ArrieroError:
+            if writer.last_key is None:  # nothing that the next run could go on from
+                writer.discard()
+            raise
         finally:
             progress.close()
 

@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 from arriero.config.pretraining import CorpusOptions
 from arriero.data.corpus.blend import blend_schedule, samples_per_corpus
 from arriero.data.corpus.found import find_corpora
+from arriero.data.corpus.index_bounds import check_blend
 from arriero.data.corpus.index_cache import Arrays, IndexCache, Report, to_stderr
 from arriero.data.corpus.sample_index import DOCUMENT_ORDERS, samples_in_epochs
 from arriero.data.corpus.samples import Samples, best_fit_packs, packed_samples, stream_samples
 from arriero.data.corpus.split import SPLITS, check_not_empty, split_documents
 from arriero.data.corpus.token_files import TokenCorpus, open_corpus
-from arriero.data.corpus.token_ids import check_token_ids
+from arriero.data.corpus.token_ids import check_token_ids, foreign_id
 from arriero.data.sft import IGNORE
-from arriero.errors import ConfigError
+from arriero.errors import ConfigError, DataError
 
 PADDING_ID = 0  # in every vocabulary; nothing is learned from it
 MAX_SEED = 2**32 - 1
@@ -62,6 +63,7 @@ class CorpusDataset:
         samples: how many samples there are.
         samples_per_epoch: how many there would be in one pass over all documents.
         sequence_length: tokens of a sample, S.
+        vocab_size: every id of a sample is below it.
     """
 
     def __init__(
@@ -72,9 +74,11 @@ class CorpusDataset:
         samples: int,
         samples_per_epoch: int,
         sequence_length: int,
+        vocab_size: int,
     ) -> None:
         self.parts, self.weights, self.schedule = list(parts), list(weights), schedule
         self.samples, self.samples_per_epoch, self.sequence_length = samples, samples_per_epoch, sequence_length
+        self.vocab_size = vocab_size
 
     def __len__(self) -> int:
         return self.samples
@@ -90,7 +94,13 @@ class CorpusDataset:
         starts, lengths = (array.tolist() for array in samples.pieces(position))
         tokens = samples.corpus.tokens
         pieces = [tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
-        return _to_sample(np.concatenate(pieces).astype(np.int64), lengths, self.sequence_length)
+        ids = np.concatenate(pieces).astype(np.int64)
+        # That all ids are in the vocabulary, and what a sample is of, may have been read from a cache that lies.
+        if not 0 < len(ids) == sum(lengths) <= self.sequence_length + 1:
+            raise DataError(f"{samples.corpus.prefix}: sample {index} is not of its length; delete its index-cache")
+        if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
+            raise foreign_id(samples.corpus, self.vocab_size)
+        return _to_sample(ids, lengths, self.sequence_length)
 
     def fingerprint(self) -> dict[str, Any]:
         """All that decides which tokens sample i holds, as JSON values: equal fingerprints, equal order.
@@ -173,7 +183,7 @@ def build_datasets(
         check_not_empty(ranges[-1], list(wanted), options.split, str(corpus.prefix))
     for corpus, cache in zip(corpora, caches, strict=True):
         check_token_ids(corpus, vocab_size, cache)
-    builder = _Builder(corpora, weights, caches, options, seed, document_order)
+    builder = _Builder(corpora, weights, caches, options, seed, document_order, vocab_size)
     return {name: builder.build(name, [r[SPLITS.index(name)] for r in ranges], count) for name, count in wanted.items()}
 
 
@@ -185,6 +195,7 @@ class _Builder:
     options: CorpusOptions
     seed: int
     document_order: str
+    vocab_size: int
 
     def build(self, name: str, documents: list[range], wanted: int | Epochs) -> CorpusDataset:
         """One part of the split from those documents of every corpus."""
@@ -206,7 +217,10 @@ class _Builder:
         if len(self.corpora) > 1:
             description = {"kind": "blend", "weights": self.weights, "samples": total}
             schedule = self.caches[0].get(
-                description, lambda: blend_schedule(np.array(self.weights), total), f"the blend ({name})"
+                description,
+                lambda: blend_schedule(np.array(self.weights), total),
+                f"the blend ({name})",
+                lambda arrays: check_blend(arrays, len(self.corpora), total),
             )
             given = np.bincount(schedule["dataset_index"], minlength=len(self.weights)).tolist()
             shares = [max(samples_per_corpus(total, w), used) for w, used in zip(self.weights, given, strict=True)]
@@ -219,4 +233,4 @@ class _Builder:
                 parts.append(
                     stream_samples(corpus, part, length, share, self.seed, self.document_order, cache, where[i])
                 )
-        return CorpusDataset(parts, self.weights, schedule, total, samples_in(1), length)
+        return CorpusDataset(parts, self.weights, schedule, total, samples_in(1), length, self.vocab_size)

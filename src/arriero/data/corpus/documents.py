@@ -66,7 +66,7 @@ def _from_json_lines(payload: bytes, json_key: str, replace: bool) -> tuple[list
             continue
         source, changed = _decode(line, number, replace)
         try:
-            row = json.loads(source)
+            row = json.loads(source, parse_int=float)  # which takes any number of digits; texts alone are wanted
         except (ValueError, RecursionError) as error:
             raise RefusedDocument(number, f"is not JSON ({str(error).splitlines()[0][:200]})") from error
         if not isinstance(row, dict):

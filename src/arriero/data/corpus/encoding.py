@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -19,6 +20,8 @@ FATE = 0x0F
 SHORTENED = 0x40
 REPLACED = 0x80
 HASH = np.dtype("S16")
+# Characters encoded at once, if they are not of one text: tokenizers take some hundred bytes a token while they work.
+BATCH_CHARACTERS = 2**20
 
 
 @dataclass(frozen=True)
@@ -119,15 +122,27 @@ class Encoder:
             return TOO_LONG
         return KEPT
 
+    def _ids_of(self, texts: list[str]) -> Iterator[list[int]]:
+        """The ids of each, encoded in batches of `BATCH_CHARACTERS`."""
+        batch: list[str] = []
+        size = 0
+        for text in texts:
+            if batch and size + len(text) > BATCH_CHARACTERS:
+                yield from self._tokenizer.encode_batch(batch)
+                batch, size = [], 0
+            batch.append(text)
+            size += len(text)
+        yield from self._tokenizer.encode_batch(batch)
+
     def _encode(
         self, texts: list[str], places: list[int], marks: npt.NDArray[np.uint8], text_bytes: int
     ) -> EncodedUnit:
         if self._rules.split_sentences:
             cut = [sentences_of(text) for text in texts]
-            flat = iter(self._tokenizer.encode_batch([sentence for sentences in cut for sentence in sentences]))
+            flat = self._ids_of([sentence for sentences in cut for sentence in sentences])
             documents = [[ids for _ in sentences if (ids := next(flat))] for sentences in cut]
         else:
-            documents = [[ids] if ids else [] for ids in self._tokenizer.encode_batch(texts)]
+            documents = [[ids] if ids else [] for ids in self._ids_of(texts)]
         # A text of nothing but what the tokenizer leaves out (a null character, say) has no tokens.
         full = [number for number, sentences in enumerate(documents) if sentences]
         for number in set(range(len(documents))).difference(full):

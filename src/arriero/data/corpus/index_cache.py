@@ -44,6 +44,8 @@ CHECKED_BLOCK_BYTES = 1 << 20
 
 Arrays = dict[str, NDArray[Any]]
 Report = Callable[[str], None]
+# raises ValueError where arrays cannot be what was described: see `index_bounds`
+Check = Callable[[Arrays], None]
 
 
 def to_stderr(line: str) -> None:
@@ -89,6 +91,13 @@ def read_entry(entry: Path, description: Any = None) -> MappedArrays:
     return MappedArrays(entry, arrays)
 
 
+def _checked(entry: Path, arrays: Arrays, check: Check) -> None:
+    try:
+        check(arrays)
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise DataError(f"{entry} cannot be used: {' '.join(str(error).split())[:200]}") from error
+
+
 class IndexCache:
     """A cache of arrays in the first of some folders that holds an entry, or else that can be written.
 
@@ -111,13 +120,16 @@ class IndexCache:
 
         return cls([prefix.parent / FOLDER, default_cache_dir() / FOLDER], report)
 
-    def get(self, description: dict[str, Any], build: Callable[[], Arrays], name: str) -> MappedArrays:
+    def get(
+        self, description: dict[str, Any], build: Callable[[], Arrays], name: str, check: Check | None = None
+    ) -> MappedArrays:
         """The arrays of a description, mapped and read-only; built and kept when they are not there yet.
 
         Args:
             description: everything that decides the arrays, as JSON values.
             build: computes them.
             name: of the corpus, for the lines to the user.
+            check: refuses arrays that are read; they are then built again.
 
         Raises:
             DataError: if no folder can be written, or the disk is full.
@@ -126,18 +138,18 @@ class IndexCache:
         key = hashlib.sha256(f"{FORMAT} {text}".encode()).hexdigest()[:32]
         expected = json.loads(text)
         for folder in self.folders:
-            arrays = self._load(folder / key, expected, tell=False)
+            arrays = self._load(folder / key, expected, check, tell=False)
             if arrays is not None:
                 return arrays
         folder = self._writable_folder()
         with self._lock(folder / f"{key}.lock", name) as exclusive:
-            arrays = self._load(folder / key, expected)
+            arrays = self._load(folder / key, expected, check)
             if arrays is None:
                 try:
-                    self._write(folder / key, expected, build(), exclusive)
+                    self._write(folder / key, expected, build(), exclusive, check)
                 except OSError as error:
                     raise _write_error(folder, error) from error
-                arrays = self._load(folder / key, expected)
+                arrays = self._load(folder / key, expected, check)
         if arrays is None:
             raise DataError(f"{folder / key}: what was written there reads differently: check the disk")
         return arrays
@@ -165,18 +177,21 @@ class IndexCache:
                 )
         return self._writable
 
-    def _load(self, entry: Path, description: Any, *, tell: bool = True) -> MappedArrays | None:
-        """The arrays of an entry; None if it is not there, is damaged, or is of something else."""
+    def _load(self, entry: Path, description: Any, check: Check | None, *, tell: bool = True) -> MappedArrays | None:
+        """The arrays of an entry; None if it is not there, is damaged, does not fit, or is of something else."""
         if not entry.exists():
             return None
         try:
-            return read_entry(entry, description)
+            arrays = read_entry(entry, description)
+            if check is not None:
+                _checked(entry, arrays, check)
         except DataError as error:
             if tell:
                 self.report(f"{error}; it is built again")
             return None
+        return arrays
 
-    def _write(self, entry: Path, description: Any, arrays: Arrays, exclusive: bool) -> None:
+    def _write(self, entry: Path, description: Any, arrays: Arrays, exclusive: bool, check: Check | None) -> None:
         if exclusive:  # nobody else builds this entry: what a killed process left behind is waste
             for leftover in entry.parent.glob(f".{entry.name}.*"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -197,11 +212,11 @@ class IndexCache:
             os.umask(mask)
             staging.chmod(0o777 & ~mask)  # mkdtemp makes private folders; a shared cache is for all its users
             sync_file(staging)
-            self._publish(staging, entry, description)
+            self._publish(staging, entry, description, check)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
-    def _publish(self, staging: Path, entry: Path, description: Any) -> None:
+    def _publish(self, staging: Path, entry: Path, description: Any, check: Check | None) -> None:
         for _ in range(8):
             try:
                 os.rename(staging, entry)
@@ -210,7 +225,7 @@ class IndexCache:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
-            if self._load(entry, description, tell=False) is not None:
+            if self._load(entry, description, check, tell=False) is not None:
                 return  # another process without a lock was first
             # out of the way by a rename, so that nobody finds half of it
             damaged = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))

@@ -7,6 +7,7 @@ power supply took is found by the CRC when the folder is opened again, and every
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -173,6 +174,7 @@ class PartsWriter:
         self.folder = folder
         self.last_key: Key | None = None
         self._files: dict[str, BinaryIO] = {}
+        self._made = [parent for parent in folder.parents if not parent.exists()]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(folder)
@@ -281,6 +283,13 @@ class PartsWriter:
         """Delete the folder."""
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Delete the folder, and the folders above it that were made for it and hold nothing else."""
+        self.remove()
+        with contextlib.suppress(OSError):
+            for folder in self._made:
+                folder.rmdir()
 
     def close(self) -> None:
         """Close the files and let others write."""

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from arriero.data.corpus import best_fit, sample_index
+from arriero.data.corpus import best_fit, index_bounds, sample_index
 from arriero.data.corpus.index_cache import Arrays, IndexCache
 from arriero.data.corpus.token_files import TokenCorpus
 from arriero.errors import DataError
@@ -106,7 +106,10 @@ def stream_samples(
         )
         return sample_index.build_sample_indexes(corpus.lengths, documents, sequence_length, plan, seed, document_order)
 
-    return StreamSamples(corpus, cache.get(description, build, where), description)
+    def check(arrays: Arrays) -> None:
+        index_bounds.check_stream(arrays, documents, corpus.lengths, plan.epochs, plan.samples)
+
+    return StreamSamples(corpus, cache.get(description, build, where, check), description)
 
 
 def best_fit_packs(
@@ -138,7 +141,10 @@ def best_fit_packs(
         )
         return packs
 
-    return cache.get(description, build, where), description
+    def check(arrays: Arrays) -> None:
+        index_bounds.check_packs(arrays, len(corpus.tokens), sequence_length + 1)
+
+    return cache.get(description, build, where, check), description
 
 
 def packed_samples(
@@ -162,5 +168,8 @@ def packed_samples(
             rng.shuffle(shuffled[epoch * count : (epoch + 1) * count])
         return {"shuffle_idx": shuffled}
 
+    def check(arrays: Arrays) -> None:
+        index_bounds.check_order(arrays, count, count * epochs)
+
     # the order of more epochs begins with that of fewer: their number decides no sample
-    return PackedSamples(corpus, packs, cache.get(order, build, where), {**description, "seed": seed})
+    return PackedSamples(corpus, packs, cache.get(order, build, where, check), {**description, "seed": seed})

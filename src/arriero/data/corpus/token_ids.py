@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from arriero.data.corpus.index_cache import IndexCache
+from arriero.data.corpus.index_cache import Arrays, IndexCache
 from arriero.data.corpus.token_files import TokenCorpus
 from arriero.errors import DataError
 
@@ -24,10 +24,12 @@ def check_token_ids(corpus: TokenCorpus, vocab_size: int, cache: IndexCache | No
         least, greatest = id_range(corpus)
     else:
         description = {"kind": "range of the token ids", "corpus": corpus.fingerprint}
-        entry = cache.get(description, lambda: {"range": np.array(id_range(corpus), np.int64)}, str(corpus.prefix))
+        entry = cache.get(
+            description, lambda: {"range": np.array(id_range(corpus), np.int64)}, str(corpus.prefix), _check_range
+        )
         least, greatest = entry["range"].tolist()
     if least < 0 or greatest >= vocab_size:
-        raise _foreign_id(corpus, vocab_size)
+        raise foreign_id(corpus, vocab_size)
 
 
 def id_range(corpus: TokenCorpus) -> tuple[int, int]:
@@ -40,7 +42,14 @@ def id_range(corpus: TokenCorpus) -> tuple[int, int]:
     return min(least), max(greatest)
 
 
-def _foreign_id(corpus: TokenCorpus, vocab_size: int) -> DataError:
+def _check_range(arrays: Arrays) -> None:
+    least, greatest = arrays["range"].tolist()
+    if least > greatest:
+        raise ValueError("its range is none")
+
+
+def foreign_id(corpus: TokenCorpus, vocab_size: int) -> DataError:
+    """The refusal of a corpus with ids outside the vocabulary: names the first one, its document and its place there."""
     for start in range(0, len(corpus.tokens), BLOCK):
         block = corpus.tokens[start : start + BLOCK]
         wrong = np.flatnonzero((block < 0) | (block >= vocab_size))

@@ -19,7 +19,7 @@ from arriero.errors import DataError, require
 
 UNIT_BYTES = 2**20
 PARQUET_ROWS = 512
-DOCUMENT_LIMIT = 2**28
+DOCUMENT_LIMIT = 2**25  # bytes; a tokenizer takes some hundred bytes of memory for each of them (docs/corpus.md)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 Key = tuple[int, int]
@@ -104,13 +104,12 @@ def _units_of(number: int, source: Source, share: Share, json_key: str, text_doc
 def _plain_units(number: int, source: Source, share: Share, kind: str) -> Iterator[Unit]:
     with source.path.open("rb") as file:
         count = 1 if kind == "file" else -(-source.size // UNIT_BYTES)
-        end = 0
-        cut = -1  # the number of the cut that `end` is
+        cuts = _Cuts(file, source, kind)
         for index in range(count):
             if not share.wants((number, index), source):
                 continue
-            start = end if cut == index else _cut(file, source, index, kind)
-            end, cut = (source.size if index + 1 == count else _cut(file, source, index + 1, kind)), index + 1
+            start = cuts.place(index)
+            end = source.size if index + 1 == count else cuts.place(index + 1)
             _check_size(source, end - start)
             file.seek(start)
             payload = file.read(end - start)
@@ -120,16 +119,27 @@ def _plain_units(number: int, source: Source, share: Share, kind: str) -> Iterat
             yield Unit((number, index), kind, _without_mark(payload, start), start, consumed)
 
 
-def _cut(file: BinaryIO, source: Source, index: int, kind: str) -> int:
-    """The first beginning of a document at or after `index * UNIT_BYTES`, or the end of the file."""
-    position = index * UNIT_BYTES
-    if position <= 0 or position >= source.size:
-        return max(0, min(position, source.size))
-    file.seek(position - 1)
-    _skip_line(file)
-    if kind == "text":
-        _read_to_blank_line(file, None, source)
-    return file.tell()
+class _Cuts:
+    """The cuts of a plain file, asked for in ascending order. A document is read once, however many cuts it spans."""
+
+    def __init__(self, file: BinaryIO, source: Source, kind: str) -> None:
+        self._file, self._source, self._kind = file, source, kind
+        self._last = 0  # the cut found last
+        self._holds_to = 0  # sought from up to here, the next cut is the same
+
+    def place(self, index: int) -> int:
+        """The first beginning of a document at or after `index * UNIT_BYTES`, or the end of the file."""
+        position = index * UNIT_BYTES
+        if position <= 0 or position >= self._source.size:
+            return max(0, min(position, self._source.size))
+        if position > self._holds_to:
+            self._file.seek(position - 1)
+            _skip_line(self._file)
+            blank = _read_to_blank_line(self._file, None, self._source) if self._kind == "text" else 0
+            self._last = self._file.tell()
+            # Sought from within that blank line, or its end, it would be the one after the next blank line.
+            self._holds_to = self._last - blank
+        return self._last
 
 
 def _skip_line(file: BinaryIO) -> None:
@@ -138,9 +148,13 @@ def _skip_line(file: BinaryIO) -> None:
             return
 
 
-def _read_to_blank_line(file: BinaryIO, into: bytearray | None, source: Source) -> None:
-    """Go on to the end of the next blank line, or of the file; what is passed goes into `into`."""
-    passed = 0
+def _read_to_blank_line(file: BinaryIO, into: bytearray | None, source: Source) -> int:
+    """Go on to the end of the next blank line, or of the file; what is passed goes into `into`.
+
+    Returns:
+        The length of the blank line, 0 at the end of the file.
+    """
+    passed = begun = 0
     blank = True
     while piece := file.readline(UNIT_BYTES):
         passed += len(piece)
@@ -150,15 +164,16 @@ def _read_to_blank_line(file: BinaryIO, into: bytearray | None, source: Source) 
         blank = blank and not piece.strip()
         if piece.endswith(b"\n"):
             if blank:
-                return
-            blank = True
+                return passed - begun
+            blank, begun = True, passed
+    return 0
 
 
 def _check_size(source: Source, size: int) -> None:
     if size > DOCUMENT_LIMIT + UNIT_BYTES:
         raise DataError(
-            f"{source.path}: a document of more than {DOCUMENT_LIMIT // 2**20} MiB; is this text? (in a .txt file "
-            "documents stand between blank lines, in a .jsonl file one a line)"
+            f"{source.path}: a document of more than {DOCUMENT_LIMIT // 2**20} MiB; is this text? Cut it into several (in "
+            "a .txt file documents stand between blank lines, in a .jsonl file one a line)"
         )
 
 
@@ -220,6 +235,7 @@ def _parquet_units(number: int, source: Source, share: Share, column: str) -> It
                     if batch.column(0).null_count:
                         empty = row + next(place for place, text in enumerate(texts) if text is None)
                         raise DataError(f"{source.path}: row {empty}: column {column!r} is empty (null)")
+                    _check_size(source, max(map(len, texts), default=0))
                     yield Unit(key, "rows", texts, row, source.size * len(texts) // rows)
                 row += len(batch)
     except UnicodeDecodeError as error:
