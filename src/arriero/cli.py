@@ -55,7 +55,11 @@ def overview() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit code."""
+    """Run one command line and return its exit code.
+
+    Args:
+        argv: None for that of this process, which ends then.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = _take_debug(arguments)
     if debug and arguments[:1] == ["launch"]:
@@ -66,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         error_file = take_error_file()
     try:
-        with _tidy_end(arguments):
+        with _tidy_end(arguments, last=argv is None):
             code = _run(arguments)
-        sys.stdout.flush()
+            sys.stdout.flush()
         return code
     except _Terminated as error:
         return _end(error, "asked to end (SIGTERM)", _EXIT_TERMINATED, error_file, debug)
@@ -101,8 +105,13 @@ def _defect(error: Exception, error_file: Path | None, debug: bool) -> int:
 
 
 @contextlib.contextmanager
-def _tidy_end(arguments: Sequence[str]) -> Iterator[None]:
-    """Within it, SIGTERM unwinds the stack; a second one ends the process at once."""
+def _tidy_end(arguments: Sequence[str], *, last: bool) -> Iterator[None]:
+    """Within it, SIGTERM unwinds the stack; a second one ends the process at once.
+
+    Args:
+        last: nothing comes after it in this process. Python takes a while to end where torch is loaded; a signal that comes
+            then would kill it although all is written, and is ignored instead.
+    """
     single = "RANK" not in os.environ and threading.current_thread() is threading.main_thread()
     if not arguments or arguments[0] not in _TIDY or not single:
         yield
@@ -113,10 +122,14 @@ def _tidy_end(arguments: Sequence[str]) -> Iterator[None]:
         raise _Terminated
 
     before = signal.signal(signal.SIGTERM, terminate)
+    done = False
     try:
         yield
+        done = last
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if done else before)
+        if done:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _end(error: BaseException, message: str, exit_code: int, error_file: Path | None, debug: bool) -> int:

@@ -333,7 +333,10 @@ def test_a_bundle_that_is_not_as_it_was_written(bundle: Path, in_process: Call, 
         (["infer", "--model_dir", "nowhere"], "nowhere: holds no bundle, nor is there one in nowhere/llama"),
         (["infer", "--model_dir", "MODEL"], "is a model and no bundle: make one with `arriero export --model_path"),
         (["infer", "--model_dir", "BUNDLE", "--device", "gpu"], "is made for cpu; leave it out"),
-        (["infer", "--model_dir", "BUNDLE", "--max_new_tokens", "640"], "prompt 0: the prompt has"),
+        (
+            ["infer", "--model_dir", "BUNDLE", "--max_new_tokens", "640"],
+            "has a context of 640 tokens, prompts included",
+        ),
         (["infer", "--model_dir", "BUNDLE", "--data_file", "none.jsonl"], "none.jsonl"),
         (["chat", "--model_name_or_path", "BUNDLE", "--lora_path", "x"], "is a bundle, whose weights are fixed"),
         (["chat", "--model_name_or_path", "BUNDLE", "--kv_cache_dtype", "int8"], "a bundle decides this itself"),
@@ -361,6 +364,19 @@ def test_a_bundle_that_is_not_as_it_was_written(bundle: Path, in_process: Call, 
             "--block_size is not for --format gguf",
         ),
         (["export", "--model_path", "MODEL", "--format", "vulkan"], "vulkan"),
+        (["export", "--model_path", "MODEL", "--format", "torch", "--weights", "int4"], "is for onnx, aoti and gguf"),
+        (
+            ["export", "--model_path", "MODEL", "--format", "torch", "--head_bits", "4"],
+            "--head_bits is not for --format torch",
+        ),
+        (
+            ["export", "--model_path", "MODEL", "--format", "aoti", "--weights", "int4", "--block_size", "64"],
+            "--block_size is not for --format aoti",
+        ),
+        (
+            ["export", "--model_path", "MODEL", "--format", "aoti", "--weights", "int8", "--device", "gpu"],
+            "--weights int8 is for CPUs: a bundle for a GPU has fp32, fp16 or bf16",
+        ),
         (
             ["export", "--model_path", "MODEL", "--output_path", "q/x.gguf", "--format", "gguf"],
             "name a folder, such as q/x; the file alone is made by `arriero convert ",
@@ -407,8 +423,23 @@ def test_a_model_without_a_tokenizer_and_a_bundle_in_the_place(
     argv = ("export", "--model_path", str(copied), "--output_path", str(tmp_path / "made"))
     assert "in place of" not in in_process(*argv).stdout
     assert in_process(*argv).stdout.endswith("MB, in place of the bundle that was there\n")
-    (copied / "tokenizer.json").unlink()
     shutil.rmtree(tmp_path / "made")
+    template = copied / "chat_template.jinja"
+    template.write_text("{% for x in %}")
+    assert "warning: chat and serve will not work with this bundle: its chat template fails" in in_process(*argv).stdout
+    template.unlink()
+    shutil.rmtree(tmp_path / "made")
+    whole = (copied / "tokenizer.json").read_text()
+    values = json.loads(whole)
+    token = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized", "special"), False)
+    values["added_tokens"].append({**token, "id": 10**6, "content": "<beyond>"})
+    for content, said in ((whole[:2000], "tokenizer.json: not a tokenizer"), (json.dumps(values), "another model")):
+        (copied / "tokenizer.json").write_text(content)
+        refused = in_process(*argv)
+        assert refused.returncode == 2
+        assert said in refused.stderr
+        assert not (tmp_path / "made").exists()
+    (copied / "tokenizer.json").unlink()
     refused = in_process(*argv)
     assert refused.returncode == 2
     assert "has neither tokenizer.json nor tokenizer.model, and a bundle needs a tokenizer" in refused.stderr

@@ -21,6 +21,7 @@ from hub_server import HubServer, sha256
 
 from arriero.cli import main
 from arriero.data.tokenizer import load_tokenizer
+from arriero.formats import hub_files
 from arriero.formats.download import resolve_model, resolve_tokenizer
 from arriero.formats.hf import load_model
 from arriero.formats.receipt import RECEIPT
@@ -345,6 +346,33 @@ def test_the_cache_serves_a_folder_without_the_hub(
     one = ("download", "some/model", "--file", "config.json", "--output_dir", str(tmp_path / "one"))
     assert folder_of(call(*one, offline=True)).read_bytes() == model_files["config.json"]
     assert os.listdir(tmp_path / "one") == ["config.json"]
+
+
+def test_the_cache_serves_only_where_the_hub_is_out_of_reach(hub: HubServer, call: Call, tmp_path: Path) -> None:
+    repository = hub.repositories["some/model"]
+    served = repository.branches["main"]
+    folder = folder_of(call("download", "some/model"))
+    repository.commit({**repository.files, "README.md": b"newer"})
+    for more, reason in (
+        ({"offline": True}, "HF_HUB_OFFLINE is set"),
+        ({"endpoint": "http://127.0.0.1:9"}, "http://127.0.0.1:9 cannot be reached"),
+    ):
+        hub_files._tell_served.cache_clear()  # each command is a process of its own
+        done = call("download", "some/model", **more)
+        assert folder_of(done) == folder
+        assert done.stderr.splitlines().count(f"some/model: {reason}; the cache serves commit {served}") == 1
+    to_folder = ("download", "some/model", "--output_dir", str(tmp_path / "out"))
+    repository.private = True
+    for command in (("download", "some/model"), to_folder):
+        assert "there is no such model on the Hub, or it is private" in line_of(call(*command))
+        assert "does not accept the token" in line_of(call(*command, token="hf_wrong"))
+    repository.private, repository.gated = False, True
+    assert "is gated" in line_of(call("download", "some/model"))
+    repository.gated = False
+    assert "no such revision" in line_of(call("download", "some/model", "--revision", "gone"))
+    hub.broken = 500
+    assert "the download failed" in line_of(call(*to_folder))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_is_no_folder_to_download_into(call: Call, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import subprocess
 import sys
 import types
@@ -205,6 +206,33 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
     )
     assert result.stdout == "#compdef arriero\n"
     assert result.stderr in ("code 141\n", "code 0\n")
+
+
+LATE = """
+import atexit, sys, time
+def late():
+    print("late", flush=True)
+    time.sleep(0.5)
+atexit.register(late)
+from arriero.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_work_changes_nothing(number: int) -> None:
+    """Python takes long to end after torch was loaded."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", LATE, "export", "--help"],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert any(line == "late\n" for line in process.stdout)
+        process.send_signal(number)
+        told = process.stderr.read()
+        assert (process.wait(), told) == (0, "")
 
 
 def test_an_option_group_without_options_has_no_heading() -> None:

@@ -117,6 +117,8 @@ def test_quantize(base: Path, text: Path, tmp_path: Path, capsys: Any, kind: str
         (["--activation_scale", "static", "--quant_type", "a8w8"], "finds ranges on text: give --data_file"),
         (["--quant_type", "int4", "--group_size", "48"], "48 does not divide"),
         (["--quant_type", "fp8", "--group_size", "32"], "fp8 has one scale for each output channel"),
+        (["--quant_type", "nf4", "--group_size", "16"], "--group_size 16: bitsandbytes has nf4 in blocks of 32, 64, "),
+        (["--quant_type", "nf4", "--group_size", "-1"], "--group_size -1: bitsandbytes has nf4 in blocks of 32, 64, "),
         (["--data_file", "nowhere.txt"], "nowhere.txt: no such file"),
         (["--data_file", "."], "--data_file .: is a folder: name a file of text or rows"),
         (["--tasks", "arc_easy"], "unknown option --tasks"),

@@ -126,7 +126,8 @@ def test_written_options_are_those_of_the_adapter_that_is_trained_on(base: Path,
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "nf4", "fp8", "a8w8"])
 def test_an_adapter_of_a_quantized_folder(base: Path, tmp_path: Path, kind: str) -> None:
-    quantize = ["quantize", "--model_name_or_path", str(base), "--quant_type", kind, "--group_size", "16"]
+    group = "32" if kind == "nf4" else "16"
+    quantize = ["quantize", "--model_name_or_path", str(base), "--quant_type", kind, "--group_size", group]
     quantize = quantize[: -2 if kind in ("int8", "fp8", "a8w8") else None]
     assert main([*quantize, "--output_path", str(tmp_path / kind)]) == 0
     assert finetuned(tmp_path / kind, tmp_path / "run", "--lora") == 0

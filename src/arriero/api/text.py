@@ -236,16 +236,18 @@ def load_bundle(
         device: cuda:N, of a bundle for GPUs where there are several.
 
     Raises:
-        ConfigError: a device that the bundle is not made for.
+        ConfigError: a device that the bundle is not made for, or more threads than four for each core.
         FormatError: no bundle, one that was changed, or one for another machine.
         MissingExtraError: its runtime is not installed.
     """
     from arriero.bundles.running import bundle_engine, check_device
     from arriero.config.model import device_name
+    from arriero.config.threads import check_threads
     from arriero.export.bundle import open_bundle
 
     bundle = open_bundle(path_of("folder", folder, "the folder of a bundle"))
     name = device_name(str(plain(device)))
     check_device(bundle, name)
     threads = None if num_threads is None else whole_number("num_threads", num_threads)
+    check_threads("num_threads", threads)
     return TextModel(bundle_engine(bundle, whole_number("batch_size", batch_size), threads, device=name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from arriero.config.infer import BundleGenerationOptions, InferOptions
 
 if TYPE_CHECKING:
     from arriero.data.samples import Sample
+    from arriero.engine.answer import Generation
     from arriero.engine.engine import Engine
     from arriero.engine.sampling_params import SamplingParams
 
@@ -23,10 +25,9 @@ OPTIONS: tuple[type, ...] = (InferOptions, BundleGenerationOptions)
 
 def run(infer: InferOptions, generation: BundleGenerationOptions) -> int:
     """Print every prompt with its answer."""
+    from arriero.bundles.prompts import AnswerLength, fit_prompts, reports
     from arriero.bundles.running import bundle_engine, bundle_folder, check_device, default_length
-    from arriero.commands.prompt_rows import check_predict_file, print_answer, read_prompts, write_answers
-    from arriero.data.prompt_tokens import fit_prompt
-    from arriero.data.sample_text import told_answer
+    from arriero.commands.prompt_rows import check_predict_file, read_prompts
     from arriero.engine.sampling_params import params_from_options
     from arriero.export.bundle import open_bundle
 
@@ -36,52 +37,82 @@ def run(infer: InferOptions, generation: BundleGenerationOptions) -> int:
     start = time.perf_counter()
     bundle = open_bundle(bundle_folder(infer.model_dir, infer.model_prefix))
     check_device(bundle, infer.device)
-    if not generation.max_new_tokens:
-        generation = replace(generation, max_new_tokens=default_length(bundle))
-    params = params_from_options(generation)
+    usual = max(default_length(bundle), generation.min_new_tokens)
+    length = AnswerLength(generation.max_new_tokens or None, usual, max(1, generation.min_new_tokens))
+    params = params_from_options(replace(generation, max_new_tokens=length.told or usual))
     engine = bundle_engine(bundle, generation.batch_size, infer.num_threads, device=infer.device)
     seconds = time.perf_counter() - start
-    prompts, cut = [], 0
-    for sample in samples:
-        ids, shortened = fit_prompt(sample, engine.tokenizer, infer.src_length)
-        prompts.append(ids)
-        cut += shortened
-    if cut:
-        print(f"{cut} of {len(samples)} prompts were cut to --src_length {infer.src_length}")
+    context = engine.runner.context
+    fitted = fit_prompts(samples, engine.tokenizer, context, infer.src_length, length)
+    for report in reports(fitted, context, infer.src_length, length.told or usual):
+        print(report)
+    prompts = [prompt.ids for prompt in fitted]
     if infer.benchmark:
-        _measure(engine, prompts, params, generation.batch_size, seconds)
+        shortest = min(prompt.answer for prompt in fitted)
+        _measure(engine, prompts, replace(params, max_new_tokens=shortest), generation.batch_size, seconds)
         return 0
     each = [
-        params if generation.seed is None else replace(params, seed=generation.seed + i) for i in range(len(prompts))
+        replace(
+            params, max_new_tokens=prompt.answer, seed=None if generation.seed is None else generation.seed + number
+        )
+        for number, prompt in enumerate(fitted)
     ]
-    if infer.stream:
-        answers = _stream(engine, samples, prompts, each)
-    else:
-        found = engine.generate(prompts, each)
-        answers = [told_answer(sample, answer.text) for sample, answer in zip(samples, found, strict=True)]
-        for sample, answer in zip(samples, answers, strict=True):
-            print_answer(sample, answer)
-    if infer.predict_file:
-        write_answers(samples, answers, Path(infer.predict_file))
+    _answer(engine, samples, prompts, each, infer)
     return 0
 
 
-def _stream(
-    engine: Engine, samples: Sequence[Sample], prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
-) -> list[str]:
-    """Print answers as they come."""
+def _answer(
+    engine: Engine,
+    samples: Sequence[Sample],
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams],
+    infer: InferOptions,
+) -> None:
+    """Print the answers and write them; of a run that breaks off, those that are finished."""
+    from arriero.commands.prompt_rows import print_answer, write_answers
     from arriero.data.sample_text import told_answer
 
-    answers = []
-    for sample, prompt, own in zip(samples, prompts, params, strict=True):
+    answers: dict[int, str] = {}
+
+    def keep(number: int, answer: Generation) -> None:
+        answers[number] = told_answer(samples[number], answer.text)
+
+    try:
+        if infer.stream:
+            _stream(engine, samples, prompts, params, answers)
+        else:
+            engine.generate(prompts, params, on_done=keep)
+    finally:
+        done = sorted(answers)
+        rows = [samples[number] for number in done]
+        if len(done) < len(samples):
+            print(f"arriero: warning: {len(done)} of {len(samples)} prompts were answered", file=sys.stderr)
+        try:
+            for number in [] if infer.stream else done:
+                print_answer(samples[number], answers[number])
+        finally:
+            if infer.predict_file and done:
+                write_answers(rows, [answers[number] for number in done], Path(infer.predict_file))
+
+
+def _stream(
+    engine: Engine,
+    samples: Sequence[Sample],
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams],
+    answers: dict[int, str],
+) -> None:
+    """Print answers as they come, and put each that is whole into `answers`."""
+    from arriero.data.sample_text import told_answer
+
+    for number, (sample, prompt, own) in enumerate(zip(samples, prompts, params, strict=True)):
         print(without_controls(sample.prompt))
         pieces = []
         for piece in engine.stream(prompt, own):
             print(without_controls(piece), end="", flush=True)
             pieces.append(piece)
         print("\n" + "-" * 20)
-        answers.append(told_answer(sample, "".join(pieces)))
-    return answers
+        answers[number] = told_answer(sample, "".join(pieces))
 
 
 def _measure(

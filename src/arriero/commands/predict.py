@@ -49,6 +49,7 @@ def run(
     from arriero.commands.prompt_rows import check_predict_file, read_prompts
     from arriero.config.layout import Layout
     from arriero.data.prompt_tokens import fit_prompt
+    from arriero.data.run_task import warn_of_other_task
     from arriero.data.sample_text import told_answer
     from arriero.engine.loading import load_for_inference, pick_device
     from arriero.engine.sampling_params import params_from_options
@@ -75,6 +76,9 @@ def run(
     samples = read_prompts(predict.data_file, predict.task_name, predict.data_format)
     check_predict_file(predict.predict_file, predict.data_file)
     processes = start(Layout(pp=stages, tp=size // stages), pick_device(model.device))
+    if processes.first:
+        add = "--task_name" if predict.data_file else "--data_file FILE --task_name"
+        warn_of_other_task(model.model_name_or_path, adapter, predict.task_name, samples, add=add)
     loaded = load_for_inference(model, adapter, processes)
     prompts, cut = [], 0
     for sample in samples:
@@ -152,11 +156,11 @@ def _write_model(folder: Path, target: str) -> None:
     from arriero.commands.merge import merge_with_progress
     from arriero.formats import hf
     from arriero.formats.tensor_shards import is_sharded
-    from arriero.models.config import LlamaConfig
+    from arriero.formats.tied_head import read_config
 
     if is_sharded(folder):
         merge_with_progress(folder, target)
         return
-    config = LlamaConfig.from_file(folder)
+    config = read_config(folder)
     hf.save_model(hf.open_state(folder, config), config, target, extra_files_from=folder)
     print(f"model: {target} (it was whole already)")

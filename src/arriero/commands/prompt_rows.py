@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arriero.commands.terminal import without_controls
+from arriero.errors import ConfigError
 from arriero.output_file import check_place, write_file
 
 if TYPE_CHECKING:
@@ -44,7 +45,18 @@ def print_answer(sample: Sample, answer: str) -> None:
 
 
 def check_predict_file(predict_file: str, data_file: str | None) -> None:
-    """Before anything is generated; see `check_place`."""
+    """Before anything is generated; see `check_place`.
+
+    Raises:
+        ConfigError: also a place in a bundle, which holds no files but its own.
+    """
+    from arriero.formats.bundle_folder import is_bundle
+
+    for folder in Path(predict_file).resolve().parents:
+        if is_bundle(folder):
+            raise ConfigError(
+                f"--predict_file {predict_file}: {folder} is a bundle, which a file more would spoil; name another place"
+            )
     reads = [data_file] if data_file is not None else []
     check_place(Path(predict_file), "--predict_file", reads=reads, makes_folder=True)
 

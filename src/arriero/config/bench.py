@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from arriero.config.option import OptionGroup, option
+from arriero.config.threads import check_threads
 from arriero.errors import ConfigError
 
 ENGINE_WORKLOADS = ("decode", "prefill", "mixed", "shared_prefix", "long_context")
@@ -39,7 +40,7 @@ class BenchOptions(OptionGroup):
     context_length: int = option(4096, "long_context: tokens of prompt and answer", minimum=2)
     max_step_tokens: int = option(2048, "tokens of one forward pass at most", minimum=1)
     repeats: int = option(3, "runs of each; rates are medians", minimum=1, maximum=1000)
-    threads: int | None = option(None, "threads to compute with (default: torch's choice)", minimum=1, maximum=4096)
+    threads: int | None = option(None, "threads to compute with (default: torch's choice)", minimum=1)
     seed: int = option(0, "seed of the random prompts; serve: of their order and of the arrivals", minimum=0)
     against: list[str] = option(
         [], "installed programs that take turns with arriero on the same work", ("transformers",), aliases=("peers",)
@@ -49,6 +50,7 @@ class BenchOptions(OptionGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_threads("--threads", self.threads)
         for name in ("workloads", "batch_sizes", "prompt_lengths"):
             if not getattr(self, name):
                 raise ConfigError(f"--{name} is empty: give at least one")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from arriero.config.generation import GenerationOptions, PromptOptions
 from arriero.config.model import device_name
 from arriero.config.option import REQUIRED, option
+from arriero.config.threads import check_threads
+from arriero.errors import ConfigError
 
 
 @dataclass(kw_only=True)
@@ -17,7 +19,11 @@ class InferOptions(PromptOptions):
     model_prefix: str = option("llama", "the bundle's name in that folder; no matter where that is the bundle itself")
     device: str = option("auto", "auto, cpu, gpu or cuda:N; it must be what the bundle is made for")
     num_threads: int | None = option(None, "of a computation on a CPU (default: all cores of this process)", minimum=1)
-    src_length: int = option(1024, "longest prompt in tokens; a longer one is cut, counted and reported", minimum=1)
+    src_length: int = option(
+        1024,
+        "longest prompt in tokens; a longer one is cut, counted and reported, as is what the context has no room for",
+        minimum=1,
+    )
     predict_file: str | None = option(
         None, "also write the answers there, one JSON line each", aliases=("output_file",)
     )
@@ -29,6 +35,10 @@ class InferOptions(PromptOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.device = device_name(self.device)
+        check_threads("--num_threads", self.num_threads)
+        for name, given in (("--predict_file", self.predict_file), ("--stream", self.stream)):
+            if self.benchmark and given:
+                raise ConfigError(f"{name} and --benchmark: a measurement keeps no answers; leave one of them out")
 
 
 @dataclass(kw_only=True)
@@ -36,7 +46,10 @@ class BundleGenerationOptions(GenerationOptions):
     """Generation."""
 
     max_new_tokens: int = option(
-        0, "longest answer in tokens; 0: what the bundle says", aliases=("tgt_length", "max_length"), minimum=0
+        0,
+        "longest answer in tokens; 0: what the bundle says, where its context has that room",
+        aliases=("tgt_length", "max_length"),
+        minimum=0,
     )
 
     def _check_lengths(self) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from arriero.config.option import REQUIRED, OptionGroup, option
 from arriero.errors import ConfigError
+
+_MAX_PREFIX_BYTES = 200  # of a file system's 255: names of files begin with it and say more
 
 
 @dataclass(kw_only=True)
@@ -21,7 +24,9 @@ class PreprocessOptions(OptionGroup):
         aliases=("tokenizer_name",),
     )
     cache_dir: str | None = option(None, "where downloaded files are kept (default: $ARRIERO_HOME or ~/.cache/arriero)")
-    input_path: str = option(REQUIRED, "a file or folder: .txt, .jsonl, either also as .gz or .zst, and .parquet")
+    input_path: str = option(
+        REQUIRED, "a file or folder: .txt, .jsonl (or .json), either also as .gz or .zst, and .parquet"
+    )
     output_prefix: str = option(REQUIRED, "path and first part of the name of the files written")
     overwrite: bool = option(False, "replace a corpus that has this output_prefix already")
     data_format: str = option("JSON", "what a line of a .jsonl file is", ("JSON",))
@@ -69,6 +74,12 @@ class PreprocessOptions(OptionGroup):
         for name in ("model_name_or_path", "input_path", "output_prefix", "json_key"):
             if not str(getattr(self, name)).strip():
                 raise ConfigError(f"--{name} is empty")
+        size = len(os.fsencode(os.path.basename(self.output_prefix)))
+        if size > _MAX_PREFIX_BYTES:
+            raise ConfigError(
+                f"--output_prefix: the files' names would be too long: its last part has {size} bytes, and may have "
+                f"{_MAX_PREFIX_BYTES}"
+            )
         if self.output_prefix.endswith("/"):
             raise ConfigError(
                 f"--output_prefix {self.output_prefix} is a folder: it also needs the first part of the files' names"
