@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,7 @@ def truth(folder: Path) -> torch.Tensor:
 def test_loading_and_converting_keep_the_head_that_transformers_keeps(
     tmp_path: Path, head: str, shards: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING)  # libraries raise it
     folder = folder_with(tmp_path, head, shards=shards)
     wanted = truth(folder)
     loaded = hf.load_model(folder)
@@ -94,6 +96,7 @@ def test_loading_and_converting_keep_the_head_that_transformers_keeps(
 def test_a_conversion_writes_the_head(
     tmp_path: Path, in_process: Run, to: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING)
     folder, output = folder_with(tmp_path, "own"), tmp_path / ("out.gguf" if to == "gguf" else "out")
     told = in_process("convert", str(folder), str(output), "--to", to, "--dtype", "float32")
     assert told.returncode == 0, told.stderr
