@@ -13,9 +13,13 @@ import pytest
 from tqdm import tqdm
 
 from arriero.cli import main
-from arriero.data.prompt_tokens import fit_prompt
+from arriero.config.row_lengths import RowLengths
+from arriero.data.rows.formats import sample_from_row
 from arriero.data.samples import Sample
-from arriero.data.tokenizer import Tokenizer
+from arriero.data.sft import encode_sample
+from arriero.data.tokenizer import Tokenizer, load_tokenizer
+from arriero.engine.shared_generation import generate_shared
+from arriero.formats.download import resolve_model
 
 TINY = "__internal_testing__/tiny-random-llama"
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -177,17 +181,51 @@ def test_evaluate_cuts_as_finetune_does(in_process: Command, data: Path, monkeyp
     told = [result.stdout.partition("dev.json")[2].splitlines()[0].lstrip("):") for result in (trained, scored)]
     assert "2 contexts cut to fit src_length" in told[0]
     assert told[0] == told[1]
-    limits: list[int] = []
 
-    def fit(sample: Sample, tokenizer: Tokenizer, limit: int) -> tuple[list[int], bool]:
-        limits.append(limit)
-        return fit_prompt(sample, tokenizer, limit)
 
-    monkeypatch.setattr("arriero.training.generation_metrics.fit_prompt", fit)
-    for verb in verbs:
-        limits.clear()
-        assert in_process(*verb, *cut, "--eval_with_do_generation").returncode == 0
-        assert limits == [32, 32]
+@pytest.mark.parametrize("given", [("--tgt_length", "8"), ()])
+def test_generation_asks_with_the_prompts_of_training(
+    in_process: Command, data: Path, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...]
+) -> None:
+    """And an answer has what its prompt leaves of the row."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a b c", "completion": "d " * 60},
+        {"prompt": "word " * 14, "completion": "e"},
+    ]
+    rows.append({"context": "word " * 60, "question": "Which?", "answers": ["word"]})
+    (data / "dev.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (data / "train.json").write_text((data / "dev.json").read_text())
+    asked: list[tuple[list[int], int]] = []
+
+    def generate(model: Any, tokenizer: Tokenizer, prompts: Any, params: Any, **options: Any) -> Any:
+        asked.extend((prompt, own.max_new_tokens) for prompt, own in zip(prompts, params, strict=True))
+        return generate_shared(model, tokenizer, prompts, params, **options)
+
+    monkeypatch.setattr("arriero.training.generation_metrics.generate_shared", generate)
+    bound = ("--dataset_path", str(data), "--max_seq_length", "40", *given, "--eval_with_do_generation")
+    for verb in (
+        (*TRAIN, "--do_eval", "--max_steps", "1", "--overwrite_output_dir"),
+        ("evaluate", "--model_name_or_path", TINY),
+    ):
+        asked.clear()
+        told = in_process(*verb, *bound)
+        assert told.returncode == 0, told.stderr
+        tokenizer = load_tokenizer(resolve_model(TINY))
+        lengths = RowLengths(40, 8 if given else 40, 40)
+        for row, (prompt, room) in zip(rows, asked, strict=True):
+            example = encode_sample(sample_from_row(row, "f:1"), tokenizer, lengths)[0]
+            assert prompt == example.input_ids[: example.prompt_length]
+            assert room == min(40 - len(prompt), lengths.longest_answer)
+        assert max(len(prompt) for prompt, _ in asked) > 27, "more than two thirds of a row, where its answer is short"
+
+
+def test_a_run_goes_on_with_another_bound(in_process: Command, data: Path, tmp_path: Path) -> None:
+    """Of its own configuration: what nobody told is not told by that either."""
+    run = ("--dataset_path", str(data / "table.csv"), "--max_steps", "1", "--overwrite_output_dir")
+    assert in_process(*TRAIN, *run, "--max_seq_length", "160").returncode == 0
+    (written,) = tmp_path.rglob("config.yaml")
+    again = in_process("finetune", str(written), "--max_seq_length", "128", "--output_dir", str(tmp_path / "again"))
+    assert again.returncode == 0, again.stderr
 
 
 def test_a_row_may_be_as_long_as_its_room_alone(in_process: Command, tmp_path: Path) -> None:

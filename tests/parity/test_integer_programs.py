@@ -187,6 +187,54 @@ def test_the_native_product(compiled: Callable[[str], Any], variant: str, bits: 
         assert np.median(np.abs(y - reference) / scale) < 1e-6
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_no_number_stays_none(compiled: Callable[[str], Any], variant: str) -> None:
+    if not features().issuperset(VARIANTS[variant]):
+        pytest.skip(f"this processor has no {variant}")
+    parts = [np.ascontiguousarray(tiles(random_levels(16, 64, 4))[part].numpy()) for part in PARTS]
+    x = np.ones((4, 64), np.float32)
+    x[0, 40], x[1, 3], x[2] = np.nan, np.inf, 1e-40
+    y = np.zeros((4, 16), np.float32)
+    pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (x, *parts, y)]
+    compiled(variant).product_4(*pointers, *map(ctypes.c_int64, (4, 64, 16)))
+    reference = integer_product(*map(torch.from_numpy, (x, *parts)), 16).numpy()
+    for found in (y, reference):
+        assert np.isnan(found[:2]).all()
+        assert (found[2] == 0).all()
+        assert np.isfinite(found[3]).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("size", [1.0, 1e-8, 1e-12])
+def test_flat_blocks_leave_the_others_alone(bits: int, size: float) -> None:
+    """Of zeros, or of one number: their step is no measure for the rest of the output."""
+    torch.manual_seed(2)
+    weight = torch.randn(8, 96) * size
+    weight[:, :32], weight[3, :32] = 0.0, 0.7 * size
+    found = untiled(tiles(levels_of(OneMatrix(weight), ["w"], bits)))[:8]
+    assert (found[:3, :32] == 0).all()
+    apart = ((found - weight)[:, 32:].square().mean() / weight[:, 32:].square().mean()).sqrt()
+    assert apart < (0.1 if bits == 4 else 0.01)
+    torch.testing.assert_close(found[3, :32], weight[3, :32], rtol=0.01, atol=0)
+
+
+@pytest.mark.slow
+def test_parts_of_a_tensor_are_multiplied_where_they_lie() -> None:
+    """A kernel of the compiler's is given the memory of the whole."""
+    torch.manual_seed(3)
+    parts = [tiles(random_levels(32, 64, 4))[part] for part in PARTS]
+
+    def call(x: Tensor, *own: Tensor) -> tuple[Tensor, Tensor]:
+        return integer_product((x * 2)[2:5], *own, 32), integer_product(x[1:], *own, 32)
+
+    torch._dynamo.reset()
+    x = torch.randn(6, 64)
+    with native_code.native_operators():
+        found = torch.compile(call, options={"epilogue_fusion": False, "fx_graph_cache": False})(x, *parts)
+    for one, other in zip(found, call(x, *parts), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 def attention(query: Tensor, cache: Tensor, starts: Tensor, window: int, scale: float) -> Tensor:
     """In fp64, in words."""
     rows, heads, _ = query.shape

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from arriero.config.row_lengths import RowLengths
-from arriero.data.pairs import encode_pairs
+from arriero.data.pairs import PairSample, encode_pairs
 from arriero.data.rows.formats import sample_from_row
 from arriero.data.rows.preferences import pair_from_row
 from arriero.data.samples import Sample
@@ -99,3 +103,45 @@ def test_the_answers_of_a_pair_have_one_prompt(tokenizer: Tokenizer) -> None:
     assert pair.chosen.input_ids[:begin] == pair.rejected.input_ids[:begin]
     assert max(pair.chosen.length, pair.rejected.length) <= 120
     assert report.truncated_target == 1
+
+
+def test_pairs_keep_what_fits(tokenizer: Tokenizer) -> None:
+    """A prompt of more than two thirds of a row, with short answers; and with one of them that needs more."""
+    row = {"prompt": words(34), "chosen": words(2), "rejected": words(3)}
+    (pair,), report = encode_pairs([pair_from_row(row, "f:1")], tokenizer, ROOM)
+    assert pair.chosen.prompt_length > 80
+    assert not report.truncated_context
+    context = {"context": words(40), "question": "Which?", "answers": ["a"]}
+    sample = sample_from_row(context, "f:1")
+    chosen, rejected = replace(sample, target="a"), replace(sample, target=words(8))
+    (pair,), report = encode_pairs([PairSample(chosen, rejected)], tokenizer, ROOM)
+    assert report.truncated_context == 1
+    assert pair.chosen.prompt_length == pair.rejected.prompt_length > 80
+    assert 115 <= pair.rejected.length <= 120
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_template_that_writes_a_finished_turn_at_more_length(
+    tokenizer: Tokenizer, tmp_path: Path, marked: bool
+) -> None:
+    """Than the generation prompt that opens it."""
+    said = (
+        "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
+        if marked
+        else "{{ m.content }}{{ eos_token }}"
+    )
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}### The assistant, which is very helpful, says now: "
+        + said
+        + "{% else %}U: {{ m.content }} {% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+    )
+    source = resolve_model("__internal_testing__/tiny-random-llama", tmp_path / "cache", lambda _: None)
+    shutil.copytree(source, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
+    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    other = load_tokenizer(tmp_path / "m")
+    for prompt, answer in ((60, 3), (60, 60), (3, 60), (12, 12)):
+        for lengths in (RowLengths(80, 80, 80), ROOM, RowLengths(80, 20, 80), RowLengths(60, 40)):
+            example, *_ = encode_sample(chat(prompt, answer), other, lengths)
+            assert example.length <= lengths.row
+            assert example.label_count > 0

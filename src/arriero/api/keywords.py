@@ -246,8 +246,8 @@ class DataGroup(TypedDict, total=False):
     dataset_path: Path | Rows | None
     data_format: Literal["auto", "messages", "sharegpt", "context", "instruction", "alpaca", "src", "prompt", "text"]
     train_on: Literal["all_assistant", "last"]
-    src_length: int
-    tgt_length: int
+    src_length: int | None
+    tgt_length: int | None
     eval_with_do_generation: bool
     max_eval_samples: int | None
     dataset_weights: list[float] | None

@@ -101,6 +101,7 @@ def _score(options: QuickstartOptions, model: Path, adapter: Path | None, data: 
 
     from arriero.config.adapter import AdapterPathOptions
     from arriero.config.model import ModelOptions
+    from arriero.config.row_lengths import RowLengths
     from arriero.data.sources import load_samples
     from arriero.engine.loading import load_for_inference
     from arriero.engine.sampling_params import SamplingParams
@@ -115,7 +116,7 @@ def _score(options: QuickstartOptions, model: Path, adapter: Path | None, data: 
         answers = generate_answers(
             loaded,
             samples,
-            src_length=SRC_LENGTH,
+            lengths=RowLengths(SRC_LENGTH, ANSWER_TOKENS),
             params=SamplingParams(max_new_tokens=ANSWER_TOKENS),
             on_done=bar.update,
         )

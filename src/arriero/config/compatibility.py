@@ -268,11 +268,10 @@ def _sampling(groups: Sequence[Any], given: frozenset[str], warnings: list[str])
 
 
 def _row_lengths(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
-    """Settle what prompts and answers have of a `--max_seq_length` above their usual lengths."""
     data, evaluation = find(groups, DataOptions), find(groups, EvaluateOptions)
-    if data is None or (evaluation is not None and evaluation.tasks):
+    if data is None or data.max_seq_length is None or (evaluation is not None and evaluation.tasks):
         return
-    if not data.share_room(given) and "max_seq_length" in given:
+    if data.lengths.row < data.max_seq_length and "max_seq_length" in given:
         warnings.append(
             f"--max_seq_length {data.max_seq_length} has no effect above --src_length {data.src_length} + "
             f"--tgt_length {data.tgt_length}: leave one of these out, which takes the rest then"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from arriero.config.option import OptionGroup, option
 from arriero.config.row_lengths import RowLengths
 from arriero.errors import ConfigError
 
+USUAL_PROMPT, USUAL_ANSWER = 512, 256  # tokens at most
 DATA_FORMATS = ("auto", "messages", "sharegpt", "context", "instruction", "alpaca", "src", "prompt", "text")
 
 
@@ -106,8 +107,10 @@ class RowOptions(OptionGroup):
         "what of a conversation is learned: all_assistant: every turn of the assistant; last: its last one",
         ("all_assistant", "last"),
     )
-    src_length: int = option(512, "longest prompt in tokens; a longer one loses the end of its context", minimum=1)
-    tgt_length: int = option(256, "longest answer in tokens", minimum=1)
+    src_length: int | None = option(
+        None, "longest prompt in tokens; a longer one loses the end of its context (default: 512)", minimum=1
+    )
+    tgt_length: int | None = option(None, "longest answer in tokens (default: 256)", minimum=1)
     eval_with_do_generation: bool = option(
         False, "evaluate by generating answers and scoring them, instead of by loss and token accuracy"
     )
@@ -182,34 +185,17 @@ class DataOptions(RowOptions):
             raise ConfigError(
                 "--max_tokens_per_batch fills micro-batches with packed rows and --packing no pads them: drop one of them"
             )
-
-    def share_room(self, given: Collection[str]) -> bool:
-        """Let what is not in `given` of `src_length` and `tgt_length` be as long as `max_seq_length`, which holds for both.
-
-        Returns:
-            Whether all of that can be had: not where the two are given, and less together.
-
-        Raises:
-            ConfigError: a given `tgt_length` leaves nothing for a prompt.
-        """
-        room = self.max_seq_length
-        if room is None:
-            return True
-        if "tgt_length" in given and self.tgt_length > room:
+        if self.max_seq_length is not None and (self.tgt_length or 0) >= self.max_seq_length:
             raise ConfigError(
-                f"--max_seq_length {room} leaves no room for a prompt beside "
+                f"--max_seq_length {self.max_seq_length} leaves no room for a prompt beside "
                 f"--tgt_length {self.tgt_length}: raise the first or lower the second"
             )
-        if "src_length" not in given:
-            self.src_length = room
-        if "tgt_length" not in given:
-            self.tgt_length = room
-        return self.src_length + self.tgt_length >= room
 
     @property
     def lengths(self) -> RowLengths:
-        """What a row has room for."""
-        return RowLengths(self.src_length, self.tgt_length, self.max_seq_length)
+        """What a row has room for; what is not told may be as long as `max_seq_length`, which holds for both."""
+        prompt, answer = (USUAL_PROMPT, USUAL_ANSWER) if self.max_seq_length is None else [self.max_seq_length] * 2
+        return RowLengths(self.src_length or prompt, self.tgt_length or answer, self.max_seq_length)
 
     @property
     def sequence_length(self) -> int:

@@ -98,10 +98,9 @@ class PlanCorpusOptions(CorpusOptions):
         if self.src_length is None and self.tgt_length is None:
             self.max_seq_length = self.max_seq_length or DEFAULT_LENGTH
             return
-        rows = DataOptions(max_seq_length=self.max_seq_length or None)
-        rows.src_length = self.src_length or rows.src_length
-        rows.tgt_length = self.tgt_length or rows.tgt_length
-        rows.share_room([name for name in ("src_length", "tgt_length") if getattr(self, name) is not None])
+        rows = DataOptions(
+            max_seq_length=self.max_seq_length or None, src_length=self.src_length, tgt_length=self.tgt_length
+        )
         self.max_seq_length = rows.sequence_length
 
 

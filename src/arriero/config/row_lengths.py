@@ -38,8 +38,3 @@ class RowLengths:
     def prompt(self) -> int:
         """What is kept for a prompt beside an answer that is too long."""
         return min(self.longest_prompt, self.row - self.answer)
-
-    @property
-    def of_one_prompt(self) -> RowLengths:
-        """The same for several answers to one prompt, which must be cut alike for all."""
-        return RowLengths(self.prompt, self.longest_answer, self.both)

@@ -110,20 +110,33 @@ def encode_pairs(
     pairs: list[Pair] = []
     report = PairReport()
     for sample in samples:
-        rows = []
-        for answer in (sample.chosen, sample.rejected):
-            row, context_cut, target_cut = encode_sample(answer, tokenizer, lengths.of_one_prompt, train_on="last")
-            rows.append(row)
+        encoded = _encoded(sample, tokenizer, lengths)
+        rows = [row for row, *_ in encoded]
+        for row, _, target_cut in encoded:
             report.tokens += row.length
             report.longest = max(report.longest, row.length)
             report.truncated_target += target_cut
-        report.truncated_context += context_cut  # the prompt of both
+        report.truncated_context += encoded[0][1]  # the prompt of both
         report.empty += any(is_empty(answer) for answer in (sample.chosen, sample.rejected))
         report.bare += tokenizer.has_chat_template() and not sample.chosen.chat
         report.equal += rows[0].input_ids == rows[1].input_ids
         pairs.append(Pair(*rows))
         report.pairs += 1
     return pairs, report
+
+
+def _encoded(sample: PairSample, tokenizer: SFTTokenizer, lengths: RowLengths) -> list[tuple[Example, bool, bool]]:
+    """The rows of both answers, see `encode_sample`; their prompt is the one that the longer answer leaves room for."""
+
+    def encoded(within: RowLengths) -> list[tuple[Example, bool, bool]]:
+        answers = (sample.chosen, sample.rejected)
+        return [encode_sample(answer, tokenizer, within, train_on="last") for answer in answers]
+
+    rows = encoded(lengths)
+    sizes = {row.prompt_length for row, *_ in rows}
+    if len(sizes) == 1 or not any(cut for _, cut, _ in rows):
+        return rows
+    return encoded(replace(lengths, longest_prompt=min(sizes)))
 
 
 def fingerprint(pairs: Sequence[Pair]) -> str:

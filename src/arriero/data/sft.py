@@ -12,7 +12,14 @@ from functools import cached_property
 
 from arriero.config.row_lengths import RowLengths
 from arriero.data.assistant_turns import is_learned
-from arriero.data.prompt_tokens import SFTTokenizer, encode_target, fit_sample, uses_template
+from arriero.data.prompt_tokens import (
+    SFTTokenizer,
+    encode_prompt,
+    encode_target,
+    fit_prompt,
+    fit_sample,
+    uses_template,
+)
 from arriero.data.rows.report import EncodingReport
 from arriero.data.sample_text import more_than_text
 from arriero.data.samples import Sample
@@ -81,13 +88,26 @@ def _fitted_row(sample: Sample, tokenizer: SFTTokenizer, lengths: RowLengths) ->
     if sample.only_text:
         return fitted, _parts(fitted, prompt, tokenizer, lengths.row - len(prompt))
     found = _parts(fitted, prompt, tokenizer, lengths.answer)
-    before, _, answer, _, cut = found
-    if len(before) + len(answer) > lengths.row:
-        fitted, prompt = fit_sample(sample, tokenizer, lengths.row - len(answer))
+    while (
+        over := len(found[0]) + len(found[2]) - lengths.row
+    ) > 0:  # a template may write a finished turn at more length
+        fitted, prompt = fit_sample(sample, tokenizer, len(prompt) - over)
         found = _parts(fitted, prompt, tokenizer, lengths.answer)
-    elif cut and lengths.answer < lengths.longest_answer:
+    before, _, _, _, cut = found
+    if cut and lengths.answer < lengths.longest_answer:
         found = _parts(fitted, prompt, tokenizer, min(lengths.longest_answer, lengths.row - len(before)))
     return fitted, found
+
+
+def prompt_of_row(sample: Sample, tokenizer: SFTTokenizer, lengths: RowLengths) -> list[int]:
+    """The prompt that a training row of this sample has: what its answer is asked with.
+
+    Raises:
+        DataError: it does not fit even without its context.
+    """
+    if sample.target is None:
+        return fit_prompt(sample, tokenizer, lengths.prompt)[0]
+    return encode_prompt(_fitted_row(sample, tokenizer, lengths)[0], tokenizer)
 
 
 def _parts(sample: Sample, prompt: list[int], tokenizer: SFTTokenizer, limit: int) -> RowParts:

@@ -62,12 +62,18 @@ def levels_of(source: WeightSource, names: Sequence[str], bits: int) -> Levels:
     if bits == 8 or source.has_integers(names):
         stored = source.blocks(names, BlockFormat(bits, BLOCK))
         scales, middle = torch.from_numpy(stored.scales), float(1 << (bits - 1))
-        steps, factors = _rounded(scales, scales)
-        steps = steps * factors
-        return Levels(torch.from_numpy(stored.levels()), steps, -middle * steps, bits)
+        values = torch.from_numpy(stored.levels())
+        zero = (values == middle).all(-1)  # whose step would be too large a unit for the others of its row
+        scales = torch.where(zero, 0.0, scales)
+        factors = _factors(scales)
+        steps = (scales / factors).half().float() * factors
+        return Levels(values, steps, -middle * steps, bits)
     weight = source.rows(names)
     filled = F.pad(weight, (0, -weight.shape[1] % BLOCK))
-    values, steps, lows = _in_fp16(*fit_levels(filled.view(len(filled), -1, BLOCK), bits), bits)
+    values, steps, lows = fit_levels(filled.view(len(filled), -1, BLOCK), bits)
+    flat = values.amin(-1) == values.amax(-1)  # the same
+    lows = torch.where(flat, lows + steps * values[..., 0], lows)
+    values, steps, lows = _in_fp16(values, torch.where(flat, 0.0, steps), lows, bits)
     factors = _factors(torch.maximum(steps.abs(), lows.abs()))
     kept = [(part / factors).half().float() * factors for part in (steps, lows)]
     return Levels(values, kept[0], kept[1], bits)
@@ -102,12 +108,6 @@ def _factors(largest: Tensor) -> Tensor:
     """(out, blocks) -> (out, 1): powers of two, by which the largest of a row comes near fp16's."""
     top = largest.abs().amax(1, keepdim=True).clamp(min=2.0**-100)
     return torch.exp2(torch.floor(torch.log2(top))) / _TOP
-
-
-def _rounded(values: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-    """Values in units of their row's factor, as fp16 has them, and the factors."""
-    factors = _factors(largest)
-    return (values / factors).half().float(), factors
 
 
 def tiles(levels: Levels) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
+from threading import Lock
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ _VARIANTS = {
     "ARRIERO_VNNI": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"),
     "ARRIERO_AVX2": ("avx2", "fma", "f16c"),
 }
+
+_ONE_AT_A_TIME = Lock()  # what the compiler knows is one for all threads
 
 
 def needed_features() -> Sequence[str]:
@@ -37,12 +40,13 @@ def native_operators() -> Iterator[None]:
     from torch._inductor.lowering import lowerings
 
     own = {_operator(INTEGER_PRODUCT): _integer_product, _operator(CACHED_ATTENTION): _cached_attention}
-    lowerings.update(own)
-    try:
-        yield
-    finally:
-        for operator in own:
-            del lowerings[operator]
+    with _ONE_AT_A_TIME:
+        lowerings.update(own)
+        try:
+            yield
+        finally:
+            for operator in own:
+                del lowerings[operator]
 
 
 def _operator(name: str) -> Any:
@@ -107,6 +111,8 @@ def _called(call: _Call, given: Sequence[Any], size: list[Any]) -> Any:
             )
 
     inputs = [ExternKernel.require_contiguous(ExternKernel.realize_input(one)) for one in given]
+    # a kernel is given the memory of the whole that an input is a part of
+    inputs = [one if one.get_layout().offset == 0 else ExternKernel.copy_input(one) for one in inputs]
     layout = FixedLayout(torch.device("cpu"), torch.float32, size)
     name = call.header.removesuffix(".h")
     template: Any = Template(name, inputs, layout, torch.get_num_threads())

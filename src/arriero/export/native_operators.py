@@ -8,6 +8,7 @@ from torch import Tensor
 
 from arriero.export.integer_tiles import BLOCK, FACTORS, LEVELS, STEPS, untiled
 
+LEAST = 1e-36  # a block without a larger number is taken for zeros
 INTEGER_PRODUCT, CACHED_ATTENTION = "arriero::integer_product", "arriero::cached_attention"
 
 
@@ -25,8 +26,9 @@ def integer_product(x: Tensor, levels: Tensor, steps: Tensor, factors: Tensor, o
     """
     matrix = untiled({LEVELS: levels, STEPS: steps, FACTORS: factors})[:outputs]
     blocks = F.pad(x, (0, matrix.shape[1] - x.shape[1])).view(len(x), -1, BLOCK)
-    unit = blocks.abs().amax(-1, keepdim=True) / 127
-    rounded = torch.round(blocks / unit.clamp(min=torch.finfo(torch.float32).tiny)) * unit
+    largest = blocks.abs().amax(-1, keepdim=True)
+    unit = torch.where(largest.isinf(), torch.nan, largest / 127)
+    rounded = torch.where(largest < LEAST, 0.0, torch.round(blocks / unit) * unit)
     return F.linear(rounded.flatten(1), matrix)
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from arriero.config.data import DataOptions
-from arriero.data.prompt_tokens import fit_prompt
+from arriero.config.row_lengths import RowLengths
 from arriero.data.samples import Sample
+from arriero.data.sft import prompt_of_row
 from arriero.data.squad import exact_match, f1_score, is_unanswerable
 from arriero.engine.loading import LoadedModel
 from arriero.engine.sampling_params import SamplingParams
@@ -28,8 +29,8 @@ def generate_answers(
     loaded: LoadedModel,
     samples: Sequence[Sample],
     *,
-    src_length: int,
-    params: SamplingParams,
+    lengths: RowLengths,
+    params: SamplingParams | None = None,
     batch_size: int = 32,
     compile: bool = False,
     on_done: Callable[[int], object] | None = None,
@@ -37,14 +38,17 @@ def generate_answers(
     """One answer for each sample, in order; `on_done` is called with a number of them as they are finished.
 
     Args:
+        lengths: of rows, whose prompts are asked.
+        params: default: greedy, an answer as long as its row has room for.
         compile: see `TorchRunner`.
     """
-    prompts = [fit_prompt(sample, loaded.tokenizer, src_length)[0] for sample in samples]
+    prompts = [prompt_of_row(sample, loaded.tokenizer, lengths) for sample in samples]
+    rooms = [max(1, min(lengths.longest_answer, lengths.row - len(prompt))) for prompt in prompts]
     made = generate_shared(
         loaded.model,
         loaded.tokenizer,
         prompts,
-        [params] * len(prompts),
+        [params or SamplingParams(max_new_tokens=room) for room in rooms],
         max_running=batch_size,
         compile=compile,
         on_done=on_done,
@@ -113,7 +117,4 @@ def evaluate_generation(
     loaded: LoadedModel, samples: Sequence[Sample], data: DataOptions, batch_size: int
 ) -> dict[str, float]:
     """Generate greedily and score: the evaluation of `--eval_with_do_generation`."""
-    params = SamplingParams(max_new_tokens=data.lengths.answer)
-    return score(
-        generate_answers(loaded, samples, src_length=data.lengths.prompt, params=params, batch_size=batch_size)
-    )
+    return score(generate_answers(loaded, samples, lengths=data.lengths, batch_size=batch_size))

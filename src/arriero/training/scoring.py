@@ -98,13 +98,13 @@ def score_model(
     metrics = _loss(loaded, samples, data, evaluation, processes)
     if not (data.eval_with_do_generation or data.task_name == "squad_qa"):
         return metrics, []
-    default_length = SQUAD_ANSWER_TOKENS if data.task_name == "squad_qa" else data.lengths.answer
+    length = evaluation.max_new_tokens or (SQUAD_ANSWER_TOKENS if data.task_name == "squad_qa" else None)
     with tqdm(total=len(samples), unit="row", desc="answers", leave=False, disable=not processes.first) as bar:
         answers = generate_answers(
             loaded,
             samples,
-            src_length=data.lengths.prompt,
-            params=SamplingParams(max_new_tokens=evaluation.max_new_tokens or default_length),
+            lengths=data.lengths,
+            params=None if length is None else SamplingParams(max_new_tokens=length),
             compile=compile,
             on_done=bar.update,
         )

@@ -2,6 +2,10 @@
 #ifndef ARRIERO_CACHED_ATTENTION_H
 #define ARRIERO_CACHED_ATTENTION_H
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -90,21 +94,30 @@ inline void attend(const float* query, const Head& head, float scale, float* sco
 inline void cached_attention(
     const float* query, const float* cache, const int64_t* starts, float* result, int64_t rows, int64_t heads,
     int64_t kv, int64_t room, int64_t size, int64_t window, float scale) {
-  const int64_t groups = heads / kv;
+  const int64_t groups = heads / kv, most = 4 * (*std::max_element(starts, starts + rows) + 1);
+#ifdef _OPENMP
+  const std::unique_ptr<float[]> scratch(new float[most * omp_get_max_threads()]);
+#else
+  const std::unique_ptr<float[]> scratch(new float[most]);
+#endif
 #pragma omp parallel for
   for (int64_t pair = 0; pair < rows * kv; ++pair) {
     const int64_t row = pair / kv, own = pair % kv, end = starts[row] + 1;
     const float* keys = cache + (row * 2 * kv + own) * room * size;
     const Head head{keys, keys + kv * room * size, size, window > 0 ? std::max<int64_t>(0, end - window) : 0, end};
-    const std::unique_ptr<float[]> scores(new float[4 * (end - head.first)]);
+#ifdef _OPENMP
+    float* const scores = scratch.get() + most * omp_get_thread_num();
+#else
+    float* const scores = scratch.get();
+#endif
     const float* first = query + (row * heads + own * groups) * size;
     float* target = result + (row * heads + own * groups) * size;
     int64_t h = 0;
-    for (; h + 4 <= groups; h += 4) attend<4>(first + h * size, head, scale, scores.get(), target + h * size);
+    for (; h + 4 <= groups; h += 4) attend<4>(first + h * size, head, scale, scores, target + h * size);
     switch (groups - h) {
-      case 3: attend<3>(first + h * size, head, scale, scores.get(), target + h * size); break;
-      case 2: attend<2>(first + h * size, head, scale, scores.get(), target + h * size); break;
-      case 1: attend<1>(first + h * size, head, scale, scores.get(), target + h * size); break;
+      case 3: attend<3>(first + h * size, head, scale, scores, target + h * size); break;
+      case 2: attend<2>(first + h * size, head, scale, scores, target + h * size); break;
+      case 1: attend<1>(first + h * size, head, scale, scores, target + h * size); break;
       default: break;
     }
   }

@@ -5,6 +5,7 @@
 #ifndef ARRIERO_INTEGER_PRODUCT_H
 #define ARRIERO_INTEGER_PRODUCT_H
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -19,6 +20,7 @@ namespace arriero {
 constexpr int kBlock = 32;  // inputs that share a step
 constexpr int kLanes = 16;  // outputs of a tile
 constexpr int kRows = 8;    // that share a loop over a tile
+constexpr float kLeast = 1e-36f;
 
 // Rows of a product as integers, and of each block its step and the sum of what the integers stand for.
 struct RoundedRows {
@@ -40,14 +42,25 @@ inline void round_row(const float* x, int64_t size, int64_t blocks, int8_t* inte
     float block[kBlock] = {};
     std::memcpy(block, x + b * kBlock, count * sizeof(float));
     float most[kLanes] = {};
+    int odd[kLanes] = {};  // neither finite
     for (int i = 0; i < kBlock; i += kLanes)
       for (int lane = 0; lane < kLanes; ++lane) {
         const float value = std::fabs(block[i + lane]);
         most[lane] = value > most[lane] ? value : most[lane];
+        odd[lane] |= !(value <= FLT_MAX);
       }
     float largest = 0;
-    for (int lane = 0; lane < kLanes; ++lane) largest = most[lane] > largest ? most[lane] : largest;
-    const float step = largest / 127.0f, inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    int any = 0;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      largest = most[lane] > largest ? most[lane] : largest;
+      any |= odd[lane];
+    }
+    if (any || largest < kLeast) {  // no number, as the products then are; or too small for an inverse
+      std::memset(integers + b * kBlock, 0, kBlock);
+      steps[b] = sums[b] = any ? NAN : 0.0f;
+      continue;
+    }
+    const float step = largest / 127.0f, inverse = 127.0f / largest;
     int values[kBlock];
     for (int i = 0; i < kBlock; ++i) values[i] = static_cast<int>(std::nearbyint(block[i] * inverse));
     int sum = 0;
