@@ -13,6 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 
@@ -30,6 +31,7 @@ _EXIT_TERMINATED = 143
 # Verbs that write beside their output's place first, or have processes of their own: at SIGTERM they remove the one and end the
 # other. Runs have an answer of their own.
 _TIDY = ("convert", "merge", "quantize", "export", "download", "preprocess")
+_RUNS = ("pretrain", "finetune")
 
 
 class _Terminated(BaseException):
@@ -70,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         error_file = take_error_file()
     try:
-        with _tidy_end(arguments, last=argv is None):
+        with _tidy_end(arguments, last=argv is None), _early_end(arguments, last=argv is None):
             code = _run(arguments)
             sys.stdout.flush()
         return code
@@ -130,6 +132,15 @@ def _tidy_end(arguments: Sequence[str], *, last: bool) -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN if done else before)
         if done:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _early_end(arguments: Sequence[str], *, last: bool) -> AbstractContextManager[object]:
+    """Within it, a signal to a run that has not made a step yet, and may still be importing, ends it in one line."""
+    if not arguments or arguments[0] not in _RUNS:
+        return contextlib.nullcontext()
+    from arriero.early_signals import EarlySignals
+
+    return EarlySignals(last=last)
 
 
 def _end(error: BaseException, message: str, exit_code: int, error_file: Path | None, debug: bool) -> int:

@@ -228,6 +228,18 @@ def end_as(whole: Path, torn: Path, launch: Launch, command: list[str]) -> None:
     assert {path.name for path in torn.iterdir()} == {path.name for path in whole.iterdir()}
 
 
+def test_a_signal_before_the_first_step_ends_all_in_one_line(work: Path, launch: Launch) -> None:
+    """While they load; nothing is left of the run."""
+    launcher = launch("--nproc_per_node", "2", *training("early"))
+    deadline = time.monotonic() + 60
+    while not (work / "early" / ".lock").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    launcher.send_signal(signal.SIGTERM)
+    code, _, err = end(launcher)
+    assert (code, err) == (0, ["arriero: SIGTERM: ended before the first step: nothing to save"])
+    assert not (work / "early").exists()
+
+
 def test_a_checkpoint_that_lacks_a_file_is_refused_by_name(whole: Path, work: Path, launch: Launch) -> None:
     broken = work / "broken"
     shutil.copytree(whole / "checkpoint-4", broken)

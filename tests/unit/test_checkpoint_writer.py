@@ -8,7 +8,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -246,26 +246,111 @@ def test_training_overtakes_the_writer_and_changes_nothing(tmp_path: Path, monke
     verify(tmp_path / "overtaking" / "checkpoint-3")
 
 
-@pytest.mark.parametrize("failing", [4, 6])
-def test_a_disk_that_fills_in_the_background_ends_the_run(
-    failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def fail_in_background(
+    monkeypatch: pytest.MonkeyPatch, *steps: int, held: Callable[[], bool] = lambda: False, always: bool = False
 ) -> None:
-    """At the next save, or at the end when there is none; the steps between are lost, not the checkpoint before."""
-    write = FullWeights.write
+    """Let the checkpoints of these steps not be written, the first time or always.
+
+    Args:
+        held: whether the first of them is to wait with its failure.
+    """
+    write, failed = FullWeights.write, set[int]()
 
     def full(self: FullWeights, folder: Path, parts: Mapping[str, Part], processes: Processes) -> None:
         write(self, folder, parts, processes)
-        if f"checkpoint-{failing}." in folder.name:
-            raise NO_SPACE
+        for step in steps:
+            if f"checkpoint-{step}." in folder.name and (always or step not in failed):
+                failed.add(step)
+                deadline = time.monotonic() + 30
+                while held() and time.monotonic() < deadline:
+                    time.sleep(0.005)
+                raise NO_SPACE
 
     monkeypatch.setattr(FullWeights, "write", full)
-    trainer = make_trainer(tmp_path, Checkpointing("steps", 2, keep=1, asynchronous=True), LossPlot())
-    with pytest.raises(TrainingError, match=rf"checkpoint-{failing}: .*No space left on device.*intact"):
+
+
+def await_write(saving: Checkpointing) -> Callable[[Trainer], None]:
+    """Until what is written in the background is done with."""
+
+    def wait(_: Trainer) -> None:
+        deadline = time.monotonic() + 30
+        while (pending := saving.writer._pending) is not None and not pending.done() and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+    return wait
+
+
+def test_a_failure_in_the_background_is_told_at_the_next_step_which_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail_in_background(monkeypatch, 3)
+    saving = Checkpointing("steps", 3, asynchronous=True)
+    trainer = make_trainer(tmp_path, Scripted({4: await_write(saving)}), saving)
+    assert trainer.train().step == 6
+    assert steps_of(tmp_path) == ["checkpoint-4", "checkpoint-6"]
+    told = capsys.readouterr().out
+    assert "warning: " in told
+    assert "checkpoint-3: the checkpoint could not be written (No space left on device); earlier" in told
+    assert told.endswith("intact; step 4 is saved now\n")
+    verify(tmp_path / "checkpoint-4")
+
+
+def test_a_failure_that_shows_at_a_due_save_does_not_hinder_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saving = Checkpointing("steps", 3, asynchronous=True)
+    trainer = make_trainer(tmp_path, saving)
+    fail_in_background(monkeypatch, 3, held=lambda: trainer.state.step < 6)
+    assert trainer.train().step == 6
+    assert steps_of(tmp_path) == ["checkpoint-6"]
+
+
+def test_a_disk_that_stays_full_ends_the_run_at_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a whole interval later; the checkpoint before stays."""
+    fail_in_background(monkeypatch, 4, 5, always=True)
+    saving = Checkpointing("steps", 2, keep=1, asynchronous=True)
+    trainer = make_trainer(tmp_path, Scripted({5: await_write(saving)}), saving, LossPlot())
+    with pytest.raises(TrainingError, match=r"checkpoint-5: .*No space left on device.*intact"):
         trainer.train()
-    assert trainer.state.step == 6
-    assert steps_of(tmp_path) == [f"checkpoint-{failing - 2}"]
+    assert steps_of(tmp_path) == ["checkpoint-2"]
     again = make_trainer(tmp_path)
-    again.resume(tmp_path / f"checkpoint-{failing - 2}")
+    again.resume(tmp_path / "checkpoint-2")
+
+
+def test_the_last_checkpoint_is_tried_again_and_a_lost_one_is_not_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def better(trainer: Trainer) -> None:
+        trainer.metrics, trainer.metrics_step = {"eval_loss": 1.0 / trainer.state.step}, trainer.state.step
+
+    def worse(trainer: Trainer) -> None:
+        trainer.metrics, trainer.metrics_step = {"eval_loss": 9.0}, trainer.state.step
+
+    fail_in_background(monkeypatch, 4, 6)
+    saving = Checkpointing("steps", 2, metric="loss", load_best=True, asynchronous=True)
+    trainer = make_trainer(tmp_path, Scripted({2: better, 4: better, 5: await_write(saving), 6: worse}), saving)
+    trainer.train()
+    assert steps_of(tmp_path) == ["checkpoint-2", "checkpoint-5", "checkpoint-6"]
+    assert (trainer.state.best_checkpoint, trainer.state.best_metric) == ("checkpoint-2", 0.5)
+    for name, tensor in load_file(tmp_path / "checkpoint-2" / "model.safetensors").items():
+        assert torch.equal(trainer.model.state_dict()[name], tensor), name
+
+
+def test_a_failure_in_another_process_counts(tmp_path: Path) -> None:
+    told: list[list[float]] = []
+
+    class Two(Processes):
+        def max(self, values: Sequence[float]) -> list[float]:
+            told.append(list(values))
+            return [0.0, 1.0]
+
+        def any(self, flag: bool) -> bool:
+            return True
+
+    store, writer = Store(), CheckpointWriter(Two(), asynchronous=True)
+    assert not writer.has_failed()
+    assert not told, "no message without a write"
+    writer.save(tmp_path, store, {}, TrainState(step=1), nothing)
+    assert writer.has_failed()
+    assert writer.settle() == "another process failed"
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

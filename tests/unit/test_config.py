@@ -422,6 +422,22 @@ def test_options_of_data_loading_are_taken_and_told() -> None:
     assert scored == ["--dataloader_num_workers has no effect: batches are made in the main process"]
 
 
+@pytest.mark.parametrize(
+    ("argv", "warning"),
+    [
+        ("m --sharding stage3", "--sharding has no effect on one device: --num_devices says how many share"),
+        ("m --sharding stage3 --num_devices 2", ""),
+        ("m --num_tokens 1e9 --max_steps 10", "--max_steps 10 has no effect with --num_tokens"),
+        ("m --max_steps 10", ""),
+    ],
+)
+def test_what_a_plan_does_not_count_is_told(argv: str, warning: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parse(load_verb("plan").options, argv.split(), "arriero plan")
+    told = capsys.readouterr().err
+    assert warning in told
+    assert bool(warning) == bool(told)
+
+
 def test_a_plan_tells_that_it_does_not_count_fp8() -> None:
     assert check([PlanOptions(), PrecisionOptions(bf16=True, fp8=True)]) == [
         "--fp8 has no effect on a plan, which counts memory and time of bf16"

@@ -107,6 +107,22 @@ def test_what_is_no_number_is_no_gain(tmp_path: Path) -> None:
     assert trainer.state.best_watched == 2.0
 
 
+@pytest.mark.parametrize(
+    ("patience", "threshold", "told"),
+    [
+        (1, 0.0, "1 evaluation without a better loss (best 1.0000)"),
+        (2, 0.5, "2 evaluations without a better loss (best 0.8000; better: by more than 0.5)"),
+    ],
+)
+def test_the_message_counts_and_names_the_threshold(
+    patience: int, threshold: float, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = [1.0, 2.0, 0.8] if threshold else [1.0, 2.0]
+    stopping = EarlyStopping(patience, "loss", threshold=threshold)
+    make_trainer(tmp_path, Evaluation(scores(*values), "steps", 1), stopping).train()
+    assert capsys.readouterr().out.endswith(f"{told}\n")
+
+
 def test_an_unknown_metric_is_named(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, Evaluation(scores(1.0), "steps", 1), EarlyStopping(2, "bleu"))
     with pytest.raises(TrainingError, match="metric_for_best_model 'bleu' is not computed here: one of loss"):

@@ -226,6 +226,8 @@ def test_who_is_to_blame() -> None:
     except RuntimeError as error:
         own = reported(error)
     assert (own.failed, own.message, own.exit_code) == (True, "no rows", 2)
+    gone.__cause__, gone.__context__ = None, RunStopped("ended", 0)  # it was told to end, and so were they
+    assert (reported(gone).stopped, reported(gone).exit_code) == (True, 0)
 
 
 def test_a_report_survives_its_file(tmp_path: Path) -> None:

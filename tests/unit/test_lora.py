@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from arriero.adapters.lora import LoRAConfig, apply_lora
+from arriero.adapters.lora_linear import LoRALinear
+from arriero.adapters.part_dropout import part_dropout
+from arriero.adapters.prefix import Prefix, PrefixConfig, apply_prefix
 from arriero.config.adapter import AdapterOptions
 from arriero.config.model import ModelOptions
 from arriero.config.optimization import OPTIMIZERS
@@ -21,6 +24,7 @@ from arriero.formats.peft import PeftLoraConfig
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 from arriero.models.tensor_split import cut_of
+from arriero.parallel.tensor import TensorParallel, apply_tensor_parallel
 from arriero.quantization.linear import quantize_layers
 from arriero.quantization.schemes import Nf4Weights
 from arriero.training.methods.lora import with_fresh_adapter
@@ -193,6 +197,34 @@ def test_fresh_values_are_those_of_one_process(kind: str, quantized: bool) -> No
                 offset[cut.dim], size[cut.dim] = cut.start, cut.size
             box = Placement(shape, tuple(offset), tuple(size))
             assert torch.equal(values(name, box), parameter.detach()[box.box]), name
+
+
+def test_parts_of_shared_out_inputs_are_dropped_independently() -> None:
+    """And what every process has is dropped alike: they go on drawing alike."""
+    shape = {**SHAPE, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 1}
+    answers: dict[str, list[Tensor]] = {"o_proj": [], "q_proj": [], "prefix": []}
+    for rank in (0, 1):
+        with torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig.from_dict(shape))
+            apply_lora(model, LoRAConfig(rank=2, dropout=0.5, target_modules=("q_proj", "o_proj")))
+            apply_prefix(model, PrefixConfig(length=8, dropout=0.5))
+            apply_tensor_parallel(model, TensorParallel(None, rank, 2, split=False))  # type: ignore[arg-type]
+        attention = model.train().model.layers.get_submodule("0.self_attn")
+        prefix = attention.get_submodule("prefix")
+        torch.manual_seed(5)
+        for name in ("o_proj", "q_proj"):
+            layer = attention.get_submodule(name)
+            assert isinstance(layer, LoRALinear)
+            answers[name].append(layer.dropped(torch.ones(9, 16)))
+        assert isinstance(prefix, Prefix)
+        assert prefix.part == (0, 1), "both processes hold the one head"
+        prefix.key, prefix.value = (nn.Parameter(torch.ones(8, 8)) for _ in range(2))
+        answers["prefix"].append(prefix()[0])
+    assert not torch.equal(*answers["o_proj"])
+    assert torch.equal(*answers["q_proj"])
+    assert torch.equal(*answers["prefix"])
+    kept = {*part_dropout(torch.ones(64), 0.5, (1, 3)).tolist()}
+    assert kept == {0.0, 2.0}
 
 
 def test_tensor_parallel_cuts_follow_the_layer() -> None:

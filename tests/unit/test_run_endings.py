@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from arriero.data.batch import Batch, LazyBatches, pack
 from arriero.data.order import StepOrder
 from arriero.data.sft import Example
 from arriero.data.steps import FinetuningSteps
-from arriero.errors import TrainingError
+from arriero.early_signals import EarlySignals
+from arriero.errors import RunStopped, TrainingError
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
+from arriero.parallel.processes import Processes
 from arriero.training.callbacks.checkpointing import Checkpointing
 from arriero.training.callbacks.evaluation import Evaluation
 from arriero.training.callbacks.progress import Averages, format_record
 from arriero.training.callbacks.records import JsonLines, read_log
 from arriero.training.callbacks.stop_signals import StopSignals
+from arriero.training.evaluation import EvaluationStopped, evaluate_loss
+from arriero.training.execution import build_execution
 from arriero.training.loss import linear_cross_entropy
 from arriero.training.optimizer import Optimizer
 from arriero.training.precision import Precision
@@ -119,6 +127,81 @@ def test_weights_that_were_not_scored_are_not_the_best(tmp_path: Path) -> None:
         trainer.train()
     state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
     assert (state["step"], state["best_checkpoint"], state["best_metric"]) == (3, "checkpoint-2", 1.0)
+
+
+def test_what_is_no_number_is_not_the_best(tmp_path: Path) -> None:
+    saving = Checkpointing("steps", 2, metric="loss", load_best=True)
+    trainer = make_trainer(tmp_path, Evaluation(scores(math.nan, 2.0, 3.0), "steps", 2), saving)
+    trainer.train()
+    assert (trainer.state.best_checkpoint, trainer.state.best_metric) == ("checkpoint-4", 2.0)
+
+
+def test_a_signal_in_an_evaluation_abandons_it_and_saves(tmp_path: Path) -> None:
+    made: list[int] = []
+    model = make_model()
+
+    def batch(number: int) -> Batch:
+        made.append(number)
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return pack([Example([3, 4, 5], [4, 5, -100])])
+
+    execution = build_execution(model, Precision(torch.float32, "O1", CPU), CPU)
+    with StopSignals() as signals:
+        evaluation = Evaluation(lambda: evaluate_loss(execution, LazyBatches(9, batch)), "steps", 2)
+        trainer = make_trainer(tmp_path, evaluation, signals, Checkpointing("steps", 4), model=model)
+        assert trainer.train().step == 2
+        with pytest.raises(EvaluationStopped):  # as that of the final weights
+            evaluate_loss(execution, LazyBatches(9, batch))
+    assert made == [0, 1, 2, 0], "it asks before each batch is scored"
+    assert (trainer.metrics, trainer.metrics_step) == ({}, -1)
+    assert model.training
+    assert (tmp_path / "checkpoint-2" / "manifest.json").is_file()
+    assert evaluate_loss(execution, LazyBatches(2, batch)).keys() >= {"loss"}, "nobody asks outside of a run"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_the_first_step_ends_at_once(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+
+    def load() -> None:
+        with EarlySignals(), EarlySignals():
+            try:
+                os.kill(os.getpid(), number)
+                time.sleep(5)
+            except Exception:  # what loads a model may go on after errors
+                pytest.fail("taken for an error")
+            finally:
+                os.kill(os.getpid(), number)  # the same signal once more
+
+    with pytest.raises(RunStopped, match=f"{number.name}: ended before the first step: nothing to save") as ended:
+        load()
+    assert ended.value.exit_code == 0
+    assert signal.getsignal(number) == before
+
+
+def test_from_the_first_step_on_signals_are_noted(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with EarlySignals():
+        with StopSignals() as signals:
+            stop = At(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            assert make_trainer(tmp_path, stop, signals, Checkpointing("no", 1)).train().step == 3
+        assert signal.getsignal(signal.SIGTERM) == before, "after the run it is no early signal"
+
+
+def test_a_signal_that_only_another_process_heard_before_the_first_step_ends_all(tmp_path: Path) -> None:
+    class Two(Processes):
+        def max(self, values: Sequence[float]) -> list[float]:
+            return [float(signal.SIGTERM)]
+
+    class Gone(Processes):
+        def max(self, values: Sequence[float]) -> list[float]:
+            signal.raise_signal(signal.SIGTERM)
+            raise RuntimeError("Connection closed by peer")
+
+    for processes in (Two(), Gone()):
+        with pytest.raises(RunStopped, match="before the first step"), EarlySignals(), StopSignals() as signals:
+            signals.on_train_begin(make_trainer(tmp_path, processes=processes))
 
 
 def test_the_best_of_another_folder_is_forgotten(tmp_path: Path) -> None:

@@ -138,6 +138,10 @@ def test_from_options() -> None:
             {"lr_scheduler_type": "wsd", "warmup_ratio": 0.5, "wsd_decay_ratio": 0.6},
             "--warmup_ratio 0.5 and --wsd_decay_ratio 0.6",
         ),
+        (
+            {"lr_scheduler_type": "wsd", "warmup_steps": 50, "wsd_decay_ratio": 0.6, "max_steps": 100},
+            "--warmup_steps 50 and the 60 steps of --wsd_decay_ratio 0.6 are more than the 100 steps",
+        ),
     ],
 )
 def test_options_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
@@ -145,6 +149,16 @@ def test_options_that_cannot_be(arguments: dict[str, Any], message: str) -> None
         OptimizationOptions(**arguments)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_warm_up_in_steps_that_ends_after_the_decay_begins_is_refused_once_the_steps_are_known() -> None:
+    options = OptimizationOptions(lr_scheduler_type="wsd", warmup_steps=50, wsd_decay_ratio=0.5)
+    assert Schedule.from_options(options, 100)(50) == options.learning_rate
+    assert Schedule.from_options(options, 101).warmup_steps == 50
+    with pytest.raises(
+        ConfigError, match=r"--warmup_steps 50 and the 49 steps of --wsd_decay_ratio 0\.5 are more than"
+    ):
+        Schedule.from_options(options, 98)
 
 
 def test_shapes_are_checked_without_the_command_line_too() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from arriero.adapters.lora_config import LoRAConfig
 from arriero.adapters.lora_linear import LoRALinear
@@ -41,7 +40,7 @@ class DoRALinear(LoRALinear):
         """
         factor = self.factor()
         if self.training and self.dropout > 0.0:
-            kept = F.dropout(x, self.dropout)
+            kept = self.dropped(x)
             y, again = self.base_product(x, bias), self.base_product(kept, None)
             return y + ((factor - 1) * again + factor * self.update(kept)).to(y.dtype)
         exact = self.adapted_product(x, None)

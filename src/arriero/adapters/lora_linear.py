@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arriero.adapters.lora_config import LoRAConfig
+from arriero.adapters.part_dropout import part_dropout
 from arriero.models.fp8_linear import forward_product, fp8_product, input_gradient, scaled_gradient
 from arriero.models.products import linear, product
 from arriero.quantization.linear import QuantizedLinear, quantized_product, stored_tensors
@@ -28,6 +29,7 @@ class LoRALinear(nn.Module):
         weight: the base's, (out, in); one of the stored tensors of a quantized base may have this name too.
         scheme: how a quantized base is stored; None for a plain one.
         plus_scale: learning rate of B divided by that of A.
+        input_part: which part of the layer's inputs this process has, and of how many.
         fp8: whether, in training, the base's weight is multiplied in 8-bit floats; the update's matrices never are.
     """
 
@@ -49,6 +51,7 @@ class LoRALinear(nn.Module):
             self.weight, device = base.weight, base.weight.device
         self.bias = base.bias
         self.fp8 = False
+        self.input_part = (0, 1)
         self.scaling, self.dropout, self.plus_scale = config.scaling, config.dropout, config.plus_scale
         # fp32 whatever the base's dtype: the update is small and its rounding would be lost in half precision
         dtype = torch.float32 if self.base_dtype in (torch.float16, torch.bfloat16) else self.base_dtype
@@ -63,8 +66,12 @@ class LoRALinear(nn.Module):
         """`forward` with another bias, or none."""
         if self.training and self.dropout > 0.0:
             y = self.base_product(x, bias)
-            return y + self.update(F.dropout(x, self.dropout)).to(y.dtype)
+            return y + self.update(self.dropped(x)).to(y.dtype)
         return self.adapted_product(x, bias)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """The input with dropout."""
+        return part_dropout(x, self.dropout, self.input_part)
 
     def adapted_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x (W + delta)^T + bias``: `product` without dropout."""

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
-from torch.nn import functional as F
 
+from arriero.adapters.part_dropout import part_dropout
 from arriero.errors import ConfigError, FormatError
 from arriero.models.config import LlamaConfig
 from arriero.models.initialization import Box, drawn
@@ -72,11 +72,15 @@ class PrefixEncoder(nn.Module):
 
 
 class Prefix(nn.Module):
-    """One layer's keys and values, learned directly; fp32 whatever the model's dtype, as their updates are small."""
+    """One layer's keys and values, learned directly; fp32 whatever the model's dtype, as their updates are small.
+
+    Attributes:
+        part: which part of the heads this process holds, and of how many.
+    """
 
     def __init__(self, length: int, width: int, head_dim: int, dropout: float, device: torch.device) -> None:
         super().__init__()
-        self.head_dim, self.dropout = head_dim, dropout
+        self.head_dim, self.dropout, self.part = head_dim, dropout, (0, 1)
         self.key = nn.Parameter(torch.empty(length, width, device=device, dtype=torch.float32))
         self.value = nn.Parameter(torch.empty(length, width, device=device, dtype=torch.float32))
 
@@ -90,7 +94,7 @@ class ProjectedPrefix(nn.Module):
 
     def __init__(self, encoder: PrefixEncoder, width: int, head_dim: int, dropout: float) -> None:
         super().__init__()
-        self.head_dim, self.dropout = head_dim, dropout
+        self.head_dim, self.dropout, self.part = head_dim, dropout, (0, 1)
         size, device = encoder.linear.out_features, encoder.linear.weight.device
         self.key_proj = nn.Linear(size, width, device=device, dtype=torch.float32)
         self.value_proj = nn.Linear(size, width, device=device, dtype=torch.float32)
@@ -105,7 +109,8 @@ class ProjectedPrefix(nn.Module):
 
 def _heads(prefix: Prefix | ProjectedPrefix, flat: Tensor) -> Tensor:
     """(P, KV D) -> (KV, P, D), with dropout while training."""
-    flat = F.dropout(flat, prefix.dropout, prefix.training)
+    if prefix.training and prefix.dropout > 0.0:
+        flat = part_dropout(flat, prefix.dropout, prefix.part)
     return flat.view(flat.shape[0], -1, prefix.head_dim).transpose(0, 1)
 
 

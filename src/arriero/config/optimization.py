@@ -110,10 +110,28 @@ class OptimizationOptions(OptionGroup):
                 f"--warmup_steps {self.warmup_steps} is longer than the run, --max_steps {self.max_steps}: "
                 f"lower the first or raise the second"
             )
+        if self.max_steps > 0:
+            self.check_decay(self.max_steps)
         if self.lr_scheduler_type == "wsd" and self.warmup_steps == 0 and self.warmup_ratio + self.wsd_decay_ratio > 1:
             raise ConfigError(
                 f"--warmup_ratio {self.warmup_ratio:g} and --wsd_decay_ratio {self.wsd_decay_ratio:g} are more than the "
                 "whole run together: lower one of them"
+            )
+
+    def check_decay(self, total_steps: int) -> None:
+        """Refuse a decay of wsd that would begin before the end of the warm-up, in a run of `total_steps`.
+
+        Raises:
+            ConfigError: naming both options.
+        """
+        if self.lr_scheduler_type != "wsd" or self.warmup_steps == 0:  # of a --warmup_ratio the shares are compared
+            return
+        end = self.decay_steps or total_steps
+        decay = int(self.wsd_decay_ratio * end)
+        if self.warmup_steps + decay > end:
+            raise ConfigError(
+                f"--warmup_steps {self.warmup_steps} and the {decay} steps of --wsd_decay_ratio {self.wsd_decay_ratio:g} are "
+                f"more than the {end} steps that there are together: lower one of them"
             )
 
 

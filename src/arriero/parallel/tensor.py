@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from arriero.adapters.dora import DoRALinear
 from arriero.adapters.lora import LoRALinear
+from arriero.adapters.prefix import Prefix, ProjectedPrefix
 from arriero.adapters.qat import RoundingLinear
 from arriero.errors import ConfigError
 from arriero.models import products
@@ -148,6 +149,11 @@ def apply_tensor_parallel(model: LlamaForCausalLM, parallel: TensorParallel) -> 
         for last in lasts:
             if isinstance(last, RoundingLinear | DoRALinear):
                 last.group = parallel.group
+            if isinstance(last, LoRALinear):
+                last.input_part = (parallel.rank, size)
+        if isinstance(prefix := layer.self_attn.prefix, Prefix | ProjectedPrefix):
+            holders = min(size, config.num_key_value_heads)
+            prefix.part = (parallel.rank * holders // size, holders)
         layer.self_attn.forward = _shared_out(layer.self_attn.forward, layer.self_attn.o_proj, parallel)  # type: ignore[method-assign]
         layer.mlp.forward = _shared_out(layer.mlp.forward, layer.mlp.down_proj, parallel)  # type: ignore[method-assign]
 

@@ -13,8 +13,13 @@ from arriero.errors import TrainingError
 from arriero.models.llama import LlamaForCausalLM
 from arriero.models.products import fast_products
 from arriero.parallel.processes import Processes
+from arriero.training.callbacks.stop_signals import asked_to_stop
 from arriero.training.execution import Execution, Sums
 from arriero.training.precision import NOTHING, first_non_finite_parameter
+
+
+class EvaluationStopped(Exception):
+    """A signal that is to end the run came while held-out rows were scored."""
 
 
 def evaluate_loss(
@@ -30,6 +35,9 @@ def evaluate_loss(
 
     Returns:
         What `layers.objective` tells: of cross-entropy `loss`, `ppl` and `accuracy`.
+
+    Raises:
+        EvaluationStopped: in every process, if a signal is to end the run that this is a part of.
     """
     layers = execution.layers
     processes = layers.parallel.processes if layers.parallel is not None else Processes()
@@ -38,12 +46,16 @@ def evaluate_loss(
     was_training = layers.model.training
     layers.model.eval()
     own = share_out(batches, share)
-    with fast_products():
-        while group := list(islice(own, execution.batches_at_once)):
-            total += execution.score(group)
-            if on_rows:
-                on_rows(sum(batch.rows for batch in group))
-    layers.model.train(was_training)
+    try:
+        with fast_products():
+            while group := list(islice(own, execution.batches_at_once)):
+                if asked_to_stop(processes):
+                    raise EvaluationStopped
+                total += execution.score(group)
+                if on_rows:
+                    on_rows(sum(batch.rows for batch in group))
+    finally:
+        layers.model.train(was_training)
     loss, count, *statistics = processes.sum([total.loss, total.count, *total.statistics])
     return layers.objective.evaluation(loss, count, statistics)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -36,7 +37,7 @@ from arriero.quantization.linear import refuse_quantized
 from arriero.training.agreement import check_same_data
 from arriero.training.callbacks.stop_signals import StopSignals
 from arriero.training.checkpoint import load_checkpoint
-from arriero.training.evaluation import evaluate_loss
+from arriero.training.evaluation import EvaluationStopped, evaluate_loss
 from arriero.training.execution import Execution, build_execution
 from arriero.training.freezing import freeze
 from arriero.training.run import (
@@ -285,9 +286,10 @@ def _pretrain(
     if not processes.any(signals.received is not None):  # it may have reached some of them only
         results |= final_metrics(trainer, options, validate, loaded.model, folder.resume or loaded.folder, processes)
         if test is not None:
-            scores = {f"test_{key}": value for key, value in test().items()}
-            print("test | " + " | ".join(f"{key} {value:.4f}" for key, value in scores.items()))
-            results |= scores
+            with contextlib.suppress(EvaluationStopped):
+                scores = {f"test_{key}": value for key, value in test().items()}
+                print("test | " + " | ".join(f"{key} {value:.4f}" for key, value in scores.items()))
+                results |= scores
     if optim.do_train:
         save_weights(weights, folder.path, processes, sharded=options.checkpoint.save_sharded_model)
     write_results(folder.path, results, processes, trained=optim.do_train)

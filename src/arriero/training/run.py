@@ -25,6 +25,7 @@ from arriero.config.pretraining import PretrainModelOptions
 from arriero.config.rules.groups import find
 from arriero.data.steps import StepSource
 from arriero.data.tokenizer import Tokenizer
+from arriero.early_signals import EarlySignals
 from arriero.engine.loading import LoadedModel, pick_device
 from arriero.errors import ConfigError, RunStopped
 from arriero.formats.download import model_config
@@ -133,7 +134,14 @@ def joined(options: RunOptions) -> Iterator[Processes]:
 
     Raises:
         ConfigError: if they cannot be reached, or were started with other options.
+        RunStopped: if a signal came before the first step; the processes part without a word then.
     """
+    with EarlySignals(), _joined(options) as processes:
+        yield processes
+
+
+@contextlib.contextmanager
+def _joined(options: RunOptions) -> Iterator[Processes]:
     processes = start(options.parallel.layout(launched_size()), pick_device(options.model.device))
     with heard_once(processes):
         values = {name: str(value) for name, value in effective(options.groups).items() if name not in OWN}

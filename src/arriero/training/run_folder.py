@@ -71,8 +71,8 @@ class RunFolder:
         self._lock: int | None = None
         self._training = False
         self._made: list[Path] = []  # folders that were not there, the innermost first
-        token = self.processes.by_first(lambda: self._claim(options))
         try:
+            token = self.processes.by_first(lambda: self._claim(options))
             self._check_shared(token)
             if options.resume_from_checkpoint == "auto":
                 self.resume = newest_checkpoint(self.path, self.processes)

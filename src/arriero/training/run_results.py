@@ -12,7 +12,7 @@ from arriero.output_file import json_text, write_file
 from arriero.parallel.processes import Processes
 from arriero.training.callbacks.progress import format_scores
 from arriero.training.checkpoint import WeightStore
-from arriero.training.evaluation import check_finite
+from arriero.training.evaluation import EvaluationStopped, check_finite
 from arriero.training.run import Evaluate, RunOptions
 from arriero.training.run_folder import SHARDED
 from arriero.training.trainer import Trainer
@@ -29,6 +29,8 @@ def final_metrics(
 ) -> dict[str, float]:
     """The scores of the final weights; those of the last evaluation if they are of the same weights, else made and printed.
 
+    None where a signal came meanwhile: the weights are to be saved.
+
     Args:
         source: where the weights are from, if this run has not trained them.
 
@@ -43,7 +45,10 @@ def final_metrics(
         and not options.checkpoint.load_best_model_at_end
     ):
         return trainer.metrics
-    metrics = evaluate()
+    try:
+        metrics = evaluate()
+    except EvaluationStopped:
+        return {}
     if trainer is None and "loss" in metrics:
         check_finite(model, source, metrics["loss"], processes)
     scores = {f"eval_{key}": value for key, value in metrics.items()}

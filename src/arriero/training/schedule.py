@@ -60,7 +60,7 @@ class Schedule:
         """The schedule of a run of `total_steps`.
 
         Raises:
-            ConfigError: if the warm-up would not end before the decay or the run.
+            ConfigError: if the warm-up would not end before the decay or the run, or not before the decay of wsd begins.
         """
         warmup = options.warmup_steps or math.ceil(options.warmup_ratio * total_steps)
         decay = options.decay_steps or total_steps
@@ -71,6 +71,7 @@ class Schedule:
                 f"the warm-up of {warmup} steps ends after the decay ({decay}) or the run ({total_steps} steps): "
                 "lower --warmup_steps or --warmup_ratio, or raise --decay_steps"
             )
+        options.check_decay(total_steps)
         return cls(
             options.lr_scheduler_type,
             options.learning_rate,

@@ -8,6 +8,7 @@ from typing import Any
 from arriero.config.adapter import AdapterOptions
 from arriero.config.checkpoint import CheckpointOptions
 from arriero.config.launched import launched_size
+from arriero.config.optimization import OptimizationOptions
 from arriero.config.parallel import ParallelOptions
 from arriero.config.planning import PlanOptions
 from arriero.config.precision import PrecisionOptions
@@ -27,7 +28,9 @@ def parallel_rule(groups: Sequence[Any], given: frozenset[str], warnings: list[s
             f"--torch_compile and --pipeline_schedule {parallel.pipeline_schedule} do not go together: it runs backward passes "
             "in two parts, and compiled layers have one; choose 1f1b or interleaved, or drop the first"
         )
-    if find(groups, PlanOptions) is not None:  # what follows is about the processes that there are
+    plan = find(groups, PlanOptions)
+    if plan is not None:  # what follows is about the processes that there are
+        _planned(plan, groups, parallel, given, warnings)
         return
     if parallel.context_parallel_degree == 1 and changed(parallel, "context_parallel_method", given):
         warnings.append("--context_parallel_method has no effect without --context_parallel_degree above 1")
@@ -51,6 +54,18 @@ def parallel_rule(groups: Sequence[Any], given: frozenset[str], warnings: list[s
                 "--save_sharded_model has no effect without --tensor_parallel_degree or --pipeline_parallel_degree above 1"
             )
     _data_parallel(parallel, given, warnings)
+
+
+def _planned(
+    plan: PlanOptions, groups: Sequence[Any], parallel: ParallelOptions, given: frozenset[str], warnings: list[str]
+) -> None:
+    if plan.num_devices == 1 and changed(parallel, "sharding", given):
+        warnings.append("--sharding has no effect on one device: --num_devices says how many share")
+    optimization = find(groups, OptimizationOptions)
+    if optimization is not None and plan.num_tokens is not None and changed(optimization, "max_steps", given):
+        warnings.append(
+            f"--max_steps {optimization.max_steps} has no effect with --num_tokens, which tells the length too"
+        )
 
 
 def _data_parallel(parallel: ParallelOptions, given: frozenset[str], warnings: list[str]) -> None:

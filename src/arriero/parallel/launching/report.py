@@ -99,7 +99,8 @@ def report_of(error: BaseException, message: str, exit_code: int, traceback: str
         return Report(time=now, message=message, exit_code=exit_code, traceback=traceback)
     own = next((cause for cause in _causes(error) if isinstance(cause, ArrieroError) and not says_peer(cause)), None)
     if own is not None:  # it failed, and the others were gone before it could tell them
-        return Report(time=now, message=one_line(own), exit_code=own.exit_code, traceback=traceback)
+        stopped = isinstance(own, RunStopped)
+        return Report(time=now, message=one_line(own), exit_code=own.exit_code, stopped=stopped, traceback=traceback)
     if not isinstance(error, ArrieroError):
         message = f"another process of this run ended or does not answer ({one_line(error)[:300]})"
         exit_code = PeerError.exit_code
@@ -107,12 +108,12 @@ def report_of(error: BaseException, message: str, exit_code: int, traceback: str
 
 
 def leave(report: Report) -> int:
-    """The exit code of a process that has reported; after a failure among others this does not return.
+    """The exit code of a process that has reported; where it has not parted from others in order this does not return.
 
     Threads of gloo and NCCL that wait for a process which is gone make the ordinary end of Python hang or abort.
     """
     distributed = sys.modules.get("torch.distributed")
-    if not report.stopped and distributed is not None and distributed.is_initialized():
+    if distributed is not None and distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(report.exit_code)

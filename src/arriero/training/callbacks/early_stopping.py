@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from arriero.errors import TrainingError
+from arriero.training.callbacks.progress import counted
 from arriero.training.trainer import Callback, StepRecord, Trainer
 
 
@@ -55,8 +56,10 @@ class EarlyStopping(Callback):
         if trainer.processes.first:
             best = trainer.state.best_watched
             told = "none was a number" if best is None else f"best {best:.4f}"
+            if self.threshold > 0:
+                told += f"; better: by more than {self.threshold:g}"
+            evaluations = counted(trainer.state.evaluations_without_gain, "evaluation")
             print(
-                f"early stopping after step {trainer.state.step}: {trainer.state.evaluations_without_gain} evaluations without "
-                f"a better {self.metric[5:]} ({told})",
+                f"early stopping after step {trainer.state.step}: {evaluations} without a better {self.metric[5:]} ({told})",
                 flush=True,
             )

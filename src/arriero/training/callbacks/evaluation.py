@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from arriero.training.callbacks.stop_signals import asked_to_stop
+from arriero.training.evaluation import EvaluationStopped
 from arriero.training.trainer import Callback, StepRecord, Trainer
 
 
@@ -17,15 +19,23 @@ def is_due(trainer: Trainer, strategy: str, every: int) -> bool:
 
 
 class Evaluation(Callback):
-    """Computes the metrics when they are due and leaves them in `trainer.metrics`."""
+    """Computes the metrics when they are due and leaves them in `trainer.metrics`.
+
+    Where a signal ends the run meanwhile there are none: it belongs before `StopSignals`, which saves then.
+    """
 
     def __init__(self, evaluate: Callable[[], dict[str, float]], strategy: str, every: int) -> None:
         self.evaluate, self.strategy, self.every = evaluate, strategy, every
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
-        if is_due(trainer, self.strategy, self.every):
+        if is_due(trainer, self.strategy, self.every) and not asked_to_stop(trainer.processes):
             trainer.model.eval()
-            trainer.metrics = {f"eval_{key}": value for key, value in self.evaluate().items()}
+            try:
+                found = self.evaluate()
+            except EvaluationStopped:
+                return
+            finally:
+                trainer.model.train()
+            trainer.metrics = {f"eval_{key}": value for key, value in found.items()}
             trainer.metrics_step = trainer.state.step
-            trainer.model.train()
             trainer.log({"step": trainer.state.step, "epoch": round(trainer.epoch, 4), **trainer.metrics})

@@ -15,6 +15,7 @@ from arriero.errors import ConfigError
 from arriero.models.llama import LlamaForCausalLM
 from arriero.training.callbacks.evaluation import is_due
 from arriero.training.callbacks.records import drop_later, writing
+from arriero.training.callbacks.stop_signals import asked_to_stop
 from arriero.training.checkpoint import random_state, restore_random_state
 from arriero.training.trainer import Callback, StepRecord, Trainer
 
@@ -110,7 +111,7 @@ class TextSamples(Callback):
             drop_later(self.path, trainer.state.step)
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
-        if not is_due(trainer, self.strategy, self.every):
+        if not is_due(trainer, self.strategy, self.every) or asked_to_stop(trainer.processes):
             return
         before = random_state()
         try:
