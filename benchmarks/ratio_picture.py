@@ -22,9 +22,10 @@ FEW = (
     ("batch_8:", "transformers", "generation, 8 requests (transformers)"),
     ("prefill:", "transformers", "a prompt of 2,048 tokens (transformers)"),
     ("LoRA, litgpt's own task", "litgpt", "LoRA, its own task (litgpt)"),
-    ("int4 bundle, decode 1,", "llama.cpp", "generation, one request, int4 (llama.cpp)"),
+    ("int4 bundle, decode 1,", "llama.cpp", "generation, one request, int4, ONNX (llama.cpp)"),
     ("preprocess of 32 MB, 1 worker", "datasets", "preparing a corpus, one process (datasets.map)"),
-    ("int4 bundle, decode 1,", "onnxruntime-genai", "generation, one request, int4 (onnxruntime-genai)"),
+    ("aoti int4 bundle, decode 1,", "onnxruntime-genai", "generation, one request, int4, native code (onnxruntime-genai)"),
+    ("int4 bundle, decode 1,", "onnxruntime-genai", "generation, one request, int4, ONNX (onnxruntime-genai)"),
 )
 
 
