@@ -232,7 +232,8 @@ def test_a_signal_before_the_first_step_ends_all_in_one_line(work: Path, launch:
     """While they load; nothing is left of the run."""
     launcher = launch("--nproc_per_node", "2", *training("early"))
     deadline = time.monotonic() + 60
-    while not (work / "early" / ".lock").exists() and time.monotonic() < deadline:
+    lock = work / "early" / ".lock"
+    while not (lock.exists() and lock.read_text()) and time.monotonic() < deadline:
         time.sleep(0.005)
     launcher.send_signal(signal.SIGTERM)
     code, _, err = end(launcher)

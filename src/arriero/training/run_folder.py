@@ -150,6 +150,7 @@ class RunFolder:
             if self._is_there(lock):
                 break
             os.close(lock)
+        self._lock = lock  # now: a signal may end the run in what follows
         os.truncate(lock, 0)
         os.pwrite(lock, f"{os.getpid()}\n{secrets.token_hex(8)}\n".encode("ascii"), 0)
         with contextlib.suppress(OSError):
