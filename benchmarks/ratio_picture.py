@@ -24,7 +24,11 @@ FEW = (
     ("LoRA, litgpt's own task", "litgpt", "LoRA, its own task (litgpt)"),
     ("int4 bundle, decode 1,", "llama.cpp", "generation, one request, int4, ONNX (llama.cpp)"),
     ("preprocess of 32 MB, 1 worker", "datasets", "preparing a corpus, one process (datasets.map)"),
-    ("aoti int4 bundle, decode 1,", "onnxruntime-genai", "generation, one request, int4, native code (onnxruntime-genai)"),
+    (
+        "aoti int4 bundle, decode 1,",
+        "onnxruntime-genai",
+        "generation, one request, int4, native code (onnxruntime-genai)",
+    ),
     ("int4 bundle, decode 1,", "onnxruntime-genai", "generation, one request, int4, ONNX (onnxruntime-genai)"),
 )
 
