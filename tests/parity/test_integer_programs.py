@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from arriero.errors import ConfigError
-from arriero.export import aoti_export, native_code
+from arriero.export import native_code
 from arriero.export.aoti_export import export_aoti
 from arriero.export.aoti_runner import open_runner
 from arriero.export.integer_tiles import FACTORS, LEVELS, STEPS, Levels, levels_of, tile_shapes, tiles, untiled
@@ -355,4 +355,3 @@ def test_int4_of_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("arriero.export.torch_export.gpus", lambda: 1)
     with pytest.raises(ConfigError, match="--weights int4 is for CPUs"):
         TorchOptions("int4", device="cuda")
-    assert aoti_export.DECODE_ROWS

@@ -26,11 +26,13 @@ STEP, ROWS = "step", "rows"
 # What a program says of itself: the context, and a digest of the shapes that it was compiled for.
 _CONTEXT, _SHAPES = "arriero_context", "arriero_shapes"
 _NAME = re.compile(r"[^/]+/data/aotinductor/([a-z0-9_]+)/[^/]+\.so")
+_DECODE = "decode_"
+_DECODE_NAME = re.compile(rf"{_DECODE}[1-9][0-9]{{0,3}}")
 
 
 def decode_name(rows: int) -> str:
     """Of the program that continues so many sequences by a token each."""
-    return f"decode_{rows}"
+    return f"{_DECODE}{rows}"
 
 
 def program_notes(
@@ -95,9 +97,8 @@ def open_runner(
     where = target.device
     step = AotiProgram(bundle, STEP, where)
     names = _names(bundle.graph)
-    decode = {
-        rows: AotiProgram(bundle, decode_name(rows), where) for rows in range(1, 1000) if decode_name(rows) in names
-    }
+    rows_of = {int(name.removeprefix(_DECODE)): name for name in names if _DECODE_NAME.fullmatch(name)}
+    decode = {rows: AotiProgram(bundle, rows_of[rows], where) for rows in sorted(rows_of)}
     rows_program = AotiProgram(bundle, ROWS, where) if ROWS in names else None
     for program in (step, *decode.values(), rows_program):
         if program is not None:
