@@ -65,6 +65,21 @@ def test_chunked_loss_equals_torch(
     assert not hidden.grad[0, ::3].any(), "ignored positions have no gradient"
 
 
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [(0, 1), (1, 1), (682, 682), (683, 384), (1024, 512), (1025, 576), (1280, 640), (2048, 512), (100_000, 640)],
+)
+def test_rows_of_a_chunk_are_even_shares_in_whole_tiles(rows: int, expected: int) -> None:
+    assert loss_module.chunk_rows(rows, 49_152) == expected
+
+
+def test_rows_of_a_chunk_fit_whatever_the_vocabulary() -> None:
+    for vocabulary in (1, 37, 32_000, 128_256, 262_144, 1 << 23, 1 << 30):
+        for rows in (0, 1, 3, 5, 63, 64, 65, 127, 129, 1000, 4097):
+            chunk = loss_module.chunk_rows(rows, vocabulary)
+            assert chunk == 1 or 1 <= chunk * vocabulary <= loss_module.CHUNK_ELEMENTS
+
+
 @pytest.mark.parametrize("chunk_rows", [3, 1000])
 def test_bf16_loss_is_as_good_as_torchs(chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk_rows * V)

@@ -19,9 +19,9 @@ from arriero.data.sft import IGNORE, Example
 from arriero.data.steps import DataShare
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
+from arriero.training import loss as loss_module
 from arriero.training.evaluation import evaluate_loss
 from arriero.training.execution import DirectExecution, Layers
-from arriero.training.objectives import log_probabilities
 from arriero.training.objectives.log_probabilities import linear_log_probabilities
 from arriero.training.objectives.preference import Preference
 from arriero.training.precision import Precision
@@ -85,7 +85,7 @@ def make_pairs(count: int, *, prompt: int = 20) -> list[Pair]:
 
 @pytest.mark.parametrize("chunk", [1, 4, 1000])
 def test_log_probabilities_are_those_of_log_softmax(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_probabilities, "CHUNK_ELEMENTS", chunk * VOCABULARY)
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk * VOCABULARY)
     torch.manual_seed(1)
     hidden, weight = torch.randn(2, 9, 16, requires_grad=True), torch.randn(VOCABULARY, 16, requires_grad=True)
     labels = torch.randint(0, VOCABULARY, (2, 9)).masked_fill(torch.rand(2, 9) < 0.3, IGNORE)
@@ -103,7 +103,7 @@ def test_log_probabilities_are_those_of_log_softmax(chunk: int, monkeypatch: pyt
 
 
 def test_log_probabilities_in_bfloat16_are_as_exact_as_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_probabilities, "CHUNK_ELEMENTS", 3 * VOCABULARY)
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 3 * VOCABULARY)
     torch.manual_seed(2)
     hidden, weight = (torch.randn(n, 16).bfloat16().requires_grad_() for n in (7, VOCABULARY))
     labels = torch.randint(0, VOCABULARY, (7,))

@@ -93,6 +93,23 @@ def test_the_gradient_of_a_matrix_from_factors_that_are_views(everywhere: list[i
     assert len(everywhere) == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("at_once", [7, 1000])
+def test_a_gradient_is_added_up_over_parts_of_the_rows(
+    everywhere: list[int], monkeypatch: pytest.MonkeyPatch, at_once: int, dtype: torch.dtype
+) -> None:
+    """In runs of outputs too; what the place holds before the first part is not read."""
+    monkeypatch.setattr(products, "ADDED_AT_ONCE", at_once)
+    torch.manual_seed(0)
+    grad, x = torch.randn(30, 40).to(dtype), torch.randn(30, 24).to(dtype)
+    total = torch.full((40, 24), torch.nan, dtype=torch.promote_types(dtype, torch.float32))
+    for first, part in ((True, slice(0, 13)), (False, slice(13, 22)), (False, slice(22, 30))):
+        products.add_weight_gradient(total, grad[part], x[part], first=first)
+    error = 0.02 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(total.double(), grad.double().t() @ x.double(), rtol=error, atol=2 * error)
+    assert len(everywhere) == (3 * -(-40 // at_once) if dtype == torch.float32 else 0)
+
+
 def test_only_the_gradients_that_are_asked_for_are_computed(everywhere: list[int]) -> None:
     x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(10, 8)
     products.linear(x, weight).sum().backward()

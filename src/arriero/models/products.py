@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from arriero.onednn import is_suited, limit_kept_kernels, onednn_is_faster, onednn_product
 
+# Outputs whose gradient oneDNN computes at once where it is added to another: it copies the first factor, and has no place for
+# its result but a new one.
+ADDED_AT_ONCE = 8192
+
 _active = False
 
 
@@ -64,6 +68,25 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         y: Tensor = _onednn(a, b.t(), None)
         return y
     return a @ b
+
+
+def add_weight_gradient(total: Tensor, grad: Tensor, x: Tensor, *, first: bool) -> None:
+    """``total += grad^T x`` of (out, in), (rows, out) and (rows, in), without gradients of its own.
+
+    Args:
+        first: what `total` holds is not read.
+    """
+    by_onednn = _active and is_suited(grad.shape[1], grad, x)
+    if total.dtype == grad.dtype and not by_onednn:
+        total.addmm_(grad.t(), x, beta=0.0 if first else 1.0)  # beta 0: not even read
+        return
+    run = ADDED_AT_ONCE if by_onednn else len(total)
+    for into, part in zip(torch.split(total, run), torch.split(grad, run, 1), strict=True):
+        found = _onednn_gradient(part, x, into) if by_onednn else part.t() @ x
+        if first:
+            into.copy_(found)
+        else:
+            into += found
 
 
 class _Linear(torch.autograd.Function):

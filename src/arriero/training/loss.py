@@ -7,6 +7,7 @@ idea is that of Hsu et al. 2024, "Liger Kernel" (arXiv:2410.10989, section 3.2).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from arriero.data.sft import IGNORE
-from arriero.models.products import linear, product
+from arriero.models.products import add_weight_gradient, linear, product
 
 # fp16 sums over rows reach its greatest number, 65,504; a chunk's sum is added up in fp32
 FP16_CHUNK = 4096
-CHUNK_ELEMENTS = 1 << 25  # logits held at once: 128 MiB in fp32; on a GPU as much again for their softmax
+CHUNK_ELEMENTS = 1 << 25  # logits held at once at most: 128 MiB in fp32; on a GPU as much again for their softmax
+# Rows of a chunk are a multiple of this, where there are more: of 672 rows each takes an eighth less time than of 682.
+ROW_TILE = 64
 BLOCK_ELEMENTS = 1 << 19  # of them, worked on together on a CPU: 2 MiB, which stay in a core's cache
 
 
@@ -49,6 +52,16 @@ class VocabularyPart:
         pieces = [torch.empty_like(values) for _ in range(self.group.size())]
         dist.all_gather(pieces, values.contiguous(), group=self.group)
         return torch.stack(pieces)
+
+
+def chunk_rows(rows: int, vocabulary: int) -> int:
+    """How many of the rows go through a head of so many words at once: all, or an even share of them."""
+    most = max(1, CHUNK_ELEMENTS // vocabulary)
+    if rows <= most:
+        return max(1, rows)
+    most -= most % ROW_TILE if most > ROW_TILE else 0
+    share = math.ceil(rows / math.ceil(rows / most))
+    return min(most, math.ceil(share / ROW_TILE) * ROW_TILE)
 
 
 def linear_cross_entropy(
@@ -86,7 +99,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         shared = vocabulary_part is not None
         vocabulary = vocabulary_part.size if shared else weight.shape[0]
         held = weight.shape[0]
-        chunk = max(1, CHUNK_ELEMENTS // vocabulary)
+        chunk = chunk_rows(targets.numel(), vocabulary)
         # needs_input_grad does not know of no_grad
         need_rows, need_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         train = need_rows or need_weight
@@ -140,12 +153,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_rows is not None:
                     grad_rows[start : start + chunk] = product(low, head)
                 if grad_weight is not None:
-                    if compute == wide:
-                        grad_weight.addmm_(low.t(), part, beta=0.0 if start == 0 else 1.0)  # beta 0: not even read
-                    elif start == 0:
-                        grad_weight.copy_(low.t() @ part)
-                    else:
-                        grad_weight += low.t() @ part
+                    add_weight_gradient(grad_weight, low, part, first=start == 0)
                 del grad, low
             del probabilities  # or it would stay beside the next chunk's logits and softmax
         if shared and not train:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from arriero.data.sft import IGNORE
-from arriero.models.products import linear, product
-from arriero.training.loss import CHUNK_ELEMENTS, VocabularyPart
+from arriero.models.products import add_weight_gradient, linear, product
+from arriero.training.loss import VocabularyPart, chunk_rows
 
 
 def linear_log_probabilities(
@@ -43,9 +43,9 @@ class _LinearLogProbabilities(torch.autograd.Function):
         device = rows.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         first = 0 if vocabulary_part is None else vocabulary_part.start
-        chunk = max(1, CHUNK_ELEMENTS // (weight.shape[0] if vocabulary_part is None else vocabulary_part.size))
         head, wide = weight.to(compute), torch.promote_types(compute, torch.float32)
         count = targets.numel()
+        chunk = chunk_rows(count, weight.shape[0] if vocabulary_part is None else vocabulary_part.size)
         log_sums = torch.empty(count, 1, dtype=wide, device=rows.device)
         at_target = torch.empty(count, 1, dtype=wide, device=rows.device)
         for start in range(0, count, chunk):
@@ -67,7 +67,9 @@ class _LinearLogProbabilities(torch.autograd.Function):
         need_rows, need_weight = ctx.needs_input_grad[:2]
         head, wide = weight.to(ctx.compute), log_sums.dtype
         grad_rows = torch.empty_like(rows, dtype=wide) if need_rows else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
+        grad_weight = torch.empty_like(weight, dtype=wide) if need_weight else None
+        if grad_weight is not None and not targets.numel():
+            grad_weight.zero_()
         for start in range(0, targets.numel(), ctx.chunk):
             run = slice(start, start + ctx.chunk)
             part = rows[run].to(ctx.compute)
@@ -79,7 +81,7 @@ class _LinearLogProbabilities(torch.autograd.Function):
             if grad_rows is not None:
                 grad_rows[run] = product(low, head)
             if grad_weight is not None:
-                grad_weight += low.t() @ part
+                add_weight_gradient(grad_weight, low, part, first=start == 0)
         return (
             None if grad_rows is None else grad_rows.to(rows.dtype),
             None if grad_weight is None else grad_weight.to(weight.dtype),

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from arriero.training.loss import CHUNK_ELEMENTS
+from arriero.training.loss import chunk_rows
 from arriero.training.planning.activations import (
     FLOAT,
     Widths,
@@ -222,7 +222,7 @@ def _loss_working(facts: ModelFacts, setup: TrainingSetup) -> int:
     """
     config, rows = facts.config, Widths.of(facts, setup.layout.tp).vocabulary
     head = 0 if facts.method.frozen else rows * config.hidden_size
-    chunk = min(setup.tokens, max(1, CHUNK_ELEMENTS // rows)) * rows
+    chunk = chunk_rows(setup.tokens, rows) * rows
     hidden = 2 * setup.tokens * config.hidden_size * setup.weight_bytes
     wide = (1 if setup.device == "cpu" else 2) * chunk * FLOAT
     if setup.compute_bytes == FLOAT:
