@@ -120,9 +120,9 @@ def test_a_merge_in_half_precision(dtype: str, tiny: Path, tmp_path: Path, capsy
 
 
 def forget_a_layer(merge: Callable[..., Any]) -> Callable[..., Any]:
-    def merged(model: Any) -> Any:
+    def merged(model: Any, dtype: torch.dtype) -> Any:
         model.model.layers[0].self_attn.q_proj.lora_B.weight.data.zero_()
-        return merge(model)
+        return merge(model, dtype)
 
     return merged
 

@@ -97,6 +97,8 @@ def test_refusals(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (f"{tmp_path / 'a'},{tmp_path / 'd'}", [], "DoRA"),
         (f"{tmp_path / 'a'},{tmp_path / 'a'}", ["--adapter_weights", "1"], "1 numbers for 2"),
         (f"{tmp_path / 'a'},nowhere", [], "nowhere"),
+        (f"{tmp_path / 'a'},", [], "a folder is missing beside a comma"),
+        (f"{tmp_path / 'a'}, ,{tmp_path / 'a'}", [], "a folder is missing beside a comma"),
         (str(tmp_path / "a"), ["--output_kind", "adapter"], "joins several adapters"),
     ]
     for path, more, words in cases:

@@ -48,7 +48,7 @@ class OneMatrix(WeightSource):
     """A source that has one matrix."""
 
     def __init__(self, matrix: Tensor) -> None:
-        self._matrix, self._bits, self.layers = matrix, {}, frozenset()
+        self._matrix, self._bits, self._updates, self.layers = matrix, {}, {}, frozenset()
 
     def load(self, name: str) -> Tensor:
         return self._matrix

@@ -218,6 +218,15 @@ WEIGHTS = "config_groups.group_0.weights"
         ({f"{WEIGHTS}.group_size": 64}, None, r"has the shape \[64, 4\], this scheme asks for \[64, 2\]"),
         ({f"{WEIGHTS}.actorder": "group"}, None, "the order of activations"),
         ({"config_groups.group_0.input_activations": {"num_bits": 4}}, None, "activations are read as symmetric 8-bit"),
+        # what changes the computation in ways that are not done here
+        ({"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}}, None, "transform_config is {'config"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, None, "sparsity_config is {'format': 'sparse-24"),
+        ({"moe_sparsity_config": {"format": "dense-2"}}, None, "moe_sparsity_config is"),
+        ({"rotation": "yes"}, None, "rotation is yes, which is not read here and may change the model"),
+        ({"config_groups.group_0.output_activations": {"num_bits": 8}}, None, "a group's output_activations is"),
+        ({"config_groups.group_0.format": "marlin-24"}, None, "a group's format is marlin-24"),
+        ({f"{WEIGHTS}.block_structure": [128, 128]}, None, "weights: block_structure is"),
+        ({"config_groups.group_0.input_activations": {"top_k": 4}}, None, "input_activations: top_k is 4"),
         ({}, {f"{Q}.weight_shape": torch.tensor([64, 32])}, "weight_shape is not"),
         ({}, {f"{Q}.weight_packed": torch.zeros(64, 8)}, "is torch.float32, this scheme asks for torch.int32"),
         ({}, {f"{Q}.weight_packed": torch.zeros(0)}, "weight_packed is missing"),
@@ -234,6 +243,39 @@ def test_what_does_not_fit_is_refused(
         hf.load_model(folder)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_changes_no_number_is_read(tmp_path: Path) -> None:
+    """As tools of several years write it, and their values that mean nothing."""
+    folder = make_quantized(tmp_path, SCHEMES["int4"])
+    expected = hf.load_model(folder).state_dict()
+    quiet = {"observer": "minmax", "observer_kwargs": {"a": 1}, "block_structure": None, "zp_dtype": "torch.int8"}
+    rewrite(
+        folder,
+        {
+            "version": "0.13.0",
+            "global_compression_ratio": 1.4,
+            "transform_config": {"config_groups": {}},
+            "sparsity_config": {"format": "dense", "global_sparsity": 0.1, "ignore": [], "targets": []},
+            "moe_sparsity_config": None,
+            "config_groups.group_0.format": "pack-quantized",
+            **{f"{WEIGHTS}.{key}": value for key, value in quiet.items()},
+        },
+    )
+    found = hf.load_model(folder).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_a_cache_that_is_not_rounded_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = make_quantized(tmp_path, SCHEMES["int4"])
+    hf.load_model(folder)
+    assert not caplog.records
+    rewrite(folder, {"kv_cache_scheme": {"num_bits": 8, "type": "float"}})
+    for _ in range(2):
+        hf.load_model(folder)
+    (record,) = caplog.records  # once
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == f"{folder}: keys and values are not rounded here, as its kv_cache_scheme has it"
 
 
 @pytest.mark.parametrize(

@@ -297,6 +297,15 @@ def test_training_on_a_quantized_folder(base: Path, tmp_path: Path, capsys: Any)
     assert "quantized and cannot be trained by full fine-tuning: add --lora" in capsys.readouterr().err
 
 
+def test_what_a_merge_does_not_round_is_told(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "the layers of the base round their inputs to 8 bits; the merged model does not"
+    for kind, told in (("a8w8", True), ("int8", False)):
+        quantized = tmp_path / kind
+        assert main(["quantize", str(base), "--output_path", str(quantized), "--quant_type", kind]) == 0
+        train(quantized, tmp_path / f"{kind}-run", "--merge_weights")
+        assert (line in capsys.readouterr().out) == told
+
+
 def test_quantize_base_needs_a_frozen_base(tmp_path: Path, capsys: Any) -> None:
     assert main(["finetune", "--qlora", "--output_dir", str(tmp_path / "run"), "--do_train"]) == 2
     assert "add --lora" in capsys.readouterr().err

@@ -1,8 +1,9 @@
 """Weight-decomposed adaptation (Liu et al. 2024, "DoRA", arXiv:2402.09353).
 
 The sum of base weight and update keeps the direction of each of its rows; the rows' lengths ``m`` (out,) are trained
-(equation 5): ``y = x V^T + b`` with ``V = m / ||W + delta|| * (W + delta)``, norms over rows. The norm is a constant in the
-backward pass (section 4.3). ``m`` starts as ``||W||``, so that training starts from the base model exactly.
+(equation 5): ``y = x V^T + b`` with ``V = m / ||W + delta|| * (W + delta)``, norms over rows; a row of zeros stays one. The
+norm is a constant in the backward pass (section 4.3). ``m`` starts as ``||W||``, so that training starts from the base
+model exactly.
 """
 
 from __future__ import annotations
@@ -48,8 +49,14 @@ class DoRALinear(LoRALinear):
         return y if bias is None else y + bias.to(y.dtype)
 
     def factor(self) -> Tensor:
-        """Length to be over length as it is, of each row of the adapted weight, (out,)."""
-        return self.lora_magnitude_vector / self.row_norms()
+        """Length to be over length as it is, of each row of the adapted weight, (out,); 1 where a row is all zeros.
+
+        Such a row has no direction that a length could stretch; it is the base's until the update gives it one.
+        """
+        norms = self.row_norms()
+        zero = norms == 0
+        ratio = self.lora_magnitude_vector / norms.masked_fill(zero, 1.0)
+        return torch.where(zero, torch.ones_like(ratio), ratio)
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:
@@ -61,6 +68,11 @@ class DoRALinear(LoRALinear):
         squares = weight.square().sum(1)
         dist.all_reduce(squares, group=self.group)
         return squares.sqrt()
+
+    @torch.no_grad()
+    def update_factors(self) -> tuple[Tensor, Tensor]:
+        up, down = super().update_factors()
+        return self.factor().float().unsqueeze(1) * up, down
 
     def merged(self) -> Tensor:
         return self.factor().unsqueeze(1) * super().merged()

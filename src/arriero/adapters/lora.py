@@ -164,22 +164,25 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def merge_lora(model: nn.Module) -> nn.Module:
+def merge_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Add every update to its base weight and put plain linear layers back, in place.
 
-    The sum is formed in fp32 and rounded once to the base's dtype. A quantized base is dequantized, all of it, and the model's
-    configuration is that of a plain one then. A head that is tied to the embedding gets a weight of its own, and the model's
-    configuration says so: the adapter changes the head alone.
+    The sum is formed in fp32 and rounded once. A quantized base is dequantized, all of it, and the model's configuration is
+    that of a plain one then. A head that is tied to the embedding gets a weight of its own, and the model's configuration
+    says so: the adapter changes the head alone.
+
+    Args:
+        dtype: that every parameter is rounded to; None: that of the base.
     """
     quantized = has_quantized_layers(model)
     for name, layer in list(adapted_layers(model)):
         linear = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        merged = layer.merged().to(layer.base_dtype)
+        merged = layer.merged().to(dtype or layer.base_dtype)
         tied = False
         if isinstance(model, LlamaForCausalLM) and name == "lm_head":
             tied = model.config.tie_word_embeddings
             model.config = replace(model.config, tie_word_embeddings=False)
-        if layer.scheme is None and not tied:
+        if layer.scheme is None and not tied and merged.dtype == layer.weight.dtype:
             linear.weight = layer.weight  # the same memory
             linear.weight.copy_(merged)
         else:
@@ -187,7 +190,10 @@ def merge_lora(model: nn.Module) -> nn.Module:
         linear.bias = layer.bias  # type: ignore[assignment]
         replace_layer(model, name, linear.train(layer.training))
     if quantized:
-        dequantize_layers(model)
+        dequantize_layers(model, dtype)
         if isinstance(model, LlamaForCausalLM):
             model.config = plain(model.config)
+    if dtype is not None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
     return model

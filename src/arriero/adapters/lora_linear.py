@@ -114,6 +114,12 @@ class LoRALinear(nn.Module):
         dtype = torch.promote_types(a.dtype, torch.float32)
         return (b.to(dtype) @ a.to(dtype)) * self.scaling
 
+    @torch.no_grad()
+    def update_factors(self) -> tuple[Tensor, Tensor]:
+        """(out, rank) and (rank, in), fp32, whose product is what `merged` has of the update."""
+        a, b = self.factors()
+        return b.float() * self.scaling, a.detach().float()
+
     def merged(self) -> Tensor:
         """The weight, (out, in), of the plain layer that computes the same, in the adapter's dtype, at least fp32."""
         return self.base_weight() + self.delta()

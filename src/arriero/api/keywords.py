@@ -386,7 +386,7 @@ class QuantizeGroup(TypedDict, total=False):
     activation_scale: Literal["dynamic", "static"]
     data_file: Path | None
     calibration_samples: int
-    calibration_length: int
+    calibration_length: int | None
 
 
 class ConvertGroup(TypedDict, total=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     Exporter = Callable[[ExportOptions, AdapterPathOptions, Path | ModelSource], Bundle]
 
+_KEPT = 0.7  # of an adapter: with less a bundle is warned of
 _FILES = (".gguf", ".onnx", ".pt2")  # how names of files end, within bundles and elsewhere
 
 
@@ -33,7 +35,25 @@ def export_bundle(export: ExportOptions, adapter: AdapterPathOptions) -> Bundle:
     options = ModelOptions(model_name_or_path=export.model_name_or_path, device="cpu", cache_dir=export.cache_dir)
     with export_source(options, adapter) as model:
         _check_tokenizer(export, model)
+        _warn_of_lost_changes(export, model)
         return EXPORTERS[export.format](export, adapter, model)
+
+
+def _warn_of_lost_changes(export: ExportOptions, model: Path | ModelSource) -> None:
+    """Tell before the work that 4 bits lose a training, where they do and no adapter stays beside them."""
+    from arriero.engine.export_source import stored_bits
+    from arriero.export.lost_changes import nearness_warning
+    from arriero.formats.hf_source import open_hf
+
+    if export.weights != "int4" or stored_bits(model) is not None:
+        return
+    if isinstance(model, Path):
+        with open_hf(model) as source:
+            warning = nearness_warning(source)
+    else:
+        warning = None if model.updates else nearness_warning(model)
+    if warning is not None:
+        print(f"arriero: warning: {warning}", file=sys.stderr)
 
 
 def _check_place(export: ExportOptions) -> None:
@@ -114,7 +134,16 @@ def _export_gguf(export: ExportOptions, adapter: AdapterPathOptions, model: Path
         raise ConfigError(f"--prefix_path {adapter.prefix_path}: a GGUF file holds no prefix; use --format onnx")
     weights = None if export.weights == "auto" else export.weights
     if not isinstance(model, Path):
-        return export_gguf(model, export.output_path, weights, _defaults(export))
+        bundle = export_gguf(model, export.output_path, weights, _defaults(export))
+        kept = bundle.manifest.check.get("adapter_kept", 1.0)
+        if kept < _KEPT:
+            print(
+                f"arriero: warning: {max(kept, 0.0):.0%} of the adapter is left in the file: its changes are smaller than the "
+                "steps of 4 bits. Use --weights int8, or give llama.cpp the adapter itself, which "
+                f"`arriero convert {adapter.lora_path} adapter.gguf` makes",
+                file=sys.stderr,
+            )
+        return bundle
     with open_model(detect(model)) as source:
         return export_gguf(source, export.output_path, weights, _defaults(export))
 

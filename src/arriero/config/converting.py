@@ -33,7 +33,7 @@ class ConvertOptions(OptionGroup):
     model_name_or_path: str = option(
         REQUIRED,
         "a model or adapter of any format (folder or .gguf file), a named model or a Hub id",
-        aliases=("input",),
+        aliases=("input", "model"),
         positional=True,
     )
     output_dir: str = option(
@@ -62,7 +62,9 @@ class ConvertOptions(OptionGroup):
     )
     pipeline_parallel_degree: int = option(1, "the same for the processes of a pipeline, by layers", minimum=1)
     base_model: str | None = option(
-        None, "of an adapter: the model it is for (default: what the adapter says), whose config.json is read"
+        None,
+        "of an adapter: the model it is for (default: what the adapter says), whose config.json is read; --to quantized: its "
+        "weights too",
     )
     verify: bool | None = option(
         None,

@@ -65,7 +65,11 @@ class QuantizationOptions(OptionGroup):
 class QuantizeOptions(OptionGroup):
     """Quantization after training."""
 
-    output_path: str = option(REQUIRED, "folder of the quantized model", aliases=("output_dir",))
+    output_path: str = option(
+        REQUIRED,
+        "folder of the quantized model; what is not quantized, and scales, are written in --dtype (auto: as they are stored)",
+        aliases=("output_dir",),
+    )
     quant_type: str = option(
         "int8",
         "what linear layers become; integers of 8 or 4 bits, nf4 (4-bit NormalFloat), fp8 (e4m3), or a8w8: 8 bits for weights "
@@ -90,10 +94,16 @@ class QuantizeOptions(OptionGroup):
         ("dynamic", "static"),
     )
     data_file: str | None = option(
-        None, "text (.txt) or rows (.jsonl and others) to calibrate on; its end is kept to measure perplexity on"
+        None,
+        "text (.txt) or rows (.jsonl and others) to calibrate on; the end of what is read is kept to measure perplexity on",
     )
     calibration_samples: int = option(128, "pieces of text to calibrate on", minimum=1, only_with="data_file")
-    calibration_length: int = option(512, "tokens of a piece", minimum=8, only_with="data_file")
+    calibration_length: int | None = option(
+        None,
+        "tokens of a piece; default: 512, or the model's context where that is less",
+        minimum=8,
+        only_with="data_file",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

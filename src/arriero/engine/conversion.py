@@ -15,6 +15,7 @@ from arriero.formats.detection import ADAPTERS, Found, detect
 from arriero.formats.download import resolve_model
 from arriero.formats.hf import parse_dtype
 from arriero.formats.opening import MODEL_FILES, Writing, open_model
+from arriero.formats.peft import is_adapter
 from arriero.formats.safe_tensors import parse_size
 from arriero.parallel.pipeline import split_layers
 
@@ -59,10 +60,10 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     if not path.exists():
         path = resolve_model(options.model_name_or_path, cache_dir=cache_dir)
     if to == "quantized":
+        _warn_without_effect(options, to, adapter=is_adapter(path))
         return _convert_trained(options, path, output, size, cache_dir)
     found = detect(path)
-    for name, why in _without_effect(options, to, adapter=found.kind in ADAPTERS):
-        print(f"arriero: warning: --{name} has no effect: {why}", file=sys.stderr)
+    _warn_without_effect(options, to, adapter=found.kind in ADAPTERS)
     if found.kind in ADAPTERS:
         return _convert_adapter(options, found, output, to, cache_dir)
     return _convert(options, found, output, _writing(options, to, size, found), progress)
@@ -88,12 +89,19 @@ def _check_options(options: ConvertOptions, to: str) -> None:
         )
 
 
+def _warn_without_effect(options: ConvertOptions, to: str, *, adapter: bool) -> None:
+    for name, why in _without_effect(options, to, adapter=adapter):
+        print(f"arriero: warning: --{name} has no effect: {why}", file=sys.stderr)
+
+
 def _without_effect(options: ConvertOptions, to: str, *, adapter: bool) -> Iterator[tuple[str, str]]:
     """Options that were set for nothing, and why."""
-    if options.max_shard_size != MAX_SHARD_SIZE and (adapter or to in ("gguf", "meta")):
-        yield "max_shard_size", "an adapter is one file" if adapter else f"{to} files are not cut by size"
     if options.base_model is not None and not adapter:
         yield "base_model", "this is a model and no adapter"
+    if to == "quantized":  # a model, also where it is made of an adapter
+        return
+    if options.max_shard_size != MAX_SHARD_SIZE and (adapter or to in ("gguf", "meta")):
+        yield "max_shard_size", "an adapter is one file" if adapter else f"{to} files are not cut by size"
     if options.verify is not None and adapter:
         yield "verify", "adapters are always compared"
     if options.pipeline_parallel_degree > 1 and adapter:
@@ -177,5 +185,15 @@ def _convert_trained(
         raise ConfigError(f"{source} is a file: --to quantized takes the folder of a run of finetune --qat")
     dtype = None if options.dtype == "auto" else options.dtype
     with staged_output(output, is_file=False) as place:
-        settings = convert_trained(source, place, cache_dir=cache_dir, max_shard_size=size, dtype=dtype)
-    return Converted(output, (f"{settings}; embedding and output head stay as they are",))
+        settings, comparison = convert_trained(
+            source,
+            place,
+            cache_dir=cache_dir,
+            max_shard_size=size,
+            dtype=dtype,
+            base_model=options.base_model,
+            verify=options.verify,
+        )
+    kept = "stay as they are" if dtype is None else f"are written in {dtype}"
+    compared = f"compared: {comparison if comparison is not None else 'no'}"
+    return Converted(output, (f"{settings}; embedding and output head {kept}", compared))

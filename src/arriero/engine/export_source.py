@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import numpy.typing as npt
 
-from arriero.adapters.lora import apply_lora, load_adapter_state, merge_lora
+from arriero.adapters.lora import adapted_layers, apply_lora, load_adapter_state, merge_lora
 from arriero.adapters.peft_config import from_peft
 from arriero.adapters.prefix_files import BOTH, open_prefix, parameter_name
 from arriero.config.adapter import AdapterPathOptions
@@ -24,6 +24,7 @@ from arriero.errors import ConfigError
 from arriero.formats import peft
 from arriero.formats.bundle_folder import is_bundle
 from arriero.formats.detection import ADAPTERS, detect
+from arriero.formats.low_rank import LowRank
 from arriero.formats.opening import open_model
 from arriero.formats.parts import Placement
 from arriero.formats.quantized import QuantizedFolder, is_quantized, plain
@@ -103,11 +104,13 @@ def _merged(options: ModelOptions, folder: Path, lora_path: Path) -> ModelSource
         )
     apply_lora(loaded.model, from_peft(stored), fresh=False)
     load_adapter_state(loaded.model, state)
+    updates = {f"{name}.weight": LowRank(*layer.update_factors()) for name, layer in adapted_layers(loaded.model)}
     merge_lora(loaded.model)
     config = plain(loaded.model.config)
     weights = loaded.model.state_dict()
     files = with_adapters_tokenizer(read_side_files(folder), lora_path, config.vocab_size)
-    return ModelSource(folder, "hf", config, {name: weights[name] for name in weight_shapes(config)}, files)
+    tensors = {name: weights[name] for name in weight_shapes(config)}
+    return ModelSource(folder, "hf", config, tensors, files, updates=updates)
 
 
 def prefix_array(prefix_path: str, model: Path | ModelSource, base_model: str) -> npt.NDArray[np.float32]:

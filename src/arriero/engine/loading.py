@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -128,12 +129,22 @@ def load(
     return LoadedModel(model, tokenizer, folder, base.device, values, base.scheme)
 
 
-def load_base(options: ModelOptions, adapters: Sequence[str] = ()) -> LoadedBase:
-    """As `load`, for what encodes no text: in one process, and without a tokenizer."""
+def load_base(options: ModelOptions, adapters: Sequence[str] = ()) -> tuple[LoadedBase, torch.dtype]:
+    """A model whose weights are to be computed with: in one process, without a tokenizer, and nothing of it rounded.
+
+    Returns:
+        The model, in a type that holds every stored weight and every number of `options.dtype`; and that type, or the one
+        that the model has otherwise.
+    """
     processes = Processes()
-    base = _load_base(options, _base_folder(options, processes), None, processes, None, adapters)
+    folder = _base_folder(options, processes)
+    empty, stored = hf.empty_model(folder, None)
+    own = empty.model.embed_tokens.weight.dtype
+    wanted = own if options.dtype == "auto" else getattr(torch, options.dtype)
+    exact = hf.dtype_name(reduce(torch.promote_types, stored, wanted))
+    base = _load_base(replace(options, dtype="auto"), folder, exact, processes, None, adapters)
     choose_kernels(base.model, options)
-    return base
+    return base, wanted
 
 
 def _base_folder(options: ModelOptions, processes: Processes) -> Path:

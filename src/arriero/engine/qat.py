@@ -15,13 +15,20 @@ from arriero.adapters.qat import apply_qat, rounding_layers, to_quantized
 from arriero.data.tokenizer_files import SIDE_FILES
 from arriero.errors import ConfigError, FormatError
 from arriero.formats import hf, peft
+from arriero.formats.adapter_base import warn_of_other_base
+from arriero.formats.conversion import SMALL
 from arriero.formats.download import resolve_model
 from arriero.formats.parts import Placement
-from arriero.formats.quantized import file_state, with_scheme
+from arriero.formats.quantized import check_finite, file_state, with_scheme
 from arriero.formats.shared_files import PartReader
+from arriero.formats.verification import PROMPT_TOKENS, same_numbers
+from arriero.models.config import told_already
 from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.materialize import Values
 from arriero.quantization.qat import RANGE, RANGES_FILE, QatSettings, is_range, read_settings
+
+# Of the largest logit: what another order of additions may come to.
+_NEAR = 1e-5
 
 
 def apply_stored_rounding(
@@ -69,17 +76,30 @@ def _set_ranges(model: LlamaForCausalLM, reader: PartReader | None) -> None:
 
 
 def convert_trained(
-    folder: Path, output: Path, *, cache_dir: Path | None, max_shard_size: int, dtype: str | None
-) -> QatSettings:
+    folder: Path,
+    output: Path,
+    *,
+    cache_dir: Path | None,
+    max_shard_size: int,
+    dtype: str | None,
+    base_model: str | None = None,
+    verify: bool | None = False,
+) -> tuple[QatSettings, str | None]:
     """Write the integers that a run with `--qat` trained for, as a quantized model folder.
 
     Args:
-        folder: of the run, or one of its checkpoints; an adapter's base is the one that its configuration names.
+        folder: of the run, or one of its checkpoints.
         dtype: of what stays exact; None leaves it as it is.
+        base_model: of an adapter: the model that it is for; None: the one that its configuration names.
+        verify: read the folder back, and compare every tensor with what was packed, and the logits of a prompt with those of
+            the model as it was trained; None: if the model has less than `SMALL` parameters.
+
+    Returns:
+        What was rounded, and what the comparison found, None without one.
 
     Raises:
         ConfigError: if the folder is of no such run.
-        FormatError: if something in it is missing or broken.
+        FormatError: if something in it is missing or broken, or what was written is not what was trained.
     """
     settings = read_settings(folder)
     if settings is None:
@@ -91,14 +111,20 @@ def convert_trained(
         model = hf.load_model(folder)
     else:
         stored, state = peft.load_adapter(folder)
-        if stored.base_model_name_or_path is None:
-            raise FormatError(f"{folder}: {peft.ADAPTER_CONFIG} names no base model")
-        source = resolve_model(stored.base_model_name_or_path, cache_dir=cache_dir)
+        named = base_model or stored.base_model_name_or_path
+        if named is None:
+            raise FormatError(f"{folder}: {peft.ADAPTER_CONFIG} names no base model; add --base_model")
+        source = resolve_model(named, cache_dir=cache_dir)
+        if base_model is not None:
+            warn_of_other_base(folder, base_model, source)
         model = hf.load_model(source)
         apply_lora(model, from_peft(stored), fresh=False)
         load_adapter_state(model, state)
     apply_qat(model, settings)
     _set_ranges(model, PartReader(folder / RANGES_FILE) if settings.rounds_inputs else None)
+    if verify is None:
+        verify = model.config.num_parameters() < SMALL
+    trained = _prompt_logits(model) if verify else None
     to_quantized(model)
     if dtype is not None:
         model.to(getattr(torch, dtype))
@@ -107,12 +133,51 @@ def convert_trained(
     # an adapter may have been trained with another tokenizer, which is beside it then
     own = [folder / name for name in SIDE_FILES if name != "generation_config.json" and (folder / name).is_file()]
     files = {path.name: path.read_bytes() for path in own}
+    state = file_state(model, kind)
+    check_finite(state, folder)
     hf.save_model(
-        file_state(model, kind),
+        state,
         config,
         output,
         max_shard_size=max_shard_size,
         extra_files_from=source,
         extra_files=files,
     )
-    return settings
+    if trained is None:
+        return settings, None
+    exact = dtype is None and not settings.rounds_inputs  # else an input between two integers may go either way
+    return settings, _compare(model, trained, output, exact=exact)
+
+
+@torch.inference_mode()
+def _prompt_logits(model: LlamaForCausalLM) -> Tensor:
+    """(S, vocab_size) fp32, of a fixed prompt."""
+    ids = torch.arange(PROMPT_TOKENS) * 7919 % model.config.vocab_size
+    logits: Tensor = model.eval()(ids[None])[0]
+    return logits.float()
+
+
+def _compare(model: LlamaForCausalLM, trained: Tensor, output: Path, *, exact: bool) -> str:
+    """Read a folder back.
+
+    Args:
+        model: what was written.
+        trained: `_prompt_logits` of the model as it was trained.
+        exact: whether those of the folder are to be equal, up to the order of additions.
+
+    Raises:
+        FormatError: it is another model.
+    """
+    with told_already():
+        written = hf.load_model(output)
+    packed = model.state_dict()
+    for name, tensor in written.state_dict().items():
+        if not same_numbers(packed[name], tensor):
+            raise FormatError(f"{output}: {name} differs from what was packed: nothing was kept")
+    difference, size = float((_prompt_logits(written) - trained).abs().max()), float(trained.abs().max())
+    if exact and not difference <= _NEAR * max(1.0, size):
+        raise FormatError(f"{output}: logits differ by {difference:.1e} from the trained model's: nothing was kept")
+    return (
+        f"all {len(packed)} tensors equal; logits of a prompt differ from the trained model's by at most {difference:.1e}, "
+        f"largest logit {size:.1f}"
+    )

@@ -7,6 +7,9 @@ A zero point is a whole number, and so a block cannot hold ``w = scale * q + low
 do. (The operator takes fractions, and is then 40 times slower: it dequantizes the matrix each time.) What is missing is the
 same for all inputs of a block: an offset times their sum. With `BlockFormat.offsets` the sums of the input's blocks are more
 inputs of the product, behind the others, and the offsets more columns of the matrix, rounded like them.
+
+What an adapter adds, ``up @ down``, is in the product the same way: ``down x`` is more inputs, behind all others, and `up` is
+more columns, in blocks of their own.
 """
 
 from __future__ import annotations
@@ -63,10 +66,15 @@ class BlockFormat:
         """Of a row, without those of the offsets."""
         return -(-in_features // self.block_size)
 
-    def columns(self, in_features: int) -> int:
-        """Inputs of the product: with what fills up the last block, and the sums of the blocks, if there are offsets."""
+    def columns(self, in_features: int, rank: int = 0) -> int:
+        """Inputs of the product: with what fills up the last block, and the sums of the blocks, if there are offsets.
+
+        Args:
+            rank: of an adapter whose factors stand behind, from the beginning of a block.
+        """
         blocks = self.blocks(in_features)
-        return blocks * self.block_size + blocks if self.offsets else in_features
+        count = blocks * self.block_size + blocks if self.offsets else in_features
+        return self.blocks(count) * self.block_size + rank if rank else count
 
     @property
     def wide(self) -> BlockFormat:
@@ -89,6 +97,7 @@ class BlockWeight:
             offsets come last, here and in what follows.
         scales: (out, blocks) fp32.
         zero_points: (out, ceil(blocks * bits / 8)) uint8, packed alike; None if symmetric.
+        rank: of an adapter whose `up` has the last blocks.
     """
 
     format: BlockFormat
@@ -96,13 +105,32 @@ class BlockWeight:
     packed: npt.NDArray[np.uint8]
     scales: npt.NDArray[np.float32]
     zero_points: npt.NDArray[np.uint8] | None
+    rank: int = 0
 
     def levels(self) -> npt.NDArray[np.uint8]:
         """(out, blocks, block_size), the integers as they are stored, unsigned."""
         return _unpack(self.packed, self.format.bits)
 
+    @property
+    def columns(self) -> int:
+        """Inputs of the product."""
+        return self.format.columns(self.in_features, self.rank)
+
     def dequantize(self) -> npt.NDArray[np.float32]:
-        """(out, in), each the product of an integer and a scale in fp32, with the offset of its block."""
+        """(out, in), each the product of an integer and a scale in fp32, with the offset of its block; without an adapter."""
+        whole = self._columns()
+        if self.format.offsets:
+            count = self.format.blocks(self.in_features)
+            weights, offsets = np.split(whole, [count * self.format.block_size], 1)
+            whole = weights + offsets[:, :count].repeat(self.format.block_size, 1)
+        return whole[:, : self.in_features]
+
+    def up(self) -> npt.NDArray[np.float32]:
+        """(out, rank), of the adapter."""
+        return self._columns()[:, self.columns - self.rank : self.columns]
+
+    def _columns(self) -> npt.NDArray[np.float32]:
+        """(out, blocks * block_size), as the product has them."""
         rows, blocks = self.scales.shape
         values = self.levels()
         zero: npt.NDArray[np.uint8] | int = 1 << (self.format.bits - 1)
@@ -110,11 +138,28 @@ class BlockWeight:
             zero = _unpack(self.zero_points, self.format.bits)[:, :blocks, None]
         signed = values.astype(np.float32) - np.asarray(zero, np.float32)
         whole: npt.NDArray[np.float32] = (signed * self.scales[..., None]).reshape(rows, -1)
-        if self.format.offsets:
-            count = self.format.blocks(self.in_features)
-            weights, offsets = np.split(whole, [count * self.format.block_size], 1)
-            whole = weights + offsets[:, :count].repeat(self.format.block_size, 1)
-        return whole[:, : self.in_features]
+        return whole
+
+
+def with_update(weight: BlockWeight, up: Tensor) -> BlockWeight:
+    """The matrix with an adapter's `up`, (out, rank), behind it, rounded around zero."""
+    form = BlockFormat(weight.format.bits, weight.format.block_size)
+    more = quantize(up, form)
+    zeros = weight.zero_points
+    if zeros is not None:
+        blocks = weight.scales.shape[1]
+        before = _unpack(zeros, form.bits)[:, :blocks]
+        middle = np.full((len(before), more.scales.shape[1]), 1 << (form.bits - 1), np.uint8)
+        both = np.concatenate((before, middle), 1)
+        zeros = _pack(np.pad(both, ((0, 0), (0, both.shape[1] % 2 if form.bits == 4 else 0))), form.bits)
+    return BlockWeight(
+        weight.format,
+        weight.in_features,
+        np.concatenate((weight.packed, more.packed), 1),
+        np.concatenate((weight.scales, more.scales), 1),
+        zeros,
+        up.shape[1],
+    )
 
 
 def stack(parts: Sequence[BlockWeight]) -> BlockWeight:

@@ -72,6 +72,11 @@ class DataFile:
         self.initializers.append(tensor)
         return name
 
+    @property
+    def names(self) -> set[str]:
+        """Of the tensors."""
+        return {tensor.name for tensor in self.initializers}
+
     def read(self, name: str) -> npt.NDArray[Any]:
         """A tensor as the graph sees it, mapped."""
         tensor = next(tensor for tensor in self.initializers if tensor.name == name)

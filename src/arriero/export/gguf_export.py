@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.export.bundle import ANY, Bundle, Manifest, new_bundle, open_bundle, write_manifest
+from arriero.export.lost_changes import kept_share
 from arriero.export.model_files import generation_defaults, write_model_files
 from arriero.formats.conversion import SMALL
 from arriero.formats.detection import detect
@@ -38,6 +39,7 @@ def export_gguf(
         write_model(source, staging / GRAPH, how)
         with open_model(detect(staging / GRAPH)) as written:
             found = compare(source, written, dtype=how.rounds_to(source), lossy=how.is_lossy(source), logits=small)
+            share = kept_share(source, written, source.updates)
         config = write_model_files(staging, source)
         manifest = Manifest(
             kind="gguf",
@@ -46,7 +48,7 @@ def export_gguf(
             context=source.config.max_position_embeddings,
             config=config,
             generation=generation_defaults(source) | dict(defaults or {}),
-            check=asdict(found),
+            check=asdict(found) | ({"adapter_kept": share} if source.updates else {}),
             versions={},
             device=ANY,
         )

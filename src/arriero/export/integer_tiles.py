@@ -49,7 +49,8 @@ class Levels:
 
 
 def levels_of(source: WeightSource, names: Sequence[str], bits: int) -> Levels:
-    """Weights of the same inputs, one after the other: the integers that they have, or those of the least squared error.
+    """Weights of the same inputs, one after the other: the integers that they have, or those of the least squared error; of
+    4 bits without what an adapter added.
 
     Args:
         bits: 8, or 4: of matrices that have more in the model's file it is 8 all the same.
@@ -68,7 +69,7 @@ def levels_of(source: WeightSource, names: Sequence[str], bits: int) -> Levels:
         factors = _factors(scales)
         steps = (scales / factors).half().float() * factors
         return Levels(values, steps, -middle * steps, bits)
-    weight = source.rows(names)
+    weight = torch.cat([source.without_update(name) for name in names])
     filled = F.pad(weight, (0, -weight.shape[1] % BLOCK))
     values, steps, lows = fit_levels(filled.view(len(filled), -1, BLOCK), bits)
     flat = values.amin(-1) == values.amax(-1)  # the same

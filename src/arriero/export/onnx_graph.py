@@ -23,7 +23,7 @@ from onnx import TensorProto, helper
 
 from arriero import __version__
 from arriero.errors import ConfigError
-from arriero.export.block_weights import BlockFormat, BlockWeight
+from arriero.export.block_weights import BlockFormat, BlockWeight, with_update
 from arriero.export.data_file import DataFile
 from arriero.export.rope_tables import rope_tables
 from arriero.export.weight_names import EMBEDDING
@@ -192,18 +192,32 @@ class OnnxGraph:
         if form is not None:
             added = "" if bias is None else self._data.add(f"{label}.bias", bias)
             weight = self._source.blocks(weights, form)
-            form, shape = weight.format, (len(weight.scales), weight.format.columns(weight.in_features))
-            if form.offsets:
-                x = self._with_sums(x, weight.in_features, form, label)
-            return self._block_product(label, x, self._add_blocks(label, weight), form, shape, added)
+            update = self._source.update(weights) if weight.format.bits == 4 else None
+            if update is not None:
+                weight = with_update(weight, update.up)
+            x = self._block_inputs(x, weight, label, None if update is None else update.down.numpy())
+            shape = (len(weight.scales), weight.columns)
+            return self._block_product(label, x, self._add_blocks(label, weight), weight.format, shape, added)
         matrix = self._plain(f"{label}.weight", self._source.rows(weights).numpy().T)
         product: str = self._node("MatMul", [x, matrix], label if bias is None else f"{label}.product")
         if bias is not None:
             product = self._node("Add", [product, self._data.add(f"{label}.bias", bias)], label)
         return product
 
-    def _with_sums(self, x: str, in_features: int, form: BlockFormat, label: str) -> str:
-        """The inputs of a product with the sums of their blocks behind them; see `block_weights`."""
+    def _block_inputs(self, x: str, weight: BlockWeight, label: str, down: np.ndarray[Any, Any] | None) -> str:
+        """The inputs of a product with the sums of their blocks behind them, and what an adapter makes of them; see
+        `block_weights`."""
+        parts = self._with_sums(x, weight.in_features, weight.format, label) if weight.format.offsets else [x]
+        if down is not None:
+            # zeros, up to the beginning of a block
+            short = weight.columns - weight.rank - weight.format.columns(weight.in_features)
+            stored = self._data.add(f"{label}.down", np.pad(down.T, ((0, 0), (short, 0))))
+            parts.append(self._node("MatMul", [x, stored], f"{label}.adapter"))
+        joined: str = self._node("Concat", parts, f"{label}.inputs", axis=-1) if len(parts) > 1 else x
+        return joined
+
+    def _with_sums(self, x: str, in_features: int, form: BlockFormat, label: str) -> list[str]:
+        """Inputs, and the sums of their blocks."""
         blocks, size = form.blocks(in_features), form.block_size
         if in_features % size:
             ends = self._constant(f"fill.{-in_features % size}", [0, -in_features % size])
@@ -212,8 +226,7 @@ class OnnxGraph:
         shape = self._constant(f"shape.{self._rank}.{blocks}.{size}", [*outer, blocks, size])
         apart = self._node("Reshape", [x, shape], f"{label}.blocks")
         sums = self._node("ReduceSum", [apart, self._constant("axis.last", [-1])], f"{label}.sums", keepdims=0)
-        joined: str = self._node("Concat", [x, sums], f"{label}.inputs", axis=-1)
-        return joined
+        return [x, sums]
 
     def _add_blocks(self, name: str, weight: BlockWeight) -> list[str]:
         names = [self._data.add(f"{name}.packed", weight.packed), self._data.add(f"{name}.scales", weight.scales)]

@@ -186,7 +186,14 @@ class StoredModel(EagerModel):
         parts = [self._array(f"{label}.{part}") for part in ("packed", "scales")]
         form = form if parts[0].shape[2] * 8 == form.bits * form.block_size else form.wide
         zeros = None if form.symmetric else self._array(f"{label}.zero_points")
-        return torch.from_numpy(BlockWeight(form, in_features, parts[0], parts[1], zeros).dequantize()).double()
+        down = self._array(f"{label}.down") if f"{label}.down" in self._data.names else None
+        rank = 0 if down is None else down.any(0).sum().item()  # what fills it up is zero
+        weight = BlockWeight(form, in_features, parts[0], parts[1], zeros, rank)
+        whole = torch.from_numpy(weight.dequantize()).double()
+        if down is None:
+            return whole
+        factors = (np.asarray(part, np.float64) for part in (weight.up(), down[:, -rank:].T))
+        return whole + torch.from_numpy(np.matmul(*factors))
 
     def _array(self, name: str) -> npt.NDArray[Any]:
         return self._data.read(name)

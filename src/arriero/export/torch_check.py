@@ -10,7 +10,7 @@ from arriero.errors import FormatError
 from arriero.export.integer_tiles import levels_of
 from arriero.export.self_check import EXACT, NEW_TOKENS, ORIGINAL, PROMPTS, ROUNDED, Check, SourceModel, generate
 from arriero.export.slot_runner import SlotRunner
-from arriero.export.torch_weights import MatrixForm
+from arriero.export.torch_weights import MatrixForm, weight_parts
 from arriero.export.weight_names import EMBEDDING
 from arriero.export.weight_source import WeightSource
 from arriero.formats.verification import relative_difference
@@ -29,6 +29,8 @@ class RoundedModel(SourceModel):
     def __init__(self, source: WeightSource, form: MatrixForm) -> None:
         super().__init__(source)
         self._form = form
+        # of each weight those that are one matrix with it
+        self._beside = {name: parts for parts in weight_parts(source.config).values() for name in parts}
 
     def _read(self, name: str) -> Tensor:
         value = super()._read(name)
@@ -38,7 +40,11 @@ class RoundedModel(SourceModel):
         if bits is None:
             return value.to(self._form.dtype).double()
         tied = name == HEAD and self._config.tie_word_embeddings
-        return levels_of(self._source, [EMBEDDING if tied else name], bits).dequantized(value.shape[1])
+        name = EMBEDDING if tied else name
+        bits = 8 if self._source.wider(self._beside[name]) else bits
+        found = levels_of(self._source, [name], bits).dequantized(value.shape[1])
+        update = self._source.update([name]) if bits == 4 else None
+        return found if update is None else found + update.up.double() @ update.down.double()
 
 
 def check_runner(

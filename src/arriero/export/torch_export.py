@@ -24,7 +24,7 @@ from arriero.export.torch_session import WEIGHTS
 from arriero.export.torch_target import Target, gpus
 from arriero.export.torch_trace import trace_step
 from arriero.export.torch_weights import MatrixForm, program_weights
-from arriero.export.weight_source import WeightSource, integer_source
+from arriero.export.weight_source import WeightSource, adapter_words, integer_source
 from arriero.formats.hf_source import open_hf
 from arriero.formats.safe_tensors import LazyTensor
 from arriero.formats.shared_files import write_tensor_file
@@ -190,7 +190,7 @@ def export_programs(
             manifest = Manifest(
                 kind=kind.name,
                 graph=GRAPH,
-                weights=options.words,
+                weights=options.words + (adapter_words(source) if form.bits == 4 else ""),
                 context=context,
                 config=write_model_files(staging, opened),
                 generation=generation_defaults(opened) | dict(defaults),

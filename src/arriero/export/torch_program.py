@@ -29,6 +29,7 @@ from arriero.models.rope import rope_frequencies
 from arriero.models.weight_shapes import HEAD
 
 FREQUENCIES = "rope.frequencies"
+UP, DOWN = "up", "down"  # the factors of what an adapter adds to a matrix, behind its name
 Weights = Mapping[str, Tensor]
 
 
@@ -128,8 +129,14 @@ class _Batched(_Decoder):
         bias = weights.get(f"{name}.bias")
         if f"{name}.weight.{LEVELS}" in weights:
             found = self._integer_product(x.flatten(0, -2), weights, name).view(*x.shape[:-1], -1)
+            if f"{name}.weight.{DOWN}" in weights:
+                found = found + self._update(x, weights[f"{name}.weight.{DOWN}"], weights[f"{name}.weight.{UP}"])
             return found if bias is None else found + bias
         return self._product(x, weights[f"{name}.weight"], bias)
+
+    def _update(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """What an adapter adds: (..., in), (rank, in) and (rank, out) -> (..., out)."""
+        return (x @ down.t()) @ up
 
     def _integer_product(self, x: Tensor, weights: Weights, name: str) -> Tensor:
         """(rows, in) -> (rows, out)."""
@@ -218,6 +225,11 @@ class RowsProgram(_Batched):
             _embedded(tokens, weights), self._angles(starts, weights), places, weights, caches, attend
         )
         return self._logits(hidden, weights)
+
+    def _update(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """As sums, which the compiler puts into loops beside the others: for few rows a call of the BLAS costs more."""
+        small = (x[:, None] * down).sum(-1)
+        return (small[:, :, None] * up).sum(1)
 
     def _attend(self, query: Tensor, cache: Tensor, layer: int, *, starts: Tensor) -> Tensor:
         """Queries (B, H, D) -> (B, H D)."""

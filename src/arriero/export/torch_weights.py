@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from arriero.export.integer_tiles import levels_of, tile_shapes, tiles
-from arriero.export.torch_program import FREQUENCIES
+from arriero.export.torch_program import DOWN, FREQUENCIES, UP
 from arriero.export.weight_names import EMBEDDING
 from arriero.export.weight_source import WeightSource
 from arriero.formats.safe_tensors import LazyTensor
@@ -71,7 +71,8 @@ class MatrixForm:
 def program_weights(source: WeightSource, form: MatrixForm) -> dict[str, LazyTensor]:
     """The weights of a program, each made when it is asked for, in the order of a program's inputs.
 
-    Of a matrix of levels there are three, see `integer_tiles`. Vectors are fp32.
+    Of a matrix of levels there are three, see `integer_tiles`; and the factors of what an adapter adds to one of 4 bits.
+    Vectors are fp32.
     """
     shapes = weight_shapes(source.config)
     found: dict[str, LazyTensor] = {}
@@ -79,7 +80,12 @@ def program_weights(source: WeightSource, form: MatrixForm) -> dict[str, LazyTen
         shape = (sum(shapes[part][0] for part in parts), *shapes[parts[0]][1:])
         bits = form.bits_of(name) if len(shape) == 2 else None
         if bits is not None:
-            found |= _tiled(source, name, parts, 8 if source.wider(parts) else bits, (shape[0], shape[1]))
+            bits = 8 if source.wider(parts) else bits
+            found |= _tiled(source, name, parts, bits, (shape[0], shape[1]))
+            update = source.update(parts) if bits == 4 else None
+            if update is not None:
+                for part, value in ((UP, update.up.t().contiguous()), (DOWN, update.down)):
+                    found[f"{name}.{part}"] = LazyTensor(tuple(value.shape), value.dtype, partial(_given, value))
             continue
         kind = form.dtype if len(shape) == 2 else torch.float32
         found[name] = LazyTensor(shape, kind, partial(_joined, source, parts, kind))
@@ -105,6 +111,10 @@ def _tiled(
 
     own = tile_shapes(*shape, bits)
     return {f"{name}.{part}": LazyTensor(size, dtype, partial(load, part)) for part, (size, dtype) in own.items()}
+
+
+def _given(value: Tensor) -> Tensor:
+    return value
 
 
 def _joined(source: WeightSource, parts: tuple[str, ...], dtype: torch.dtype) -> Tensor:

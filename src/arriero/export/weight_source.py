@@ -12,12 +12,17 @@ from arriero.errors import ConfigError
 from arriero.export.block_weights import BlockFormat, BlockWeight, from_integers, quantize, stack
 from arriero.export.gguf_bits import layer_bits, usual_bits
 from arriero.export.weight_names import EMBEDDING
+from arriero.formats.low_rank import LowRank, stacked
 from arriero.formats.quantized import QuantizedFolder, is_quantized
 from arriero.formats.safe_tensors import LazyTensor
 from arriero.formats.source import ModelSource
 from arriero.models.config import LlamaConfig
 from arriero.models.weight_shapes import HEAD
 from arriero.quantization.schemes import IntegerWeights
+
+_LAYERS = "model.layers."
+# An adapter of a rank above so many inputs of a matrix is rounded with it, in 8 bits.
+_RANKS = 4
 
 
 def quantized_folder(model: str | Path | ModelSource) -> QuantizedFolder | None:
@@ -36,7 +41,13 @@ def integer_source(opened: ModelSource, model: str | Path | ModelSource) -> Weig
     """
     bits = layer_bits(opened)
     mixed = usual_bits(bits) == 4  # a matrix of more bits has them for a reason
-    return WeightSource(opened, quantized_folder(model), bits if mixed else {})
+    return WeightSource(opened, quantized_folder(model), bits if mixed else {}, opened.updates)
+
+
+def adapter_words(source: WeightSource) -> str:
+    """What a manifest says of an adapter that stays beside weights of 4 bits."""
+    ranks = source.updated
+    return f"; beside {len(ranks)} matrices an adapter of rank {max(ranks.values())}" if ranks else ""
 
 
 class WeightSource:
@@ -48,17 +59,24 @@ class WeightSource:
     """
 
     def __init__(
-        self, source: ModelSource, quantized: QuantizedFolder | None = None, bits: Mapping[str, int] | None = None
+        self,
+        source: ModelSource,
+        quantized: QuantizedFolder | None = None,
+        bits: Mapping[str, int] | None = None,
+        updates: Mapping[str, LowRank] | None = None,
     ) -> None:
         """
         Args:
             quantized: the same folder, if its layers are quantized.
             bits: of the stored numbers of matrices, where they matter.
+            updates: what an adapter added to weights, where it is to stay beside those of 4 bits.
         """
         self.config = source.config
         self._source = source
         self._scheme: IntegerWeights | None = None
         self._quantized, self._bits = quantized, bits or {}
+        kept = (updates or {}).items()
+        self._updates = {name: update.balanced() for name, update in kept if name.startswith(_LAYERS)}
         if quantized is not None and isinstance(quantized.scheme, IntegerWeights):
             self._scheme = quantized.scheme
         self.layers = frozenset(quantized.layers) if quantized is not None and self._scheme is not None else frozenset()
@@ -80,9 +98,26 @@ class WeightSource:
         parts = [self.load(name).float() for name in names]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
+    def update(self, names: Sequence[str]) -> LowRank | None:
+        """What an adapter added to these weights, one after the other, and what is not in their 4 bits.
+
+        An adapter is small beside the steps between numbers of 4 bits: rounded with a weight, most of it would be lost, and
+        all of it where the weight lay on such a number before.
+        """
+        if not self._updates:
+            return None
+        return stacked(
+            [self._updates.get(name) for name in names], [self._source.tensors[name].shape[0] for name in names]
+        )
+
+    def without_update(self, name: str) -> Tensor:
+        """A weight as it was before the adapter, fp32."""
+        value = self.load(name).float()
+        return value - self._updates[name].whole() if name in self._updates else value
+
     def blocks(self, names: Sequence[str], form: BlockFormat) -> BlockWeight:
-        """Weights one after the other, rounded, or with the integers that they have already; in 8 bits instead of 4 if one of
-        them is stored in more than 4.
+        """Weights one after the other, rounded, or with the integers that they have already; in 8 bits instead of 4 where they
+        are `wider`. Those of 4 bits are without the `update` of an adapter.
 
         Raises:
             ConfigError: if the integers do not fit the format.
@@ -93,13 +128,21 @@ class WeightSource:
         return stack(parts) if len(parts) > 1 else parts[0]
 
     def wider(self, names: Sequence[str]) -> bool:
-        """Whether one of them is stored in more than 4 bits, where that matters."""
-        return any(self._bits.get(name, 0) > 4 for name in names)
+        """Whether 8 bits take the place of 4: where the model stores one of them in more, or an adapter has so large a rank
+        that its factors would be no smaller."""
+        update = self.update(names)
+        large = update is not None and update.rank * _RANKS > update.down.shape[1]
+        return large or any(self._bits.get(name, 0) > 4 for name in names)
 
     @property
     def group_size(self) -> int | None:
         """Inputs that share a scale of the integers that are kept; None: all of an output, or there are none."""
         return None if self._scheme is None else self._scheme.integer.group_size
+
+    @property
+    def updated(self) -> dict[str, int]:
+        """The weights that an adapter added something to, which `update` tells of, and the rank of each."""
+        return {name: update.rank for name, update in self._updates.items() if update.rank}
 
     @property
     def wider_count(self) -> int:
@@ -113,7 +156,7 @@ class WeightSource:
     def _blocks(self, name: str, form: BlockFormat) -> BlockWeight:
         layer = name.removesuffix(".weight")
         if layer not in self.layers or self._quantized is None or self._scheme is None:
-            return quantize(self.load(name), form)
+            return quantize(self.without_update(name) if form.bits == 4 else self.load(name), form)
         if self._scheme.integer.bits != form.bits or not form.symmetric:
             raise ConfigError(
                 f"the model's weights are int{self._scheme.integer.bits} already, without zero points: "

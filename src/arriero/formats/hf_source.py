@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from arriero.errors import FormatError
-from arriero.formats.hf import check_state, open_state, save_model
-from arriero.formats.quantized import is_quantized, plain
+from arriero.formats.hf import check_state, load_model, open_state, save_model
+from arriero.formats.quantized import QuantizedFolder, is_quantized, plain
 from arriero.formats.safe_tensors import FileTensor, LazyTensor
 from arriero.formats.shared_files import PartReader
 from arriero.formats.side_files import ROUNDING_FILES, read_side_files
@@ -19,6 +19,7 @@ from arriero.formats.source import ModelSource
 from arriero.formats.tensor_shards import is_sharded
 from arriero.formats.tied_head import read_config
 from arriero.models.config import LlamaConfig
+from arriero.models.llama import LlamaForCausalLM
 from arriero.models.weight_shapes import weight_shapes
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -34,16 +35,23 @@ def open_hf(folder: str | Path) -> ModelSource:
     config = read_config(folder)
     tensors: Mapping[str, Tensor | LazyTensor]
     about: tuple[str, ...] = ()
+    computing: Callable[[], LlamaForCausalLM] | None = None
     if is_sharded(folder):
         tensors = open_state(folder, config)
     elif is_quantized(config):
         tensors, about = open_state(folder, config), ("its quantized weights are dequantized",)
+        if QuantizedFolder(folder, config).scheme.activation is not None:
+            about += (
+                "warning: its layers round their inputs to 8 bits; the converted model does not, its numbers differ",
+            )
+            computing = partial(load_model, folder)
         config = plain(config)
     else:
         tensors = _file_tensors(folder, config)
     ordered = {name: tensors[name] for name in weight_shapes(config)}
     rounding = read_side_files(folder, ROUNDING_FILES)
-    return ModelSource(folder, "hf", config, ordered, read_side_files(folder), about, rounding=rounding)
+    files = read_side_files(folder)
+    return ModelSource(folder, "hf", config, ordered, files, about, rounding=rounding, computing=computing)
 
 
 def _file_tensors(folder: Path, config: LlamaConfig) -> dict[str, FileTensor]:

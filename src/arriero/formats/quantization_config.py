@@ -13,6 +13,41 @@ from arriero.quantization.integers import IntegerScheme
 from arriero.quantization.schemes import Activation, Fp8Weights, IntegerWeights, Nf4Weights, WeightScheme
 
 COMPRESSED, BITSANDBYTES = QUANTIZATION_METHODS
+# What may stand in an entry: what is read, and what changes no number, each with the values that it may have (None: any).
+# Whatever else is there may change what the layers compute, and is refused.
+_NOTHING: tuple[Any, ...] = (None, False, "", {}, [])
+_SETTINGS: dict[str, tuple[Any, ...] | None] = {
+    "quant_method": None,
+    "format": None,
+    "quantization_status": None,
+    "config_groups": None,
+    "ignore": None,  # seen from the names of the tensors, as targets are
+    "kv_cache_scheme": None,  # see `rounds_cache`
+    "global_compression_ratio": None,
+    "version": None,
+    "run_compressed": None,
+    "dequantize": None,
+    "transform_config": (*_NOTHING, {"config_groups": {}}),
+}
+_GROUP: dict[str, tuple[Any, ...] | None] = {
+    "targets": None,
+    "weights": None,
+    "input_activations": None,
+    "format": (*_NOTHING, "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
+}
+_ARGUMENTS: dict[str, tuple[Any, ...] | None] = {
+    "num_bits": None,
+    "type": None,
+    "symmetric": None,
+    "group_size": None,
+    "strategy": None,
+    "dynamic": None,
+    "actorder": None,
+    "scale_dtype": None,  # the files say it
+    "zp_dtype": None,  # of zero points, which symmetric numbers do not have
+    "observer": None,  # how scales were found
+    "observer_kwargs": None,
+}
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 
 
@@ -74,13 +109,17 @@ def compressed_scheme(settings: Mapping[str, Any], packed: bool, scale_dtype: to
     Raises:
         FormatError: for one that is not read here.
     """
+    _refuse_unknown(settings, _SETTINGS, "")
     groups = settings.get("config_groups")
     if not isinstance(groups, dict) or len(groups) != 1 or settings.get("format") not in _FORMATS:
         raise FormatError(f"only one config group, in one of the formats {', '.join(_FORMATS)}, is read")
     group = next(iter(groups.values()))
+    if isinstance(group, dict):
+        _refuse_unknown(group, _GROUP, "a group's ")
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict) or not weights.get("symmetric", True) or weights.get("dynamic"):
         raise FormatError("only symmetric, static weights are read")
+    _refuse_unknown(weights, _ARGUMENTS, "weights: ")
     if weights.get("actorder") not in (None, False, "static", "weight"):
         raise FormatError(f"the order of activations (actorder {weights['actorder']!r}) is not read")
     bits, kind, strategy, size = (weights.get(key) for key in ("num_bits", "type", "strategy", "group_size"))
@@ -101,8 +140,26 @@ def compressed_scheme(settings: Mapping[str, Any], packed: bool, scale_dtype: to
 def _activation(inputs: Any) -> Activation | None:
     if inputs is None:
         return None
+    if isinstance(inputs, dict):
+        _refuse_unknown(inputs, _ARGUMENTS, "input_activations: ")
     if isinstance(inputs, dict) and (inputs.get("num_bits"), inputs.get("type")) == (8, "int"):
         dynamic, strategy = inputs.get("dynamic"), inputs.get("strategy")
         if inputs.get("symmetric", True) and (dynamic, strategy) in ((True, "token"), (False, "tensor")):
             return Activation(bool(dynamic))
     raise FormatError("activations are read as symmetric 8-bit integers, dynamic by token or static by tensor")
+
+
+def rounds_cache(settings: Mapping[str, Any]) -> bool:
+    """Whether an entry of compressed-tensors asks for keys and values in few bits, which are kept whole here."""
+    return settings.get("kv_cache_scheme") not in _NOTHING
+
+
+def _refuse_unknown(values: Mapping[str, Any], known: Mapping[str, tuple[Any, ...] | None], where: str) -> None:
+    """Raises FormatError for a key that may change what is computed, in a way that is not done here."""
+    for key, value in values.items():
+        allowed = known.get(key, _NOTHING)
+        dense = key == "sparsity_config" and isinstance(value, dict) and value.get("format") == "dense"
+        if allowed is not None and value not in allowed and not dense:
+            raise FormatError(
+                f"{where}{key[:60]} is {str(value)[:60]}, which is not read here and may change the model"
+            )

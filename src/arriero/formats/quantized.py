@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from arriero.errors import ArrieroError, FormatError
 from arriero.formats.parts import Placement
-from arriero.formats.quantization_config import BITSANDBYTES, compressed_scheme, settings_of
+from arriero.formats.quantization_config import BITSANDBYTES, compressed_scheme, rounds_cache, settings_of
 from arriero.formats.safe_tensors import LazyTensor
 from arriero.formats.shared_files import PartReader
 from arriero.models.config import LlamaConfig
@@ -29,11 +31,13 @@ from arriero.quantization import nf4
 from arriero.quantization.linear import QuantizedLinear, quantize_layers, quantize_weight
 from arriero.quantization.schemes import Nf4Weights, WeightScheme
 
+logger = logging.getLogger(__name__)
 KEY = "quantization_config"
 # Ends of names that only quantized layers have in a file.
 MARKS = (".weight_scale", ".weight.absmax")
 _STATE = "weight.quant_state.bitsandbytes__nf4"
 _MAX_STATE_BYTES = 4096
+_ROWS = 4096  # that are looked at together
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -91,6 +95,23 @@ def file_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         if owner not in layers or leaf == "bias":
             state[name] = tensor.to(dtype)
     return state
+
+
+def check_finite(state: Mapping[str, Tensor], source: object) -> None:
+    """Look at every number of a `file_state` before it is written.
+
+    Raises:
+        FormatError: naming the first tensor with one that is infinite or none.
+    """
+    for name, tensor in state.items():
+        rows = torch.split(tensor, _ROWS) if tensor.dim() and tensor.is_floating_point() else ()
+        # 8-bit floats have no test of their own
+        wide = (part.float() if part.dtype.itemsize == 1 else part for part in rows)
+        if not all(bool(torch.isfinite(part).all()) for part in wide):
+            raise FormatError(
+                f"{source}: {name} would be stored as {str(tensor.dtype).removeprefix('torch.')} with values that are infinite "
+                "or no numbers: give --dtype float32, or another --quant_type or --quant_method; nothing was written"
+            )
 
 
 class QuantizedFolder:
@@ -221,6 +242,8 @@ class QuantizedFolder:
             if not isinstance(size, int) or size < 2:
                 raise FormatError(f"{layer}: a blocksize of {size!r}")
             return Nf4Weights(size)
+        if rounds_cache(settings):
+            _warn_of_cache(str(self.folder))
         scale = self._files.dtype(f"{layer}.weight_scale")
         return compressed_scheme(settings, f"{layer}.weight_packed" in self._files, scale)
 
@@ -297,6 +320,11 @@ class QuantizedFolder:
     def prepare(self, model: nn.Module) -> None:
         """Put quantized layers without values in the place of linear ones, in place."""
         quantize_layers(model, lambda name, _: self.scheme if name in self.layers else None)
+
+
+@functools.lru_cache(64)  # a command opens a folder several times
+def _warn_of_cache(folder: str) -> None:
+    logger.warning("%s: keys and values are not rounded here, as its kv_cache_scheme has it", folder)
 
 
 @contextlib.contextmanager

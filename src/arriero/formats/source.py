@@ -10,8 +10,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from arriero.formats.low_rank import LowRank
 from arriero.formats.safe_tensors import LazyTensor
 from arriero.models.config import LlamaConfig
+from arriero.models.llama import LlamaForCausalLM
 
 Format = Literal["hf", "gguf", "paddle", "meta"]
 
@@ -35,6 +37,9 @@ class ModelSource:
             licence), by name.
         about: lines that a user wants to know, such as the number formats in the file and its licence.
         rounding: of an HF folder, the files that say how the model computes with rounded weights, by name.
+        updates: what an adapter added to some of the weights, by name; it is in `tensors` already.
+        computing: of one whose layers round their inputs, the model that does so: its plain weights alone compute
+            other numbers.
     """
 
     path: Path
@@ -45,6 +50,8 @@ class ModelSource:
     about: tuple[str, ...] = ()
     close: Callable[[], None] = _nothing
     rounding: Mapping[str, bytes] = field(default_factory=dict)
+    updates: Mapping[str, LowRank] = field(default_factory=dict)
+    computing: Callable[[], LlamaForCausalLM] | None = None
 
     def __enter__(self) -> ModelSource:
         return self

@@ -63,6 +63,17 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales as they are stored: rounded to `dtype`, and never zero, where a weight divided by one would be no number.
+
+    What `dtype` has no number for becomes its smallest one; of types with the exponents of fp32 that is the smallest normal
+    one, since some processors take those below for zero.
+    """
+    kind = torch.finfo(dtype)
+    smallest = max(kind.smallest_normal * kind.eps, torch.finfo(torch.float32).smallest_normal)
+    return scales.to(dtype).clamp_min(smallest)
+
+
 def absmax_scales(weight: Tensor, scheme: IntegerScheme) -> Tensor:
     """Scales that bring the greatest magnitude of each group to `scheme.high`.
 
@@ -74,7 +85,7 @@ def absmax_scales(weight: Tensor, scheme: IntegerScheme) -> Tensor:
     """
     grouped = weight.reshape(weight.shape[0], scheme.groups(weight.shape[1]), -1)
     greatest = grouped.abs().amax(-1)
-    return torch.where(greatest > 0, greatest / scheme.high, torch.ones_like(greatest))
+    return torch.where(greatest > 0, storable(greatest / scheme.high, weight.dtype), torch.ones_like(greatest))
 
 
 def quantize(weight: Tensor, scales: Tensor, scheme: IntegerScheme) -> Tensor:

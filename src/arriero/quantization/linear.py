@@ -15,6 +15,11 @@ from arriero.models.weight_shapes import weight_shapes
 from arriero.quantization.integers import at_least_fp32
 from arriero.quantization.schemes import WeightScheme
 
+# What a merge tells a user of a base with `rounds_inputs`.
+INPUTS_NOT_ROUNDED = (
+    "warning: the layers of the base round their inputs to 8 bits; the merged model does not, its numbers differ"
+)
+
 
 class QuantizedLinear(nn.Module):
     """``y = x W^T + b`` with ``W`` made of its stored form for each call.
@@ -207,15 +212,25 @@ def quantize_layers(
 
 
 @torch.no_grad()
-def dequantize_layers(model: nn.Module) -> list[str]:
-    """Put linear layers with plain weights in the place of quantized ones, in place; the names of these."""
+def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
+    """Put linear layers with plain weights in the place of quantized ones, in place; the names of these.
+
+    Args:
+        dtype: of the plain weights; None: see `QuantizedLinear.dequantized`.
+    """
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
     for name, layer in found:
         linear = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        linear.weight = nn.Parameter(layer.dequantized(), requires_grad=False)
+        linear.weight = nn.Parameter(layer.dequantized(dtype), requires_grad=False)
         linear.bias = layer.bias  # type: ignore[assignment]  # typed as if there always were one
         replace_layer(model, name, linear.train(layer.training))
     return [name for name, _ in found]
+
+
+def rounds_inputs(model: nn.Module) -> bool:
+    """Whether any quantized layer of a model, under an adapter or not, rounds its inputs: plain weights alone do not."""
+    schemes = (getattr(module, "scheme", None) for module in model.modules())
+    return any(isinstance(scheme, WeightScheme) and scheme.activation is not None for scheme in schemes)
 
 
 def has_quantized_layers(model: nn.Module) -> bool:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from arriero.errors import ConfigError
-from arriero.quantization.integers import IntegerScheme, absmax_scales, dequantize, quantize
+from arriero.quantization.integers import IntegerScheme, absmax_scales, dequantize, quantize, storable
 
 # Shares of the absmax scale that are tried. Eight bits lose more by clipping than they win, below that.
 _SHARES = {4: [1.0 - 0.01 * step for step in range(51)], 8: [1.0 - 0.01 * step for step in range(11)]}
 _BLOCK = 128  # inputs whose errors are carried over together; only speed depends on it
+_UNDETERMINED = "the calibration data do not determine GPTQ's update: give a --data_file with more and other text"
 _DAMPING = 0.01  # of the mean second moment, added to each (section 3.3)
 
 
@@ -33,9 +34,9 @@ def searched_scales(
     """
     full = absmax_scales(weight, scheme)
     factor = None if importance is None else importance.view(1, full.shape[1], -1)
-    best, least = full.to(scale_dtype), torch.full_like(full, torch.inf)
+    best, least = storable(full, scale_dtype), torch.full_like(full, torch.inf)
     for share in _SHARES[scheme.bits]:
-        scales = (full * share).to(scale_dtype)
+        scales = storable(full * share, scale_dtype)
         error = (dequantize(quantize(weight, scales.float(), scheme), scales.float()) - weight).square_()
         error = error.view(*full.shape, -1)
         total = (error if factor is None else error.mul_(factor)).sum(-1)
@@ -52,14 +53,14 @@ def gptq(weight: Tensor, scales: Tensor, scheme: IntegerScheme, moments: Tensor,
 
     Args:
         weight: (out, in), in the dtype of the computation.
-        scales: (out, groups).
+        scales: (out, groups), none of them zero.
         moments: (in, in), the mean of ``x x^T`` over the tokens.
 
     Returns:
         (out, in) int8.
 
     Raises:
-        ConfigError: if the moments cannot be inverted.
+        ConfigError: if the moments cannot be inverted, or what is carried over grows beyond all numbers.
     """
     in_features = weight.shape[1]
     order = torch.argsort(moments.diagonal(), descending=True, stable=True)
@@ -78,6 +79,8 @@ def gptq(weight: Tensor, scales: Tensor, scheme: IntegerScheme, moments: Tensor,
             errors[:, at] = (column - rounded * scale) / triangle[at, at]
             block[:, at + 1 :] -= errors[:, at, None] * triangle[at, at + 1 :]
         rest[:, end:] -= errors @ factor[start:end, end:]
+    if not torch.isfinite(integers).all():  # the cast would make numbers of them
+        raise ConfigError(_UNDETERMINED)
     found = torch.empty_like(integers, dtype=torch.int8)
     found[:, order] = integers.to(torch.int8)
     return found
@@ -97,9 +100,7 @@ def _inverse_factor(moments: Tensor, damping: float) -> Tensor:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
             if int(failed) == 0:
                 return upper
-    raise ConfigError(
-        "the calibration data do not determine GPTQ's update: give a --data_file with more and other text"
-    )
+    raise ConfigError(_UNDETERMINED)
 
 
 def output_error(weight: Tensor, other: Tensor, moments: Tensor) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from arriero.errors import ConfigError
 from arriero.quantization import integers, nf4
-from arriero.quantization.integers import IntegerScheme
+from arriero.quantization.integers import IntegerScheme, storable
 
 # name -> shape and dtype
 TensorShapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -124,12 +124,12 @@ class IntegerWeights(WeightScheme):
 
     def store(self, weight: Tensor, scales: Tensor) -> dict[str, Tensor]:
         """The stored form of a weight (out, in) rounded with given scales (out, groups)."""
-        scales = scales.to(self.scale_dtype)
+        scales = storable(scales, self.scale_dtype)
         return self.pack(integers.quantize(weight.float(), scales.float(), self.integer), scales)
 
     def pack(self, values: Tensor, scales: Tensor) -> dict[str, Tensor]:
         """The stored form of integers (out, in) int8 and their scales (out, groups)."""
-        stored = {"weight_scale": scales.to(self.scale_dtype)}
+        stored = {"weight_scale": storable(scales, self.scale_dtype)}
         if not self.packed:
             return {"weight": values, **stored}
         return {"weight_packed": pack_integers(values, self.integer.bits), **stored}
@@ -191,12 +191,11 @@ class Fp8Weights(WeightScheme):
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         greatest = weight.float().abs().amax(-1, keepdim=True)
-        scales = torch.where(greatest > 0, greatest / FP8_MAX, torch.ones_like(greatest)).to(self.scale_dtype)
-        return self.store(weight, scales)
+        return self.store(weight, torch.where(greatest > 0, greatest / FP8_MAX, torch.ones_like(greatest)))
 
     def store(self, weight: Tensor, scales: Tensor) -> dict[str, Tensor]:
         """The stored form of a weight (out, in) rounded with given scales (out, 1)."""
-        scales = scales.to(self.scale_dtype)
+        scales = storable(scales, self.scale_dtype)
         scaled = (weight.float() / scales.float()).clamp(-FP8_MAX, FP8_MAX)
         return {"weight": scaled.to(torch.float8_e4m3fn), "weight_scale": scales}
 

@@ -30,6 +30,7 @@ from arriero.formats.quantized import is_quantized
 from arriero.formats.side_files import read_side_files
 from arriero.models.llama import LlamaForCausalLM
 from arriero.parallel.processes import Processes
+from arriero.quantization.linear import INPUTS_NOT_ROUNDED, rounds_inputs
 from arriero.training.agreement import check_same_data
 from arriero.training.callbacks.activation_ranges import ActivationRanges
 from arriero.training.callbacks.stop_signals import StopSignals
@@ -365,10 +366,14 @@ def save_final(
             if options.adapter.merge_weights and isinstance(stored, AdapterWeights):
                 in_place = processes.alone and stored is weights
                 model = loaded.model if in_place else _whole_model(loaded, folder)
+                if rounds_inputs(model):
+                    print(INPUTS_NOT_ROUNDED)
                 merge_lora(model)
                 files = with_adapters_tokenizer(read_side_files(loaded.folder), folder, model.config.vocab_size)
                 hf.save_model(model, model.config, folder / MERGED, extra_files=files)
-                copy_rounding(folder, folder / MERGED)
+                stored_dtype = model.model.embed_tokens.weight.dtype
+                for note in copy_rounding(folder, folder / MERGED, stored_dtype):
+                    print(note)
                 print(f"merged model: {folder / MERGED}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from arriero.adapters.lora import LoRALinear
 from arriero.errors import FormatError
 from arriero.quantization.linear import QuantizedLinear
+from arriero.quantization.schemes import IntegerWeights
 
 TOLERANCE = 1e-4  # of products in fp32, beside the largest of them: another order of additions
 _ROWS = 4  # that are multiplied
@@ -23,27 +25,26 @@ def _digest(tensor: Tensor) -> str:
 
 
 @torch.no_grad()
-def expected_weights(model: nn.Module) -> dict[str, str]:
+def expected_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, str]:
     """What the weights of an adapted model are to be after the merge, by name: known by a digest.
 
     Of each adapted layer the sum is first compared, in fp32, with what the layer computes without one.
 
+    Args:
+        dtype: of the merged model.
+
     Raises:
-        FormatError: a sum that computes something else.
+        FormatError: a sum that computes something else, or a number that `dtype` cannot hold.
     """
     found: dict[str, str] = {}
     owners = set()
     for name, layer in model.named_modules():
         if isinstance(layer, LoRALinear):
             _check_sum(name, layer)
-            weight = layer.merged().to(layer.base_dtype)
-            if not torch.isfinite(weight).all():
-                raise FormatError(
-                    f"{name} + adapter has numbers that are not finite as {str(layer.base_dtype).removeprefix('torch.')}: "
-                    "take --dtype float32, or another adapter"
-                )
+            weight = layer.merged().to(dtype)
+            _check_finite(f"{name} + adapter", weight, "take --dtype float32, or another adapter")
         elif isinstance(layer, QuantizedLinear):
-            weight = layer.dequantized()
+            weight = layer.dequantized(dtype)
         else:
             continue
         owners.add(name)
@@ -51,13 +52,26 @@ def expected_weights(model: nn.Module) -> dict[str, str]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         layer_name, _, leaf = name.rpartition(".")
         if ".lora_" not in name and (layer_name not in owners or leaf == "bias"):
-            found[name] = _digest(parameter)
+            weight = parameter.to(dtype)
+            if weight.dtype != parameter.dtype and torch.isfinite(parameter).all():
+                _check_finite(name, weight, "take --dtype float32")
+            found[name] = _digest(weight)
     return found
 
 
+def _check_finite(name: str, weight: Tensor, way_out: str) -> None:
+    """Raises FormatError where a weight of the merged model has numbers that its type cannot hold."""
+    if not torch.isfinite(weight).all():
+        raise FormatError(
+            f"{name} has numbers that are not finite as {str(weight.dtype).removeprefix('torch.')}: {way_out}"
+        )
+
+
 def _check_sum(name: str, layer: LoRALinear) -> None:
-    """Raises FormatError where ``x (W + delta)^T + b`` is not what the layer computes of ``x``."""
+    """Raises FormatError where ``x (W + delta)^T + b`` is not what the layer computes of ``x``, itself not rounded."""
     wide = copy.deepcopy(layer)
+    if isinstance(wide.scheme, IntegerWeights):
+        wide.scheme = replace(wide.scheme, activation=None)
     wide = wide.eval() if layer.base_dtype == torch.float64 else wide.float().eval()
     weight = wide.merged()
     x = torch.randn(_ROWS, layer.in_features, generator=torch.Generator().manual_seed(0)).to(weight)

@@ -21,14 +21,13 @@ from arriero.formats import hf, peft
 from arriero.formats.adapter_base import BASE_QUANTIZATION, base_quantization_text, read_base_quantization
 from arriero.formats.conversion import staged_output
 from arriero.formats.download import published_name
-from arriero.formats.quantized import plain
 from arriero.formats.shard_merging import merge_shards
 from arriero.formats.side_files import read_side_files
 from arriero.formats.staging import check_target
 from arriero.formats.tensor_shards import is_sharded
 from arriero.models.config import told_already
 from arriero.models.llama import LlamaForCausalLM
-from arriero.quantization.linear import dequantize_layers
+from arriero.quantization.linear import INPUTS_NOT_ROUNDED, QuantizedLinear, rounds_inputs
 from arriero.quantization.qat import SETTINGS_FILE
 from arriero.training.merge_check import check_weights, expected_weights, rounding_noise
 from arriero.training.qat_weights import copy_rounding
@@ -89,12 +88,14 @@ def _merge_adapter(model: ModelOptions, lora_path: str, merge: MergeOptions) -> 
             notes += [
                 *_keep_base(paths, place),
                 f"adapter of rank {config.rank}: {target}",
-                *_keep_rounding(paths, place),
+                *_keep_rounding(paths, place, torch.float32),
             ]
         return notes
-    loaded = load_base(model, adapters=paths)
+    loaded, dtype = load_base(model, adapters=paths)
+    inputs_too = rounds_inputs(loaded.model)
     if loaded.scheme is None:
-        notes += _dequantize(loaded.model)
+        layers = sum(isinstance(module, QuantizedLinear) for module in loaded.model.modules())
+        notes += _quantized(layers, inputs_too)
     apply_lora(loaded.model, config, fresh=False)
     load_adapter_state(loaded.model, state)
     loaded.model.eval()
@@ -103,10 +104,10 @@ def _merge_adapter(model: ModelOptions, lora_path: str, merge: MergeOptions) -> 
     )
     before, expected = torch.zeros(()), {}
     if merge.verify:
-        expected = expected_weights(loaded.model)
+        expected = expected_weights(loaded.model, dtype)
         with torch.inference_mode():
             before = loaded.model(probe).float()
-    merge_lora(loaded.model)
+    merge_lora(loaded.model, dtype)
     beside = read_side_files(loaded.folder)
     files = beside
     if len(paths) == 1:  # several may each have one of their own
@@ -120,19 +121,22 @@ def _merge_adapter(model: ModelOptions, lora_path: str, merge: MergeOptions) -> 
             extra_files_from=loaded.folder if files == beside else None,
             extra_files=None if files == beside else files,
         )
-        notes += _keep_rounding(paths, place)
+        notes += _keep_rounding(paths, place, dtype)
         compared = "not compared"
         if merge.verify:
             with told_already():
                 written = hf.load_model(place, device=loaded.device)
             check_weights(expected, written, place)
             with torch.inference_mode():
-                compared = _compare(before, written, probe, place)
+                compared = _compare(before, written, probe, place, judge=not inputs_too)
     return [*notes, f"merged model: {target} ({compared})"]
 
 
-def _compare(before: Tensor, written: LlamaForCausalLM, probe: Tensor, place: Path) -> str:
+def _compare(before: Tensor, written: LlamaForCausalLM, probe: Tensor, place: Path, *, judge: bool = True) -> str:
     """How far the logits of a merged model are from those of base + adapter: in half precision its weights are rounded.
+
+    Args:
+        judge: whether they are to agree: not where only the base rounds the inputs of its layers.
 
     Raises:
         FormatError: in fp32 or fp64 further than another order of additions makes them: `_ROUNDINGS` times what one rounding
@@ -142,7 +146,8 @@ def _compare(before: Tensor, written: LlamaForCausalLM, probe: Tensor, place: Pa
     difference, size = float((before - after).abs().max()), float(before.abs().max())
     text = f"logits differ from base + adapter by at most {difference:.1e}, largest logit {size:.1f}"
     if dtype.itemsize >= 4:
-        if not difference <= _NEAR * max(1.0, size) and not difference <= _ROUNDINGS * rounding_noise(written, probe):
+        near = difference <= _NEAR * max(1.0, size)
+        if judge and not near and not difference <= _ROUNDINGS * rounding_noise(written, probe):
             raise FormatError(
                 f"{place}: the merged model's logits differ by {difference:.2e} from base + adapter: nothing was written"
             )
@@ -152,8 +157,15 @@ def _compare(before: Tensor, written: LlamaForCausalLM, probe: Tensor, place: Pa
 
 
 def _paths(lora_path: str) -> list[str]:
-    """The folders that --lora_path names."""
-    return [lora_path] if Path(lora_path).is_dir() else [path.strip() for path in lora_path.split(",")]
+    """The folders that --lora_path names.
+
+    Raises:
+        ConfigError: nothing stands before, between or behind its commas.
+    """
+    paths = [lora_path] if Path(lora_path).is_dir() else [path.strip() for path in lora_path.split(",")]
+    if not all(paths):
+        raise ConfigError(f"--lora_path {lora_path}: a folder is missing beside a comma; give them as a,b")
+    return paths
 
 
 def _keep_base(paths: list[str], target: Path) -> list[str]:
@@ -166,12 +178,16 @@ def _keep_base(paths: list[str], target: Path) -> list[str]:
     return []
 
 
-def _keep_rounding(paths: list[str], target: Path) -> list[str]:
-    """What was trained with rounded weights computes with them after the merge too."""
+def _keep_rounding(paths: list[str], target: Path, dtype: torch.dtype) -> list[str]:
+    """What was trained with rounded weights computes with them after the merge too.
+
+    Args:
+        dtype: of the weights that are to be rounded as in the training.
+    """
     rounded = [path for path in map(Path, paths) if (path / SETTINGS_FILE).is_file()]
     if len(paths) == 1:
         for path in rounded:
-            copy_rounding(path, target)
+            return copy_rounding(path, target, dtype)
     elif rounded:
         return [f"the rounding of {rounded[0]} ({SETTINGS_FILE}) is left out: no sum of adapters was trained with it"]
     return []
@@ -195,13 +211,22 @@ def _adapter_of(lora_path: str, merge: MergeOptions) -> tuple[LoRAConfig, Mappin
     return *mixed, [f"{weight:g} x {path}" for path, weight in zip(paths, weights, strict=True)]
 
 
-def _dequantize(model: LlamaForCausalLM) -> list[str]:
-    """Give a quantized model plain weights, and say so."""
-    names = dequantize_layers(model)
-    if not names:
+def _quantized(layers: int, inputs_too: bool) -> list[str]:
+    """What the merge of a quantized base changes.
+
+    Args:
+        layers: of the base that are quantized.
+        inputs_too: whether they round what they multiply too.
+    """
+    if not layers:
         return []
-    model.config = plain(model.config)
+    told = (
+        f"warning: the base is quantized: {layers} layers are dequantized for the merge, and the merged model is a plain one "
+        "(arriero quantize makes it small again)"
+    )
+    if not inputs_too:
+        return [told]
     return [
-        f"warning: the base is quantized: {len(names)} layers are dequantized for the merge, and the merged model is a "
-        "plain one (arriero quantize makes it small again)"
+        told,
+        INPUTS_NOT_ROUNDED,
     ]

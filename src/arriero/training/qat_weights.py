@@ -76,8 +76,22 @@ class QatWeights:
                 part.tensor.copy_(reader.read_part(name, part.placement))
 
 
-def copy_rounding(source: Path, target: Path) -> None:
-    """Let another form of the same weights (a merged adapter) say how they are rounded."""
+def copy_rounding(source: Path, target: Path, dtype: torch.dtype) -> list[str]:
+    """Let another form of the same weights (a merged adapter) say how they are rounded.
+
+    Args:
+        source: the folder of the run, or of any other model or adapter.
+        dtype: of the weights in `target`.
+
+    Returns:
+        A line for the user where integers made of them may not be those that were trained.
+    """
     for name in (SETTINGS_FILE, RANGES_FILE):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    if dtype.itemsize >= 4 or not (source / SETTINGS_FILE).is_file():
+        return []
+    return [
+        f"the merged weights are rounded to {str(dtype).removeprefix('torch.')} before they are rounded as in training: for "
+        f"exactly the integers that were trained, arriero convert {source} OUTPUT --to quantized, and not the merged model"
+    ]

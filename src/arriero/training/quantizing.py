@@ -26,6 +26,7 @@ from arriero.quantization.choice import scheme_for
 from arriero.quantization.post_training import needs_data, quantize_model
 from arriero.quantization.schemes import WeightScheme
 from arriero.training.precision import NOTHING, first_non_finite_parameter
+from arriero.training.quantize_inputs import calibration_length
 
 
 def quantize_folder(options: QuantizeOptions, model: ModelOptions) -> TextBlocks | None:
@@ -42,10 +43,12 @@ def quantize_folder(options: QuantizeOptions, model: ModelOptions) -> TextBlocks
     config = read_config(folder)
     if quantized.is_quantized(config):
         raise ConfigError(f"{folder}: its weights are quantized already; give the original model")
-    storage = _stored_dtype(folder, config)
+    stored = _stored_dtype(folder, config)
+    storage = stored if model.dtype == "auto" else getattr(torch, model.dtype)
     static = options.activation_scale == "static"
     scheme = scheme_for(options.quant_type, config, group_size=options.group_size, scale_dtype=storage, static=static)
-    print(f"{options.quant_method}: {scheme}; embedding, norms and output head stay as they are")
+    kept = "stay as they are" if storage == stored else f"are written in {hf.dtype_name(storage)}"
+    print(f"{options.quant_method}: {scheme}; embedding, norms and output head {kept}")
     loaded = load(dataclasses.replace(model, dtype="float32"))
     broken = first_non_finite_parameter(loaded.model)
     if broken != NOTHING:
@@ -55,12 +58,13 @@ def quantize_folder(options: QuantizeOptions, model: ModelOptions) -> TextBlocks
         )
     blocks = None
     if options.data_file is not None:
-        blocks = read_blocks(
-            options.data_file, loaded.tokenizer, options.calibration_samples, options.calibration_length
-        )
+        length = calibration_length(options, config)
+        if options.calibration_length is None and length == config.max_position_embeddings:
+            print(f"pieces of {length} tokens, the whole context of this model")
+        blocks = read_blocks(options.data_file, loaded.tokenizer, options.calibration_samples, length)
     calibration = blocks.calibration if blocks is not None and needs_data(scheme, options.quant_method) else []
     if calibration:
-        print(f"calibration: {len(calibration)} blocks of {options.calibration_length} tokens of {options.data_file}")
+        print(f"calibration: {len(calibration)} blocks of {calibration[0].shape[1]} tokens of {options.data_file}")
     with tqdm(total=config.num_hidden_layers, unit="layer", desc="quantize", leave=False) as bar:
         quantize_model(loaded.model, scheme, options.quant_method, calibration, storage, bar.update)
     save_quantized(loaded.model, scheme, storage, folder, options.output_path)
@@ -75,9 +79,14 @@ def save_quantized(
     Args:
         dtype: of its plain weights.
         source: the folder whose tokenizer, generation defaults and licence come along.
+
+    Raises:
+        FormatError: a number that `dtype` cannot hold, or a folder that cannot be written.
     """
     config = quantized.with_scheme(dataclasses.replace(model.config, dtype=hf.dtype_name(dtype)), scheme)
-    hf.save_model(quantized.file_state(model, dtype), config, output, extra_files_from=source)
+    state = quantized.file_state(model, dtype)
+    quantized.check_finite(state, source)
+    hf.save_model(state, config, output, extra_files_from=source)
 
 
 def _stored_dtype(folder: Path, config: LlamaConfig) -> torch.dtype:
