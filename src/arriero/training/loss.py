@@ -166,9 +166,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _grad_correct):  # type: ignore[no-untyped-def]
         saved = list(ctx.saved_tensors)
-        # the factor (1 / token count, times the loss scale) is applied in fp32, before rounding to the inputs' dtypes
+        # the factor (1 / token count, times the loss scale) is applied in fp32, before rounding to the inputs' dtypes; and in
+        # place, for the head's gradient is large: this runs once
         grads = [
-            (saved.pop(0) * grad_loss).to(dtype) if needed else None
+            saved.pop(0).mul_(grad_loss).to(dtype) if needed else None
             for needed, dtype in zip(ctx.needs, ctx.dtypes, strict=True)
         ]
         return grads[0], grads[1], None, None, None, None
