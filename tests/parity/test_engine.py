@@ -125,11 +125,24 @@ def test_greedy_is_transformers_in_every_circumstance(
         engine.blocks.check([])
         if tokens == 120:
             assert engine.scheduler.preemptions > 0
-        if cache and engine.runner.reuses and tokens > 1000 and block_size == 1:
+        if cache and tokens > 1000 and block_size == 1:
             assert answers[4].cached_tokens == len(SHARED)
         if speculation is not None and tokens > 1000:
             assert speculation.counters.proposed > 0
             assert guess != "draft" or speculation.counters.acceptance > 0.95
+
+
+def test_beginnings_are_shared_under_dynamic_rope_up_to_the_end_of_the_context(tokenizer: Tokenizer) -> None:
+    """Its angles change only beyond `max_position_embeddings`, which is the engine's context."""
+    longest = 64
+    ours, theirs = pair(rope_scaling={"rope_type": "dynamic", "factor": 4.0}, max_position_embeddings=longest)
+    prompts = [[*SHARED[:40], token] for token in (1, 2, 3)]
+    engine = Engine(TorchRunner(ours, max_tokens=1024), tokenizer, max_running=2)
+    answers = engine.generate(prompts, SamplingParams(max_new_tokens=longest - 41))
+    assert [answer.token_ids for answer in answers] == [expected(theirs, prompt, longest - 41) for prompt in prompts]
+    assert [answer.cached_tokens for answer in answers] == [0, 32, 32], "whole blocks"
+    with pytest.raises(GenerationError, match="together more than max_position_embeddings, 64"):
+        engine.submit(prompts[0], SamplingParams(max_new_tokens=longest - 40))
 
 
 def test_what_is_drawn_does_not_depend_on_company_or_guesses(tokenizer: Tokenizer) -> None:

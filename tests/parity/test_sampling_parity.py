@@ -144,10 +144,8 @@ def test_the_sampled_distribution(sampler: Sampler[Any]) -> None:
     counts = torch.zeros(len(cases), size)
     for _ in range(steps):
         for row in rows:  # every draw is a first one
-            row.generated = 0
-            if row.seen is not None:
-                row.seen[:] = False
-                row.seen[prompt] = True
+            row.drawn.clear()
+            row.release()
         chosen = torch.tensor(sampler(native(sampler, scores.repeat(copies, 1)), rows)).view(copies, len(cases))
         for i in range(len(cases)):
             counts[i] += torch.bincount(chosen[:, i], minlength=size)

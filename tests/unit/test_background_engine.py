@@ -151,6 +151,31 @@ def test_closing_waits_no_longer_than_it_is_told(model: LlamaForCausalLM, tokeni
     assert {ticket.result().finish_reason for ticket in tickets} <= {"length", "cancelled"}
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_closing_again_waits_for_nothing(first: bool, model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
+    """After the engine's thread has ended, and while others close it too; it tells the same as the first time."""
+    background = BackgroundEngine(Engine(TorchRunner(model, max_tokens=256), tokenizer))
+    ticket = background.submit([1], SamplingParams(max_new_tokens=100))
+    next(iter(ticket))
+    background.close(drain=first, timeout=60)
+    again: Future[bool] = Future()
+    threading.Thread(target=lambda: again.set_result(background.close(drain=True)), daemon=True).start()
+    assert again.result(timeout=30) == first
+    assert background.close()
+    together = BackgroundEngine(Engine(TorchRunner(model, max_tokens=256), tokenizer))
+    ticket = together.submit([1], SamplingParams(max_new_tokens=100))
+    ends: list[Future[bool]] = [Future() for _ in range(6)]
+    for number, end in enumerate(ends):
+        drain = first or number > 2
+        threading.Thread(
+            target=lambda end=end, drain=drain: end.set_result(together.close(drain=drain)), daemon=True
+        ).start()
+    finished = [end.result(timeout=30) for end in ends]
+    reason = ticket.result().finish_reason
+    assert reason == "length" or not first
+    assert finished[3:] == [reason == "length"] * 3
+
+
 def test_long_things_take_turns_with_the_steps(background: BackgroundEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many wait: one of them between two steps, in their order, and none that was taken back."""
     done: list[str] = []

@@ -83,7 +83,7 @@ def test_help_and_parsing_import_no_torch(tmp_path: Path) -> None:
         "    assert main([name, '--help']) == 0\n"
         "assert main(['finetune', '--output_dir', 'x', '--fp16', '--bf16']) == 2\n"
         "verb = load_verb('finetune')\n"
-        "parse(verb.options, ['--output_dir', 'x', '--lora', '--config', 'run.yaml'], 'arriero finetune')\n"
+        "parse(verb.options, ['m', '--output_dir', 'x', '--lora', '--config', 'run.yaml'], 'arriero finetune')\n"
         "heavy = {'torch', 'numpy', 'transformers', 'tokenizers', 'safetensors'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
@@ -116,6 +116,8 @@ def test_a_slip_is_one_line_and_code_2(arriero: Run) -> None:
         (("serve", "--prt", "1"), "unknown option --prt: did you mean --port?"),
         (("serve", "--port", "0"), "--port is 0: it must be at least 1"),
         (("serve", "--port", "1", "--flask_port", "1"), "--port and --flask_port are both 1"),
+        (("serve", "--port", "1", "--flask_port", "2", "--ui_port", "3"), "three ports for two things"),
+        (("serve", "--port", "8010", "--ui_port", "8010"), "--ui_port and --flask_port are both 8010"),
         (("download", ""), "MODEL_NAME_OR_PATH is empty: give a name or a path"),
         (("inspect", " "), "PATH is empty: give a name or a path"),
         (("chat", "--model_name_or_path", "", "--device", "cpu"), "--model_name_or_path is empty"),

@@ -20,10 +20,12 @@ from arriero.errors import GenerationError
 from arriero.formats.download import resolve_model
 from arriero.models.presets import TINY_RANDOM_LLAMA
 from arriero.serving.api_errors import ApiError
+from arriero.serving.openai.call_reader import Calls
 from arriero.serving.openai.chat import ChatAnswers, ChatWork, prepare
 from arriero.serving.openai.requests import ChatRequest
 from arriero.serving.openai.tool_format import CHATML, LLAMA3, ToolFormat
 from arriero.serving.service import ServedModel, Service
+from arriero.serving.text_bound import TextBound
 from arriero.serving.workers import Workers
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
@@ -58,7 +60,8 @@ class Told:
     ) -> None:
         body = ChatRequest.model_validate({"messages": HELLO, "logprobs": True, **fields})
         service: Any = SimpleNamespace(tokenizer=tokenizer)
-        answers = ChatAnswers(service, body, ServedModel("tiny"), ChatWork([1], SamplingParams(), form, thought))
+        calls = Calls(form, ("now",)) if form is not None else None
+        answers = ChatAnswers(service, body, ServedModel("tiny"), ChatWork([1], SamplingParams(), calls, thought))
         stream = TextStream(tokenizer.stream_decoder(), [stop] if stop is not None else [])
         tokens, pieces = tokenizer.encode(written), []
         if reason == "stop":
@@ -139,7 +142,13 @@ def test_a_whole_call_is_one_wherever_a_stop_string_came(
 def test_stop_strings_do_not_stop_a_call_that_must_come(
     tokenizer: Tokenizer, fields: dict[str, Any], stops: tuple[str, ...]
 ) -> None:
-    service: Any = SimpleNamespace(tokenizer=tokenizer, reasoning=True, room=lambda *_: 8)
+    service: Any = SimpleNamespace(
+        tokenizer=tokenizer,
+        reasoning=True,
+        room=lambda *_: 8,
+        text_bound=TextBound(None, False),
+        check_length=lambda *_: None,
+    )
     body = ChatRequest.model_validate({"messages": HELLO, "stop": ["\n"], **fields})
     assert prepare(service, body).params.stop_strings == stops
 

@@ -33,6 +33,7 @@ from arriero.serving.request_log import JsonLog
 from arriero.serving.server import bind
 from arriero.serving.service import Limits, Service
 from arriero.serving.strict_json import MAX_DEPTH, parse_object
+from arriero.serving.text_bound import TextBound
 
 JSON = st.recursive(
     st.none()
@@ -188,11 +189,12 @@ class _Long:
     """Stands in for a service with a model of a long context and one token a character."""
 
     limits = Limits(131072, 131072, 131072, 60.0)
-    room = Service.room
+    room, check_length = Service.room, Service.check_length
 
     def __init__(self) -> None:
         self.reasoning = True
         self.background = SimpleNamespace(engine=SimpleNamespace(runner=SimpleNamespace(vocab_size=2048)))
+        self.text_bound = TextBound(None, False)
         self.tokenizer = SimpleNamespace(
             chat_template="",
             tool_template="",

@@ -24,6 +24,7 @@ from arriero.serving.openai.response_request import ResponseRequest
 from arriero.serving.openai.tool_format import taught
 from arriero.serving.seed_chat import SeedChatRequest
 from arriero.serving.strict_json import parse_object
+from arriero.serving.text_bound import TextBound
 
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
 JSON = {"type": "json_object"}
@@ -50,6 +51,10 @@ def allowed(*names: str, mode: str = "auto") -> dict[str, Any]:
         (ChatRequest, {**HELLO, "logit_bias": {"５": 1}}, "logit_bias", "the key '５'"),
         (ChatRequest, {**HELLO, "logit_bias": {"5": 101}}, "logit_bias.5", "less than or equal to 100"),
         (ChatRequest, {**HELLO, "stream_options": {"Foo": 1}}, "stream_options.Foo", "Unrecognized"),
+        (ChatRequest, {**HELLO, "stream_options": {"include_usage": True}}, "stream_options", "needs stream: true"),
+        (ChatRequest, {**HELLO, "stream_options": {}, "stream": False}, "stream_options", "needs stream: true"),
+        (CompletionRequest, {"prompt": "a", "stream_options": {}}, "stream_options", "needs stream: true"),
+        (ResponseRequest, {"input": "a", "stream_options": {}}, "stream_options", "needs stream: true"),
         (ChatRequest, {**HELLO, "temperatur": 1}, "temperatur", "Unrecognized"),
         (ChatRequest, {**HELLO, "ü": 1}, "'ü'", "Unrecognized"),
         (ChatRequest, {"messages": []}, "messages", "it is empty"),
@@ -276,7 +281,8 @@ def test_null_is_as_good_as_nothing(kind: Any) -> None:
     body: dict[str, Any] = (
         {**HELLO} if kind is ChatRequest else {"prompt": "a"} if kind is CompletionRequest else {"input": "a"}
     )
-    given = {**body, "temperature": None, "frobnicate": None, "stream_options": {"include_usage": True, "other": None}}
+    given = {**body, "temperature": None, "frobnicate": None, "stream": True}
+    given["stream_options"] = {"include_usage": True, "other": None}
     assert check(parse_object, json.dumps(given).encode(), kind).stream_options.include_usage
     with pytest.raises(ApiError, match="frobnicate"):
         check(parse_object, json.dumps({**given, "frobnicate": False}).encode(), kind)
@@ -324,7 +330,12 @@ def test_results_of_calls_before_them_are_taken() -> None:
 def test_names_of_special_tokens_in_a_prompt_are_text_unless_asked_otherwise() -> None:
     tokenizer = load_tokenizer(resolve_model(TINY_RANDOM_LLAMA))
     engine = SimpleNamespace(runner=SimpleNamespace(vocab_size=tokenizer.vocab_size))
-    service: Any = SimpleNamespace(tokenizer=tokenizer, background=SimpleNamespace(engine=engine))
+    service: Any = SimpleNamespace(
+        tokenizer=tokenizer,
+        background=SimpleNamespace(engine=engine),
+        text_bound=TextBound(None, False),
+        check_length=lambda *_: None,
+    )
 
     def ids(**fields: Any) -> list[int]:
         asked = check(parse_object, json.dumps({"prompt": "<s>hi</s>", **fields}).encode(), CompletionRequest)

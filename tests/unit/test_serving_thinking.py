@@ -24,11 +24,13 @@ from arriero.errors import GenerationError
 from arriero.formats.download import resolve_model
 from arriero.models.presets import TINY_RANDOM_LLAMA
 from arriero.serving.openai.answer_reader import AnswerReader, Message
+from arriero.serving.openai.call_reader import Calls
 from arriero.serving.openai.chat import prepare
 from arriero.serving.openai.messages import FunctionSpec, Tool
 from arriero.serving.openai.requests import ChatRequest
 from arriero.serving.openai.thinking import ThoughtTokens, thought_of
 from arriero.serving.openai.tool_format import CHATML, LLAMA3, ToolFormat, structure_with_tools
+from arriero.serving.text_bound import TextBound
 from arriero.serving.ui.client import Progress
 
 CALL = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
@@ -80,7 +82,7 @@ def test_a_thought_is_told_apart_however_the_text_comes(
 
 
 def test_a_call_after_a_thought_that_speaks_of_calls() -> None:
-    read = Message.read(CHATML, answer(f"<think>{CALL}</think>\n\nI look.\n{CALL}"), "may")
+    read = Message.read(Calls(CHATML, ("now",)), answer(f"<think>{CALL}</think>\n\nI look.\n{CALL}"), "may")
     assert (read.thought, read.content) == (CALL, "I look.")
     assert [call["function"] for call in read.calls] == [{"name": "now", "arguments": "{}"}]
 
@@ -138,7 +140,13 @@ def test_an_answer_that_goes_on_with_a_thought_begins_within_it(tokenizer: Token
     )
     begun = "<think>\n" + "Let me see, that is a long thought. " * 20
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": begun}]
-    service = SimpleNamespace(tokenizer=own, reasoning=True, room=lambda *_: 8)
+    service = SimpleNamespace(
+        tokenizer=own,
+        reasoning=True,
+        room=lambda *_: 8,
+        text_bound=TextBound(None, False),
+        check_length=lambda *_: None,
+    )
     body = ChatRequest.model_validate({"messages": turns, "continue_final_message": True})
     assert prepare(service, body).thought == "open"  # type: ignore[arg-type]
     body = ChatRequest.model_validate({"messages": turns})

@@ -26,9 +26,9 @@ from arriero.formats.download import resolve_model
 from arriero.models.presets import TINY_RANDOM_LLAMA
 from arriero.serving.api_errors import ApiError
 from arriero.serving.openai.answer_reader import Message
-from arriero.serving.openai.call_reader import CallReader
+from arriero.serving.openai.call_reader import CallReader, Calls
 from arriero.serving.openai.chat import ChatWork, chat_prompt
-from arriero.serving.openai.fields import JsonObjectFormat
+from arriero.serving.openai.fields import JsonObjectFormat, JsonSchema, JsonSchemaFormat
 from arriero.serving.openai.messages import FunctionSpec, Tool
 from arriero.serving.openai.requests import ChatRequest
 from arriero.serving.openai.response_items import Items
@@ -46,6 +46,8 @@ from arriero.serving.openai.tool_format import (
 )
 from arriero.serving.service import ServedModel
 
+jsonschema = pytest.importorskip("jsonschema")
+
 SCHEMA = {
     "type": "object",
     "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
@@ -56,6 +58,7 @@ TOOLS = [
     Tool(type="function", function=FunctionSpec(name="weather", parameters=SCHEMA)),
     Tool(type="function", function=FunctionSpec(name="now")),
 ]
+NAMES = ("weather", "now")
 ROME = '{"city": "Rome"}'
 CALL = f'<tool_call>\n{{"name": "weather", "arguments": {ROME}}}\n</tool_call>'
 NOW = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
@@ -137,6 +140,10 @@ def test_parameters_must_be_an_objects_schema() -> None:
         (LLAMA3, '{"name": "wea', None, [], True),
         (LLAMA3, '{"name": "weather", "par', None, [("weather", "")], True),
         (LLAMA3, '{"name": "Bob"}', '{"name": "Bob"}', [], False),
+        (LLAMA3, '{"name": "Bob", "param', '{"name": "Bob", "param', [], True),
+        (LLAMA3, '{"name": "weather", "age": 3', '{"name": "weather", "age": 3', [], True),
+        (LLAMA3, '{"name": "weather", "parameters": 3}', '{"name": "weather", "parameters": 3}', [], False),
+        (LLAMA3, f'{{"name": "Bob", "parameters": {ROME}}}', f'{{"name": "Bob", "parameters": {ROME}}}', [], False),
         (LLAMA3, "", "", [], False),
     ],
 )
@@ -145,7 +152,7 @@ def test_calls_are_found_however_the_text_comes(
     form: ToolFormat, text: str, content: str | None, calls: list[tuple[str, str]], cut: bool, data: st.DataObject
 ) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=12)))
-    reader = CallReader(form)
+    reader = CallReader(Calls(form, NAMES))
     found: list[list[str]] = []
     told = ""
     for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
@@ -155,11 +162,77 @@ def test_calls_are_found_however_the_text_comes(
         told += _note(found, part)
     assert [tuple(call) for call in found] == calls
     assert (told or None) == (content or None)
-    whole = Message.read(form, Generation([], text, "length" if cut else "stop", 1))
+    whole = Message.read(Calls(form, NAMES), Generation([], text, "length" if cut else "stop", 1))
     listed = whole.calls
     assert whole.content == content
     assert [(call["function"]["name"], call["function"]["arguments"]) for call in listed] == calls
     assert len({call["id"] for call in listed}) == len(listed)
+
+
+BESIDE_JSON = Calls(LLAMA3, NAMES, beside_json=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls", "cut"),
+    [
+        ('{"name": "Bob", "age": 3}', '{"name": "Bob", "age": 3}', [], False),
+        ('{"na', '{"na', [], True),
+        ('{"name": "wea', '{"name": "wea', [], True),
+        ('{"name": "weather", "par', None, [("weather", "")], True),
+        (LLAMA_CALL, None, [("weather", ROME)], False),
+        ("[1, 2", "[1, 2", [], True),
+    ],
+)
+def test_beside_json_only_what_must_be_a_call_is_one(
+    text: str, content: str | None, calls: list[tuple[str, str]], cut: bool
+) -> None:
+    whole = Message.read(BESIDE_JSON, Generation([], text, "length" if cut else "stop", 1))
+    assert whole.content == content
+    assert [(call["function"]["name"], call["function"]["arguments"]) for call in whole.calls] == calls
+
+
+def test_json_that_is_no_call_is_told_while_it_comes() -> None:
+    reader, told = CallReader(BESIDE_JSON), []
+    for character in '{"name": "Bob", "age": 3}':
+        told += [part.text for part in reader.push(character)]
+    assert len(told) > 10
+    assert "".join(told) == '{"name": "Bob", "age": 3}'
+
+
+ANSWER = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
+WISHES = {
+    "object": JsonObjectFormat(type="json_object"),
+    "schema": JsonSchemaFormat(type="json_schema", json_schema=JsonSchema(name="x", schema=ANSWER)),
+    "strict": JsonSchemaFormat(type="json_schema", json_schema=JsonSchema(name="x", schema=ANSWER, strict=True)),
+    "any": JsonSchemaFormat(type="json_schema", json_schema=JsonSchema(name="x", schema={})),
+}
+
+
+@pytest.mark.parametrize("wish", WISHES)
+def test_a_json_answer_and_a_call_are_both_possible(compiler: GrammarCompiler, tokenizer: Tokenizer, wish: str) -> None:
+    """The LLaMA 3 way a call has no opening that would tell it from JSON, by jsonschema's judgement of the answers."""
+    for text in ('{"name": "Bob", "age": 3}', '{"name": "weather"}', '{"name": "weather", "age": 3}', '{"name":"now"}'):
+        jsonschema.validate(json.loads(text), ANSWER)
+        assert allows(compiler, tokenizer, text, LLAMA3, answer=WISHES[wish]) == "whole", text
+    for text in (LLAMA_CALL, '{"name": "now", "parameters": {}}'):
+        assert allows(compiler, tokenizer, text, LLAMA3, answer=WISHES[wish]) == "whole", text
+        assert Message.read(BESIDE_JSON, Generation([], text, "stop", 1)).calls
+    for text in ('{"name": "weather", "parameters": {"town": "Rome"}}', "so", f"{LLAMA_CALL}{LLAMA_CALL}"):
+        assert allows(compiler, tokenizer, text, LLAMA3, answer=WISHES[wish]) == "no", text
+    for text, wanted in (("{}", wish in ("object", "any")), ('{"a": {"parameters": 1}}', wish in ("object", "any"))):
+        assert allows(compiler, tokenizer, text, LLAMA3, answer=WISHES[wish]) == ("whole" if wanted else "no"), text
+
+
+def test_an_answer_that_has_parameters_of_its_own_keeps_them(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    schema = {"type": "object", "properties": {"parameters": {"type": "integer"}}, "required": ["parameters"]}
+    own = JsonSchemaFormat(type="json_schema", json_schema=JsonSchema(name="x", schema=schema))
+    assert allows(compiler, tokenizer, '{"parameters": 3}', LLAMA3, answer=own) == "whole"
+    assert allows(compiler, tokenizer, LLAMA_CALL, LLAMA3, answer=own) == "whole"
 
 
 def _note(found: list[list[str]], part: Any) -> str:
@@ -174,7 +247,7 @@ def _note(found: list[list[str]], part: Any) -> str:
 def test_log_probabilities_of_a_message_end_where_its_calls_begin(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(f"naïve 東.\n{CALL}")
     logprobs = MessageLogprobs(TokenTexts(tokenizer))
-    items, reader, events = Items(logprobs), CallReader(CHATML), []
+    items, reader, events = Items(logprobs), CallReader(Calls(CHATML, NAMES)), []
     decoder = tokenizer.stream_decoder()
     for token in ids:
         logprobs.push([token], [TokenLogprobs(-1.0, ((token, -1.0),))])

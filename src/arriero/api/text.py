@@ -35,6 +35,7 @@ STRUCTURES: dict[str, StructureKind] = {
     "choices": "choice",
     "grammar": "grammar",
 }
+_LENGTH = {"max_new_tokens", "tgt_length"}  # one option
 
 
 class TextModel:
@@ -123,13 +124,13 @@ class TextModel:
             GenerationError: a prompt of no tokens or too long, naming it; a form that there cannot be.
             ConfigError: an option that is unknown or out of range.
         """
-        own = self._params(params, options)
+        own, told = self._params(params, options)
         if is_one(prompt):
-            return self._answers([self.encode(cast("Prompt", prompt))], own)[0]
+            return self._answers([self.encode(cast("Prompt", prompt))], [own], told)[0]
         ids = [self.encode(one) for one in cast("Sequence[Prompt]", prompt)]
         seed = own.seed
         each = [own if seed is None else replace(own, seed=(seed + i) % 2**64) for i in range(len(ids))]
-        return self._answers(ids, each)
+        return self._answers(ids, each, told)
 
     @in_python("generate")
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Unpack[AnswerKeywords]) -> Stream:
@@ -138,7 +139,8 @@ class TextModel:
         Raises:
             GenerationError, ConfigError: as `generate`, at once.
         """
-        ids, own = self.encode_one(prompt), self._params(params, options)
+        ids, (own, told) = self.encode_one(prompt), self._params(params, options)
+        [own] = self._fitted([ids], [own], told)
         with self.turns:
             return Stream(self.turns, cast("Generator[str]", self._engine.stream(ids, own)))
 
@@ -165,22 +167,30 @@ class TextModel:
                 f"chat takes a text or a conversation ([{{'role': 'user', 'content': '...'}}, ...]), not {what}; generate "
                 "takes lists of prompts and token ids"
             )
-        return self._answers([self.tokenizer.chat(turns)], self._params(params, options))[0].text
+        own, told = self._params(params, options)
+        return self._answers([self.tokenizer.chat(turns)], [own], told)[0].text
 
-    def _answers(
-        self, ids: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
-    ) -> list[Generation]:
+    def _answers(self, ids: Sequence[Sequence[int]], params: Sequence[SamplingParams], told: bool) -> list[Generation]:
         with self.turns:
-            return self._engine.generate(ids, params)
+            return self._engine.generate(ids, self._fitted(ids, params, told))
 
-    def _params(self, params: SamplingParams | None, options: AnswerKeywords) -> SamplingParams:
+    def _fitted(
+        self, ids: Sequence[Sequence[int]], params: Sequence[SamplingParams], told: bool
+    ) -> Sequence[SamplingParams]:
+        """Of each prompt; answers whose length was not told give way to the context."""
+        if told:
+            return params
+        return [own.within(self.context - len(prompt)) for own, prompt in zip(params, ids, strict=True)]
+
+    def _params(self, params: SamplingParams | None, options: AnswerKeywords) -> tuple[SamplingParams, bool]:
+        """How to answer, and whether the caller has said how long answers may be."""
         from arriero.engine.sampling_params import SamplingParams, params_from_options
 
         if params is None:
             given: dict[str, Any] = dict(options)
             structure = structure_of({name: given.pop(name) for name in STRUCTURES if name in given})
             (generation,) = build("generate", given)
-            return replace(params_from_options(generation), structure=structure)
+            return replace(params_from_options(generation), structure=structure), bool(_LENGTH & given.keys())
         if not isinstance(params, SamplingParams):
             raise ConfigError(
                 f"params is of type {type(params).__name__}: it takes an arriero.SamplingParams; options go by their names"
@@ -190,7 +200,7 @@ class TextModel:
             kind = STRUCTURES.get(name)
             say = f"{name}=..." if kind is None else f"structure=arriero.Structure({kind!r}, ...)"
             raise ConfigError(f"params and {name} are given: say it in SamplingParams({say})")
-        return params
+        return params, True
 
 
 def structure_of(given: Mapping[str, Any]) -> Structure | None:

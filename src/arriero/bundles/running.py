@@ -56,8 +56,17 @@ def open_as_model(
             raise ConfigError(
                 f"--{name} {value}: {folder} is a bundle, whose weights are fixed; export it again with it"
             )
-    if cache.kv_cache_dtype != "auto":
-        raise ConfigError(f"--kv_cache_dtype {cache.kv_cache_dtype}: a bundle decides this itself; leave it out")
+    fixed = {
+        "dtype": (model.dtype, "auto"),
+        "tokenizer_name_or_path": (model.tokenizer_name_or_path, None),
+        "use_flash_attention": (model.use_flash_attention, True),
+        "use_fused_rms_norm": (model.use_fused_rms_norm, True),
+        "kv_cache_dtype": (cache.kv_cache_dtype, "auto"),
+    }
+    for name, (given, usual) in fixed.items():
+        if given != usual:
+            shown = "no" if given is False else given
+            raise ConfigError(f"--{name} {shown}: a bundle decides this itself; leave it out")
     if compilation.torch_compile:
         raise ConfigError(f"--torch_compile: {folder} is a bundle, which is what it was compiled to; leave it out")
     bundle = open_bundle(folder)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.commands.chat_terminal import Stopped, Turns, show_answer, talk, unread_input_dropped
 from arriero.config.adapter import AdapterPathOptions
-from arriero.config.chat import ChatOptions
+from arriero.config.chat import USUAL_LENGTH, ChatGenerationOptions, ChatOptions
 from arriero.config.compilation import CompilationOptions
-from arriero.config.generation import GenerationOptions
 from arriero.config.kv_cache import KVCacheOptions
 from arriero.config.model import ModelOptions
 from arriero.errors import ConfigError, GenerationError
@@ -26,7 +26,7 @@ HELP = "Talk to a model, with or without an adapter, or to a bundle. /exit or Ct
 OPTIONS: tuple[type, ...] = (
     ModelOptions,
     AdapterPathOptions,
-    GenerationOptions,
+    ChatGenerationOptions,
     KVCacheOptions,
     CompilationOptions,
     ChatOptions,
@@ -36,15 +36,21 @@ OPTIONS: tuple[type, ...] = (
 def run(
     model: ModelOptions,
     adapter: AdapterPathOptions,
-    generation: GenerationOptions,
+    generation: ChatGenerationOptions,
     cache: KVCacheOptions,
     compilation: CompilationOptions,
     chat: ChatOptions,
 ) -> int:
-    """Read, answer as the tokens come, repeat: one engine throughout, so that a turn computes only what is new."""
+    """Read, answer as the tokens come, repeat: one engine throughout, so that a turn computes only what is new.
+
+    Returns:
+        2 where a message of a pipe could not be answered.
+    """
     from arriero.engine.sampling_params import params_from_options
 
-    params = params_from_options(generation)
+    told = generation.max_new_tokens
+    usual = max(USUAL_LENGTH, generation.min_new_tokens)
+    params = params_from_options(replace(generation, max_new_tokens=told or usual))
     start: Turns = [{"role": "system", "content": chat.system}] if chat.system else []
     with (
         unread_input_dropped() if chat.prompt is None else contextlib.nullcontext(),
@@ -54,13 +60,14 @@ def run(
             raise ConfigError(f"--chat_template_kwargs: {what} has no chat template that would read them")
 
         def answer(turns: Turns, stopped: Stopped) -> Iterator[str]:
-            return _pieces(engine, _prompt(engine.tokenizer, turns, chat.template_variables), params, stopped)
+            prompt = _prompt(engine.tokenizer, turns, chat.template_variables)
+            own = params if told else params.within(engine.runner.context - len(prompt))
+            return _pieces(engine, prompt, own, stopped)
 
         if chat.prompt is not None:
             show_answer(answer([*start, {"role": "user", "content": chat.prompt}], lambda: False))
-        else:
-            talk(start, answer, what)
-    return 0
+            return 0
+        return 0 if talk(start, answer, what) else GenerationError.exit_code
 
 
 def _pieces(engine: Engine, prompt: list[int], params: SamplingParams, stopped: Stopped) -> Iterator[str]:

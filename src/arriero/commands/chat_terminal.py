@@ -32,27 +32,30 @@ def show_answer(pieces: Iterator[str]) -> str:
     return "".join(told)
 
 
-def talk(start: Turns, answer: Answer, what: str) -> None:
+def talk(start: Turns, answer: Answer, what: str) -> bool:
     """A message, an answer, and so on, until /exit or the end of the input.
 
     Args:
         start: what stands before every conversation.
         what: the model, for the first line.
+
+    Returns:
+        Whether all messages of a pipe were answered. At a terminal that is between the user and the model.
     """
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         _edit_lines()
         print(f"{what}. {COMMANDS}")
-    turns = list(start)
+    turns, answered = list(start), True
     while True:
         try:
             message = input("> " if at_terminal else "").strip()
         except EOFError:
             if at_terminal:
                 print()
-            return
+            return answered
         if message in ("/exit", "/quit"):
-            return
+            return answered
         if message == "/clear":
             turns = list(start)
         elif message == "/help":
@@ -62,6 +65,7 @@ def talk(start: Turns, answer: Answer, what: str) -> None:
             said = _say(turns, answer, at_terminal)
             if said is None:  # templates want the roles in turns
                 turns.pop()
+                answered = at_terminal
             else:
                 turns.append({"role": "assistant", "content": said})
 
@@ -73,7 +77,8 @@ def _say(turns: Turns, answer: Answer, at_terminal: bool) -> str | None:
             said = show_answer(answer(turns, stopped))
             return None if stopped() and not said else said
     except GenerationError as error:  # the conversation outgrew the context: say so and go on
-        print(f"{error} (/clear starts afresh)")
+        where = sys.stdout if at_terminal else sys.stderr
+        print(f"{'' if at_terminal else 'arriero: '}{error} (/clear starts afresh)", file=where, flush=True)
         return None
 
 

@@ -41,14 +41,14 @@ def run(
         model.model_name_or_path = serve.model
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         require(module, "serve")
-    if serve.port is not None:
+    if serve.ui_port is not None:
         require("gradio_client", "ui")  # a small part of gradio, which itself takes seconds to import
-    if serve.api_url is not None and serve.port is not None:
+    if serve.api_url is not None and serve.ui_port is not None:
         from arriero.serving.ui.process import serve_page
 
         tls = {"ssl_certfile": serve.ssl_certfile, "ssl_keyfile": serve.ssl_keyfile}
         api = serve.api_url.removesuffix("/").removesuffix("/v1")
-        serve_page(api, serve.host, serve.port, allowed_hosts=serve.allowed_hosts, **tls)
+        serve_page(api, serve.host, serve.ui_port, allowed_hosts=serve.allowed_hosts, **tls)
         return 0
     from arriero.serving.hosting import host
 

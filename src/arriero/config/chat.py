@@ -5,8 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from arriero.config.generation import GenerationOptions
 from arriero.config.option import OptionGroup, option
 from arriero.config.template_variables import parse_variables
+
+USUAL_LENGTH = 256  # tokens of an answer whose length is not told
+
+
+@dataclass(kw_only=True)
+class ChatGenerationOptions(GenerationOptions):
+    """Generation."""
+
+    max_new_tokens: int = option(
+        0,
+        f"longest answer in tokens; 0: {USUAL_LENGTH}, where the context has that room",
+        aliases=("tgt_length", "max_length"),
+        minimum=0,
+    )
+
+    def _check_lengths(self) -> None:
+        if self.max_new_tokens:
+            super()._check_lengths()
 
 
 @dataclass(kw_only=True)

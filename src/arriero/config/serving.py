@@ -8,7 +8,7 @@ from pathlib import Path
 from arriero.config.option import OptionGroup, option
 from arriero.errors import ConfigError
 
-DEFAULT_UI_PORT = 8010
+DEFAULT_PORT, DEFAULT_UI_PORT = 8011, 8010
 
 
 @dataclass(kw_only=True)
@@ -17,10 +17,20 @@ class ServeOptions(OptionGroup):
 
     model: str | None = option(None, "the same as --model_name_or_path", positional=True)
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: every one of this machine")
-    flask_port: int = option(
-        8011, "port of the HTTP API; 0: a free one, which is printed", aliases=("api_port",), minimum=0, maximum=65535
+    flask_port: int | None = option(
+        None,
+        f"port of the HTTP API (default: {DEFAULT_PORT}); 0: a free one, which is printed",
+        aliases=("api_port",),
+        minimum=0,
+        maximum=65535,
     )
     port: int | None = option(
+        None,
+        "port of the HTTP API; beside --flask_port, --ui or --api_url that of the web page, as PaddleNLP has it",
+        minimum=1,
+        maximum=65535,
+    )
+    ui_port: int | None = option(
         None, f"serve the web page too, on this port (--ui alone: {DEFAULT_UI_PORT})", minimum=1, maximum=65535
     )
     ui: bool = option(False, "serve the web page too (extra: ui)")
@@ -89,7 +99,7 @@ class ServeOptions(OptionGroup):
         [], "web pages (https://host:port) whose scripts may use this server; default: none but its own"
     )
     allowed_hosts: list[str] = option(
-        [], "host names that requests may be addressed to, where only this machine is listened on (a proxy's name)"
+        [], "host names that requests may be addressed to without keys, besides this machine's own (a proxy's name)"
     )
     ssl_certfile: str | None = option(None, "certificate chain (PEM): serve https")
     ssl_keyfile: str | None = option(None, "its private key (PEM)", only_with="ssl_certfile")
@@ -103,15 +113,9 @@ class ServeOptions(OptionGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.port is None and (self.ui or self.api_url is not None):
-            self.port = DEFAULT_UI_PORT
+        self._settle_ports()
         if self.api_url is not None and not self.api_url.startswith(("http://", "https://")):
             raise ConfigError(f"--api_url {self.api_url[:100]!r}: write http://HOST:PORT or https://HOST:PORT")
-        self.ui = self.port is not None
-        if self.port is not None and self.port == self.flask_port:
-            raise ConfigError(
-                f"--port and --flask_port are both {self.port}: give the page and the API different ports"
-            )
         if "*" in self.cors_origins:
             raise ConfigError("--cors_origins '*' would let every web page use this server: name the pages")
         if self.max_step_tokens < self.max_batch_size:
@@ -122,6 +126,32 @@ class ServeOptions(OptionGroup):
         self.adapter_folders()
         if self.adapter_folder is not None and not Path(self.adapter_folder).is_dir():
             raise ConfigError(f"--adapter_folder {self.adapter_folder}: there is no such folder")
+
+    def _settle_ports(self) -> None:
+        """`api_port` and `ui_port` from what was given."""
+        page = self.flask_port is not None or self.ui or self.api_url is not None
+        name = "ui_port"
+        if self.port is not None and page and self.ui_port is None:
+            self.ui_port, name = self.port, "port"
+        elif self.port is not None:
+            if self.flask_port is not None:
+                raise ConfigError(
+                    f"--port {self.port}, --flask_port {self.flask_port} and --ui_port {self.ui_port} are three ports for "
+                    "two things: --flask_port is the API's, --ui_port the page's"
+                )
+            self.flask_port = self.port
+        if self.ui_port is None and (self.ui or self.api_url is not None):
+            self.ui_port = DEFAULT_UI_PORT
+        self.ui = self.ui_port is not None
+        if self.ui and self.ui_port == self.api_port:
+            raise ConfigError(
+                f"--{name} and --flask_port are both {self.ui_port}: give the page and the API different ports"
+            )
+
+    @property
+    def api_port(self) -> int:
+        """Of the HTTP API; 0: a free one."""
+        return DEFAULT_PORT if self.flask_port is None else self.flask_port
 
     @property
     def takes_adapters(self) -> str:

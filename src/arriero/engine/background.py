@@ -42,6 +42,7 @@ class BackgroundEngine:
         self._turns: deque[Callable[[Exception | None], bool]] = deque()
         self._waiting_for_idle: list[threading.Event] = []
         self._lock, self._closed = threading.Lock(), False
+        self._ended = self._cut_short = False  # the thread; and requests with it
         self.failure: PeerError | GenerationError | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         release_workers()  # of the thread that has loaded the model
@@ -158,27 +159,26 @@ class BackgroundEngine:
             timeout: seconds to wait for that at most; then the rest is cancelled.
 
         Returns:
-            Whether all requests were finished.
+            Whether all requests were finished; without `drain`, that it has stopped.
         """
-        with self._lock:
+        idle = threading.Event()
+        with self._lock:  # so that the thread sees what it is asked, or has ended
             self._closed = True
-        done = True
-        if drain:
-            idle = threading.Event()
-            self._commands.put(lambda: self._when_idle(idle))
-            done = idle.wait(timeout)
+            if drain and not self._ended:
+                self._commands.put(lambda: self._waiting_for_idle.append(idle))
+            else:
+                idle.set()
+        done = idle.wait(timeout)
         self._commands.put(None)
         self._thread.join()
-        return done
+        return done and not (drain and self._cut_short)
 
     # On the engine's thread
 
     def _work(self) -> None:
         while True:
             if not self._tickets and not self._turns:
-                for event in self._waiting_for_idle:
-                    event.set()
-                self._waiting_for_idle = []
+                self._tell_idle()
             try:
                 if not self._obey(block=not self._tickets and not self._turns):
                     break
@@ -187,9 +187,22 @@ class BackgroundEngine:
                     self._step()
             except Exception as error:  # a defect: those who wait must hear of it, and the server can end in order
                 self._fail(GenerationError(f"the engine has failed ({_reason(error)}): start it again"))
+        self._cut_short = bool(self._answers)
         for ticket in list(self._answers):
             self._cancel(ticket)
         self._refuse_turns(EngineClosedError("the engine is shutting down"))
+        with self._lock:
+            self._ended = True
+        while not self._commands.empty():  # of whoever closes it once more
+            command = self._commands.get()
+            if command is not None:
+                command()
+        self._tell_idle()
+
+    def _tell_idle(self) -> None:
+        for event in self._waiting_for_idle:
+            event.set()
+        self._waiting_for_idle = []
 
     def _give_turn(self) -> None:
         """To the first who still wants it."""
@@ -212,9 +225,6 @@ class BackgroundEngine:
                 return False
             command()
             block = False
-
-    def _when_idle(self, event: threading.Event) -> None:
-        self._waiting_for_idle.append(event)
 
     def _submit(self, ticket: Ticket, prompt: list[int], params: SamplingParams, options: dict[str, Any]) -> None:
         try:
@@ -268,8 +278,8 @@ class BackgroundEngine:
         if group.error:
             self.engine.cancel(group)
             self._forget(ticket)
-            grammars = [one.sampling.grammar for one in group.answers]
-            own_fault = any(grammar is not None and grammar.error for grammar in grammars)
+            rows = [one.sampling for one in group.answers if one.error]
+            own_fault = any(row.dead_end or (row.grammar is not None and row.grammar.error) for row in rows)
             ticket.deliver((RefusedError if own_fault else GenerationError)(group.error))
         elif group.params.selects:
             if group.over:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from arriero.engine.request_adapters import RequestAdapter
     from arriero.engine.work import Logits
 
+BROKEN_LOGITS = "the model gives logits that are no finite numbers: its weights are broken or overflow"
+
 
 class Engine:
     """Generates for any number of requests, which come and go between steps.
@@ -129,6 +131,9 @@ class Engine:
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= frozenset(self.tokenizer.stop_token_ids)
+        # a special token has no text in which its own could be found
+        special = self.tokenizer.special_tokens
+        stop_tokens = frozenset(special[text] for text in params.stop_strings if text in special)
         # what a prefix holds is no token; it takes the first places of a sequence under ids that no token has
         tokens = [*range(-prefix, 0), *prompt]
         request = Request(
@@ -142,9 +147,9 @@ class Engine:
             request,
             params,
             len(prompt),
-            self._sampler.start(params, prompt, stop_ids, runner.vocab_size, grammar),
+            self._sampler.start(params, prompt, stop_ids | stop_tokens, runner.vocab_size, grammar),
             stop_ids,
-            TextStream(self.tokenizer.stream_decoder(), params.stop_strings)
+            TextStream(self.tokenizer.stream_decoder(), params.stop_strings, stop_tokens)
             if streaming or params.stop_strings
             else None,
             prompt_logprobs=[None] if params.prompt_logprobs is not None else [],
@@ -197,7 +202,7 @@ class Engine:
     def step(self) -> list[Answer]:
         """Compute a step; returns the answers that got tokens, with their `new_text` and perhaps a `finish_reason`."""
         began = time.perf_counter()
-        shares, failed = self._with_adapters(self.scheduler.schedule())
+        shares, failed = self._with_adapters(self._schedule())
         work = [(share.request, item) for share in shares if (item := self._work(share)) is not None]
         logits = self.runner.run([item for _, item in work]) if work else None
         if work and not self.runner.reuses:
@@ -229,6 +234,16 @@ class Engine:
             raise GenerationError(f"there is no adapter {name[:100]!r}: this engine has none at all")
         return pool.find(name)
 
+    def _schedule(self) -> list[Share]:
+        """The next step; those that it has taken the blocks of hold no more than others that wait."""
+        before = self.scheduler.preemptions
+        shares = self.scheduler.schedule()
+        if self.scheduler.preemptions > before:
+            for request in self.scheduler.waiting:
+                if request.preemptions:
+                    self._answers[request].sampling.release()
+        return shares
+
     def _with_adapters(self, shares: list[Share]) -> tuple[list[Share], list[Answer]]:
         """The shares whose adapters are in memory, and the answers that end because theirs cannot be read any more."""
         used = {share.request.adapter for share in shares} - {NO_ADAPTER}
@@ -259,7 +274,7 @@ class Engine:
             kept = []
             for i, answer, token in zip(going, answers, tokens, strict=True):
                 if token == BROKEN:
-                    answer.fail("the model gives logits that are no finite numbers: its weights are broken or overflow")
+                    answer.fail(answer.sampling.dead_end or BROKEN_LOGITS)
                     continue
                 answer.take(token)
                 answer.request.tokens.append(token)
@@ -297,6 +312,7 @@ class Engine:
 
     def _remove(self, answer: Answer) -> None:
         self.scheduler.remove(answer.request)
+        answer.sampling.release()  # whoever asked may keep the answer
         del self._answers[answer.request]
         if answer.request.adapter and self.runner.adapters is not None:
             self.runner.adapters.end_use(answer.request.adapter)

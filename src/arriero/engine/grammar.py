@@ -8,11 +8,12 @@ xgrammar because it has no dependencies, where xgrammar needs transformers and t
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 import time
 from collections import OrderedDict
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -36,6 +37,11 @@ MAX_WAITING = 64  # grammars that are being compiled or wait for it
 MAX_ITEMS_IN_ROW = 1000
 MAX_LEXER_STATES = 50_000
 MAX_GRAMMAR_SYMBOLS = 200_000
+# Answers of one grammar share its lexer, which grows with what they come to, up to 20 MB, by 500 MB in a second of a processor
+# at worst. The grammars used last are remembered whatever it has become, those before them while answers have spent so little
+# on them: together a quarter of a gigabyte.
+ALWAYS_REMEMBERED = 8
+MAX_ANSWER_SECONDS = 0.2
 
 
 def _reason(matcher: llguidance.LLMatcher) -> str:
@@ -84,6 +90,9 @@ class _Tables:
     tree: llguidance.LLTokenizer
     first: llguidance.LLTokenizer | None
     blanks: list[int]
+    ordinary: (
+        Mask  # (V,) bool, the tokens that can be part of a text: neither special ones nor those that end an answer
+    )
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, vocab_size: int) -> _Tables:
@@ -96,20 +105,22 @@ class _Tables:
             )
         tokens = [b"" if i in decoding.special_ids else decoding.token_bytes[i] for i in range(vocab_size)]
         vocabulary = _Vocabulary(tokens)
+        ordinary = np.array([bool(token) for token in tokens], dtype=np.bool_)
+        ordinary[[i for i in tokenizer.stop_token_ids if i < vocab_size]] = False
         tree = llguidance.LLTokenizer(vocabulary)  # type: ignore[arg-type]  # it takes what has the attributes
         if not decoding.strip_leading_space:
-            return cls(vocabulary, tree, None, [])
+            return cls(vocabulary, tree, None, [], ordinary)
         stripped = _Vocabulary([token.removeprefix(b" ") for token in tokens])
         blanks = [i for i, token in enumerate(tokens) if token == b" "]
-        return cls(vocabulary, tree, llguidance.LLTokenizer(stripped), blanks)  # type: ignore[arg-type]
+        return cls(vocabulary, tree, llguidance.LLTokenizer(stripped), blanks, ordinary)  # type: ignore[arg-type]
 
-
-def _mask(matcher: llguidance.LLMatcher, size: int) -> Mask:
-    """The tokens that can come next; none where it has come to an end or an error."""
-    if matcher.is_stopped():
-        return np.zeros(size, np.bool_)
-    packed = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-    return np.unpackbits(packed, count=size, bitorder="little").view(np.bool_)
+    def mask(self, matcher: llguidance.LLMatcher) -> Mask:
+        """The tokens that can come next; none where it has come to an end or an error. A grammar can name tokens by their
+        numbers, special ones too."""
+        if matcher.is_stopped():
+            return np.zeros(self.vocabulary.size, np.bool_)
+        packed = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        return np.unpackbits(packed, count=self.vocabulary.size, bitorder="little").view(np.bool_) & self.ordinary
 
 
 @dataclass
@@ -135,13 +146,17 @@ class GrammarState:
         """The answer goes on with this token; one that is not allowed, such as a stop token, changes nothing."""
         if not bool(self.allowed[token]):
             return
+        began = time.thread_time()
         self._matcher.consume_tokens(self._compiled.tokens_of(token, first=not self._begun))
         self._begun = True
-        self.allowed = _mask(self._matcher, len(self.allowed))
+        self.allowed = self._compiled.tables.mask(self._matcher)
+        self._compiled.usage.add(time.thread_time() - began)
         stuck = not bool(self.allowed.any())
         self.accepting = not self._matcher.is_error() and self._matcher.is_accepting()
         self.finished = stuck and self.accepting
         if stuck and not self.accepting:
+            if self._matcher.is_error():
+                self._compiled.usage.add(math.inf)  # its lexer is full, and the next answer would come to it sooner
             self.error = f"the answer cannot follow its {self._compiled.kind} any further: {_reason(self._matcher)}"
 
     def copy(self) -> GrammarState:
@@ -153,12 +168,30 @@ class StructureBusyError(GenerationError):
     """A structure that others keep from being compiled: it is worth asking again."""
 
 
+class Usage:
+    """How much answers have made of a grammar.
+
+    Attributes:
+        seconds: of a processor; infinite where it should not be used again.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._lock = threading.Lock()
+
+    def add(self, seconds: float) -> None:
+        """Count some more."""
+        with self._lock:
+            self.seconds += seconds
+
+
 @dataclass(frozen=True, eq=False)
 class CompiledGrammar:
     """A structure that any number of answers can follow; threads may share it."""
 
     kind: StructureKind
-    _tables: _Tables = field(repr=False)
+    tables: _Tables = field(repr=False)
+    usage: Usage = field(repr=False)
     _matcher: llguidance.LLMatcher = field(repr=False)
     _allowed: Mask = field(repr=False)
     _accepting: bool
@@ -182,17 +215,17 @@ class CompiledGrammar:
 
         def begin(tree: llguidance.LLTokenizer) -> tuple[llguidance.LLMatcher, Mask]:
             matcher = llguidance.LLMatcher(tree, grammar, log_level=0, limits=limits)
-            return matcher, _mask(matcher, tables.vocabulary.size)
+            return matcher, tables.mask(matcher)
 
         matcher, allowed = begin(tables.tree)
         if tables.first is not None:
             after_blank = bool(allowed.any())
             _, allowed = begin(tables.first)
-            allowed[tables.blanks] = after_blank
+            allowed[tables.blanks] = after_blank & tables.ordinary[tables.blanks]
         accepting, stuck = matcher.is_accepting(), not bool(allowed.any())
         if stuck and not accepting:
             raise GenerationError(f"the {structure.kind} cannot be used: {_reason(matcher)}")
-        return cls(structure.kind, tables, matcher, allowed, accepting, stuck)
+        return cls(structure.kind, tables, Usage(), matcher, allowed, accepting, stuck)
 
     def start(self) -> GrammarState:
         """The state before an answer's first token."""
@@ -200,8 +233,8 @@ class CompiledGrammar:
 
     def tokens_of(self, token: int, *, first: bool) -> list[int]:
         """The ids by which a matcher takes a token: those of its bytes, where its blank is not part of the answer's text."""
-        vocabulary = self._tables.vocabulary
-        if first and self._tables.first is not None and vocabulary.tokens[token].startswith(b" "):
+        vocabulary = self.tables.vocabulary
+        if first and self.tables.first is not None and vocabulary.tokens[token].startswith(b" "):
             return vocabulary.of_bytes(vocabulary.tokens[token][1:])
         return [token]
 
@@ -223,6 +256,12 @@ class _Compiling:
     def used_seconds(self) -> float:
         """Time of a processor that it has had, while it is not done. Where that is not known, time since it began."""
         return self._now() - self._began if self._began is not None else 0.0
+
+    @property
+    def answer_seconds(self) -> float:
+        """What answers have spent on it, once it is done."""
+        done = self.future.done() and not self.future.cancelled() and self.future.exception() is None
+        return self.future.result().usage.seconds if done else 0.0
 
     def _now(self) -> float:
         return time.clock_gettime(self._clock) if self._clock is not None else time.monotonic()
@@ -278,6 +317,8 @@ class GrammarCompiler:
         compiling = self._compiling(structure, tables)
         try:
             return compiling.future.result(self._timeout_seconds)
+        except CancelledError as error:
+            raise StructureBusyError("structures are compiled no more, for the process ends") from error
         except TimeoutError as error:
             if compiling.future.done():  # just now
                 return compiling.future.result()
@@ -287,19 +328,33 @@ class GrammarCompiler:
                 raise GenerationError(f"{message}: simplify it") from error
             raise StructureBusyError(f"{message}, for there is much else to do: try again") from error
 
+    def close(self) -> None:
+        """Compile nothing more. Those whose turn has not come are given up: else the process would compile them as it ends."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
     def _compiling(self, structure: Structure, tables: _Tables) -> _Compiling:
         with self._lock:
             compiling = self._known.get(structure)
-            if compiling is None:
+            if compiling is None or compiling.answer_seconds == math.inf:
                 if self._waiting >= MAX_WAITING:
                     raise StructureBusyError(f"{MAX_WAITING} structures are being compiled already: try again later")
                 self._waiting += 1
                 compiling = self._known[structure] = _Compiling()
                 compiling.future = self._threads.submit(self._compile, structure, tables, compiling)
             self._known.move_to_end(structure)
-            while len(self._known) > self._cache_size:
-                self._known.popitem(last=False)
+            self._forget()
         return compiling
+
+    def _forget(self) -> None:
+        """Keep so many structures, and so much of what answers have made of them; those used last stay."""
+        spent = 0.0
+        for place, (structure, one) in enumerate(reversed(list(self._known.items()))):
+            seconds = one.answer_seconds
+            earlier = place >= ALWAYS_REMEMBERED
+            if place >= self._cache_size or seconds == math.inf or (earlier and spent + seconds > MAX_ANSWER_SECONDS):
+                del self._known[structure]
+            elif earlier:
+                spent += seconds
 
     def _compile(self, structure: Structure, tables: _Tables, compiling: _Compiling) -> CompiledGrammar:
         try:

@@ -16,6 +16,7 @@ from arriero.adapters.peft_config import from_peft
 from arriero.adapters.prefix import apply_prefix, load_prefix_state, prefix_state
 from arriero.adapters.prefix_files import open_prefix, whole_state, with_prefix
 from arriero.config.adapter import AdapterPathOptions
+from arriero.config.adapter_base import adapter_kind, stored_base
 from arriero.config.model import ModelOptions
 from arriero.config.vocabulary import VocabularyOptions
 from arriero.data.new_tokens import with_new_tokens
@@ -153,8 +154,10 @@ def _base_folder(options: ModelOptions, processes: Processes) -> Path:
     processes.by_first(lambda: str(model_folder(options.model_name_or_path, options.cache_dir)))
     folder = model_folder(options.model_name_or_path, options.cache_dir)
     if peft.is_adapter(folder):
+        name, base = adapter_kind(folder) or "lora_path", stored_base("--model_name_or_path", str(folder))
         raise ConfigError(
-            f"--model_name_or_path {folder} is an adapter: give its base there and this folder as --lora_path, or --prefix_path"
+            f"--model_name_or_path {folder} is an adapter: give its base there{f' ({base})' if base else ''} and this folder "
+            f"as --{name}"
         )
     if is_bundle(folder):
         raise ConfigError(

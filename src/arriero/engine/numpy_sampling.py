@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -63,6 +63,7 @@ class NumpySampler(Sampler[npt.NDArray[Any]]):
 
     def __call__(self, logits: npt.NDArray[Any], rows: Sequence[SamplingRow[npt.NDArray[Any]]]) -> list[int]:
         """See `Sampler`."""
+        self._count(rows, logits.shape[-1])
         # Half precision would make ties of what the processors tell apart.
         logits = logits.astype(np.float32, copy=False)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -91,10 +92,15 @@ class NumpySampler(Sampler[npt.NDArray[Any]]):
     def _numbers(self, values: Sequence[float]) -> npt.NDArray[Any]:
         return np.array(values, np.float32)
 
-    def _marks(self, size: int, ids: Sequence[int]) -> npt.NDArray[Any]:
+    def _marks(self, size: int, ids: Collection[int]) -> npt.NDArray[Any]:
         marks = np.zeros(size, np.bool_)
         marks[list(ids)] = True
         return marks
+
+    def _tally(self, size: int, counts: Mapping[int, int]) -> npt.NDArray[Any]:
+        tally = np.zeros(size, np.float32)
+        tally[list(counts)] = list(counts.values())
+        return tally
 
 
 def _processed(scores: Floats, row: SamplingRow[npt.NDArray[Any]]) -> Floats:

@@ -44,6 +44,8 @@ class TorchRunner:
     """A `Runner` of a torch model, on a CPU or a GPU, or of one that several processes hold (all of them call it alike)."""
 
     library: Library = "torch"
+    # of dynamic NTK RoPE too: up to `context` its angles do not depend on the length of the whole sequence
+    reuses = True
     recalled: Sequence[int] = ()
 
     def __init__(
@@ -105,8 +107,6 @@ class TorchRunner:
         self.prefix_length = prefix.length if prefix is not None else 0
         self.vocab_size = model.config.vocab_size
         self.context = model.config.max_position_embeddings - self.prefix_length
-        scaling = model.config.rope_scaling
-        self.reuses = scaling is None or scaling["rope_type"] != "dynamic"  # whose angles depend on the whole length
         self.kv_memory = KVMemory.measure(model.config, self._dtype, kv_cache_dtype, self.device, memory_share)
         if max_tokens is None:
             room = self.kv_memory.tokens

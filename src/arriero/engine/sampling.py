@@ -11,7 +11,8 @@ computes it, as far as the logits are the same.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -38,9 +39,10 @@ class SamplingRow(Generic[Array]):
 
     Attributes:
         stop_ids: (N,) int64, tokens that may not come before `min_new_tokens`.
-        generated: how many tokens have been drawn.
-        seen: (V,) bool, the tokens that the repetition penalty counts; None when it is off.
-        counts: (V,) fp32, how often the answer has each token; None where no penalty counts them.
+        prompt: what the repetition penalty counts before the answer; empty when it is off.
+        drawn: the answer so far.
+        seen: (V,) bool, the tokens that the repetition penalty counts; None when it is off, and while nothing is drawn.
+        counts: (V,) fp32, how often the answer has each token; None where no penalty counts them, and while nothing is drawn.
         bias: ids (N,) and what is added to their logits (N,) fp32; None without.
         random: the row's own random numbers, so that its draws do not depend on the other rows; None when greedy.
         grammar: which tokens the answer's structure lets come next; None without one.
@@ -48,7 +50,8 @@ class SamplingRow(Generic[Array]):
 
     params: SamplingParams
     stop_ids: Array
-    generated: int = 0
+    prompt: tuple[int, ...] = field(default=(), repr=False)
+    drawn: list[int] = field(default_factory=list, repr=False)
     seen: Array | None = field(default=None, repr=False)
     counts: Array | None = field(default=None, repr=False)
     bias: tuple[Array, Array] | None = None
@@ -62,7 +65,7 @@ class SamplingRow(Generic[Array]):
 
     def note(self, token: int) -> None:
         """The answer goes on with this token."""
-        self.generated += 1
+        self.drawn.append(token)
         if self.seen is not None:
             self.seen[token] = True  # type: ignore[index]  # both libraries' arrays can be
         if self.counts is not None:
@@ -70,11 +73,31 @@ class SamplingRow(Generic[Array]):
         if self.grammar is not None:
             self.grammar.advance(token)
 
+    def release(self) -> None:
+        """Give up what is as long as the vocabulary: nothing is drawn for now. The next draw makes it again."""
+        self.seen = self.counts = None
+
     @property
     def may_not_end(self) -> bool:
         """Whether it is too young to end; where its structure is complete nothing else can come."""
         finished = self.grammar is not None and self.grammar.finished
-        return self.generated < self.params.min_new_tokens and not finished
+        return len(self.drawn) < self.params.min_new_tokens and not finished
+
+    @property
+    def dead_end(self) -> str:
+        """Why nothing can come next, which is then the request's own fault; "" where something can."""
+        if self.grammar is None or (self.grammar.accepting and not self.may_not_end):
+            return ""
+        stops: list[int] = self.stop_ids.tolist()  # type: ignore[attr-defined]  # both libraries' arrays have it
+        wanted = [i for i in stops if self.grammar.allowed[i]]
+        if not wanted or int(self.grammar.allowed.sum()) > len(wanted):
+            return ""
+        shown = ", ".join(map(str, wanted[:4])) + (", ..." if len(wanted) > 4 else "")
+        kind = self.params.structure.kind if self.params.structure is not None else "structure"
+        return (
+            f"the answer cannot follow its {kind} any further: only stop tokens can come next ({shown}), and it may not end "
+            "there; take them out of stop_token_ids"
+        )
 
 
 class Sampler(ABC, Generic[Array]):
@@ -108,7 +131,7 @@ class Sampler(ABC, Generic[Array]):
         vocab_size: int,
         grammar: GrammarState | None = None,
     ) -> SamplingRow[Array]:
-        """The state before an answer's first token.
+        """The state before an answer's first token. It is no longer than the prompt, since the answer may have to wait.
 
         Raises:
             GenerationError: a bias for a token that the model does not have; a grammar of the empty text, and no stop token.
@@ -120,9 +143,7 @@ class Sampler(ABC, Generic[Array]):
             )
         row = SamplingRow(params, self._ids(stops), grammar=grammar)
         if params.repetition_penalty != 1.0:
-            row.seen = self._marks(vocab_size, sorted(set(prompt)))
-        if params.frequency_penalty or params.presence_penalty:
-            row.counts = self._numbers([0.0] * vocab_size)
+            row.prompt = tuple(prompt)
         if params.logit_bias:
             strange = [token for token in params.logit_bias if token >= vocab_size]
             if strange:
@@ -143,8 +164,21 @@ class Sampler(ABC, Generic[Array]):
         """(N,) fp32."""
 
     @abstractmethod
-    def _marks(self, size: int, ids: Sequence[int]) -> Array:
+    def _marks(self, size: int, ids: Collection[int]) -> Array:
         """(size,) bool, true at these places."""
+
+    @abstractmethod
+    def _tally(self, size: int, counts: Mapping[int, int]) -> Array:
+        """(size,) fp32, these numbers at their places and 0 elsewhere."""
+
+    def _count(self, rows: Iterable[SamplingRow[Array]], vocab_size: int) -> None:
+        """Make what the rows' penalties need, where it is not there yet."""
+        for row in rows:
+            params = row.params
+            if row.seen is None and params.repetition_penalty != 1.0:
+                row.seen = self._marks(vocab_size, {*row.prompt, *row.drawn})
+            if row.counts is None and (params.frequency_penalty or params.presence_penalty):
+                row.counts = self._tally(vocab_size, Counter(row.drawn))
 
 
 def sampler_of(library: Library, device: torch.device | str) -> Sampler[Any]:

@@ -210,6 +210,13 @@ class SamplingParams:
             return self
         return replace(self, max_new_tokens=longest, min_new_tokens=min(self.min_new_tokens, longest))
 
+    def within(self, room: int) -> SamplingParams:
+        """With answers of no more than so many tokens; as it is where that is less than they must have."""
+        longest = min(self.max_new_tokens, room)
+        if longest == self.max_new_tokens or longest < max(1, self.min_new_tokens):
+            return self
+        return replace(self, max_new_tokens=longest)
+
     def check_prompt(self, length: int) -> None:
         """
         Raises:

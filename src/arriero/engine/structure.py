@@ -3,26 +3,74 @@
 from __future__ import annotations
 
 import json
-import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from arriero.data.assistant_turns import THOUGHT_CLOSING, THOUGHT_OPENING
-from arriero.errors import GenerationError, require
+from arriero.engine.json_schema import best_form, json_form, json_text, parsed_schema, schema_problem, unheld
+from arriero.errors import GenerationError
 
 StructureKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
 # Where an answer thinks first: nowhere, in a thought that its prompt has begun, in one that it may begin itself.
 Thought = Literal["none", "open", "may"]
 
-# Between two parts of a JSON text at most the one blank that models are used to write: where blanks may come, a weak model
-# goes on with them until its answer is cut.
-JSON_BLANKS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-# What it takes for a schema that says more than it can hold an answer to: the rest of the schema holds.
-BEST_EFFORT = {"lenient": True, "coerce_one_of": True}
 # Without it llguidance would choose the tokens of a text that has no alternative, and ask the tokenizer for them.
 OPTIONS = '%llguidance {"no_forcing": true}'
+
+
+MAX_REASON = 300  # characters of an error
+MAX_CHECK_SECONDS = 2.0  # of a processor, for finding out what can be held of a structure's schemas
+
+
+class UnkeptSchemaError(GenerationError):
+    """A strict schema that no grammar can hold an answer to.
+
+    Attributes:
+        place: where whoever asked has written it, as "tools[0].function.parameters".
+    """
+
+    def __init__(self, message: str, place: str) -> None:
+        super().__init__(message)
+        self.place = place
+
+
+@dataclass(frozen=True)
+class SchemaRule:
+    """A rule of a grammar that is JSON of a schema.
+
+    Attributes:
+        name: of the rule.
+        schema: as JSON text.
+        strict: all of it must be held; else as much as can be.
+        otherwise: the schema, as JSON text, where nothing of it can be.
+        title, place: what an error calls a strict one, and where it is written.
+    """
+
+    name: str
+    schema: str
+    strict: bool = False
+    otherwise: str = "{}"
+    title: str = ""
+    place: str = ""
+
+    def lark(self) -> str:
+        """The rule, in llguidance's Lark. Can take seconds.
+
+        Raises:
+            UnkeptSchemaError: a strict one that cannot be kept.
+        """
+        schema = parsed_schema(self.schema)
+        if not self.strict:
+            form = best_form(schema, parsed_schema(self.otherwise))
+        else:
+            problem = schema_problem(schema)
+            if problem:
+                told = f"{self.title} cannot be kept strictly: {problem[:MAX_REASON]}: change it, or leave strict out"
+                raise UnkeptSchemaError(told, self.place)
+            form = json_form(schema)
+        return f"{self.name}: %json {json.dumps(form)}"
 
 
 @dataclass(frozen=True)
@@ -36,6 +84,7 @@ class Structure:
         thought: what may come before it. A "grammar" has nothing before it: it is to hold its own (see `thought_rules`).
         source: the schema, also as what JSON makes of it; the expression; the texts; or the grammar. Empty for "json_object".
         lenient: of a schema as much as can be held, and nothing but JSON where that is nothing; else such a schema is refused.
+        schemas: of a grammar, rules of it that its text leaves out.
 
     Raises:
         GenerationError: no such kind, or a source that is none of this kind.
@@ -45,12 +94,13 @@ class Structure:
     source: str | tuple[str, ...] = ""
     thought: Thought = "none"
     lenient: bool = False
+    schemas: tuple[SchemaRule, ...] = ()
 
     def __post_init__(self) -> None:
         # A schema as JSON gives it and a list of texts are taken too.
         given: Any = self.source
         if self.kind == "json_schema" and isinstance(given, Mapping | bool):
-            object.__setattr__(self, "source", _dump(given))
+            object.__setattr__(self, "source", json_text(given))
         if isinstance(given, list):
             object.__setattr__(self, "source", tuple(given))
         if self.kind not in get_args(StructureKind):
@@ -80,62 +130,48 @@ class Structure:
     @property
     def size(self) -> int:
         """Bytes of the source."""
-        return sum(len(text.encode()) for text in self.texts)
-
-
-def _dump(value: Any) -> str:
-    try:
-        return json.dumps(value, ensure_ascii=False)
-    except (RecursionError, TypeError, ValueError) as error:
-        raise GenerationError(f"the JSON schema is not JSON: {error}") from error
+        return sum(len(text.encode()) for text in (*self.texts, *(rule.schema for rule in self.schemas)))
 
 
 def lark_of(structure: Structure) -> str:
-    """The structure as a grammar in llguidance's Lark.
+    """The structure as a grammar in llguidance's Lark. Schemas are looked at, which can take seconds.
 
     Raises:
-        GenerationError: a schema that is no JSON object.
+        GenerationError: a schema that is no JSON object, or that cannot be held though it must be.
     """
     import llguidance
 
     if structure.kind == "grammar":
-        return f"{structure.texts[0]}\n{OPTIONS}\n"
+        return "\n".join([structure.texts[0], *_schema_rules(structure.schemas), OPTIONS, ""])
     if structure.kind == "regex":
         body = f"/{llguidance.regex_to_lark(structure.texts[0], 'dw')}/"
     elif structure.kind == "choice":
         body = f"/{'|'.join(map(_literal, structure.texts))}/"
     else:
-        schema = {"type": "object"} if structure.kind == "json_object" else _schema(structure.texts[0])
-        body = "%json " + _dump(best_form(schema, {}) if structure.lenient else json_form(schema))
+        schema = {"type": "object"} if structure.kind == "json_object" else parsed_schema(structure.texts[0])
+        problem = "" if structure.lenient else unheld(schema)
+        if problem:
+            raise GenerationError(f"the json_schema cannot be used: {problem}")
+        body = "%json " + json_text(best_form(schema, {}) if structure.lenient else json_form(schema))
     before, rules = thought_rules(structure.thought)
     return "\n".join([f"start: {before}{body}", *rules, OPTIONS, ""])
 
 
-def json_form(schema: Mapping[str, Any], *, lenient: bool = False) -> dict[str, Any]:
-    """A schema as grammars have it after `%json`. It gets our options for its own: such as to ignore what is not supported
-    could make of an answer one that does not fit, which only a request can allow (`lenient`)."""
-    return {**schema, "x-guidance": {**JSON_BLANKS, **(BEST_EFFORT if lenient else {})}}
+def _schema_rules(schemas: tuple[SchemaRule, ...]) -> list[str]:
+    """Rules of a grammar.
 
-
-def best_form(schema: Mapping[str, Any], otherwise: Mapping[str, Any]) -> dict[str, Any]:
-    """The form that holds as much of a schema as can be; if that is nothing, the form of another schema."""
-    form = json_form(schema, lenient=True)
-    return json_form(otherwise) if schema_problem(form) else form
-
-
-def schema_problem(form: Mapping[str, Any]) -> str:
-    """Why no grammar can have this after `%json`, in one line; "" if one can."""
-    require("llguidance", "serve")
-    return _problem(json.dumps(form))
-
-
-@lru_cache(maxsize=256)  # an agent sends the same tools with each of its requests
-def _problem(form: str) -> str:
-    import llguidance
-
-    told = llguidance.LLMatcher.validate_grammar(f"start: %json {form}")
-    told = re.sub(r"\n[\s^]*(?=\n)", "", told.split("\n   1 | ", 1)[0])  # without the source and marks in it
-    return " ".join(re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", told).split())
+    Raises:
+        GenerationError: it takes too long to find out what they can hold.
+    """
+    began, rules = time.thread_time(), []
+    for rule in schemas:
+        if time.thread_time() - began > MAX_CHECK_SECONDS:
+            raise GenerationError(
+                f"its {len(schemas)} schemas have so many combinations that {MAX_CHECK_SECONDS:g} s are not enough to check "
+                "them: simplify them"
+            )
+        rules.append(rule.lark())
+    return rules
 
 
 def thought_rules(thought: Thought, *, gap: bool = True) -> tuple[str, list[str]]:
@@ -150,18 +186,6 @@ def thought_rules(thought: Thought, *, gap: bool = True) -> tuple[str, list[str]
     rule = f"thought[lazy]: /{opening}(?s:.*){THOUGHT_CLOSING.replace('/', chr(92) + '/')}/"
     before = "thought GAP?" if gap else "thought"
     return (f"{before} " if thought == "open" else f"({before})? "), [rule, "GAP: /[ \\n]{1,4}/"]
-
-
-def _schema(text: str) -> dict[str, Any]:
-    try:
-        schema = json.loads(text)
-    except (RecursionError, ValueError) as error:
-        raise GenerationError(f"the JSON schema is not JSON: {error}") from error
-    if schema is True:
-        return {}
-    if not isinstance(schema, dict):
-        raise GenerationError(f"the JSON schema is {type(schema).__name__}: it must be an object")
-    return schema
 
 
 def _literal(text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -65,6 +65,7 @@ class TorchSampler(Sampler[Tensor]):
 
     def __call__(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
         """See `Sampler`."""
+        self._count(rows, logits.shape[-1])
         # Half precision would make ties of what the processors tell apart.
         scores = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         scores = _structured(_before_end(_penalised(_counted(_biased(scores, rows), rows), rows), rows), rows)
@@ -99,10 +100,15 @@ class TorchSampler(Sampler[Tensor]):
     def _numbers(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device)
 
-    def _marks(self, size: int, ids: Sequence[int]) -> Tensor:
+    def _marks(self, size: int, ids: Collection[int]) -> Tensor:
         marks = torch.zeros(size, dtype=torch.bool, device=self._device)
-        marks[self._ids(ids)] = True
+        marks[self._ids(list(ids))] = True
         return marks
+
+    def _tally(self, size: int, counts: Mapping[int, int]) -> Tensor:
+        tally = torch.zeros(size, dtype=torch.float32, device=self._device)
+        tally[self._ids(list(counts))] = self._numbers(list(counts.values()))
+        return tally
 
 
 def _on_rows(

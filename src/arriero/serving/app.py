@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -97,7 +97,7 @@ def make_app(
     keys: Keys,
     requests_per_minute: int = 0,
     max_body_bytes: int = 2_000_000,
-    hosts: Collection[str] | None = None,
+    hosts: Container[str] | None = None,
     cors_origins: Sequence[str] = (),
     max_connections: int | None = None,
     with_metrics: bool = True,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Container
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
@@ -38,7 +37,7 @@ class Doors:
         keys: Keys,
         rate: RateLimit,
         max_body_bytes: int,
-        hosts: Collection[str] | None,
+        hosts: Container[str] | None,
         origins: Collection[str] = (),
         body_seconds: float = BODY_SECONDS,
         max_connections: int | None = None,
@@ -112,7 +111,9 @@ class Doors:
         if name.lower() not in self._hosts:
             raise ApiError(
                 421,
-                f"this server is not called {name[:100]!r}: address it as localhost, or start it with --allowed_hosts",
+                f"this server is not called {name[:100]!r}: address it as localhost or by its IP address, or start it with "
+                "--allowed_hosts and this name",
+                code="unknown_host",
             )
 
     def _check_origin(self, scope: Scope) -> None:
@@ -223,20 +224,3 @@ class _Body:
 def too_large(limit: int) -> ApiError:
     """The refusal of a body."""
     return ApiError(413, f"the body of the request is larger than {limit} bytes", code="body_too_large")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address to listen on can be reached from this machine only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def hosts_for(host: str, more: Collection[str]) -> frozenset[str] | None:
-    """The names for `Doors`: where every machine can come, any."""
-    if not is_loopback(host):
-        return frozenset(name.lower() for name in more) or None
-    return frozenset({"localhost", "127.0.0.1", "::1", host.lower(), *(name.lower() for name in more)})

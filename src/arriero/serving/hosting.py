@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
+import gc
 import signal
 import socket
 from collections.abc import Iterator
@@ -23,7 +25,6 @@ from arriero.errors import ConfigError
 from arriero.serving.access import KEY_VARIABLE, Keys, read_keys
 from arriero.serving.admission import Admission
 from arriero.serving.app import make_app
-from arriero.serving.doors import hosts_for, is_loopback
 from arriero.serving.engines import (
     adapters_of,
     bundle_engine,
@@ -32,6 +33,7 @@ from arriero.serving.engines import (
     model_name,
     runner_over,
 )
+from arriero.serving.host_names import hosts_for, is_loopback
 from arriero.serving.page_process import PageProcess
 from arriero.serving.request_log import JsonLog
 from arriero.serving.server import bind, serve, tls_files
@@ -72,9 +74,9 @@ class Entrance:
                 warnings.append(
                     "keys and texts travel unencrypted: set --ssl_certfile, or put a proxy before the server"
                 )
-        listener = bind(options.host, options.flask_port)
-        if options.port is not None:
-            bind(options.host, options.port, "--port").close()  # the page's process takes it later
+        listener = bind(options.host, options.api_port)
+        if options.ui_port is not None:
+            bind(options.host, options.ui_port, "--ui_port").close()  # the page's process takes it later
         return cls(keys, tls, tracing, listener, warnings)
 
     @property
@@ -104,6 +106,9 @@ def host(
     Raises:
         ArrieroError: something cannot be had; before the model is loaded, where that can be known.
     """
+    # When the process ends the interpreter would look through all that torch has made for what is in nobody's use: a second
+    # of a processor, several on a busy machine, after the server has stopped.
+    atexit.register(gc.freeze)
     folder = bundle_folder(model)
     if folder is None:
         _host_checkpoint(model, adapter, cache, compilation, options, guesses)
@@ -203,7 +208,7 @@ async def _answer(
         keys=entrance.keys,
         requests_per_minute=options.requests_per_minute,
         max_body_bytes=options.max_body_bytes,
-        hosts=hosts_for(options.host, options.allowed_hosts),
+        hosts=hosts_for(options.host, options.allowed_hosts, keys=bool(entrance.keys)),
         cors_origins=options.cors_origins,
         max_connections=options.max_connections,
         with_metrics=options.metrics,
@@ -216,7 +221,7 @@ async def _answer(
         print(f"{service.base.name} is served on {entrance.url}/v1 (Ctrl-C ends it)", flush=True)
         log("ready", url=entrance.url, models=list(service.models), context=context, keys=bool(entrance.keys))
 
-    page = PageProcess(entrance.url, options, log) if options.port is not None else None
+    page = PageProcess(entrance.url, options, log) if options.ui_port is not None else None
     try:
         if page is not None:
             await page.start()

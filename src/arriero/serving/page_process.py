@@ -8,10 +8,11 @@ import os
 import sys
 
 from arriero.config.serving import ServeOptions
+from arriero.serving.page_log import PageLog
 from arriero.serving.request_log import JsonLog
 
 END_SECONDS = 5.0
-MAX_LINE = 4096
+MAX_READ = 64 * 1024  # bytes at once
 
 
 class PageProcess:
@@ -35,7 +36,7 @@ class PageProcess:
             "--host",
             options.host,
             "--port",
-            str(options.port),
+            str(options.ui_port),
             "--parent",
             str(os.getpid()),
         ]
@@ -69,8 +70,10 @@ class PageProcess:
     async def _read(self, process: asyncio.subprocess.Process) -> None:
         """Until it ends, which is no reason for the API to end too."""
         assert process.stderr is not None
-        while line := await process.stderr.read(MAX_LINE):
-            self._log("page", level="warning", message=line.decode("utf-8", "replace").strip())
+        said = PageLog(self._log)
+        while data := await process.stderr.read(MAX_READ):
+            said.push(data)
+        said.finish()
         code = await process.wait()
         if not self._closing:
             self._log("page_ended", level="error", code=code)

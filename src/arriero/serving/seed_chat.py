@@ -43,8 +43,8 @@ class SeedTurn(Closed):
 class SeedChatRequest(Closed):
     """Body of /api/chat. `extra_info` is taken and has no effect, as in the seed."""
 
-    context: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_TURNS)]
-    history: Text | Annotated[list[Text | SeedTurn], Field(max_length=MAX_TURNS)] | None = None
+    context: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)]
+    history: Text | Annotated[list[Text | SeedTurn], Field(max_length=MAX_TURNS, fail_fast=True)] | None = None
     stream: bool | None = None
     model: ModelName | None = None
     max_length: Annotated[int, Field(ge=1, le=MAX_INTEGER)] | None = None
@@ -156,6 +156,11 @@ def prepare(service: Service, body: SeedChatRequest) -> SeedWork:
         raise SeedError(ApiError(400, message), TOO_LONG)
     messages = body.messages()
     try:
+        said = [turn["content"] for turn in messages if turn["role"] == "user"]
+        service.check_length(service.text_bound.tokens_said(said), "context")
+    except ApiError as error:
+        raise SeedError(error, TOO_LONG) from error
+    try:
         if tokenizer.has_chat_template():
             prompt = tokenizer.chat(messages)
         else:
@@ -192,7 +197,7 @@ async def seed_chat(request: Request, service: Service) -> Response:
     try:
         body = await read_body(request, SeedChatRequest, service.workers)
         model = service.find(body.model)
-        work = await service.workers.run(prepare, service, body)
+        work = await service.work(request, prepare, service, body)
         if service.log_prompts:
             request.state.facts["messages"] = body.messages()
         job = await service.start(request, model, [work.prompt], work.params)

@@ -84,7 +84,7 @@ class PatientProtocol(H11Protocol):
             self.transport.close()
 
 
-def bind(host: str, port: int, option: str = "--flask_port") -> socket.socket:
+def bind(host: str, port: int, option: str = "--port") -> socket.socket:
     """A socket for an address, not listening yet: a port that is taken is found before a model is loaded.
 
     Raises:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from starlette.requests import Request
 
@@ -14,14 +16,21 @@ from arriero.data.tokenizer import Tokenizer
 from arriero.engine.background import BackgroundEngine
 from arriero.engine.grammar import StructureBusyError
 from arriero.engine.sampling_params import SamplingParams
-from arriero.engine.structure import Structure
+from arriero.engine.structure import Structure, UnkeptSchemaError
 from arriero.errors import ArrieroError, GenerationError
 from arriero.serving.admission import Admission
 from arriero.serving.api_errors import ApiError, api_error, shutting_down
+from arriero.serving.event_stream import ClientLeft, while_connected
 from arriero.serving.job import Job
 from arriero.serving.metrics import Metrics
 from arriero.serving.request_log import JsonLog
+from arriero.serving.text_bound import TextBound
 from arriero.serving.workers import Workers
+
+LONG_BODY = 64 * 1024  # bytes; a shorter one's texts take little time
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,11 @@ class Limits:
     src_length: int
     max_new_tokens: int
     seconds: float
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens."""
+        return min(self.src_length, self.context - 1)
 
 
 class Service:
@@ -132,14 +146,8 @@ class Service:
             ApiError: 400: the prompt is too long, or more is wanted than there is room for.
         """
         limits = self.limits
-        longest = min(limits.src_length, limits.context - 1)
-        if prompt > longest:
-            raise ApiError(
-                400,
-                f"This model's longest prompt is {longest} tokens here, and yours has {prompt}: shorten it",
-                param=source,
-                code="context_length_exceeded",
-            )
+        if prompt > limits.longest_prompt:
+            raise self._too_long(str(prompt), source)
         left = min(limits.max_new_tokens, limits.context - prompt)
         if wanted is not None and wanted > left:
             raise ApiError(
@@ -150,6 +158,45 @@ class Service:
                 code="context_length_exceeded",
             )
         return left if wanted is None else wanted
+
+    def check_length(self, least: int, source: str = "prompt") -> None:
+        """
+        Args:
+            least: tokens that a prompt has at least, before it is tokenized: see `TextBound`.
+
+        Raises:
+            ApiError: 400: it is too long in any case.
+        """
+        if least > self.limits.longest_prompt:
+            raise self._too_long(f"at least {least}", source)
+
+    def _too_long(self, tokens: str, source: str) -> ApiError:
+        longest = self.limits.longest_prompt
+        return ApiError(
+            400,
+            f"This model's longest prompt is {longest} tokens here, and yours has {tokens}: shorten it",
+            param=source,
+            code="context_length_exceeded",
+        )
+
+    @cached_property
+    def text_bound(self) -> TextBound:
+        """How many tokens a text has at least."""
+        return TextBound.of(self.tokenizer)
+
+    async def work(self, request: Request, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call what works on the texts of a request whose body has been read, off the event loop. Long ones wait for each
+        other, and not for longer than their client.
+
+        Raises:
+            ClientLeft: it is gone.
+        """
+        if request.state.body_bytes <= LONG_BODY:
+            return await self.workers.run(function, *args, **kwargs)
+        found = await while_connected(request.receive, self.workers.run_long(function, *args, **kwargs))
+        if found is None:
+            raise ClientLeft
+        return found
 
     async def start(
         self,
@@ -175,7 +222,9 @@ class Service:
         job = Job(self, request, model, place)
         try:
             if params.structure is not None:  # compiled here, so that `submit` does not wait for it
-                await self._compile(params.structure, form)
+                compiled = await while_connected(request.receive, self._compile(params.structure, form))
+                if not compiled:
+                    raise ClientLeft
             salt = request.state.client.salt
             for prompt in prompts:
                 options = {"adapter": model.adapter, "salt": salt, "priority": priority}
@@ -190,8 +239,9 @@ class Service:
             raise
         return job
 
-    async def _compile(self, structure: Structure, form: str | None) -> None:
-        """
+    async def _compile(self, structure: Structure, form: str | None) -> bool:
+        """Always true.
+
         Raises:
             ApiError: 400: the structure cannot be used. 503: it cannot be compiled now.
         """
@@ -200,7 +250,9 @@ class Service:
         except StructureBusyError as error:
             raise ApiError(503, str(error), code="busy", retry_after=5) from error
         except GenerationError as error:
-            raise ApiError(400, " ".join(str(error).split()), param=form) from error
+            place = error.place if isinstance(error, UnkeptSchemaError) else form
+            raise ApiError(400, " ".join(str(error).split()), param=place) from error
+        return True
 
     def told(self, error: ArrieroError, request: Request) -> ApiError:
         """What the client hears of an error; what it does not hear is logged."""
@@ -212,3 +264,4 @@ class Service:
     def close(self) -> None:
         """Let the threads go."""
         self.workers.close()
+        self.background.engine.grammars.close()

@@ -7,22 +7,21 @@ from typing import Any
 
 from arriero.engine.answer import Generation
 from arriero.engine.structure import Thought
-from arriero.serving.openai.call_reader import CallReader, Part
+from arriero.serving.openai.call_reader import CallReader, Calls, Part
 from arriero.serving.openai.thinking import ThoughtReader
-from arriero.serving.openai.tool_format import ToolFormat
 
 
 class AnswerReader:
     """Takes an answer's text piece by piece."""
 
-    def __init__(self, form: ToolFormat | None, thought: Thought = "none") -> None:
+    def __init__(self, calls: Calls | None, thought: Thought = "none") -> None:
         """
         Args:
-            form: how calls are written; None where there are no tools.
+            calls: those that it may hold; None where there are no tools.
             thought: where it thinks first.
         """
         self._thoughts = ThoughtReader(thought)
-        self._calls = CallReader(form) if form is not None else None
+        self._calls = CallReader(calls) if calls is not None else None
         self._passed = False
 
     @property
@@ -74,12 +73,12 @@ class Message:
     calls: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def read(cls, form: ToolFormat | None, answer: Generation, thought: Thought = "none") -> Message:
+    def read(cls, calls: Calls | None, answer: Generation, thought: Thought = "none") -> Message:
         """Of an answer; the arguments are those of `AnswerReader`.
 
         Of one that was cut, the last call is as much of it as is known.
         """
-        reader, content = AnswerReader(form, thought), ""
+        reader, content = AnswerReader(calls, thought), ""
         message = cls(None)
         for part in reader.push(answer.text, answer):
             if part.thought:

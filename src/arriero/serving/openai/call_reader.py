@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from arriero.serving.openai.tool_format import ToolFormat
 
 _State = Literal["text", "name", "arguments", "end"]
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The calls that an answer may hold.
+
+    Attributes:
+        form: how they are written.
+        functions: the names of those that it may call. What names another one is no call.
+        beside_json: whether an answer that calls nothing is JSON, and so may begin as a call does.
+    """
+
+    form: ToolFormat
+    functions: tuple[str, ...]
+    beside_json: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,8 +55,8 @@ class CallReader:
         left_out: whether the answer ended before it was known which function it calls.
     """
 
-    def __init__(self, form: ToolFormat) -> None:
-        self._form = form
+    def __init__(self, expected: Calls) -> None:
+        self._expected, self._form = expected, expected.form
         self._held = ""
         self._state: _State = "text"
         self._begun = False  # whether any text was released: then an answer without an opening is no call
@@ -64,13 +80,14 @@ class CallReader:
         """
         held, self._held = self._held, ""
         if self._state == "name":
-            if not cut and not self._form.opening:  # then it is a text that begins like a call
-                return [Part(self._form.before_name() + held)]
             name, known, _ = held.partition('"')
+            if not self._form.opening and not (cut and (known or not self._expected.beside_json)):
+                return [Part(self._form.before_name() + held)]  # it is a text that begins like a call
             if known:
                 return [self._begin(name)]
         marker = held.lstrip()
-        if self._state == "name" or (cut and self._state == "text" and self._begins_call(marker)):
+        may_be_json = self._expected.beside_json and not self._form.opening
+        if self._state == "name" or (cut and self._state == "text" and not may_be_json and self._begins_call(marker)):
             self.left_out = True
             return []
         if self._state == "text" and held and not (self.calls and not marker):
@@ -91,12 +108,7 @@ class CallReader:
         if self._state == "text":
             return self._text(parts)
         if self._state == "name":
-            name, found, rest = self._held.partition(self._form.before_arguments())
-            if not found:
-                return False
-            parts.append(self._begin(name))
-            self._held, self._state, self._depth = rest, "arguments", 0
-            return True
+            return self._name(parts)
         if self._state == "arguments":
             return self._arguments(parts)
         closing = self._form.after_arguments()
@@ -104,6 +116,26 @@ class CallReader:
             return False
         self._held, self._state = self._held[len(closing) :], "text"
         return True
+
+    def _name(self, parts: list[Part]) -> bool:
+        """Up to the arguments of a function that there is; of another one, and of what has no arguments, it is a text."""
+        for name, written in self._written():
+            if self._held.startswith(written):
+                parts.append(self._begin(name))
+                self._held, self._state, self._depth = self._held[len(written) - 1 :], "arguments", 0
+                return True
+        if any(written.startswith(self._held) for _, written in self._written()):
+            return False
+        self._state = "text"
+        self._held = self._form.before_name() + self._held
+        self._release(parts, len(self._form.before_name()))
+        return True
+
+    def _written(self) -> Iterator[tuple[str, str]]:
+        """The functions, and each as it stands in a call: from its name to the arguments' object."""
+        arguments = self._form.before_arguments() + "{"
+        for name in self._expected.functions:
+            yield name, name + arguments
 
     def _text(self, parts: list[Part]) -> bool:
         trigger = self._form.before_name()

@@ -22,10 +22,10 @@ from arriero.serving.event_stream import EventStream, results
 from arriero.serving.job import Job
 from arriero.serving.json_response import json_response
 from arriero.serving.openai.answer_reader import AnswerReader, Message
-from arriero.serving.openai.call_reader import Part
-from arriero.serving.openai.fields import structure_of
+from arriero.serving.openai.call_reader import Calls, Part
+from arriero.serving.openai.fields import JsonObjectFormat, JsonSchemaFormat, structure_of
 from arriero.serving.openai.heads import Head
-from arriero.serving.openai.messages import NamedTool, for_template
+from arriero.serving.openai.messages import NamedTool, UserMessage, for_template, text_of
 from arriero.serving.openai.requests import ChatRequest, TokenizeRequest
 from arriero.serving.openai.thinking import ThoughtTokens, thought_of
 from arriero.serving.openai.token_text import TokenTexts
@@ -41,13 +41,13 @@ class ChatWork:
     """A chat request for the engine.
 
     Attributes:
-        form: how calls are written; None where there are no tools.
+        calls: those that the answer may hold; None where there are no tools.
         thought: where the answer thinks before it says anything.
     """
 
     prompt: list[int]
     params: SamplingParams
-    form: ToolFormat | None
+    calls: Calls | None
     thought: Thought = "none"
 
 
@@ -86,16 +86,22 @@ def prepare(service: Service, body: ChatRequest, length: str | None = None, sour
     Raises:
         ApiError: a request that cannot be served.
     """
+    said = [text_of(turn.content) for turn in body.messages if isinstance(turn, UserMessage)]
+    service.check_length(service.text_bound.tokens_said(said), source)
     prompt, form = chat_prompt(service.tokenizer, body)
     name = length or ("max_tokens" if body.max_tokens is not None else "max_completion_tokens")
     longest = service.room(len(prompt), body.longest, name, source)
     structure: Structure | None
+    calls: Calls | None = None
     thought: Thought = "none"
     if service.reasoning and not body.has_own_grammar:
         continued = for_template(body.messages[-1])["content"] if body.continue_final_message else None
         thought = thought_of(service.tokenizer, prompt, continued=continued)
     try:
         if form is not None:
+            names = tuple(tool.function.name for tool in body.callable_tools)
+            speaks_json = isinstance(body.response_format, JsonObjectFormat | JsonSchemaFormat) and not body.must_call
+            calls = Calls(form, names, beside_json=speaks_json)
             structure = structure_with_tools(
                 form,
                 body.callable_tools,
@@ -126,7 +132,7 @@ def prepare(service: Service, body: ChatRequest, length: str | None = None, sour
             f"most {MAX_LOGPROB_VALUES} are given in one request",
             param=name,
         )
-    return ChatWork(prompt, params, form, thought)
+    return ChatWork(prompt, params, calls, thought)
 
 
 def finish_reason(answer: Generation, arguments: str | None) -> str:
@@ -186,7 +192,7 @@ class ChatAnswers:
         return json_response({**self.head.fields("chat.completion"), "choices": choices, "usage": job.usage})
 
     def _choice(self, index: int, answer: Generation) -> dict[str, Any]:
-        read = Message.read(self._work.form, answer, self._work.thought)
+        read = Message.read(self._work.calls, answer, self._work.thought)
         message: dict[str, Any] = {"role": "assistant", "content": read.content, "refusal": None}
         if read.thought and self._tells_thoughts:
             message["reasoning_content"] = read.thought
@@ -216,7 +222,7 @@ class ChatAnswers:
         return self._body.include_reasoning is not False
 
     def _reader(self) -> AnswerReader:
-        return AnswerReader(self._work.form, self._work.thought)
+        return AnswerReader(self._work.calls, self._work.thought)
 
     def _told_logprobs(self) -> ToldLogprobs:
         return ToldLogprobs(self._texts, tells_thoughts=self._tells_thoughts)
@@ -261,7 +267,7 @@ async def chat_completions(request: Request, service: Service) -> Response:
     """Answer a conversation."""
     body = await read_body(request, ChatRequest, service.workers)
     model = service.find(body.model)
-    work = await service.workers.run(prepare, service, body)
+    work = await service.work(request, prepare, service, body)
     if service.log_prompts:
         request.state.facts["messages"] = [for_template(message) for message in body.messages]
     job = await service.start(request, model, [work.prompt], work.params, body.asks_by, body.priority or 0)

@@ -46,6 +46,9 @@ def prompts_of(service: Service, body: CompletionRequest) -> list[PromptText]:
     found = []
     for item in items:
         if isinstance(item, str):
+            service.check_length(service.text_bound.tokens(item))
+    for item in items:
+        if isinstance(item, str):
             special, parsed = body.add_special_tokens is not False, bool(body.parse_special)
             ids = tokenizer.encode(item, add_special_tokens=special, allow_special=parsed)
             found.append(PromptText(ids, tokenizer.decode(ids) if parsed else item))
@@ -184,7 +187,7 @@ async def completions(request: Request, service: Service) -> Response:
     """Go on with texts."""
     body = await read_body(request, CompletionRequest, service.workers)
     model = service.find(body.model)
-    prompts, params = await service.workers.run(prepare, service, body)
+    prompts, params = await service.work(request, prepare, service, body)
     if service.log_prompts:
         request.state.facts["prompts"] = [prompt.text for prompt in prompts]
     ids = [prompt.ids for prompt in prompts]

@@ -81,6 +81,9 @@ def _texts(service: Service, given: Input, longest: int) -> list[list[int]]:
     found: list[list[int]] = []
     for index, item in enumerate(items):
         name = "input" if one else f"input[{index}]"
+        least = service.text_bound.tokens(item) if isinstance(item, str) else 0
+        if least > longest:
+            raise _too_long(name, f"at least {least}", longest)
         ids = tokenizer.encode(item, add_special_tokens=True) if isinstance(item, str) else list(item)
         if not ids:
             raise ApiError(400, f"{name} is empty: give at least one token", param="input")
@@ -88,14 +91,18 @@ def _texts(service: Service, given: Input, longest: int) -> list[list[int]]:
             told = f"{name} holds token id {max(ids)}, and the model has ids 0 to {size - 1}"
             raise ApiError(400, told, param="input")
         if len(ids) > longest:
-            told = f"{name} has {len(ids)} tokens: at most {longest} are taken in one text"
-            raise ApiError(400, told, param="input", code="context_length_exceeded")
+            raise _too_long(name, str(len(ids)), longest)
         found.append(ids)
     tokens = sum(map(len, found))
     if tokens > MAX_INPUT_TOKENS:
         told = f"input has {tokens} tokens in {len(found)} texts: at most {MAX_INPUT_TOKENS} are taken in one request"
         raise ApiError(400, told, param="input", code="too_many")
     return found
+
+
+def _too_long(name: str, tokens: str, longest: int) -> ApiError:
+    told = f"{name} has {tokens} tokens: at most {longest} are taken in one text"
+    return ApiError(400, told, param="input", code="context_length_exceeded")
 
 
 async def embeddings(request: Request, service: Service) -> Response:
@@ -110,7 +117,7 @@ async def embeddings(request: Request, service: Service) -> Response:
     if body.dimensions is not None and body.dimensions != model.config.hidden_size:
         raise ApiError(400, f"embeddings have {model.config.hidden_size} dimensions", param="dimensions")
     longest = min(service.limits.src_length, engine.scheduler.max_step_tokens)
-    texts = await service.workers.run(_texts, service, body.input, longest)
+    texts = await service.work(request, _texts, service, body.input, longest)
     place = service.admission.enter_texts(len(texts))
     vectors: list[array.array[float]] = []
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from arriero.engine.sampling_params import (
     MAX_ANSWERS,
@@ -16,7 +16,7 @@ from arriero.engine.sampling_params import (
     SamplingParams,
 )
 from arriero.engine.structure import Structure
-from arriero.serving.body import Closed
+from arriero.serving.body import Closed, at_most, disagreement
 from arriero.serving.openai.structured_fields import StructuredFields
 from arriero.serving.openai.usual_fields import UsualFields
 
@@ -42,6 +42,12 @@ class StreamOptions(Closed):
     include_obfuscation: bool | None = None
 
 
+def check_stream_options(stream: bool | None, options: StreamOptions | None) -> None:
+    """Only a stream has them, as in OpenAI's API."""
+    if options is not None and not stream:
+        raise disagreement("stream_options", "stream_options needs stream: true")
+
+
 class IgnoredFields(Closed):
     """Fields of OpenAI's API that mean nothing to a server of one's own. They are checked and have no effect; every other
     unknown field is refused, as OpenAI does."""
@@ -52,7 +58,7 @@ class IgnoredFields(Closed):
     prompt_cache_retention: ShortText | None = None
     service_tier: ShortText | None = None
     store: bool | None = None
-    metadata: Annotated[dict[ShortText, ShortText], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[ShortText, ShortText], Field(max_length=16), at_most(16)] | None = None
 
 
 class SamplingFields(StructuredFields, UsualFields, IgnoredFields):
@@ -62,20 +68,27 @@ class SamplingFields(StructuredFields, UsualFields, IgnoredFields):
     n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
-    logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=MAX_LOGIT_BIASES)] | None = None
+    logit_bias: (
+        Annotated[dict[TokenKey, Bias], Field(max_length=MAX_LOGIT_BIASES), at_most(MAX_LOGIT_BIASES)] | None
+    ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_INTEGER)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_INTEGER)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     priority: Annotated[int, Field(ge=0, le=MAX_PRIORITY)] | None = None
+
+    @model_validator(mode="after")
+    def _streams_what_it_says(self) -> SamplingFields:
+        check_stream_options(self.stream, self.stream_options)
+        return self
 
     @property
     def answers(self) -> int:

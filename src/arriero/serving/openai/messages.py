@@ -54,8 +54,10 @@ def _text_only(*kinds: str) -> BeforeValidator:
     return BeforeValidator(checked)
 
 
-Content = Annotated[Text | Annotated[list[TextPart], Field(max_length=MAX_PARTS)], _text_only("text")]
-SaidContent = Annotated[Text | Annotated[list[SaidPart], Field(max_length=MAX_PARTS)], _text_only("text", "refusal")]
+Content = Annotated[Text | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)], _text_only("text")]
+SaidContent = Annotated[
+    Text | Annotated[list[SaidPart], Field(max_length=MAX_PARTS, fail_fast=True)], _text_only("text", "refusal")
+]
 
 
 class CalledFunction(Said):
@@ -101,7 +103,7 @@ class AssistantMessage(Said):
     refusal: Text | None = None
     reasoning_content: Text | None = None
     reasoning: Any = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
     audio: Annotated[None, only(None, "this model takes text only: leave it out")] = None
     function_call: Annotated[None, only(None, "it is out of use: send tool_calls")] = None
 
@@ -160,7 +162,7 @@ class AllowedTools(Closed):
     """Which of the tools may be called, and whether one must be."""
 
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
 
 
 class AllowedChoice(Closed):

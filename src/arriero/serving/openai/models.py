@@ -12,8 +12,11 @@ from arriero.serving.api_errors import ApiError, api_error
 from arriero.serving.body import read_body
 from arriero.serving.json_response import json_response
 from arriero.serving.openai.chat import chat_prompt
+from arriero.serving.openai.messages import text_of
 from arriero.serving.openai.requests import DetokenizeRequest, TokenizeRequest
 from arriero.serving.service import ServedModel, Service
+
+MAX_TOKENIZED = 2**20  # bytes of a text; one without blanks takes seconds
 
 
 def card_of(service: Service, model: ServedModel) -> dict[str, Any]:
@@ -41,11 +44,17 @@ async def tokenize(request: Request, service: Service) -> Response:
     """Token ids of a text or a conversation."""
     body = await read_body(request, TokenizeRequest, service.workers)
     service.find(body.model)
-    ids = await service.workers.run(_token_ids, service, body)
+    ids = await service.work(request, _token_ids, service, body)
     return json_response({"count": len(ids), "max_model_len": service.limits.context, "tokens": ids})
 
 
 def _token_ids(service: Service, body: TokenizeRequest) -> list[int]:
+    said = [text_of(message.content) for message in body.messages or ()]
+    size = sum(len(text.encode()) for text in (body.prompt or "", *said))
+    if size > MAX_TOKENIZED:
+        param = "messages" if body.prompt is None else "prompt"
+        told = f"it has {size} bytes: at most {MAX_TOKENIZED} are taken at once"
+        raise ApiError(400, f"Invalid '{param}': {told}", param=param, code="invalid_value")
     if body.prompt is None:
         return chat_prompt(service.tokenizer, body)[0]
     try:
@@ -64,7 +73,7 @@ async def detokenize(request: Request, service: Service) -> Response:
     strange = next((token for token in body.tokens if token >= size), None)
     if strange is not None:
         raise ApiError(400, f"token id {strange}: the model has ids 0 to {size - 1}", param="tokens")
-    text = await service.workers.run(
-        service.tokenizer.decode, body.tokens, skip_special_tokens=body.skip_special_tokens
+    text = await service.work(
+        request, service.tokenizer.decode, body.tokens, skip_special_tokens=body.skip_special_tokens
     )
     return json_response({"prompt": text})

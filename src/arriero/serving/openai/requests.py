@@ -48,7 +48,7 @@ class Prediction(Closed):
 class ToolFields(TemplateFields):
     """What a request says of tools."""
 
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedChoice | None = None
 
     @model_validator(mode="after")
@@ -93,14 +93,14 @@ class ToolFields(TemplateFields):
 class ChatRequest(ToolFields, SamplingFields):
     """Body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     parallel_tool_calls: bool | None = None
-    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
     reasoning_effort: ShortText | None = None
     include_reasoning: bool | None = None
     prediction: Prediction | None = None
@@ -143,12 +143,12 @@ class ChatRequest(ToolFields, SamplingFields):
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
 
-Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS)]
+Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
 Prompt = (
     Text
     | Tokens
-    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-    | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+    | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 )
 
 
@@ -180,7 +180,7 @@ class TokenizeRequest(ToolFields):
 
     model: ModelName | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
     add_special_tokens: bool = True
     parse_special: bool = False
 
@@ -195,7 +195,7 @@ class DetokenizeRequest(Closed):
     """Body of /detokenize."""
 
     model: ModelName | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS)]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
     skip_special_tokens: bool = False
 
 
@@ -204,8 +204,8 @@ MAX_INPUT_TOKENS = 300_000  # of all texts together; both as in OpenAI's API
 Input = (
     Text
     | Tokens
-    | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS)]
-    | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_INPUTS)]
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+    | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
 )
 
 

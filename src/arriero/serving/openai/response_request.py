@@ -19,6 +19,7 @@ from arriero.serving.openai.fields import (
     StreamOptions,
     Text,
     TextFormat,
+    check_stream_options,
 )
 from arriero.serving.openai.messages import (
     MAX_MESSAGES,
@@ -61,7 +62,8 @@ def _text_only(content: Any) -> Any:
 
 
 InputContent = Annotated[
-    Text | Annotated[list[InputPart | RefusalPart], Field(max_length=MAX_PARTS)], BeforeValidator(_text_only)
+    Text | Annotated[list[InputPart | RefusalPart], Field(max_length=MAX_PARTS, fail_fast=True)],
+    BeforeValidator(_text_only),
 ]
 # Of these only the first says something of answers that there are here.
 LOGPROBS = "message.output_text.logprobs"
@@ -119,8 +121,8 @@ class InputThought(Closed):
     """What the model thought before it answered; a thought that only its maker can read says nothing here."""
 
     type: Literal["reasoning"]
-    summary: Annotated[list[ThoughtPart], Field(max_length=MAX_PARTS)] | None = None
-    content: Annotated[list[ThoughtPart], Field(max_length=MAX_PARTS)] | None = None
+    summary: Annotated[list[ThoughtPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
+    content: Annotated[list[ThoughtPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     encrypted_content: Text | None = None
     id: ShortText | None = None
     status: ShortText | None = None
@@ -178,7 +180,7 @@ class ChosenFunctions(Closed):
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[list[ChosenFunction], Field(min_length=1, max_length=MAX_TOOLS)]
+    tools: Annotated[list[ChosenFunction], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
 
 
 _KEPT = "nothing is kept here between requests: send the whole conversation as input"
@@ -215,7 +217,7 @@ class ResponseRequest(IgnoredFields):
     """Body of /v1/responses. Nothing is kept, so `previous_response_id`, `conversation` and `background` are refused."""
 
     model: ModelName | None = None
-    input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
+    input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     instructions: Text | None = None
     max_output_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
@@ -224,13 +226,13 @@ class ResponseRequest(IgnoredFields):
     stream_options: StreamOptions | None = None
     text: TextSettings | None = None
     reasoning: ReasoningSettings | None = None
-    tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenFunction | ChosenFunctions | None = None
     parallel_tool_calls: bool | None = None
     truncation: Annotated[
         Literal["disabled"] | None, only("disabled", "no conversation is cut here: send a shorter one")
     ] = None
-    include: Annotated[list[Included], Field(max_length=16)] | None = None
+    include: Annotated[list[Included], Field(max_length=16, fail_fast=True)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     previous_response_id: Annotated[None, only(None, _KEPT)] = None
     conversation: Annotated[None, only(None, _KEPT)] = None
@@ -240,6 +242,7 @@ class ResponseRequest(IgnoredFields):
 
     @model_validator(mode="after")
     def _agree(self) -> ResponseRequest:
+        check_stream_options(self.stream, self.stream_options)
         if self.top_logprobs and not self.tells_logprobs:
             raise disagreement("top_logprobs", f'top_logprobs needs include: ["{LOGPROBS}"]')
         strange = unasked_result(

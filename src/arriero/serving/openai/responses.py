@@ -103,7 +103,7 @@ class ResponseAnswer:
         yield numbered({"type": f"response.{status}", "response": self.object(status, items.output, job.usage)})
 
     def _reader(self) -> AnswerReader:
-        return AnswerReader(self._work.form, self._work.thought)
+        return AnswerReader(self._work.calls, self._work.thought)
 
     def _logprobs(self, tokens: Sequence[int] = (), logprobs: Sequence[TokenLogprobs] = ()) -> MessageLogprobs | None:
         if not self._body.tells_logprobs:
@@ -135,10 +135,10 @@ async def responses(request: Request, service: Service) -> Response:
     def prepared() -> ChatWork:
         return prepare(service, body.as_chat(), "max_output_tokens", "input")
 
-    work = await service.workers.run(prepared)
+    work = await service.work(request, prepared)
     if service.log_prompts:
         request.state.facts["messages"] = [for_template(message) for message in body.as_chat().messages]
-    form = "tools" if work.form is not None else "text.format"
+    form = "tools" if work.calls is not None else "text.format"
     job = await service.start(request, model, [work.prompt], work.params, form)
     job.thoughts = ThoughtTokens.of(service.tokenizer, work.thought)
     answer = ResponseAnswer(service, body, model, work)

@@ -13,7 +13,7 @@ from arriero.serving.body import Closed, disagreement
 MAX_CHOICES = 1024
 
 Source = Annotated[str, Field(max_length=64 * 1024)]
-Choices = Annotated[list[Source], Field(min_length=1, max_length=MAX_CHOICES)]
+Choices = Annotated[list[Source], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
 Schema = dict[str, Any] | Source  # as JSON gives it, or as JSON text
 
 

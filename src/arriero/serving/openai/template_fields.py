@@ -13,7 +13,7 @@ from arriero.config.template_variables import (
     VARIABLE_NAME,
     is_reserved,
 )
-from arriero.serving.body import Closed, disagreement
+from arriero.serving.body import Closed, at_most, disagreement
 
 VariableName = Annotated[str, Field(pattern=VARIABLE_NAME)]
 Scalar = (
@@ -27,7 +27,9 @@ Scalar = (
 class TemplateFields(Closed):
     """How a conversation becomes a prompt."""
 
-    chat_template_kwargs: Annotated[dict[VariableName, Scalar | None], Field(max_length=MAX_VARIABLES)] | None = None
+    chat_template_kwargs: (
+        Annotated[dict[VariableName, Scalar | None], Field(max_length=MAX_VARIABLES), at_most(MAX_VARIABLES)] | None
+    ) = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from arriero.data.assistant_turns import THOUGHT_OPENING
-from arriero.engine.structure import Structure, Thought, best_form, json_form, schema_problem, thought_rules
+from arriero.engine.structure import SchemaRule, Structure, Thought, thought_rules
 from arriero.serving.api_errors import ApiError
 from arriero.serving.openai.fields import JsonObjectFormat, JsonSchemaFormat, TextFormat
 from arriero.serving.openai.messages import Tool
 
 MAX_PARALLEL_CALLS = 16
-MAX_REASON = 300  # characters of an error
-MAX_CHECKED = 64 * 1024  # characters of schemas; more is more than a grammar may have, and refused as that
+# Keys that say what members an object has beside its `properties`.
+OTHER_MEMBERS = {"$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "patternProperties", "enum", "const"}
 
 
 @dataclass(frozen=True)
@@ -140,19 +140,14 @@ def structure_with_tools(
         thought: where it thinks first.
 
     Raises:
-        ApiError: parameters that are no schema of an object, or a strict schema that no grammar can hold an answer to.
+        ApiError: parameters that are no schema of an object. What of a strict schema cannot be held is found by who compiles.
     """
-    schemas = [tool.function.parameters or {} for tool in tools]
-    if isinstance(answer, JsonSchemaFormat):
-        schemas.append(answer.json_schema.schema_)
-    checked = sum(len(json.dumps(schema)) for schema in schemas) <= MAX_CHECKED
     marker = form.opening.strip()
-    rest = form.before_name()[len(marker) :]
     rules = [f"call: {' | '.join(f'call_{index}' for index in range(len(tools)))}"]
-    for index, tool in enumerate(tools):
-        begin = json.dumps(f"{rest}{tool.function.name}{form.before_arguments()}")
-        rules.append(f"call_{index}: {begin} arguments_{index} {json.dumps(form.after_arguments())}")
-        rules.append(f"arguments_{index}: %json {json.dumps(_parameters(tool, index, checked=checked))}")
+    schemas = [_arguments(tool, index) for index, tool in enumerate(tools)]
+    for tool, arguments in zip(tools, schemas, strict=True):
+        before, after = _around_arguments(form, tool.function.name, len(marker))
+        rules.append(f"{arguments.name.replace('arguments', 'call')}: {before} {arguments.name} {after}")
     first = f"{json.dumps(marker)} call" if marker else "call"
     thinks, more_rules = thought_rules(thought)
     before_text, _ = thought_rules(thought, gap=False)  # a text has blanks of its own
@@ -163,10 +158,8 @@ def structure_with_tools(
     if required:
         rules.insert(0, f"start: {thinks}{first}{more}")
     elif isinstance(answer, JsonObjectFormat | JsonSchemaFormat):
-        rules[:0] = [
-            f"start: {thinks}(answer | {first}{more})",
-            f"answer: %json {json.dumps(_answer(answer, checked=checked))}",
-        ]
+        rules.insert(0, f"start: {thinks}(answer | {first}{more})")
+        schemas.append(_answer(form, answer))
     elif marker:
         rules[:0] = [
             f"start: {before_text}(TEXT | lead call{more})",
@@ -176,39 +169,65 @@ def structure_with_tools(
     else:
         gap = "GAP? " if before_text else ""
         rules[:0] = [f"start: {before_text}(TEXT? | {gap}call)", f"TEXT: /[^{{](?s:.*)/{other}"]
-    return Structure("grammar", "\n".join(rules))
+    return Structure("grammar", "\n".join(rules), schemas=tuple(schemas))
 
 
-def _parameters(tool: Tool, index: int, *, checked: bool) -> dict[str, Any]:
-    """What the arguments of a call must be: all that their schema says if it is strict, else what can be held of it.
+def _around_arguments(form: ToolFormat, name: str, marked: int) -> tuple[str, str]:
+    """What stands before and after a call's arguments, in a grammar.
+
+    Without an opening a call must be cut into the same pieces as JSON is: an answer in JSON begins as it does, and llguidance
+    takes the longest piece that can be, without looking back. In one piece a call would leave no other answer possible.
 
     Args:
-        checked: whether to look for a schema that no grammar can have.
+        marked: characters of the opening that stand before already.
     """
-    param = f"tools[{index}].function.parameters"
+    if form.opening:
+        return json.dumps(f"{form.before_name()[marked:]}{name}{form.before_arguments()}"), json.dumps(
+            form.after_arguments()
+        )
+    pieces = ["{", json.dumps("name"), ": ", json.dumps(name), ", ", json.dumps(form.arguments_key), ": "]
+    return " ".join(map(json.dumps, pieces)), json.dumps("}")
+
+
+def _arguments(tool: Tool, index: int) -> SchemaRule:
+    """What the arguments of a call must be: all that their schema says if it is strict, else what can be held of it."""
+    place = f"tools[{index}].function.parameters"
     given = tool.function.parameters
     if given is None:
         given = {"type": "object", "properties": {}, "additionalProperties": False}
     kind = given.get("type", "object")
     if "object" not in (kind if isinstance(kind, list) else [kind]):
-        raise ApiError(400, "the parameters of a function must be the schema of an object", param=param)
-    schema = {**given, "type": "object"}
-    if not tool.function.strict:
-        return best_form(schema, {"type": "object"}) if checked else json_form(schema, lenient=True)
-    problem = schema_problem(json_form(schema)) if checked else ""
-    if problem:
-        raise ApiError(
-            400,
-            f"the schema of {tool.function.name!r} cannot be kept strictly: {problem[:MAX_REASON]}: change it, or leave "
-            "strict out",
-            param=param,
-        )
-    return json_form(schema)
+        raise ApiError(400, "the parameters of a function must be the schema of an object", param=place)
+    return SchemaRule(
+        f"arguments_{index}",
+        json.dumps({**given, "type": "object"}),
+        strict=bool(tool.function.strict),
+        otherwise=json.dumps({"type": "object"}),
+        title=f"the schema of {tool.function.name!r}",
+        place=place,
+    )
 
 
-def _answer(answer: JsonObjectFormat | JsonSchemaFormat, *, checked: bool) -> dict[str, Any]:
-    """The same of an answer that calls nothing; a strict schema that cannot be is found by who compiles it."""
+def _answer(form: ToolFormat, answer: JsonObjectFormat | JsonSchemaFormat) -> SchemaRule:
+    """The same of an answer that calls nothing."""
     if isinstance(answer, JsonObjectFormat):
-        return json_form({"type": "object"})
-    schema, strict = answer.json_schema.schema_, answer.json_schema.strict
-    return best_form(schema, {}) if checked and not strict else json_form(schema, lenient=not strict)
+        return SchemaRule("answer", json.dumps(_beside_calls(form, {"type": "object"})))
+    schema = answer.json_schema
+    return SchemaRule(
+        "answer",
+        json.dumps(_beside_calls(form, schema.schema_)),
+        strict=bool(schema.strict),
+        otherwise=json.dumps(_beside_calls(form, {})),
+        title="the schema of the answer",
+        place="response_format",
+    )
+
+
+def _beside_calls(form: ToolFormat, schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema of answers beside which calls look the same: an object whose members may have any name must not become a call
+    whose arguments fit no schema."""
+    properties, names = schema.get("properties", {}), schema.get("required", [])
+    said = not isinstance(properties, dict) or form.arguments_key in properties or form.arguments_key in names
+    if form.opening or said or OTHER_MEMBERS & schema.keys() or schema.get("additionalProperties") is False:
+        return schema
+    return {**schema, "properties": {**properties, form.arguments_key: False}}

@@ -12,7 +12,7 @@ from collections.abc import Collection
 from arriero.errors import ArrieroError, ConfigError
 
 MAX_TOGETHER = 64  # answers that people in front of pages wait for at once
-MAX_BODY_BYTES = 64 * 2**20  # of a request of the page, which holds a conversation
+MAX_BODY_BYTES = 8 * 2**20  # of a request of the page, which holds a conversation, of which the API takes 2 MB
 
 
 def main() -> int:
@@ -76,7 +76,8 @@ def serve_page(
     from starlette.middleware import Middleware
 
     from arriero.serving.access import Keys, RateLimit
-    from arriero.serving.doors import Doors, hosts_for
+    from arriero.serving.doors import Doors
+    from arriero.serving.host_names import hosts_for
     from arriero.serving.ui.client import ApiClient
     from arriero.serving.ui.head import Head
     from arriero.serving.ui.page import CSS, FONTS, HEAD, Page
@@ -87,7 +88,7 @@ def serve_page(
         keys=Keys({}),
         rate=RateLimit(0),
         max_body_bytes=MAX_BODY_BYTES,
-        hosts=hosts_for(host, allowed_hosts),
+        hosts=hosts_for(host, allowed_hosts, keys=False),  # a key of the API is no key of the page
     )
 
     page, words = Page(ApiClient(api, api_certificate)).build()
@@ -115,7 +116,7 @@ def serve_page(
             prevent_thread_lock=True,
         )
     except OSError as error:
-        raise ConfigError(f"cannot serve the page on {host} port {port} ({error}): choose another --port") from error
+        raise ConfigError(f"cannot serve the page on {host} port {port} ({error}): choose another --ui_port") from error
     address = f"{'https' if ssl_certfile else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"the page is served on {address}", flush=True)
     page.block_thread()
