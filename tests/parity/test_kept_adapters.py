@@ -22,15 +22,18 @@ from arriero.config.model import ModelOptions
 from arriero.engine.export_source import export_source
 from arriero.export.block_weights import BlockFormat
 from arriero.export.kinds import open_runner
-from arriero.export.lost_changes import distance_from_levels, kept_share, nearness_warning
 from arriero.export.onnx_export import OnnxOptions, export_onnx
 from arriero.export.slot_runner import SlotRunner
 from arriero.export.torch_session import TorchSession
 from arriero.export.torch_trace import trace_rows, trace_step
 from arriero.export.torch_weights import MatrixForm, program_weights
 from arriero.export.weight_source import integer_source
+from arriero.formats.conversion import convert_model
+from arriero.formats.detection import detect
 from arriero.formats.hf_source import open_hf
+from arriero.formats.lost_changes import distance_from_levels, kept_share, nearness_warning
 from arriero.formats.low_rank import LowRank, stacked
+from arriero.formats.opening import Writing
 from arriero.formats.source import ModelSource
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
@@ -173,9 +176,9 @@ def test_who_is_warned_that_a_training_would_be_lost(tmp_path: Path) -> None:
     }
     for name, (folder, warned) in folders.items():
         with open_hf(folder) as source:
-            assert (nearness_warning(source) is not None) == warned, (name, distance_from_levels(source))
+            assert (nearness_warning(source, "") is not None) == warned, (name, distance_from_levels(source))
     with open_hf(folders["trained"][0]) as source:
-        assert "0.19% of their norm" in str(nearness_warning(source))
+        assert "0.19% of their norm" in str(nearness_warning(source, ""))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -220,3 +223,18 @@ def test_the_command_says_what_becomes_of_an_adapter(tmp_path: Path, in_process:
     run = in_process(*words, "--output_path", str(tmp_path / "other"))
     assert run.returncode == 0, run.stderr
     assert "what a training changed is lost" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"), [("q4_0", True), ("q4_1", True), ("q4_k_m", False), ("q8_0", False), ("f16", False)]
+)
+def test_a_conversion_to_gguf_says_so_too(tmp_path: Path, kind: str, told: bool) -> None:
+    """q4_k_m needs rows of 256: these become q5_0."""
+    base, _ = on_levels(tmp_path / "base")
+    torch.manual_seed(0)
+    trained = changed(base, tmp_path / "trained", lambda w: w + 0.002 * w.std() * torch.randn_like(w))
+    writing = Writing("gguf", gguf_kind=kind)
+    notes = convert_model(detect(trained), tmp_path / "out.gguf", writing, verify=False).notes
+    assert any("what a training changed is lost" in note for note in notes) == told
+    notes = convert_model(detect(base), tmp_path / "base.gguf", writing, verify=False).notes
+    assert not any("is lost" in note for note in notes)

@@ -20,7 +20,7 @@ from onnxruntime.capi import _pybind_state as native
 
 from arriero.errors import ConfigError, FormatError, GenerationError
 from arriero.export import onnx_graph
-from arriero.export.block_levels import fit_levels
+from arriero.quantization.block_levels import fit_levels
 from arriero.export.block_weights import BlockFormat, BlockWeight, from_integers, quantize
 from arriero.export.bundle import open_bundle
 from arriero.export.kinds import open_runner

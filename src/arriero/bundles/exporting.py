@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
     Exporter = Callable[[ExportOptions, AdapterPathOptions, Path | ModelSource], Bundle]
 
+_INSTEAD = (
+    "--weights int8 keeps it; so does int4 of the model before, with the adapter as --lora_path, and `arriero quantize "
+    "--quant_method gptq` keeps most"
+)
 _KEPT = 0.7  # of an adapter: with less a bundle is warned of
 _FILES = (".gguf", ".onnx", ".pt2")  # how names of files end, within bundles and elsewhere
 
@@ -42,16 +46,16 @@ def export_bundle(export: ExportOptions, adapter: AdapterPathOptions) -> Bundle:
 def _warn_of_lost_changes(export: ExportOptions, model: Path | ModelSource) -> None:
     """Tell before the work that 4 bits lose a training, where they do and no adapter stays beside them."""
     from arriero.engine.export_source import stored_bits
-    from arriero.export.lost_changes import nearness_warning
+    from arriero.formats.lost_changes import nearness_warning
     from arriero.formats.hf_source import open_hf
 
     if export.weights != "int4" or stored_bits(model) is not None:
         return
     if isinstance(model, Path):
         with open_hf(model) as source:
-            warning = nearness_warning(source)
+            warning = nearness_warning(source, _INSTEAD)
     else:
-        warning = None if model.updates else nearness_warning(model)
+        warning = None if model.updates else nearness_warning(model, _INSTEAD)
     if warning is not None:
         print(f"arriero: warning: {warning}", file=sys.stderr)
 

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arriero.errors import ConfigError
-from arriero.export.block_levels import fit_levels
 from arriero.quantization import integers
+from arriero.quantization.block_levels import fit_levels
 from arriero.quantization.integers import IntegerScheme
 from arriero.quantization.rounding import searched_scales
 

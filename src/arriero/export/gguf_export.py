@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from arriero.export.bundle import ANY, Bundle, Manifest, new_bundle, open_bundle, write_manifest
-from arriero.export.lost_changes import kept_share
 from arriero.export.model_files import generation_defaults, write_model_files
 from arriero.formats.conversion import SMALL
 from arriero.formats.detection import detect
+from arriero.formats.lost_changes import kept_share
 from arriero.formats.opening import Writing, open_model, write_model
 from arriero.formats.source import ModelSource
 from arriero.formats.verification import compare

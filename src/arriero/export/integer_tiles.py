@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arriero.export.block_levels import fit_levels
 from arriero.export.block_weights import BlockFormat
 from arriero.export.weight_source import WeightSource
+from arriero.quantization.block_levels import fit_levels
 
 BLOCK, LANES = 32, 16
 LEVELS, STEPS, FACTORS = "levels", "steps", "factors"

@@ -11,7 +11,10 @@ from pathlib import Path
 
 from arriero.errors import FormatError
 from arriero.formats.detection import Found, detect
+from arriero.formats.gguf.tensor_types import mostly_four_bits, parse_kind
+from arriero.formats.lost_changes import nearness_warning
 from arriero.formats.opening import MODEL_FILES, Writing, open_model, write_model
+from arriero.formats.source import ModelSource
 from arriero.formats.staging import beside, staged_file, staged_folder
 from arriero.formats.verification import Comparison, compare
 from arriero.models.config import LlamaConfig, told_already
@@ -61,7 +64,7 @@ def convert_model(
 
     with open_model(found) as source, staged_output(output, is_file=how.format == "gguf") as place:
         small = source.config.num_parameters() < SMALL
-        notes = source.about + write_model(source, place, how, report("convert"))
+        notes = source.about + write_model(source, place, how, report("convert")) + _lost(source, how)
         comparison = None
         if verify or (verify is None and small):
             with told_already():
@@ -77,6 +80,14 @@ def convert_model(
                 )
         config = source.config
     return Conversion(config, notes, comparison)
+
+
+def _lost(source: ModelSource, how: Writing) -> tuple[str, ...]:
+    """A note where 4 bits lose what a training changed last."""
+    if how.format != "gguf" or not mostly_four_bits(parse_kind(how.kind_for(source)), source.config):
+        return ()
+    warning = nearness_warning(source, "--gguf_type q8_0 keeps it; so does the adapter itself, converted to GGUF")
+    return () if warning is None else (f"warning: {warning}",)
 
 
 @contextlib.contextmanager

@@ -108,6 +108,12 @@ def choose_type(name: str, shape: tuple[int, ...], kind: Kind, config: LlamaConf
     return fitting(_raised(name, shape[-1], kind, config), shape[-1])
 
 
+def mostly_four_bits(kind: Kind, config: LlamaConfig) -> bool:
+    """Whether the matrices of most layers have 4 bits in a file of this kind."""
+    chosen = choose_type("blk.0.attn_q.weight", (config.hidden_size, config.hidden_size), kind, config)
+    return chosen in (Q4_K, Q4_1, Q4_0)
+
+
 def fitting(wanted: TensorType, columns: int) -> TensorType:
     """`wanted`, or what stands for it in rows of a length that its blocks do not divide."""
     if columns % wanted.block == 0:

@@ -1,4 +1,4 @@
-"""Whether a model's weights in 4 bits would lose what training changed last: a warning before, or beside, an export.
+"""Whether a model's weights in 4 bits would lose what training changed last.
 
 Many published models are in 4 bits already, and lie on the levels of their blocks. Whatever changes such a weight by less than
 half a step, as most adapters and short trainings do, is gone when it is rounded again.
@@ -12,15 +12,14 @@ from statistics import median
 import torch.nn.functional as F
 from torch import Tensor
 
-from arriero.export.block_levels import fit_levels
-from arriero.export.integer_tiles import BLOCK
 from arriero.formats.low_rank import LowRank
 from arriero.formats.safe_tensors import LazyTensor
 from arriero.formats.source import ModelSource
+from arriero.quantization.block_levels import fit_levels
 
 # Of a matrix's norm: nearer its levels is on them (fp32 rounds by less), and further is an ordinary matrix (7 to 8 %).
 ON, NEAR = 2e-5, 0.03
-_SAMPLES, _ROWS = 6, 64
+_SAMPLES, _ROWS, _BLOCK = 6, 64, 32
 
 
 def distance_from_levels(source: ModelSource) -> float:
@@ -31,23 +30,25 @@ def distance_from_levels(source: ModelSource) -> float:
     found = []
     for name in names[:: max(1, len(names) // _SAMPLES)]:
         rows = _loaded(source.tensors[name])[:_ROWS].float()
-        blocks = F.pad(rows, (0, -rows.shape[1] % BLOCK)).view(len(rows), -1, BLOCK)
+        blocks = F.pad(rows, (0, -rows.shape[1] % _BLOCK)).view(len(rows), -1, _BLOCK)
         levels, step, low = fit_levels(blocks, 4)
         missed = levels.float() * step[..., None] + low[..., None] - blocks
         found.append(float(missed.norm() / blocks.norm().clamp_min(1e-30)))
     return median(found) if found else 0.0
 
 
-def nearness_warning(source: ModelSource) -> str | None:
-    """What a user should know before the model is rounded to 4 bits; None where there is nothing to lose."""
+def nearness_warning(source: ModelSource, instead: str) -> str | None:
+    """What a user should know of a model that is rounded to 4 bits; None where there is nothing to lose.
+
+    Args:
+        instead: what keeps more of a training.
+    """
     distance = distance_from_levels(source)
     if not ON < distance < NEAR:
         return None
     return (
         f"the weights lie {distance:.2%} of their norm beside levels of 4 bits, as those of a 4-bit model do that was trained "
-        "on, or stored in half precision: --weights int4 puts them back on the levels, and what a training changed is lost. "
-        "--weights int8 keeps it; so does int4 of the model before, with the adapter as --lora_path, and `arriero quantize "
-        "--quant_method gptq` keeps most"
+        f"on, or stored in half precision: 4 bits put them back on the levels, and what a training changed is lost. {instead}"
     )
 
 
