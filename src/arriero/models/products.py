@@ -14,7 +14,7 @@ from arriero.onednn import is_suited, limit_kept_kernels, onednn_is_faster, oned
 
 # Outputs whose gradient oneDNN computes at once where it is added to another: it copies the first factor, and has no place for
 # its result but a new one.
-ADDED_AT_ONCE = 8192
+ADDED_AT_ONCE = 4096
 
 _active = False
 
