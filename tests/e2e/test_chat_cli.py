@@ -318,7 +318,7 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_ends() -> None:
     with Terminal(
         f"from arriero.cli import main\nfrom arriero.commands import chat\n"
         f"chat.run = lambda *_: exec({ECHO!r}, globals()) or 0\n"
-        f"sys.exit(main(['chat']))"
+        f"sys.exit(main(['chat', 'm']))"
     ) as terminal:
         terminal.type("", "> ")
         terminal.type("wait\r", "1:'wait'")

@@ -20,7 +20,6 @@ from onnxruntime.capi import _pybind_state as native
 
 from arriero.errors import ConfigError, FormatError, GenerationError
 from arriero.export import onnx_graph
-from arriero.quantization.block_levels import fit_levels
 from arriero.export.block_weights import BlockFormat, BlockWeight, from_integers, quantize
 from arriero.export.bundle import open_bundle
 from arriero.export.kinds import open_runner
@@ -32,6 +31,7 @@ from arriero.formats.gguf.k_quants import pack_q4_k
 from arriero.formats.hf import load_model, save_model
 from arriero.formats.quantized import file_state, with_scheme
 from arriero.models.config import LlamaConfig
+from arriero.quantization.block_levels import fit_levels
 from arriero.quantization.integers import IntegerScheme
 from arriero.quantization.schemes import IntegerWeights
 

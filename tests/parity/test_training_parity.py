@@ -65,6 +65,18 @@ def test_chunked_loss_equals_torch(
     assert not hidden.grad[0, ::3].any(), "ignored positions have no gradient"
 
 
+def test_gradients_of_two_passes_over_one_graph_are_the_same() -> None:
+    """As pipelines without bubbles make them."""
+    hidden, weight, labels = problem()
+    loss = linear_cross_entropy(hidden, weight, labels).loss * 0.37
+    first = torch.autograd.grad(loss, (hidden,), retain_graph=True)[0].clone()
+    second = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    third = torch.autograd.grad(loss, (hidden, weight))
+    assert torch.equal(first, second[0])
+    for one, other in zip(second, third, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [(0, 1), (1, 1), (682, 682), (683, 384), (1024, 512), (1025, 576), (1280, 640), (2048, 512), (100_000, 640)],

@@ -242,9 +242,9 @@ def test_a_method_that_is_switched_off_takes_its_options_along(
     parse(TRAINING, [*again, "--lora", "no"], "arriero test")
     assert capsys.readouterr().err == ""
     (tmp_path / "idle.yaml").write_text("output_dir: run\nlora_rank: 4\n", encoding="utf-8")
-    parse(TRAINING, ["--config", str(tmp_path / "idle.yaml")], "arriero test")
+    parse(TRAINING, ["m", "--config", str(tmp_path / "idle.yaml")], "arriero test")
     assert "--lora_rank has no effect without --lora" in capsys.readouterr().err
-    parse(TRAINING, ["--merge_weights", "no", "--output_dir", "run"], "arriero test")
+    parse(TRAINING, ["m", "--merge_weights", "no", "--output_dir", "run"], "arriero test")
 
 
 def test_an_adapter_brings_its_base_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,12 +276,31 @@ def test_an_adapter_brings_its_base_along(tmp_path: Path, capsys: pytest.Capture
             parse((ModelOptions, AdapterPathOptions), ["--lora_path", path], "arriero test")
 
 
+@pytest.mark.parametrize("verb", ["chat", "predict", "serve", "bench", "quantize --output_path x"])
+def test_a_model_has_to_be_named(verb: str) -> None:
+    name, *options = verb.split()
+    with pytest.raises(
+        ConfigError, match=r"no model is given: add --model_name_or_path .*; smollm2-135m-instruct is a small"
+    ):
+        parse(load_verb(name).options, options, f"arriero {name}")
+
+
 def test_a_default_model_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (model,) = parse((ModelOptions,), [], "arriero test")
-    assert model.model_name_or_path == "facebook/llama-7b"
-    assert "no model is given: facebook/llama-7b is taken" in capsys.readouterr().err
+    """That of PaddleNLP's scripts, for their own command lines."""
+    for verb, options in (
+        ("finetune", "--task_name squad --lora True --output_dir x"),
+        ("finetune", "--pipeline_parallel_config enable_timer --pipeline_parallel_degree 2 --output_dir x"),
+        ("predict", "--merge_tensor_parallel_path whole"),
+    ):
+        assert (
+            parse(load_verb(verb).options, options.split(), f"arriero {verb}")[0].model_name_or_path
+            == "facebook/llama-7b"
+        )
+        assert "no model is given: facebook/llama-7b is taken" in capsys.readouterr().err
+    parse(load_verb("pretrain").options, ["--input_dir", "x", "--output_dir", "y"], "arriero pretrain")
+    assert "no model is given: __internal_testing__/tiny-random-llama is taken" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"no model is given, and checkpoints/, .* name one by --model_path"):
         parse((ExportOptions, AdapterPathOptions), [], "arriero export")

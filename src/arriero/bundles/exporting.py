@@ -46,8 +46,8 @@ def export_bundle(export: ExportOptions, adapter: AdapterPathOptions) -> Bundle:
 def _warn_of_lost_changes(export: ExportOptions, model: Path | ModelSource) -> None:
     """Tell before the work that 4 bits lose a training, where they do and no adapter stays beside them."""
     from arriero.engine.export_source import stored_bits
-    from arriero.formats.lost_changes import nearness_warning
     from arriero.formats.hf_source import open_hf
+    from arriero.formats.lost_changes import nearness_warning
 
     if export.weights != "int4" or stored_bits(model) is not None:
         return

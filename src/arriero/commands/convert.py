@@ -36,7 +36,7 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
     def progress(what: str, done: int, total: int) -> None:
         if what not in bars:
             close()
-            bars[what] = tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, delay=1.0)
+            bars[what] = tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, delay=1.0, disable=None)
         bars[what].update(done - bars[what].n)
 
     def close() -> None:

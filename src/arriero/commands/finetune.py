@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from arriero.commands.hub_push import check_push, push
+from arriero.commands.next_command import tell_next
 from arriero.config.adapter import AdapterOptions
 from arriero.config.checkpoint import CheckpointOptions
 from arriero.config.data import DataOptions, PreviewOptions
@@ -63,8 +64,21 @@ def run(
             logging=logging,
         )
     )
+    if optimization.do_train:
+        _tell_next(checkpoint.output_dir, adapter, data)
     push(hub, Path(checkpoint.output_dir))
     return 0
+
+
+def _tell_next(folder: str, adapter: AdapterOptions, data: DataOptions) -> None:
+    """How to try the result: what was trained for a task is asked as the task asks."""
+    name = "lora_path" if adapter.lora else "prefix_path" if adapter.prefix_tuning else None
+    if data.task_name is None:
+        tell_next("chat", *(["--" + name] if name else []), folder)
+        return
+    rows = {"dataset_path": data.dataset_path, "data_name": data.data_name, "task_name": data.task_name}
+    given = [word for option, value in rows.items() if value is not None for word in (f"--{option}", value)]
+    tell_next("evaluate", f"--{name or 'model_name_or_path'}", folder, *given)
 
 
 def _show_rows(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from arriero.commands.terminal import without_controls
 from arriero.config.infer import BundleGenerationOptions, InferOptions
+from arriero.errors import ConfigError
 
 if TYPE_CHECKING:
     from arriero.data.samples import Sample
@@ -20,13 +21,16 @@ if TYPE_CHECKING:
 
 HELP = "Answer prompts with a bundle made by arriero export, or measure its speed."
 
+USUAL_PREFIX = "llama"  # PaddleNLP's
+MOST_NAMED = 10
+
 OPTIONS: tuple[type, ...] = (InferOptions, BundleGenerationOptions)
 
 
 def run(infer: InferOptions, generation: BundleGenerationOptions) -> int:
     """Print every prompt with its answer."""
     from arriero.bundles.prompts import AnswerLength, fit_prompts, reports
-    from arriero.bundles.running import bundle_engine, bundle_folder, check_device, default_length
+    from arriero.bundles.running import bundle_engine, check_device, default_length
     from arriero.commands.prompt_rows import check_predict_file, read_prompts
     from arriero.engine.sampling_params import params_from_options
     from arriero.export.bundle import open_bundle
@@ -35,7 +39,7 @@ def run(infer: InferOptions, generation: BundleGenerationOptions) -> int:
     if infer.predict_file:
         check_predict_file(infer.predict_file, infer.data_file)
     start = time.perf_counter()
-    bundle = open_bundle(bundle_folder(infer.model_dir, infer.model_prefix))
+    bundle = open_bundle(_chosen(infer))
     check_device(bundle, infer.device)
     usual = max(default_length(bundle), generation.min_new_tokens)
     length = AnswerLength(generation.max_new_tokens or None, usual, max(1, generation.min_new_tokens))
@@ -59,6 +63,29 @@ def run(infer: InferOptions, generation: BundleGenerationOptions) -> int:
     ]
     _answer(engine, samples, prompts, each, infer)
     return 0
+
+
+def _chosen(infer: InferOptions) -> Path:
+    """The folder of the bundle: the one that is named, or else the only one that --model_dir holds.
+
+    Raises:
+        ConfigError: it holds several and none is named, or not the one that is.
+        FormatError: it holds none.
+    """
+    from arriero.bundles.running import bundle_folder
+    from arriero.formats.bundle_folder import is_bundle
+
+    folder, prefix = Path(infer.model_dir).expanduser(), infer.model_prefix or USUAL_PREFIX
+    held = []
+    if folder.is_dir() and not (folder / prefix).is_dir() and not is_bundle(folder):
+        held = sorted(path.name for path in folder.iterdir() if is_bundle(path))
+    if not held:
+        return bundle_folder(infer.model_dir, prefix)
+    if infer.model_prefix is None and len(held) == 1:
+        return folder / held[0]
+    named = ", ".join(held[:MOST_NAMED]) + (f" and {len(held) - MOST_NAMED} more" if len(held) > MOST_NAMED else "")
+    asked = f"no bundle {prefix}, but" if infer.model_prefix or len(held) == 1 else "several bundles,"
+    raise ConfigError(f"--model_dir {folder} holds {asked} {named}: `arriero infer {folder / held[0]}` runs the first")
 
 
 def _answer(

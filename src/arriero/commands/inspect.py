@@ -30,7 +30,7 @@ class InspectOptions(OptionGroup):
         REQUIRED,
         "a model or adapter of any format, a bundle, a run or checkpoint, a tokenizer, a corpus, a file of tensors; or a named "
         "model",
-        aliases=("model_name_or_path", "input"),
+        aliases=("model_name_or_path", "model", "input"),
         positional=True,
     )
     tensors: bool = option(False, "list every tensor: name, shape, type, size")

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from arriero.api.groups import MERGE
+from arriero.commands.next_command import tell_next
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.merging import MergeOptions
 from arriero.config.model import ModelOptions
@@ -20,14 +21,22 @@ OPTIONS: tuple[type, ...] = MERGE
 
 def run(model: ModelOptions, adapter: AdapterPathOptions, merge: MergeOptions) -> int:
     """Merge an adapter where one is named, else shards; of several processes the first does it."""
-    from tqdm import tqdm
-
     from arriero.parallel.processes import launched_size
-    from arriero.training.merging import merge_model
 
     if launched_size() > 1 and int(os.environ["RANK"]) > 0:
         return 0
-    with tqdm(unit="tensor", desc="merge", leave=False, delay=1.0) as bar:
+    _merge(model, adapter, merge)
+    tell_next("chat", *(["--lora_path"] if merge.output_kind == "adapter" else []), merge.output_path)
+    return 0
+
+
+def _merge(model: ModelOptions, adapter: AdapterPathOptions, merge: MergeOptions) -> None:
+    """With a progress bar, and the lines that say what was done."""
+    from tqdm import tqdm
+
+    from arriero.training.merging import merge_model
+
+    with tqdm(unit="tensor", desc="merge", leave=False, delay=1.0, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -36,9 +45,8 @@ def run(model: ModelOptions, adapter: AdapterPathOptions, merge: MergeOptions) -
         notes = merge_model(model, adapter, merge, progress)
     for note in notes:
         print(note)
-    return 0
 
 
 def merge_with_progress(folder: Path, target: str) -> None:
     """Join a folder of shards, with a progress bar, and say what the comparison gave."""
-    run(ModelOptions(model_name_or_path=str(folder)), AdapterPathOptions(), MergeOptions(output_path=target))
+    _merge(ModelOptions(model_name_or_path=str(folder)), AdapterPathOptions(), MergeOptions(output_path=target))

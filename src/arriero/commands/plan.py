@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from arriero.training.planning.setup import ModelFacts, TrainingSetup
 
 HELP = (
-    "Tell what a training run would need and what fits. Takes every option of pretrain, and the file of a run of pretrain or "
-    "finetune as it is (--config run.yaml); options that change neither memory nor time have no effect."
+    "Tell what a training run would need and what fits. Takes every option of pretrain and finetune, and the file of a run as "
+    "it is (--config run.yaml); options that change neither memory nor time have no effect."
 )
 
 OPTIONS: tuple[type, ...] = (
@@ -79,7 +80,7 @@ def run(
         find_links,
         find_machine,
     )
-    from arriero.training.planning.report import as_dictionary, as_text, make_plan, too_much
+    from arriero.training.planning.report import as_dictionary, as_text, fp32_text, make_plan, too_much
     from arriero.training.planning.setup import model_facts
 
     try:
@@ -107,6 +108,10 @@ def run(
         tokens = float(optimization.max_steps * setup.step_tokens)
     made = make_plan(name, facts, setup, machine, utilization, tokens, links)
     told, shown = as_dictionary(made), as_text(made)
+    if plan.gpu is not None and setup.compute_dtype == "float32":
+        half = replace(setup, compute_dtype="bfloat16")
+        faster = find_machine(half.device, half.compute_dtype, gpu=plan.gpu, memory=memory, flops=plan.flops)
+        shown += "\n" + fp32_text(make_plan(name, facts, half, faster, utilization, tokens, links))
     if plan.dry_run:
         from arriero.training.planning.dry_run import chosen_ranks, dry_run
         from arriero.training.planning.layout_report import program_dictionary, program_text

@@ -93,7 +93,7 @@ def run(
     ]
     with processes.together():  # only rank 0 guesses
         speculation = speculation_over(guesses, model, loaded, generation.batch_size) if processes.first else None
-    quiet = len(prompts) < 3 or not processes.first
+    quiet = True if len(prompts) < 3 or not processes.first else None  # None: where there is no terminal
     with tqdm(total=len(prompts), unit="row", leave=False, disable=quiet) as bar:
         answers = generate_shared(
             loaded.model,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from arriero.commands.hub_push import check_push, push
+from arriero.commands.next_command import tell_next
 from arriero.config.checkpoint import CheckpointOptions
 from arriero.config.hub import HubOptions
 from arriero.config.logging import LoggingOptions
@@ -43,5 +44,7 @@ def run(
             logging=logging,
         )
     )
+    if optimization.do_train:
+        tell_next("chat", checkpoint.output_dir)
     push(hub, Path(checkpoint.output_dir))
     return 0

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from arriero.commands.next_command import tell_next
 from arriero.config.adapter import AdapterPathOptions
 from arriero.config.data import DataOptions, RowOptions
 from arriero.config.evaluation import EvaluateOptions, RowScoreOptions
@@ -48,6 +49,7 @@ def run(model: ModelOptions, quantize: QuantizeOptions, data: RowOptions, evalua
     for name, (before, after) in rows.items():
         print(f"{name:14} {before:12.4f} {after:12.4f}")
     print(f"quantized model: {output}")
+    tell_next("chat", quantize.output_path)
     return 0
 
 

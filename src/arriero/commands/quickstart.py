@@ -112,7 +112,7 @@ def _score(options: QuickstartOptions, model: Path, adapter: Path | None, data: 
         ModelOptions(model_name_or_path=str(model)), AdapterPathOptions(lora_path=str(adapter) if adapter else None)
     )
     start = time.monotonic()
-    with tqdm(total=len(samples), unit="question", leave=False, disable=options.disable_tqdm) as bar:
+    with tqdm(total=len(samples), unit="question", leave=False, disable=options.disable_tqdm or None) as bar:
         answers = generate_answers(
             loaded,
             samples,

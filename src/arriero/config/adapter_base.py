@@ -28,6 +28,13 @@ def stored_base(flag: str, adapter: str) -> str | None:
     return found[0] if found and None not in bases else None
 
 
+def adapter_kind(folder: Path) -> str | None:
+    """The option that names the adapter of a folder: lora_path or prefix_path; None where it holds none, or a model."""
+    if not (folder / FILE).is_file() or (folder / "config.json").is_file():
+        return None
+    return "prefix_path" if read_config(folder / FILE).get("peft_type") == "PREFIX_TUNING" else "lora_path"
+
+
 def _named(path: Path) -> str | None:
     base = read_config(path).get("base_model_name_or_path") if path.is_file() else None
     return base if isinstance(base, str) and base.strip() else None

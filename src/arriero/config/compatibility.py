@@ -6,15 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from arriero.config.adapter import AdapterOptions, AdapterPathOptions
-from arriero.config.bench import BenchOptions
 from arriero.config.checkpoint import CheckpointOptions
 from arriero.config.data import DataOptions, RowOptions
 from arriero.config.evaluation import EvaluateOptions, RowScoreOptions
-from arriero.config.export import ExportOptions
 from arriero.config.generation import GenerationOptions
 from arriero.config.logging import LoggingOptions
 from arriero.config.merging import MergeOptions
@@ -27,6 +24,7 @@ from arriero.config.preference import PreferenceOptions
 from arriero.config.pretraining import CorpusOptions
 from arriero.config.quantization import QuantizeOptions
 from arriero.config.rules.benchmarks import bench_rule
+from arriero.config.rules.chat import chat_rule
 from arriero.config.rules.groups import changed, find
 from arriero.config.rules.layouts import parallel_rule
 from arriero.config.rules.methods import (
@@ -36,6 +34,7 @@ from arriero.config.rules.methods import (
     stored_adapter_rule,
     vocabulary_rule,
 )
+from arriero.config.rules.naming import model_rule
 from arriero.errors import ConfigError
 
 
@@ -223,31 +222,6 @@ def _precision(groups: Sequence[Any], given: frozenset[str], warnings: list[str]
         raise ConfigError(f"--dtype {model.dtype} and --{flag} ask for different number formats: drop one of them")
 
 
-def _model_given(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
-    """Nothing names a model: the default is said, or asked for by name where it is a folder that is not there."""
-    if given & {"model_name_or_path", "model", "config_name"}:
-        return
-    export, model, bench = find(groups, ExportOptions), find(groups, ModelOptions), find(groups, BenchOptions)
-    adapter = find(groups, AdapterPathOptions)
-    for name in ("lora_path", "prefix_path"):
-        if (path := getattr(adapter, name, None)) is not None and find(groups, PlanOptions) is None:
-            raise ConfigError(
-                f"--{name} {path}: no model is given, and no adapter_config.json there names one: add --model_name_or_path"
-            )
-    if export is not None and not Path(export.model_name_or_path).exists():
-        raise ConfigError(
-            f"no model is given, and {export.model_name_or_path}, PaddleNLP's default, is not here: name one by --model_path"
-        )
-    if (
-        model is None
-        or find(groups, PlanOptions) is not None
-        or (bench is not None and "serve" in bench.workloads)
-        or "api_url" in given
-    ):
-        return
-    warnings.append(f"no model is given: {model.model_name_or_path} is taken; --model_name_or_path names another")
-
-
 def _sampling(groups: Sequence[Any], given: frozenset[str], warnings: list[str]) -> None:
     generation = find(groups, GenerationOptions)
     if generation is None or generation.do_sample:
@@ -391,5 +365,6 @@ _RULES: tuple[Callable[[Sequence[Any], frozenset[str], list[str]], None], ...] =
     _quantize_scores,
     parallel_rule,
     bench_rule,
-    _model_given,
+    chat_rule,
+    model_rule,
 )

@@ -71,12 +71,18 @@ def _part(item: str) -> DataPart:
 
 
 TASK_HELP = (
-    "how rows become prompt and answer: squad (question generation, as in PaddleNLP), squad_qa (question answering)"
+    "how rows become prompt and answer: squad (question generation, as in PaddleNLP), squad_qa (question answering); none: as "
+    "their keys say"
 )
 FORMAT_HELP = (
     "what rows are; auto: by their keys. alpaca: instruction rows as turns of a chat, or in Alpaca's words where the model has "
     "no chat template"
 )
+
+
+def task_of(name: str | None) -> str | None:
+    """A task by its name; none is there to take back what a file of options says."""
+    return None if name is None or name.strip().lower() == "none" else name
 
 
 def check_row_kind(task_name: str | None, data_format: str) -> None:
@@ -118,6 +124,7 @@ class RowOptions(OptionGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.task_name = task_of(self.task_name)
         if self.data_name is not None and self.task_name is None and self.data_format == "auto":
             raise ConfigError(
                 f"--data_name {self.data_name} needs --task_name (or --data_format), which says how its rows become prompts "

@@ -20,6 +20,7 @@ _RENAMED: Mapping[str, tuple[str, ...]] = {
     "base_model": ("model_name_or_path",),
     "batch_size": ("per_device_train_batch_size", "per_device_eval_batch_size"),
     "cutoff_len": ("max_seq_length",),
+    "data_file": ("dataset_path", "input_dir"),
     "data_seed": ("seed",),
     "dataset": ("dataset_path", "data_file", "input_dir"),
     "dataset_path": ("data_file", "input_dir"),
@@ -30,7 +31,9 @@ _RENAMED: Mapping[str, tuple[str, ...]] = {
     "lr": ("learning_rate",),
     "max_tokens": ("max_new_tokens",),
     "micro_batch_size": ("per_device_train_batch_size",),
-    "model": ("model_name_or_path",),
+    "model": ("model_name_or_path", "model_dir"),
+    "model_name_or_path": ("model_dir",),
+    "model_path": ("model_name_or_path", "model_dir"),
     "num_virtual_tokens": ("num_prefix_tokens",),
     "optimizer": ("optim",),
     "outtype": ("gguf_type",),
@@ -48,6 +51,7 @@ _RENAMED: Mapping[str, tuple[str, ...]] = {
     "validation_file": ("dataset_path",),
 }
 _SPLIT = "@split 949,50,1 parts training, validation and test documents"
+_PROMPTS = "prompts are rows of a file, @data_file; `arriero chat MODEL --prompt TEXT` answers one"
 _SHARDED = "@sharding stage1, stage2 or stage3 shares out the state, under `arriero launch`"
 # The same where another option with its value is meant: the option that has to be there, and what is said; @ is for dashes.
 _OTHERWISE: Mapping[str, tuple[tuple[str, str], ...]] = {
@@ -73,9 +77,8 @@ _OTHERWISE: Mapping[str, tuple[tuple[str, str], ...]] = {
             "beside the additions only biases can be trained (@lora_bias); without @lora all weights are, but for @freeze",
         ),
     ),
-    "prompt": (
-        ("predict_file", "prompts are rows of a file, @data_file; `arriero chat MODEL --prompt TEXT` answers one"),
-    ),
+    "prompt": (("predict_file", _PROMPTS),),
+    "prompts": (("predict_file", _PROMPTS),),
     "quantization_bit": (
         ("quantize_base", "@quantize_base nf4 (4 bits, as @qlora) or int8"),
         ("quant_type", "@quant_type int4 or int8"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from arriero.config.data import DATA_FORMATS, FORMAT_HELP, TASK_HELP, check_row_kind
+from arriero.config.data import DATA_FORMATS, FORMAT_HELP, TASK_HELP, check_row_kind, task_of
 from arriero.config.option import OptionGroup, option
 from arriero.errors import ConfigError
 
@@ -79,6 +79,7 @@ class PromptOptions(OptionGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.task_name = task_of(self.task_name)
         check_row_kind(self.task_name, self.data_format)
 
 

@@ -45,13 +45,17 @@ def usage(prog: str, specs: Sequence[OptionSpec]) -> str:
     """The line that says what a command takes."""
     parts = [f"usage: {prog}"]
     if not any(spec.positional for spec in specs):
-        parts += ["[MODEL]" if any(spec.alone for spec in specs) else "", "[RUN.yaml]"]
+        alone = next((spec for spec in specs if spec.alone), None)
+        if alone is not None:
+            word = "MODEL" if alone.name == "model_name_or_path" else alone.name.upper()
+            parts.append(word if alone.required else f"[{word}]")
+        parts += ["[RUN.yaml]"]
     parts.append("[options]")
     for spec in specs:
         if spec.positional:
             word = spec.name.upper() + (" ..." if spec.is_list else "")
             parts.append(word if spec.required else f"[{word}]")
-        elif spec.required:
+        elif spec.required and not spec.alone:
             parts.append(f"--{spec.name} {metavar(spec)}")
     return " ".join(part for part in parts if part)
 

@@ -15,8 +15,11 @@ from arriero.errors import ConfigError
 class InferOptions(PromptOptions):
     """Inference."""
 
-    model_dir: str = option(REQUIRED, "folder of the bundle, or the one that it is in")
-    model_prefix: str = option("llama", "the bundle's name in that folder; no matter where that is the bundle itself")
+    model_dir: str = option(REQUIRED, "folder of the bundle, or the one that it is in", alone=True)
+    model_prefix: str | None = option(
+        None,
+        "the bundle's name in that folder; no matter where that is the bundle itself (default: llama, or the only one there)",
+    )
     device: str = option("auto", "auto, cpu, gpu or cuda:N; it must be what the bundle is made for")
     num_threads: int | None = option(None, "of a computation on a CPU (default: all cores of this process)", minimum=1)
     src_length: int = option(

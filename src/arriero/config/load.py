@@ -32,7 +32,10 @@ class LoadOptions(OptionGroup):
     base_url: str = option(
         "http://127.0.0.1:8011/v1", "serve: address of an OpenAI API, arriero's or another's, with its /v1"
     )
-    model: str | None = option(None, "serve: what the server calls the model (default: the first of its /models)")
+    model: str | None = option(
+        None,
+        "serve: what the server calls the model (default: the first of its /models); else the same as --model_name_or_path",
+    )
     api_key: str | None = option(
         None,
         "serve: the key; better in $ARRIERO_API_KEY or $OPENAI_API_KEY, since other users see command lines",

@@ -25,6 +25,7 @@ class ModelOptions(OptionGroup):
     model_name_or_path: str = option(
         "facebook/llama-7b",
         "a folder with config.json and weights, a named model, or a Hugging Face Hub id",
+        aliases=("model",),
         alone=True,
     )
     tokenizer_name_or_path: str | None = option(None, "the tokenizer's folder or name, if not the model's own")

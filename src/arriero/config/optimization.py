@@ -32,7 +32,12 @@ class OptimizationOptions(OptionGroup):
     per_device_train_batch_size: int = option(8, "rows of one micro-batch on each device", minimum=1)
     per_device_eval_batch_size: int = option(8, "rows of one evaluation batch on each device", minimum=1)
     gradient_accumulation_steps: int = option(1, "micro-batches of one optimizer step", minimum=1)
-    learning_rate: float = option(5e-5, "peak learning rate", minimum=0.0)
+    learning_rate: float = option(
+        5e-5,
+        "peak learning rate; where none is given, of --lora 3e-4, of --prefix_tuning 2e-2 (with --prefix_projection 2e-3), but "
+        "with --preference as of all weights",
+        minimum=0.0,
+    )
     min_learning_rate: float = option(
         0.0,
         "the learning rate never falls below this after warm-up",
@@ -133,6 +138,22 @@ class OptimizationOptions(OptionGroup):
                 f"--warmup_steps {self.warmup_steps} and the {decay} steps of --wsd_decay_ratio {self.wsd_decay_ratio:g} are "
                 f"more than the {end} steps that there are together: lower one of them"
             )
+
+
+def rate_of_method(*, lora: bool, prefix: bool, network: bool) -> float | None:
+    """The peak learning rate of a small trained part, where none is given; None where all weights are trained.
+
+    Few numbers have a longer way to go than all weights: at the usual rate of those they hardly learn. Those of prefixes are
+    the rates of the recipes (configs/finetune), whose scores are in configs/README.md.
+
+    Args:
+        network: the prefix is made by one.
+    """
+    if lora:
+        return 3e-4
+    if prefix:
+        return 2e-3 if network else 2e-2
+    return None
 
 
 def optimizer_name(word: str) -> str:

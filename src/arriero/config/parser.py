@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from arriero.config import compatibility
-from arriero.config.adapter import AdapterPathOptions
 from arriero.config.elsewhere import hint as hint_elsewhere
 from arriero.config.elsewhere import training_option
+from arriero.config.implied import refuse_adapter_as_model, take_base_of_adapter, take_learning_rate
 from arriero.config.option import OptionSpec, check_values, option_table, specs_of
 from arriero.config.values import FALSE_WORDS, KIND_NAMES, TRUE_WORDS, convert, show
 from arriero.errors import ConfigError
@@ -42,12 +42,20 @@ class _Scanner:
         flags: option name -> a string, a list of strings, or True (a bool without a value).
         config_files: the files named by `--config` or standing alone.
         positionals: the arguments without a name.
+        idle: options of training that are taken, of which this command has none.
     """
 
-    def __init__(self, argv: Sequence[str], table: dict[str, OptionSpec], prog: str) -> None:
+    def __init__(
+        self, argv: Sequence[str], table: dict[str, OptionSpec], prog: str, *, of_training: bool = False
+    ) -> None:
+        """
+        Args:
+            of_training: it may be the command line of a run: what only training needs has no effect.
+        """
         self.tokens = list(argv)
         self.table = table
         self.prog = prog
+        self.of_training = of_training
         self.takes_positionals = any(spec.positional for spec in table.values())
         self.takes_remainder = any(spec.remainder for spec in table.values())
         alone = next((spec for spec in table.values() if spec.alone), None)
@@ -56,6 +64,7 @@ class _Scanner:
         self.written: dict[str, str] = {}  # option name -> how the flag was written
         self.config_files: list[str] = []
         self.positionals: list[str] = []
+        self.idle: list[str] = []
 
     def scan(self) -> None:
         while self.tokens:
@@ -100,7 +109,7 @@ class _Scanner:
                 raise ConfigError("--config needs the path of a YAML or JSON file")
             self.config_files.append(path)
             return
-        spec = self.table.get(name)
+        spec = self.table.get(name) or (training_option(name) if self.of_training else None)
         if spec is None:
             hint = hint_elsewhere(name, [*self.table, "config", "help", "debug"], self.prog, "--")
             raise ConfigError(f"unknown option --{written[:80]}: {hint or f'see {self.prog} --help'}")
@@ -114,6 +123,10 @@ class _Scanner:
         if value is None or value == []:
             several = "one or more of " if spec.is_list else ""
             raise ConfigError(f"--{written} needs a value ({several}{KIND_NAMES[spec.kind]}): --{written} VALUE")
+        if name not in self.table:
+            convert(spec, value, f"--{written}")
+            self.idle.append(written)
+            return
         earlier = self.written.get(spec.name, written)
         if earlier.replace("-", "_") != name and self.flags[spec.name] != value:
             raise ConfigError(f"--{earlier} and --{written} are the same option and differ: give one")
@@ -148,12 +161,12 @@ class _Scanner:
 
 
 def _from_file(
-    path: str, table: dict[str, OptionSpec], prog: str, notes: list[str], *, of_training: bool
+    path: str, table: dict[str, OptionSpec], prog: str, warnings: list[str], *, of_training: bool
 ) -> dict[str, Any]:
     """The values of a file.
 
     Args:
-        notes: get a line about what is ignored.
+        warnings: get a line about what is ignored.
         of_training: it may be a file of a run: what only training needs is ignored.
     """
     from arriero.config.files import read_config  # PyYAML is imported only when a file is given
@@ -164,7 +177,7 @@ def _from_file(
         ignored = [key for key, name in named.items() if name not in table and training_option(name) is not None]
         if ignored:
             more = f" and {len(ignored) - _NAMES_SHOWN} more" if len(ignored) > _NAMES_SHOWN else ""
-            notes.append(f"{path}: ignored, being of training alone: {', '.join(ignored[:_NAMES_SHOWN])}{more}")
+            warnings.append(f"{path}: ignored, being of training alone: {', '.join(ignored[:_NAMES_SHOWN])}{more}")
         given = {key: value for key, value in given.items() if key not in ignored and not _unset(named[key], value)}
     return _named(given, table, path, prog, show_key=lambda key: f"{path}: {key}")
 
@@ -227,13 +240,13 @@ def parse(groups: Sequence[type], argv: Sequence[str], prog: str, *, warn: bool 
         HelpRequested: `--help` or `-h` was given.
     """
     table = option_table(groups)
-    scanner = _Scanner(argv, table, prog)
+    of_training = any(getattr(group, "TAKES_FILES_OF_TRAINING", False) for group in groups)
+    scanner = _Scanner(argv, table, prog, of_training=of_training)
     scanner.scan()
     values: dict[str, Any] = {}
-    notes: list[str] = []
-    of_training = any(getattr(group, "TAKES_FILES_OF_TRAINING", False) for group in groups)
+    warnings = [f"--{name} has no effect on a plan" for name in scanner.idle]
     for path in scanner.config_files:
-        values.update(_from_file(path, table, prog, notes, of_training=of_training))
+        values.update(_from_file(path, table, prog, warnings, of_training=of_training))
     for name, raw in scanner.flags.items():
         spec = table[name]
         where = name.upper() if spec.positional else f"--{name}"
@@ -243,7 +256,8 @@ def parse(groups: Sequence[type], argv: Sequence[str], prog: str, *, warn: bool 
             if not (spec.positional and spec.choices and "model_name_or_path" in table):
                 raise
             raise ConfigError(f"{error}; a model is named by --model_name_or_path") from None
-    return _build(groups, values, frozenset(scanner.flags), f"see {prog} --help", notes, warn=warn)
+    refuse_adapter_as_model(groups, values, prog)
+    return _build(groups, values, frozenset(scanner.flags), f"see {prog} --help", warnings, warn=warn)
 
 
 def from_keywords(groups: Sequence[type], keywords: Mapping[str, Any], function: str) -> tuple[Any, ...]:
@@ -269,33 +283,18 @@ def _without_paths(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _take_base_of_adapter(groups: Sequence[type], values: dict[str, Any], notes: list[str]) -> None:
-    """An adapter without a model: the model is the one that it was trained on."""
-    named = {"model_name_or_path", "model"} & values.keys()
-    if named or not any(issubclass(group, AdapterPathOptions) for group in groups):
-        return
-    name = next((name for name in ("lora_path", "prefix_path") if values.get(name)), None)
-    if name is None or "model_name_or_path" not in option_table(groups):
-        return
-    from arriero.config.adapter_base import stored_base
-
-    base = stored_base(f"--{name}", values[name])
-    if base is not None:
-        values["model_name_or_path"] = base
-        notes.append(f"no model is given: {base} is taken, which {values[name]} names as its base")
-
-
 def _build(
-    groups: Sequence[type], values: dict[str, Any], typed: frozenset[str], hint: str, notes: list[str], *, warn: bool
+    groups: Sequence[type], values: dict[str, Any], typed: frozenset[str], hint: str, warnings: list[str], *, warn: bool
 ) -> tuple[Any, ...]:
     """The instances of groups with values that have their options' types.
 
     Args:
         typed: see `compatibility.check`.
-        notes: are printed with the warnings.
+        warnings: are printed with those of `compatibility.check`.
     """
     specs = [spec for group in groups for spec in specs_of(group)]
-    _take_base_of_adapter(groups, values, notes)
+    take_base_of_adapter(groups, values, warnings)
+    take_learning_rate(groups, values)
     for spec in specs:
         if spec.required and spec.unless and values.get(spec.unless) is not None:
             values.setdefault(spec.name, ".")
@@ -313,7 +312,7 @@ def _build(
         instance = group(**{spec.name: values[spec.name] for spec in specs_of(group) if spec.name in values})
         check_values(instance)
         instances.append(instance)
-    for warning in (*notes, *compatibility.check(instances, given=frozenset(values), typed=typed)):
-        if warn:
-            print(f"arriero: warning: {warning}", file=sys.stderr)
+    warnings = [*warnings, *compatibility.check(instances, given=frozenset(values), typed=typed)]
+    for warning in warnings if warn else ():
+        print(f"arriero: warning: {warning}", file=sys.stderr)
     return tuple(instances)

@@ -76,6 +76,7 @@ class PlanModelOptions(PretrainModelOptions):
     model_name_or_path: str = option(
         "facebook/llama-7b",
         "folder with a config.json, named model or Hub id; of that, only config.json is fetched",
+        aliases=("model",),
         alone=True,
     )
 

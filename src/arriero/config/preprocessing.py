@@ -16,7 +16,7 @@ class PreprocessOptions(OptionGroup):
     """Corpus building."""
 
     model_name_or_path: str = option(
-        REQUIRED, "the tokenizer's folder or name; weights are not downloaded", aliases=("model_name",)
+        REQUIRED, "the tokenizer's folder or name; weights are not downloaded", aliases=("model_name", "model")
     )
     tokenizer_name_or_path: str | None = option(
         None,

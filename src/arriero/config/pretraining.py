@@ -21,6 +21,7 @@ class PretrainModelOptions(ModelOptions):
     model_name_or_path: str = option(
         TINY_MODEL,
         "folder, named model or Hub id: its configuration, and with --continue_training its weights",
+        aliases=("model",),
         alone=True,
     )
     model_type: str = option("llama", "PaddleNLP's word for the one architecture there is", ("llama",))
@@ -41,6 +42,7 @@ class PretrainModelOptions(ModelOptions):
 class PretrainOptimizationOptions(OptimizationOptions):
     """Optimization."""
 
+    learning_rate: float = option(5e-5, "peak learning rate", minimum=0.0)
     min_learning_rate: float = option(
         1e-5, "the learning rate never falls below this after warm-up", aliases=("lr_end",), minimum=0.0
     )

@@ -12,7 +12,7 @@ class QuickstartOptions(OptionGroup):
     """Quickstart."""
 
     output_dir: str = option("runs/quickstart", "folder of the run; what is done there already is not done again")
-    model_name_or_path: str = option("smollm2-135m-instruct", "the model that is fine-tuned")
+    model_name_or_path: str = option("smollm2-135m-instruct", "the model that is fine-tuned", aliases=("model",))
     dataset_path: str | None = option(
         None, "your own questions: a folder with train.json and dev.json in SQuAD format (default: the shipped ones)"
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from arriero.config.data import DataOptions
 from arriero.data.pairs import encode_pairs, load_pairs
+from arriero.data.rows.report import EncodingReport
 from arriero.data.samples import Sample
-from arriero.data.sft import IGNORE, Example, encode_sample
+from arriero.data.sft import IGNORE, Example, count_format, encode_sample
 from arriero.data.sources import samples_for
 from arriero.data.template_rows import check_generation_prompt
 from arriero.data.tokenizer import Tokenizer
@@ -81,7 +82,17 @@ def preview(data: DataOptions, tokenizer: Tokenizer, count: int, *, color: bool)
             check_generation_prompt(tokenizer)
         example, *cut = encode_sample(sample, tokenizer, data.lengths, train_on=data.train_on)
         blocks.append(f"{describe(sample, example, *cut)}\n{render(example, tokenizer, color=color)}\n")
-    return "\n".join([*blocks, f"{min(count, len(samples)):,} of {len(samples):,} training rows; nothing was trained"])
+    shown = f"{min(count, len(samples)):,} of {len(samples):,} training rows; nothing was trained"
+    return "\n".join([*blocks, *_notes(samples, tokenizer), shown])
+
+
+def _notes(samples: Iterable[Sample], tokenizer: Tokenizer) -> list[str]:
+    """What a run would say of the formats of all its rows."""
+    report = EncodingReport()
+    for sample in samples:
+        count_format(report, sample)
+    notes = [report.mixed] if report.mixed else []
+    return [*notes, report.hint] if report.bare and tokenizer.has_chat_template() else notes
 
 
 def preview_pairs(data: DataOptions, tokenizer: Tokenizer, count: int, *, color: bool) -> str:

@@ -59,7 +59,10 @@ def refuse_calls(sample: Sample) -> None:
     Raises:
         DataError: always; for a model that would be shown the row without its tools.
     """
-    raise DataError(f"{sample.name} has tool calls, which only a model with a chat template for them can read")
+    raise DataError(
+        f"{sample.name} has tool calls, which only a model with a chat template for them can read: take one that has it "
+        "(such as qwen3-0.6b), put a chat_template.jinja that writes tools into this model's folder, or leave such rows out"
+    )
 
 
 def check_plain(sample: Sample) -> None:

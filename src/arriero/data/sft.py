@@ -123,6 +123,13 @@ def is_empty(sample: Sample) -> bool:
     return not (sample.target or "").strip() and not more_than_text(sample)
 
 
+def count_format(report: EncodingReport, sample: Sample) -> None:
+    """Count a row whose keys told its format."""
+    if sample.told:
+        report.formats[sample.told] += 1
+        report.bare += sample.told in BARE_FORMATS and not sample.chat
+
+
 def encode_all(
     samples: Iterable[Sample],
     tokenizer: SFTTokenizer,
@@ -151,9 +158,7 @@ def encode_all(
         report.rows += 1
         report.empty_target += is_empty(sample)
         report.unlearned += example.label_count == 0
-        if sample.told:
-            report.formats[sample.told] += 1
-            report.bare += sample.told in BARE_FORMATS and not sample.chat
+        count_format(report, sample)
         report.truncated_context += context_cut
         report.truncated_target += target_cut
         report.tokens += example.length

@@ -14,8 +14,9 @@ from arriero.config.data import DataOptions, dataset_parts
 from arriero.data.row_files import MAX_ROW_BYTES, SUFFIXES, is_array, read_rows
 from arriero.data.rows.formats import sample_from_row
 from arriero.data.rows.questions import SQUAD_TASKS, question_from_row, samples_of
+from arriero.data.rows.values import keys_of
 from arriero.data.samples import Sample
-from arriero.data.squad import read_squad
+from arriero.data.squad import Question, read_squad
 from arriero.errors import ConfigError, DataError, MissingExtraError, require
 
 Row = TypeVar("Row")
@@ -229,8 +230,21 @@ def _samples(
     rows: Iterable[tuple[str, Any]], task: str | None, data_format: str, needs_target: bool = True
 ) -> list[Sample]:
     if task == "squad_qa":
-        return samples_of((question_from_row(row, where, needs_target=needs_target) for where, row in rows), task)
+        return samples_of((_question(row, where, task, needs_target) for where, row in rows), task)
     return [sample_from_row(row, where, data_format=data_format, needs_target=needs_target) for where, row in rows]
+
+
+def _question(row: Any, where: str, task: str, needs_target: bool) -> Question:
+    """
+    Raises:
+        DataError: as `question_from_row`; of a row of another kind it names the task, which may stand in a file of options.
+    """
+    if isinstance(row, dict) and row.get("context") is None:
+        raise DataError(
+            f"{where}: has no 'context', which --task_name {task} asks for (here, or in the --config file); it has "
+            f"{keys_of(row)}: --task_name none reads rows by their own keys"
+        )
+    return question_from_row(row, where, needs_target=needs_target)
 
 
 def _is_squad(path: Path) -> bool:

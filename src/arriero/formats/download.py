@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from arriero.errors import ConfigError, FormatError
 from arriero.formats import wheel_model
+from arriero.formats.hub_errors import NOT_FOUND
 from arriero.formats.hub_files import HUB_ID, HUB_NOTES, HubFile, fetch_file, fetch_files
 from arriero.formats.peft import ADAPTER_CONFIG, is_adapter
 from arriero.formats.receipt import RECEIPT
@@ -91,7 +93,20 @@ def resolve_model(name_or_path: str | Path, cache_dir: Path | None = None, repor
         if path.suffix.lower() == ".gguf":
             raise FormatError(f"{path}: is a GGUF file; first run `arriero convert {path} --output_dir FOLDER`")
         raise FormatError(f"{path}: is a file; a model is a folder with config.json and safetensors weights")
-    return fetch_model(str(name_or_path), cache_dir=cache_dir, report=report)
+    with _told_no_folder(str(name_or_path)):
+        return fetch_model(str(name_or_path), cache_dir=cache_dir, report=report)
+
+
+@contextmanager
+def _told_no_folder(name: str) -> Iterator[None]:
+    """Of a name that may have been meant as a folder, a failing download says first that there is none here."""
+    try:
+        yield
+    except FormatError as error:
+        said = str(error).removeprefix(f"{name.strip()}: ")
+        if match_preset(name.strip()) is not None or said == str(error) or not said.startswith(NOT_FOUND):
+            raise
+        raise FormatError(f"{name.strip()}: no such folder here, and as a name of the Hub: {said}") from error
 
 
 def published_name(name_or_path: str) -> str:
@@ -133,7 +148,8 @@ def resolve_tokenizer(name_or_path: str | Path, cache_dir: Path | None = None, r
     hub_id = name if preset is None else preset.hub_id
     if hub_id is None or (preset is not None and preset.name == wheel_model.PRESET and name.lower() != hub_id.lower()):
         return resolve_model(name_or_path, cache_dir, report)
-    return fetch_files(hub_id, None, _hub_cache(cache_dir), None, lambda _: HUB_TOKENIZER_FILES, HUB_IGNORED)
+    with _told_no_folder(name):
+        return fetch_files(hub_id, None, _hub_cache(cache_dir), None, lambda _: HUB_TOKENIZER_FILES, HUB_IGNORED)
 
 
 def model_config(name_or_path: str | Path, cache_dir: Path | None = None) -> LlamaConfig:
@@ -150,7 +166,8 @@ def model_config(name_or_path: str | Path, cache_dir: Path | None = None) -> Lla
         return preset.config
     if path.exists() or is_missing_path(name) or not HUB_ID.fullmatch(name):
         return read_config(resolve_model(name_or_path, cache_dir))  # which says what is wrong with it
-    folder = fetch_files(name, None, _hub_cache(cache_dir), None, lambda _: ["config.json"], HUB_IGNORED)
+    with _told_no_folder(name):
+        folder = fetch_files(name, None, _hub_cache(cache_dir), None, lambda _: ["config.json"], HUB_IGNORED)
     return read_config(folder)
 
 

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 
 from arriero.errors import ArrieroError, FormatError
 
+# How the messages begin, after the name, that say that the Hub has given nothing of it.
+NOT_FOUND = ("the Hub (", "there is no such model", "is not in the local cache")
+
 
 @contextlib.contextmanager
 def hub_errors(hub_id: str, doing: str, after: str) -> Iterator[None]:

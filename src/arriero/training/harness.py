@@ -153,11 +153,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         """
         processes, copies = self._processes, self._processes.layout.data
         own: list[tuple[int, float, bool]] = []
-        quiet = quiet or not processes.first
+        muted = True if quiet or not processes.first else None  # None: where there is no terminal
         with (
             processes.together(),
             fast_products(),
-            tqdm(total=sum(map(len, batches)), unit="row", desc="loglikelihood", leave=False, disable=quiet) as bar,
+            tqdm(total=sum(map(len, batches)), unit="row", desc="loglikelihood", leave=False, disable=muted) as bar,
         ):
             for first in range(0, len(batches), copies):
                 turn = batches[first : first + copies]
@@ -239,7 +239,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             prompts.append(self.tok_encode(context)[-room:] or [self.prefix_token_id])
             params.append(_sampling(kwargs, stop, seed=len(params)))
             stops.append(stop)
-        quiet = disable_tqdm or not self._processes.first
+        quiet = True if disable_tqdm or not self._processes.first else None
         with tqdm(total=len(requests), unit="row", desc="answers", leave=False, disable=quiet) as bar:
             answers = generate_shared(
                 self.loaded.model,

@@ -166,13 +166,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _grad_correct):  # type: ignore[no-untyped-def]
         saved = list(ctx.saved_tensors)
-        # the factor (1 / token count, times the loss scale) is applied in fp32, before rounding to the inputs' dtypes; and in
-        # place, for the head's gradient is large: this runs once
+        # The factor (1 / token count, times the loss scale) is applied in fp32, before rounding to the inputs' dtypes; in place
+        # where nothing asks again, for the head's gradient is large.
+        times = Tensor.mul_ if _graph_is_let_go() else Tensor.mul
         grads = [
-            saved.pop(0).mul_(grad_loss).to(dtype) if needed else None
+            times(saved.pop(0), grad_loss).to(dtype) if needed else None
             for needed, dtype in zip(ctx.needs, ctx.dtypes, strict=True)
         ]
         return grads[0], grads[1], None, None, None, None
+
+
+def _graph_is_let_go() -> bool:
+    """Whether this backward pass is the last over its graph: pipelines without bubbles make two, for inputs and for weights."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is not None and not keeps()
 
 
 def softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

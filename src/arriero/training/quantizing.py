@@ -65,7 +65,7 @@ def quantize_folder(options: QuantizeOptions, model: ModelOptions) -> TextBlocks
     calibration = blocks.calibration if blocks is not None and needs_data(scheme, options.quant_method) else []
     if calibration:
         print(f"calibration: {len(calibration)} blocks of {calibration[0].shape[1]} tokens of {options.data_file}")
-    with tqdm(total=config.num_hidden_layers, unit="layer", desc="quantize", leave=False) as bar:
+    with tqdm(total=config.num_hidden_layers, unit="layer", desc="quantize", leave=False, disable=None) as bar:
         quantize_model(loaded.model, scheme, options.quant_method, calibration, storage, bar.update)
     save_quantized(loaded.model, scheme, storage, folder, options.output_path)
     return blocks

@@ -380,5 +380,6 @@ def _tell_plan(trainer: Trainer, options: RunOptions) -> None:
     )
     print(
         f"{counted(trainer.total_steps, 'step')} of {rows} rows, "
-        f"{trainer.precision}, {trainer.device}, {counted(torch.get_num_threads(), 'thread')}"
+        f"learning rate {trainer.schedule.peak:g}, {trainer.precision}, {trainer.device}, "
+        f"{counted(torch.get_num_threads(), 'thread')}"
     )

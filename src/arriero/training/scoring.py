@@ -99,7 +99,8 @@ def score_model(
     if not (data.eval_with_do_generation or data.task_name == "squad_qa"):
         return metrics, []
     length = evaluation.max_new_tokens or (SQUAD_ANSWER_TOKENS if data.task_name == "squad_qa" else None)
-    with tqdm(total=len(samples), unit="row", desc="answers", leave=False, disable=not processes.first) as bar:
+    quiet = None if processes.first else True  # None: where there is no terminal
+    with tqdm(total=len(samples), unit="row", desc="answers", leave=False, disable=quiet) as bar:
         answers = generate_answers(
             loaded,
             samples,
@@ -123,7 +124,8 @@ def _loss(
     check_context(loaded.model, examples, name)
     precision = Precision(next(loaded.model.parameters()).dtype, "O2", loaded.device)
     rows = math.ceil(len(samples) / processes.layout.data)
-    with tqdm(total=rows, unit="row", desc="loss", leave=False, disable=not processes.first) as bar:
+    quiet = None if processes.first else True
+    with tqdm(total=rows, unit="row", desc="loss", leave=False, disable=quiet) as bar:
         share = may_share_prefixes(loaded, processes)
         batches = packed_batches(examples, evaluation.per_device_eval_batch_size, share_prefixes=share)
         metrics = evaluate_loss(build_execution(loaded.model, precision, loaded.device), batches, bar.update)

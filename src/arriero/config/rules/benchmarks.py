@@ -7,6 +7,7 @@ from typing import Any
 
 from arriero.config.bench import BenchOptions
 from arriero.config.load import LoadOptions
+from arriero.config.model import ModelOptions
 from arriero.config.option import specs_of
 from arriero.config.rules.groups import changed, find
 from arriero.errors import ConfigError
@@ -38,6 +39,9 @@ def bench_rule(groups: Sequence[Any], given: frozenset[str], warnings: list[str]
         )
     if not serve:
         _other_workloads(bench, given, warnings)
+        model = find(groups, ModelOptions)
+        if model is not None and load.model is not None and "model_name_or_path" not in given:
+            model.model_name_or_path, load.model = load.model, None  # --model is short for it in other verbs
     for group in groups:
         for name in (spec.name for spec in specs_of(type(group))):
             idle = (group is not load and name not in _OF_SERVE) if serve else group is load

@@ -28,8 +28,8 @@ class EncodingReport:
             text += f"; {self.truncated_context:,} contexts cut to fit src_length"
         if self.truncated_target:
             text += f"; {self.truncated_target:,} answers cut to fit tgt_length"
-        if len(self.formats) > 1:
-            text += "; rows by format: " + ", ".join(f"{count:,} {name}" for name, count in self.formats.most_common())
+        if self.mixed:
+            text += f"; {self.mixed}"
         if self.empty_target:
             text += f"; warning: {self.empty_target:,} rows have an empty answer: only its end is learned"
         if self.unlearned:
@@ -37,6 +37,13 @@ class EncodingReport:
         if self.spelled:
             text += f"; warning: {self.spelled}"
         return text
+
+    @property
+    def mixed(self) -> str:
+        """The rows by format, where there are several."""
+        if len(self.formats) < 2:
+            return ""
+        return "rows by format: " + ", ".join(f"{count:,} {name}" for name, count in self.formats.most_common())
 
     @property
     def hint(self) -> str:

@@ -150,6 +150,17 @@ def as_text(plan: Plan) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def fp32_text(half: Plan) -> str:
+    """What a plan in fp32 for a GPU says of bf16, which may be what was meant.
+
+    Args:
+        half: the same plan with --bf16.
+    """
+    rate = half.speed.tokens_per_second
+    speed = "" if rate is None else f", {rate:,.0f} tokens a second"
+    return f"This is fp32; with --bf16: {gib(half.memory.peak)} at the peak{speed}\n"
+
+
 def _described(setup: TrainingSetup) -> str:
     precision = setup.compute_dtype
     if precision != "float32":
