@@ -210,11 +210,11 @@ def test_which_blocks_have_offsets(options: dict[str, Any], kept: bool, offsets:
 @pytest.mark.parametrize(
     ("options", "facts", "blocks"),
     [
-        ({"weights": "int8"}, {}, (64, 128)),
-        ({"weights": "int8"}, {"kept": True}, (32, 128)),
+        ({"weights": "int8"}, {}, (64, 64)),
+        ({"weights": "int8"}, {"kept": True}, (32, 32)),
         ({"weights": "int8"}, {"blocks_of_32": True}, (32, 32)),  # a GGUF file's own
-        ({"weights": "int4"}, {}, (32, 128)),
-        ({"weights": "int4"}, {"kept": True}, (32, 128)),
+        ({"weights": "int4"}, {}, (32, 64)),
+        ({"weights": "int4"}, {"kept": True}, (32, 32)),
         ({"weights": "int4", "head_bits": 4}, {}, (32, 32)),
         ({"weights": "int8", "block_size": 32}, {}, (32, 32)),
         ({"weights": "int4", "block_size": 128}, {}, (128, 128)),

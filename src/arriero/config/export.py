@@ -42,8 +42,8 @@ class ExportOptions(OptionGroup):
     dtype: str = option("auto", "the same in the words of training: float32, float16, bfloat16", tuple(DTYPES))
     block_size: int | None = option(
         None,
-        "int8, int4: consecutive inputs that share a scale, 16 to 256 (default: 64 of 8 bits, 128 of an 8-bit head, 32 of 4 "
-        "bits and of integers that a model has already; of aoti always 32)",
+        "int8, int4: consecutive inputs that share a scale, 16 to 256 (default: 64 of 8 bits, 32 of 4 bits and of "
+        "integers that a model has already; of aoti always 32)",
         minimum=1,
     )
     symmetric: bool | None = option(

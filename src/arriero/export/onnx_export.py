@@ -30,8 +30,6 @@ OFFSET_BLOCK = 64
 # Of int4 and int8 weights, unless told. Products in 8 bits are a third faster in blocks of 64 than of 32, and no further from
 # the model; weights that are integers already have blocks of 32 (docs/export.md).
 BLOCK, WIDE_BLOCK = 32, 64
-# Of the head, which is as large as all layers of a small model: read in blocks of 128 in two thirds of the time.
-HEAD_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class OnnxOptions:
     Attributes:
         weights: fp32; fp16, which is stored in half the space and computed with in fp32; int8 or int4.
         block_size: consecutive inputs that share a scale (int8, int4); None: 32 of 4 bits and of integers that a model has
-            already, else 64, and of an 8-bit head 128.
+            already, else 64, which an 8-bit head has too.
         symmetric: without zero points, and of int4 without offsets (int8, int4); None: of int8, of large blocks, and of
             integers that a model has already.
         accuracy_level: 4 rounds the inputs of products to 8 bits, 0 and 1 compute in fp32 (int8, int4).
@@ -86,12 +84,10 @@ class OnnxOptions:
             return WeightForm(half=self.weights == "fp16")
         bits = int(self.weights.removeprefix("int"))
         head_bits = 8 if self.head_bits is None else self.head_bits
+        wide = BLOCK if kept or blocks_of_32 else WIDE_BLOCK
         block, head_block = (
-            (wide if count == 8 and not known else BLOCK) if self.block_size is None else self.block_size
-            for count, wide, known in (
-                (bits, WIDE_BLOCK, kept or blocks_of_32),
-                (head_bits, HEAD_BLOCK, blocks_of_32),
-            )
+            (wide if count == 8 else BLOCK) if self.block_size is None else self.block_size
+            for count in (bits, head_bits)
         )
         if kept and self.block_size is None and group is not None:
             block = max((size for size in BLOCK_SIZES if size <= block and group % size == 0), default=block)
