@@ -233,7 +233,7 @@ def test_options_of_the_other_half_are_told(in_process: Run, scripted: Any, caps
     assert found.returncode == 0
     assert "--batch_sizes has no effect in bench serve" in found.stderr
     assert "--model_name_or_path has no effect in bench serve: --model names" in found.stderr
-    parse(bench.OPTIONS, ["decode", "--ignore_eos"], "arriero bench")
+    parse(bench.OPTIONS, ["decode", "--model_name_or_path", "mine", "--ignore_eos"], "arriero bench")
     assert "--ignore_eos has no effect without bench serve" in capsys.readouterr().err
 
 

@@ -44,7 +44,9 @@ SHAPE: dict[str, Any] = {
 
 
 def options(argv: str) -> AdapterOptions:
-    found: AdapterOptions = parse((ModelOptions, AdapterOptions), argv.split(), "arriero test")[1]
+    found: AdapterOptions = parse(
+        (ModelOptions, AdapterOptions), ["--model_name_or_path", "x", *argv.split()], "arriero test"
+    )[1]
     return found
 
 
