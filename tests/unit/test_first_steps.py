@@ -10,7 +10,7 @@ import pytest
 from arriero.cli import main
 from arriero.commands.finetune import _tell_next
 from arriero.commands.infer import _chosen
-from arriero.commands.next_command import tell_next
+from arriero.commands.next_command import program, tell_next
 from arriero.commands.table import VERBS, load_verb
 from arriero.config.adapter import AdapterOptions
 from arriero.config.data import DataOptions, RowOptions
@@ -220,9 +220,22 @@ def test_a_row_of_another_kind_than_the_task_says_which_option_asks_for_it(tmp_p
     assert RowOptions(task_name="none", data_format="messages").data_format == "messages"
 
 
+def test_the_next_command_is_called_as_it_can_be_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert program() == "arriero"
+    own = tmp_path / ".venv" / "bin" / "arriero"
+    own.parent.mkdir(parents=True)
+    own.touch(0o755)
+    assert program() == ".venv/bin/arriero"
+    monkeypatch.setenv("PATH", str(own.parent))  # the environment is active
+    assert program() == "arriero"
+
+
 def test_the_next_command_is_ready_for_a_shell(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     rows, squad = DataOptions(), DataOptions(task_name="squad_qa", dataset_path="my squad")
     _tell_next("runs/mine", AdapterOptions(lora=True), rows)
     _tell_next("runs/mine", AdapterOptions(prefix_tuning=True), rows)

@@ -25,13 +25,13 @@ def run(model: ModelOptions, adapter: AdapterPathOptions, merge: MergeOptions) -
 
     if launched_size() > 1 and int(os.environ["RANK"]) > 0:
         return 0
-    _merge(model, adapter, merge)
+    merge_and_say(model, adapter, merge)
     tell_next("chat", *(["--lora_path"] if merge.output_kind == "adapter" else []), merge.output_path)
     return 0
 
 
-def _merge(model: ModelOptions, adapter: AdapterPathOptions, merge: MergeOptions) -> None:
-    """With a progress bar, and the lines that say what was done."""
+def merge_and_say(model: ModelOptions, adapter: AdapterPathOptions, merge: MergeOptions) -> None:
+    """Merge with a progress bar, and the lines that say what was done."""
     from tqdm import tqdm
 
     from arriero.training.merging import merge_model
@@ -49,4 +49,4 @@ def _merge(model: ModelOptions, adapter: AdapterPathOptions, merge: MergeOptions
 
 def merge_with_progress(folder: Path, target: str) -> None:
     """Join a folder of shards, with a progress bar, and say what the comparison gave."""
-    _merge(ModelOptions(model_name_or_path=str(folder)), AdapterPathOptions(), MergeOptions(output_path=target))
+    merge_and_say(ModelOptions(model_name_or_path=str(folder)), AdapterPathOptions(), MergeOptions(output_path=target))

@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from arriero.commands.next_command import program
 from arriero.config.quickstart import QuickstartOptions
 from arriero.errors import ConfigError
 from arriero.output_file import check_folder
@@ -195,7 +196,7 @@ def _merge(model: Path, adapter: Path, target: Path) -> None:
     from arriero.config.model import ModelOptions
 
     shutil.rmtree(target, ignore_errors=True)  # what an interrupted merge left
-    merge.run(
+    merge.merge_and_say(
         ModelOptions(model_name_or_path=str(model)),
         AdapterPathOptions(lora_path=str(adapter)),
         MergeOptions(output_path=str(target)),
@@ -221,15 +222,15 @@ def _table(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 
 def _hints(model: Path, adapter: Path, merged: Path, data: Path) -> None:
-    program = ".venv/bin/arriero" if Path(".venv/bin/arriero").exists() else "arriero"
+    name = program()
     print(
         f"""
 What to try next:
-  talk to it       {program} chat --model_name_or_path {merged}
-  score it         {program} evaluate --model_name_or_path {merged} --task_name squad_qa --dataset_path {data}
-  your own data    {program} finetune --model_name_or_path {model} --dataset_path YOUR_FOLDER --output_dir runs/mine \\
+  talk to it       {name} chat --model_name_or_path {merged}
+  score it         {name} evaluate --model_name_or_path {merged} --task_name squad_qa --dataset_path {data}
+  your own data    {name} finetune --model_name_or_path {model} --dataset_path YOUR_FOLDER --output_dir runs/mine \\
                        --lora --learning_rate 3e-4
-  all weights      {program} finetune --config {adapter / "config.yaml"} --lora no --learning_rate 5e-5 --output_dir runs/full
+  all weights      {name} finetune --config {adapter / "config.yaml"} --lora no --learning_rate 5e-5 --output_dir runs/full
   the curve        {adapter / "loss.png"}
-  every option     {program} finetune --help"""
+  every option     {name} finetune --help"""
     )
