@@ -46,16 +46,18 @@ def export_bundle(export: ExportOptions, adapter: AdapterPathOptions) -> Bundle:
 def _warn_of_lost_changes(export: ExportOptions, model: Path | ModelSource) -> None:
     """Tell before the work that 4 bits lose a training, where they do and no adapter stays beside them."""
     from arriero.engine.export_source import stored_bits
+    from arriero.export.gguf_export import KINDS_OF
     from arriero.formats.hf_source import open_hf
     from arriero.formats.lost_changes import nearness_warning
 
+    kind = KINDS_OF["int4"] if export.format == "gguf" else None
     if export.weights != "int4" or stored_bits(model) is not None:
         return
     if isinstance(model, Path):
         with open_hf(model) as source:
-            warning = nearness_warning(source, _INSTEAD)
+            warning = nearness_warning(source, _INSTEAD, kind)
     else:
-        warning = None if model.updates else nearness_warning(model, _INSTEAD)
+        warning = None if model.updates else nearness_warning(model, _INSTEAD, kind)
     if warning is not None:
         print(f"arriero: warning: {warning}", file=sys.stderr)
 

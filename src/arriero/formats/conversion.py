@@ -11,7 +11,6 @@ from pathlib import Path
 
 from arriero.errors import FormatError
 from arriero.formats.detection import Found, detect
-from arriero.formats.gguf.tensor_types import mostly_four_bits, parse_kind
 from arriero.formats.lost_changes import nearness_warning
 from arriero.formats.opening import MODEL_FILES, Writing, open_model, write_model
 from arriero.formats.source import ModelSource
@@ -84,9 +83,10 @@ def convert_model(
 
 def _lost(source: ModelSource, how: Writing) -> tuple[str, ...]:
     """A note where 4 bits lose what a training changed last."""
-    if how.format != "gguf" or not mostly_four_bits(parse_kind(how.kind_for(source)), source.config):
+    if how.format != "gguf":
         return ()
-    warning = nearness_warning(source, "--gguf_type q8_0 keeps it; so does the adapter itself, converted to GGUF")
+    instead = "--gguf_type q8_0 keeps it; so does the adapter itself, converted to GGUF"
+    warning = nearness_warning(source, instead, how.kind_for(source))
     return () if warning is None else (f"warning: {warning}",)
 
 

@@ -12,6 +12,7 @@ from statistics import median
 import torch.nn.functional as F
 from torch import Tensor
 
+from arriero.formats.gguf.tensor_types import mostly_four_bits, parse_kind
 from arriero.formats.low_rank import LowRank
 from arriero.formats.safe_tensors import LazyTensor
 from arriero.formats.source import ModelSource
@@ -37,12 +38,15 @@ def distance_from_levels(source: ModelSource) -> float:
     return median(found) if found else 0.0
 
 
-def nearness_warning(source: ModelSource, instead: str) -> str | None:
+def nearness_warning(source: ModelSource, instead: str, gguf_kind: str | None = None) -> str | None:
     """What a user should know of a model that is rounded to 4 bits; None where there is nothing to lose.
 
     Args:
         instead: what keeps more of a training.
+        gguf_kind: of a GGUF file, whose matrices have other bits where its blocks do not divide their rows.
     """
+    if gguf_kind is not None and not mostly_four_bits(parse_kind(gguf_kind), source.config):
+        return None
     distance = distance_from_levels(source)
     if not ON < distance < NEAR:
         return None
