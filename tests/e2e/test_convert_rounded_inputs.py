@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_llama import save_with_tokenizer
 
 from arriero.formats import hf
-from arriero.formats.tiny_model import tiny_tokenizer_files
 from arriero.formats.verification import PROMPT_TOKENS
 from arriero.models.config import LlamaConfig
-from arriero.models.llama import LlamaForCausalLM
 
 transformers = pytest.importorskip("transformers")
 
@@ -34,11 +33,7 @@ CONFIG = LlamaConfig(
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "model"
-    model = LlamaForCausalLM(CONFIG)
-    model.init_weights(1)
-    hf.save_model(model, CONFIG, folder, extra_files=tiny_tokenizer_files())
-    return folder
+    return save_with_tokenizer(CONFIG, tmp_path_factory.mktemp("base") / "model")
 
 
 @pytest.mark.parametrize("output", ["hf", "model.gguf"])

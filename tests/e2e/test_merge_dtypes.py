@@ -13,6 +13,7 @@ import pytest
 import torch
 from random_adapter import write_adapter
 from safetensors.torch import load_file, save_file
+from tiny_llama import save_with_tokenizer
 from torch import Tensor
 
 from arriero.adapters.lora import LoRAConfig
@@ -20,9 +21,7 @@ from arriero.config.adapter import AdapterPathOptions
 from arriero.config.model import ModelOptions
 from arriero.engine.loading import load_for_inference
 from arriero.formats import hf
-from arriero.formats.tiny_model import tiny_tokenizer_files
 from arriero.models.config import LlamaConfig
-from arriero.models.llama import LlamaForCausalLM
 from arriero.quantization.nf4 import LEVELS
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -43,11 +42,7 @@ SIZES = LlamaConfig(
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """In float32; nf4's blocks fit its layers."""
-    folder = tmp_path_factory.mktemp("base") / "model"
-    model = LlamaForCausalLM(SIZES)
-    model.init_weights(1)
-    hf.save_model(model, SIZES, folder, extra_files=tiny_tokenizer_files())
-    return folder
+    return save_with_tokenizer(SIZES, tmp_path_factory.mktemp("base") / "model")
 
 
 def merged(run: Run, base: Path, adapter: Path, output: Path, *more: str) -> tuple[dict[str, Tensor], str]:

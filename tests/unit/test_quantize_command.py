@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_llama import save_with_tokenizer
 
 import arriero
 from arriero.cli import main
@@ -16,9 +17,7 @@ from arriero.data.calibration import read_blocks
 from arriero.data.tokenizer import load_tokenizer
 from arriero.errors import DataError
 from arriero.formats import hf
-from arriero.formats.tiny_model import tiny_tokenizer_files
 from arriero.models.config import LlamaConfig
-from arriero.models.llama import LlamaForCausalLM
 from arriero.quantization.choice import scheme_for
 from arriero.quantization.linear import dequantize_layers
 
@@ -39,11 +38,7 @@ CONFIG = LlamaConfig(
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "model"
-    model = LlamaForCausalLM(CONFIG)
-    model.init_weights(1)
-    hf.save_model(model, CONFIG, folder, extra_files=tiny_tokenizer_files())
-    return folder
+    return save_with_tokenizer(CONFIG, tmp_path_factory.mktemp("base") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_llama import save_with_tokenizer
 
 import arriero
 from arriero.formats import hf
-from arriero.formats.tiny_model import tiny_tokenizer_files
 from arriero.models.config import LlamaConfig
 from arriero.models.llama import LlamaForCausalLM
 
@@ -35,11 +35,7 @@ CONFIG = LlamaConfig(
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "model"
-    model = LlamaForCausalLM(CONFIG)
-    model.init_weights(1)
-    hf.save_model(model, CONFIG, folder, extra_files=tiny_tokenizer_files())
-    return folder
+    return save_with_tokenizer(CONFIG, tmp_path_factory.mktemp("base") / "model")
 
 
 @pytest.fixture
