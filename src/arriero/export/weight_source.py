@@ -130,8 +130,8 @@ class WeightSource:
     def wider(self, names: Sequence[str]) -> bool:
         """Whether 8 bits take the place of 4: where the model stores one of them in more, or an adapter has so large a rank
         that its factors would be no smaller."""
-        update = self.update(names)
-        large = update is not None and update.rank * _RANKS > update.down.shape[1]
+        updates = [self._updates[name] for name in names if name in self._updates]
+        large = bool(updates) and _RANKS * sum(update.rank for update in updates) > updates[0].down.shape[1]
         return large or any(self._bits.get(name, 0) > 4 for name in names)
 
     @property
